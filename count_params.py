@@ -1,0 +1,123 @@
+"""Parameters, effective depth, FLOPs per token and key/value-cache bytes of a model, without making its weights.
+
+    python count_params.py runs/demo                          # a checkpoint folder, or a run folder (its best)
+    python count_params.py --config configs/ja_wiki.yaml      # a training recipe
+    python count_params.py --recursion none --n_layers 12 --d_model 768 --n_heads 12 --vocab_size 50257
+    python count_params.py runs/demo --json                   # one JSON object instead
+
+Reads config.json or the recipe alone, prints to stdout, writes nothing. How FLOPs are counted: src/metrics.py.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from src.checkpoint import load_config
+from src.config import UserError, parse_flags, run
+from src.metrics import cache_bytes_per_token, count_parameters, effective_depth, flops_per_token, format_params
+from src.model import TRMConfig, TRMModel
+
+DEFAULT_VOCAB = 16000  # that of train_spm.py
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass
+class CountConfig:
+    """What to count.
+
+    Args:
+        checkpoint: a checkpoint or run folder; needs no flag. Without one, the flags or the recipe are counted
+        json: print one JSON object instead
+    """
+
+    checkpoint: list[str] = field(default_factory=list)
+    json: bool = False
+
+
+def parse_args(argv=None) -> tuple[CountConfig, TRMConfig]:
+    """What to print, and the model to count.  Raises UserError where both a checkpoint and a model are given."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    classes = [CountConfig, TRMConfig]
+    if any(word.partition("=")[0] == "--config" for word in argv):  # a recipe holds all settings of a training run
+        from src.dataset import DataConfig
+        from src.runtime import RuntimeConfig
+        from src.trainer import TrainConfig
+
+        classes += [DataConfig, TrainConfig, RuntimeConfig]
+    args, config, *_ = parse_flags(__doc__, *classes, argv=argv, positional="checkpoint")
+    if len(args.checkpoint) > 1:
+        raise UserError(f"{len(args.checkpoint)} checkpoints ({', '.join(args.checkpoint)}): count them one at a time")
+    if args.checkpoint and config != TRMConfig():
+        raise UserError(f"{args.checkpoint[0]} brings its own model settings: leave out --config and the model flags")
+    if args.checkpoint:
+        config = load_config(args.checkpoint[0])
+    if config.vocab_size is None:
+        print(f"vocab_size is not given: counting with {DEFAULT_VOCAB:,} tokens", file=sys.stderr)
+        config = replace(config, vocab_size=DEFAULT_VOCAB)
+    return args, config
+
+
+def count(config: TRMConfig) -> dict:
+    """All figures of a model, made on the meta device: the largest costs neither time nor memory."""
+    with torch.device("meta"):
+        model = TRMModel(config)
+    depth, flops = effective_depth(config), flops_per_token(config)
+    cache = {name: cache_bytes_per_token(config, size) for name, size in DTYPE_BYTES.items()}
+    return {
+        "model": config.to_dict(),
+        "parameters": count_parameters(model),
+        "visits_per_step": config.visits_per_step,
+        "visits_per_token": config.visits_per_step * config.train_steps,
+        "effective_depth_per_step": depth.per_step,
+        "effective_depth": depth.total,
+        "train_flops_per_token": {"matmul": flops.train_matmul, "attention": flops.train_attention, "sum": flops.train},
+        "decode_flops_per_token": {
+            "matmul": flops.decode_matmul,
+            "attention": flops.decode_attention,
+            "sum": flops.decode,
+        },
+        "cache_bytes_per_token": cache,
+        "cache_bytes_full_context": {name: size * config.max_seq_len for name, size in cache.items()},
+    }
+
+
+def show(config: TRMConfig, facts: dict) -> None:
+    """The figures as text."""
+    c, n = config, facts["parameters"]
+    family = {
+        "none": "plain transformer",
+        "loop": f"looped transformer, deep_steps {c.deep_steps}",
+        "trm": f"TRM (latent, deep, supervision steps {c.latent_steps}, {c.deep_steps}, {c.supervision_steps})",
+    }
+    print(f"{family[c.recursion]}, d_model {c.d_model}, n_layers {c.n_layers}, vocabulary {c.vocab_size:,}")
+    print("\nparameters")
+    for name in ("total", "trainable", "embedding", "recursive_core"):
+        print(f"  {name:16}{n[name]:>16,}  {format_params(n[name])}")
+    print("  of which")
+    for name, size in n["per_module"].items():
+        if size:
+            print(f"    {name:14}{size:>16,}  {format_params(size)}")
+    steps = f" ({c.train_steps} supervision steps of {facts['visits_per_step']})" if c.train_steps > 1 else ""
+    print(f"\nvisits per token    {facts['visits_per_token']}{steps}")
+    print(f"effective depth     {facts['effective_depth']} blocks")
+    print(f"\nFLOPs per token, context {c.max_seq_len}   matmul + attention")
+    for name in ("train", "decode"):
+        flops = facts[f"{name}_flops_per_token"]
+        parts = f"{format_params(flops['matmul'])} + {format_params(flops['attention'])}"
+        print(f"  {name:16}{parts:>20} = {format_params(flops['sum'])}")
+    print("\nkey/value cache")
+    for name, size in facts["cache_bytes_per_token"].items():
+        full = facts["cache_bytes_full_context"][name] / 1024**2
+        print(f"  {name:8}{size:>12,} bytes per token, {full:,.2f} MiB for {c.max_seq_len:,} tokens")
+
+
+def main(argv=None) -> None:
+    args, config = parse_args(argv)
+    facts = count(config)
+    print(json.dumps(facts, indent=2)) if args.json else show(config, facts)
+
+
+if __name__ == "__main__":
+    run(main)

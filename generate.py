@@ -1,0 +1,153 @@
+"""Write text with a trained model.
+
+    python generate.py --prompt "def main("                       # the released checkpoint
+    python generate.py runs/trm --prompt "Once upon a time" --temperature 0.7 --top_k 40 --seed 1
+    python generate.py runs/trm --prompt_file prompts.txt --num_samples 3 > texts.txt
+    python generate.py runs/trm --interactive
+
+stdout carries the text alone, a single one as it is made; progress and speed go to stderr.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from src.checkpoint import load_model
+from src.config import UserError, parse_flags, run
+from src.runtime import DTYPES, choose_device, choose_precision, synchronize
+from src.sampling import generate
+from src.tokenizer import StreamDecoder
+
+__all__ = ["load_model", "main", "parse_args"]
+
+
+@dataclass
+class GenerateConfig:
+    """What to write, and how to choose the next token.
+
+    Args:
+        checkpoint: checkpoint or run folder (a run folder means its best); none = the released checkpoint
+        prompt: one or more texts to continue; empty = start from BOS
+        prompt_file: file of prompts, one a line
+        interactive: read prompts from the terminal, one a line, until an end of file
+        num_samples: texts per prompt
+        max_new_tokens: length of the continuation in tokens
+        temperature: 0 = always the likeliest token (greedy); higher = more varied
+        top_k: choose among the k likeliest tokens
+        top_p: choose among the likeliest tokens that hold this much probability
+        seed: the same seed gives the same text; none = a new one each time
+        no_cache: encode the whole text again for each token, to compare
+        device: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
+        precision: of weights and arithmetic
+    """
+
+    checkpoint: str | None = None
+    prompt: list[str] = field(default_factory=list)
+    prompt_file: str | None = None
+    interactive: bool = False
+    num_samples: int = 1
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = 0.95
+    seed: int | None = None
+    no_cache: bool = False
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples is {self.num_samples}: set it to 1 or more")
+
+    def prompts(self) -> list[str]:
+        """The prompts of flags and file; a single empty one where there are none."""
+        prompts = list(self.prompt)
+        if self.prompt_file is not None:
+            try:
+                with open(self.prompt_file, encoding="utf-8") as file:
+                    prompts += file.read().splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"cannot read --prompt_file {self.prompt_file}: {error}") from None
+        return prompts or [""]
+
+
+def parse_args(argv=None) -> GenerateConfig:
+    return parse_flags(__doc__, GenerateConfig, argv=argv, positional="checkpoint")[0]
+
+
+def encode_batch(tokenizer, prompts, device):
+    """Left-padded ids (B, T) with BOS, and their attention mask (B, T)."""
+    rows = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    width = max(map(len, rows))
+    ids = torch.tensor([[tokenizer.pad_id] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def write_texts(model, tokenizer, prompts, config: GenerateConfig):
+    """Continue all prompts as one batch; a single text is printed as it is made, several one after the other."""
+    ids, mask = encode_batch(tokenizer, prompts, next(model.parameters()).device)
+    decoders, texts, made = [StreamDecoder(tokenizer) for _ in prompts], list(prompts), 0
+    streams = len(prompts) == 1
+    print(texts[0] if streams else "", end="", flush=True)
+    options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p", "seed")}
+    start = time.perf_counter()
+    try:
+        tokens = generate(
+            model,
+            ids,
+            config.max_new_tokens,
+            use_cache=not config.no_cache,
+            eos_id=tokenizer.eos_id,
+            attention_mask=mask,
+            **options,
+        )
+        finished = [False] * len(prompts)
+        for token in tokens:
+            for row, index in enumerate(token.tolist()):
+                made += not finished[row]
+                finished[row] = finished[row] or index == tokenizer.eos_id
+                if not finished[row]:
+                    piece = decoders[row].push(index)
+                    texts[row] += piece
+                    print(piece if streams else "", end="", flush=streams)
+    except ValueError as error:
+        raise UserError(error) from None
+    synchronize(ids.device)
+    seconds = time.perf_counter() - start
+    tails = [decoder.flush() for decoder in decoders]
+    print(tails[0] if streams else "\n\n".join(text + tail for text, tail in zip(texts, tails)), flush=True)
+    print(f"{made} tokens in {seconds:.2f} s: {made / max(seconds, 1e-9):.1f} tokens/s", file=sys.stderr)
+
+
+def converse(model, tokenizer, config):
+    """Continue each line typed, until an end of file."""
+    while True:
+        try:
+            print("prompt> ", end="", file=sys.stderr, flush=True)
+            prompt = input()
+        except EOFError:
+            return
+        try:
+            write_texts(model, tokenizer, [prompt] * config.num_samples, config)
+        except UserError as error:  # a prompt that is too long should not end the conversation
+            print(f"error: {error}", file=sys.stderr)
+
+
+def main(argv=None):
+    config = parse_args(argv)
+    device = choose_device(config.device)
+    precision, _ = choose_precision(config.precision, device)
+    prompts = [prompt for prompt in config.prompts() for _ in range(config.num_samples)]
+    model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision])
+    if config.interactive:
+        converse(model, tokenizer, config)
+    else:
+        write_texts(model, tokenizer, prompts, config)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,61 @@
+"""Key/value cache of a looped model: one slot per (visit, layer), because a looped layer is visited many times a token."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of every slot, preallocated.  The caller owns it; the model advances it once per forward call.
+
+    Slots: the prelude's layers, then `prelude_layers + visit * n_layers + layer`, then the coda's layers for each
+    supervision step that is read out. `length` counts the columns filled so far, padding included.
+    """
+
+    def __init__(self, slots: int, batch: int, n_kv_heads: int, max_len: int, head_dim: int, dtype, device):
+        shape = (slots, batch, n_kv_heads, max_len, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.segments: Tensor | None = None  # (B, max_len) attention_mask of all columns, once one has been given
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def max_len(self) -> int:
+        return self.keys.shape[3]
+
+    def update(self, slot: int, k: Float[Tensor, "b h t e"], v: Float[Tensor, "b h t e"]) -> tuple[Tensor, Tensor]:
+        """Write the new columns of one slot; returns keys and values (B, K, length + T, E) of all columns so far."""
+        end = self.length + k.shape[2]
+        self.keys[slot, :, :, self.length : end] = k
+        self.values[slot, :, :, self.length : end] = v
+        return self.keys[slot, :, :, :end], self.values[slot, :, :, :end]
+
+    def extend_mask(self, mask: Int[Tensor, "b t"] | None, batch: int, new: int) -> Tensor | None:
+        """The attention mask (B, length + T) over old and new columns; None while every column is a real token.
+
+        New tokens without a mask of their own are real and belong to the document of the row's last column."""
+        if self.length + new > self.max_len:
+            raise ValueError(f"the cache holds {self.max_len} columns, {self.length} are used and {new} more were given")
+        if mask is None and self.segments is None:
+            return None
+        if self.segments is None:
+            self.segments = torch.ones(batch, self.max_len, dtype=torch.long, device=self.keys.device)
+        end = self.length + new
+        if mask is None:
+            mask = self.segments[:, self.length - 1 : self.length].clamp(min=1)
+        self.segments[:, self.length : end] = mask
+        return self.segments[:, :end]
+
+    def advance(self, new: int):
+        self.length += new
+
+
+def cache_slots(config, read_steps: int = 1) -> int:
+    """Slots of an exact cache of a TRMConfig's model; read_steps = supervision steps that are read out."""
+    visits = config.visits_per_step * config.train_steps
+    return config.prelude_layers + visits * config.n_layers + read_steps * config.coda_layers

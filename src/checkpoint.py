@@ -1,0 +1,156 @@
+"""Checkpoint folders: model.safetensors, config.json, the tokenizer's files, ema.safetensors, state/ for resuming.
+
+A run folder holds `step_NNNNNNNN/` checkpoints and the links `last` and `best`. A checkpoint is written beside its
+place and renamed into it, so a crash at any moment leaves the previous one whole. Loading never unpickles code.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from src.config import UserError, build
+from src.model import TRMConfig, TRMModel
+from src.tokenizer import load_tokenizer
+
+RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "stdlib"
+
+
+def save_checkpoint(folder, model: TRMModel, tokenizer, ema: dict | None = None, state: dict | None = None, info=None):
+    """Write a checkpoint folder, whole or not at all.
+
+    ema: averaged weights under the model's own names; state: optimizer and counters for resuming (tensors, numbers,
+    strings, containers); info: figures that go into config.json beside the model's fields. UserError if unwritable."""
+    folder = Path(folder)
+    beside = folder.with_name(f".{folder.name}.writing")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        save_file(unshared(model.state_dict()), beside / "model.safetensors")
+        if ema is not None:
+            save_file(unshared(ema), beside / "ema.safetensors")
+        tokenizer.save(beside)
+        config = {"model": model.config.to_dict(), "info": info or {}}
+        (beside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        if state is not None:
+            (beside / "state").mkdir()
+            torch.save(state, beside / "state" / "training.pt")
+        _sync(beside)
+        if folder.exists():  # the same step written again, as a run's end on a saved step does
+            shutil.rmtree(folder)
+        beside.rename(folder)
+    except OSError as error:
+        raise UserError(f"cannot write the checkpoint {folder}: {error.strerror or error}; choose another save_dir") from None
+
+
+def unshared(state: dict) -> dict:
+    """A state dict without its second name for tied weights, contiguous, as safetensors wants it."""
+    seen, out = set(), {}
+    for name, tensor in state.items():
+        if tensor.data_ptr() not in seen or not tensor.numel():
+            out[name] = tensor.detach().contiguous()
+        seen.add(tensor.data_ptr())
+    return out
+
+
+def _sync(folder):
+    """Force the folder's files to disk before the rename makes them visible."""
+    for path in sorted(folder.rglob("*")) + [folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def point(link, target_name: str):
+    """Make run_folder/last or run_folder/best lead to a checkpoint beside it, in one atomic step."""
+    link = Path(link)
+    beside = link.with_name(f".{link.name}.link")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target_name)
+    os.replace(beside, link)
+
+
+def prune(run_folder, keep: int):
+    """Delete the oldest step_* folders beyond `keep`, never those that `last` and `best` lead to."""
+    run_folder = Path(run_folder)
+    kept = {(run_folder / name).resolve() for name in ("last", "best")}
+    steps = sorted(p for p in run_folder.glob("step_*") if p.resolve() not in kept)
+    for folder in steps[: max(0, len(steps) - max(0, keep - len(kept)))]:
+        shutil.rmtree(folder)
+
+
+def resolve(folder=None) -> Path:
+    """The checkpoint folder meant by a path: itself, or a run folder's best, else last; default: the released one."""
+    folder = Path(folder) if folder is not None else RELEASED
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint folder at {folder}: train one with train_trm_lm.py, or correct the path")
+    for candidate in (folder, folder / "best", folder / "last"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise UserError(f"{folder} is no checkpoint (no config.json) and no run folder (no best or last): correct the path")
+
+
+def load_config(folder) -> TRMConfig:
+    """The TRMConfig of a checkpoint folder.  UserError where config.json is missing or broken."""
+    path = resolve(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is broken: it should hold the settings of a model; copy the folder again") from None
+    return build(TRMConfig, values, where=f"{path}: ")
+
+
+def read_weights(path) -> dict:
+    """Tensors of a .safetensors file.  UserError where it is missing or cut short."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        reason = "is missing" if not Path(path).exists() else f"is broken or cut short ({error})"
+        raise UserError(f"{path} {reason}: copy the checkpoint folder again") from None
+
+
+def load_weights(model: TRMModel, weights: dict, path):
+    """Copy tensors into a model, whatever their dtype.  UserError where names or shapes do not match."""
+    own = unshared(model.state_dict())
+    wrong = sorted(set(own) ^ set(weights)) or [n for n in own if own[n].shape != weights[n].shape]
+    if wrong:
+        raise UserError(f"{path} does not fit its config.json (first difference: {wrong[0]}): they are of different models")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+
+
+def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True):
+    """(model in eval mode, tokenizer) of a checkpoint or run folder; default: the released one.
+
+    Averaged (EMA) weights are used where they exist, and a line on stderr says which weights these are."""
+    folder = resolve(folder)
+    config = load_config(folder)
+    tokenizer = load_tokenizer(str(folder))
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
+            "they are of different models; copy the folder again"
+        )
+    path = folder / "ema.safetensors"
+    path = path if ema and path.exists() else folder / "model.safetensors"
+    weights = read_weights(path)
+    model = TRMModel(config)
+    load_weights(model, weights, path)
+    print(f"{folder}: {'EMA' if path.name.startswith('ema') else 'plain'} weights", file=sys.stderr)
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def load_state(folder) -> dict:
+    """What a checkpoint needs besides weights to go on training.  UserError where it is missing or broken."""
+    path = Path(folder) / "state" / "training.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, all of them mean the same to the user
+        reason = "is missing" if not path.exists() else f"is broken ({type(error).__name__})"
+        raise UserError(f"{path} {reason}: this checkpoint cannot be resumed; use --init_from to start from its weights") from None

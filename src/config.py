@@ -1,0 +1,128 @@
+"""Settings: dataclasses become flat flags and YAML keys.  Order: defaults < --config file < flags."""
+
+import dataclasses
+import json
+import re
+import signal
+import sys
+import typing
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line: what, where, what to do.  Scripts exit with code 2."""
+
+
+def run(main):
+    """Run a script's main(): a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of stdout went away (`| head`): not a mistake
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def one_line(message):
+    return " ".join(str(message).split())
+
+
+class _Parser(ArgumentParser):
+    def error(self, message, ex=None):
+        print(f"error: {self._plainly(one_line(message))} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+    def _plainly(self, message):
+        """The parser's message about a wrong value as flag, value, what is allowed."""
+        wrong = re.match(r'Parser key "(\w+)": .*(?:Given|Got) value: (.*)$', message)
+        if not wrong:
+            return re.sub(r'Parser key "(\w+)":', r"--\1:", message)
+        action = next((a for a in self._actions if a.dest == wrong[1]), None)
+        allowed = str(getattr(action, "_typehint", "another type"))
+        allowed = re.sub(r"typing\.Literal|<class '(\w+)'>", lambda m: m[1] or "one of ", allowed)
+        return f"--{wrong[1]} {wrong[2]}: expected {allowed}"
+
+
+def parse_flags(description, *classes, argv=None, positional=None):
+    """Flags and YAML into instances of the dataclasses `classes`, in their order.
+
+    Every field is a flag of its own name; its help is its line under `Args:` in the class docstring. A list takes one
+    or more values, a bool takes `--x`, `--x true` or `--x false`. `positional` names a field that needs no flag.
+    Raises UserError where a dataclass refuses its values; a wrong flag ends the program with one line and code 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(description=description, formatter_class=_Formatter)
+    parser.add_argument("--config", action="config", help="YAML file of the same names as the flags below")
+    for cls in classes:
+        parser.add_class_arguments(cls, as_group=True)
+    fields = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
+    parsed = parser.parse_args(_normalise(argv, fields, positional))
+    return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls)}) for cls in classes)
+
+
+def build(cls, values, where=""):
+    """cls(**values), where a ValueError or TypeError of its own checks becomes a UserError."""
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}{error}") from None
+
+
+def literal_fields(cls) -> dict:
+    """{field name: allowed values} of a dataclass's Literal fields."""
+    return {f.name: typing.get_args(f.type) for f in dataclasses.fields(cls) if typing.get_origin(f.type) is typing.Literal}
+
+
+class _Formatter(DefaultHelpFormatter):
+    def _fill_text(self, text, width, indent):  # keep a script's example commands as they are written
+        return "".join(f"{indent}{line}\n" for line in text.strip().splitlines())
+
+
+def _is_list(field):
+    return typing.get_origin(field.type) is list
+
+
+def _normalise(argv, fields, positional):
+    """`--flag` -> `--flag=true`; `--paths a b` -> `--paths=["a", "b"]`; free words -> the positional field."""
+    out, free, i = [], [], 0
+    while i < len(argv):
+        name, is_assigned, value = argv[i].partition("=")
+        field = fields.get(name[2:]) if name.startswith("--") else None
+        i += 1
+        if field is not None and _is_list(field):
+            values = [value] if is_assigned else []
+            while i < len(argv) and not argv[i].startswith("--"):
+                values.append(argv[i])
+                i += 1
+            if not values:
+                raise UserError(f"{name} needs one or more values")
+            out.append(_list_flag(field.name, values))
+        elif field is not None and field.type in (bool, bool | None) and not is_assigned:
+            has_value = i < len(argv) and not argv[i].startswith("--")
+            out.append(f"{name}={argv[i] if has_value else 'true'}")
+            i += has_value
+        elif not name.startswith("-") and positional:
+            free.append(argv[i - 1])
+        else:
+            out.append(argv[i - 1])
+            takes_value = field is not None or name == "--config"
+            if takes_value and not is_assigned and i < len(argv):  # the value, whatever it looks like
+                out[-1] = f"{name}={argv[i]}"
+                i += 1
+    if free and not _is_list(fields[positional]):
+        out.append(f"--{positional}={free.pop(0)}")
+        if free:
+            raise UserError(f"{free[0]!r} is one word too many: {positional} is a single path; quote values with spaces")
+    return out + ([_list_flag(positional, free)] if free else [])
+
+
+def _list_flag(name, values):
+    if len(values) == 1 and values[0].startswith("["):  # the parser's own list syntax
+        return f"--{name}={values[0]}"
+    return f"--{name}={json.dumps(values, ensure_ascii=False)}"

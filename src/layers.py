@@ -1,0 +1,131 @@
+"""The parts of a TinyBlock: RMSNorm, rotary positions, grouped-query attention, SwiGLU, the sequence mixer."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from src.cache import KVCache
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, arXiv:1910.07467.  (..., D) -> (..., D)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_table(
+    positions: Int[Tensor, "b t"], head_dim: int, theta: float, scaling: float | None, dtype: torch.dtype
+) -> tuple[Float[Tensor, "b 1 t e"], Float[Tensor, "b 1 t e"]]:
+    """cos and sin of every position and channel, arXiv:2104.09864, made anew from the positions so that no table
+    bounds the length.  `scaling` divides the positions (position interpolation, arXiv:2306.15595)."""
+    exact = dtype if dtype == torch.float64 else torch.float32  # bf16 cannot hold a position
+    channel = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact)
+    angle = (positions.to(exact) / (scaling or 1.0))[..., None] * theta ** (-channel / head_dim)
+    angle = torch.cat((angle, angle), dim=-1)[:, None]  # (B, 1, T, E): rotate-half pairs channel i with i + E/2
+    return angle.cos(), angle.sin()
+
+
+def apply_rotary_emb(
+    x: Float[Tensor, "b h t e"], cos: Float[Tensor, "#b 1 t e"], sin: Float[Tensor, "#b 1 t e"]
+) -> Float[Tensor, "b h t e"]:
+    """Rotate the channel pairs (i, i + E/2) of queries or keys by their position's angle."""
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+
+
+class Context(NamedTuple):
+    """What every attention layer of one forward call shares."""
+
+    rotary: tuple[Tensor, Tensor] | None  # cos, sin: (B or 1, 1, T, E)
+    mask: Bool[Tensor, "b 1 t s"] | None  # True = may attend; None = causal or everything
+    is_causal: bool  # lower-triangular attention where mask is None
+    cache: KVCache | None
+
+
+def positions_and_mask(
+    input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"] | None, cache: KVCache | None, causal: bool
+) -> tuple[Int[Tensor, "_ t"], Bool[Tensor, "_ 1 t s"] | None]:
+    """positions (B or 1, T), counting real tokens only; mask (B or 1, 1, T, S), None where attention needs none.
+
+    A token attends to its own number in attention_mask (its document) and never to 0 (padding)."""
+    B, T = input_ids.shape
+    past = 0 if cache is None else cache.length
+    index = torch.arange(past + T, device=input_ids.device)
+    segments = attention_mask if cache is None else cache.extend_mask(attention_mask, B, T)
+    is_past = index[past:, None] >= index[None, :]  # (T, S)
+    if segments is None:
+        is_later_chunk = causal and past > 0 and T > 1
+        return index[None, past:], is_past[None, None] if is_later_chunk else None
+    positions = ((segments != 0).cumsum(-1) - 1).clamp(min=0)[:, past:]
+    mask = (segments[:, past:, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
+    mask = mask & is_past if causal else mask
+    mask = mask | (index[past:, None] == index[None, :])  # padding sees itself, so that no row is empty
+    return positions, mask[:, None]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, arXiv:2305.13245: H query heads share K key/value heads of size E.  (B, T, D) -> same."""
+
+    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, qk_norm: bool, eps: float, dropout: float):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, dim // n_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, (n_heads + 2 * n_kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, eps) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps) if qk_norm else None
+
+    def forward(self, x: Float[Tensor, "b t d"], ctx: Context, slot: int) -> Float[Tensor, "b t d"]:
+        B, T, D = x.shape
+        heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, E)
+        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if ctx.rotary is not None:
+            q, k = apply_rotary_emb(q, *ctx.rotary), apply_rotary_emb(k, *ctx.rotary)
+        if ctx.cache is not None:
+            k, v = ctx.cache.update(slot, k, v)  # (B, K, S, E): everything seen so far
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=ctx.mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=ctx.is_causal,
+            enable_gqa=self.n_kv_heads != self.n_heads,
+        )
+        return self.out(y.transpose(1, 2).reshape(B, T, D))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x), arXiv:2002.05202, over the last dimension.  (..., D) -> (..., D)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class MLPMixer1D(nn.Module):
+    """SwiGLU across the sequence in place of attention, arXiv:2105.01601.  (B, L, D) -> same, for the one length L."""
+
+    def __init__(self, seq_len: int, hidden: int):
+        super().__init__()
+        self.mlp = SwiGLU(seq_len, hidden)
+
+    def forward(self, x: Float[Tensor, "b t d"], ctx: Context, slot: int) -> Float[Tensor, "b t d"]:
+        return self.mlp(x.transpose(1, 2)).transpose(1, 2)

@@ -1,0 +1,67 @@
+"""Losses.  One reduction everywhere: the mean over target tokens, in nats; -100 marks a position without a target."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+IGNORE = -100
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def cross_entropy(logits: Float[Tensor, "*n v"], targets: Int[Tensor, "*n"]) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood per target token, nats.  0 where there is no target at all."""
+    loss = F.cross_entropy(_wide(logits).flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss / (targets != IGNORE).sum().clamp(min=1)
+
+
+def stablemax_cross_entropy(logits: Float[Tensor, "*n v"], targets: Int[Tensor, "*n"]) -> Float[Tensor, ""]:
+    """Cross-entropy over s(x) / sum s(x) with s(x) = x + 1 for x >= 0, else 1 / (1 - x), arXiv:2501.04697, in float64."""
+    x = logits.double()
+    s = torch.where(x >= 0, x + 1, 1 / (1 - x.clamp(max=0)))
+    log_p = s.log() - s.sum(-1, keepdim=True).log()
+    valid = targets != IGNORE
+    picked = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return -(picked * valid).sum() / valid.sum().clamp(min=1)
+
+
+def halting_loss(
+    halt_logits: Float[Tensor, "*n"], should_halt: Bool[Tensor, "*n"], valid: Bool[Tensor, "*n"]
+) -> Float[Tensor, ""]:
+    """Mean binary cross-entropy of the halting head over the valid positions, nats."""
+    logits = _wide(halt_logits)
+    loss = F.binary_cross_entropy_with_logits(logits, should_halt.to(logits.dtype), reduction="none")
+    return (loss * valid).sum() / valid.sum().clamp(min=1)
+
+
+def step_weights(spec: str, steps: int) -> list[float]:
+    """Weights of supervision steps 0..steps-1 from `supervision_weights`, not normalised.
+
+    `equal`, `linear` (step s counts s + 1), `last`, or numbers such as `0.3,1.0`, the last of which is repeated."""
+    if spec == "equal":
+        return [1.0] * steps
+    if spec == "linear":
+        return [s + 1.0 for s in range(steps)]
+    if spec == "last":
+        return [0.0] * (steps - 1) + [1.0]
+    numbers = [float(part) for part in spec.split(",")]
+    return (numbers + [numbers[-1]] * steps)[:steps]
+
+
+def valid_weights(spec: str) -> bool:
+    """Whether `step_weights` takes this: none negative, the last positive."""
+    try:
+        weights = step_weights(spec, 1 + spec.count(","))
+    except ValueError:
+        return False
+    return min(weights) >= 0 and weights[-1] > 0
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """Cross-entropy in bits per UTF-8 byte: the figure that models with different tokenizers share."""
+    return nats_per_token / math.log(2) / bytes_per_token

@@ -1,0 +1,425 @@
+"""The Tiny Recursive Model as a language model, arXiv:2510.04871; the looped and the plain transformer are the same class.
+
+    x = prelude(embed(ids))
+    for s in range(supervision_steps):               # N_sup in the paper
+        for t in range(deep_steps):                  # T: only the last grad_deep_steps carry gradient
+            for i in range(latent_steps):            # n
+                z = net(x, y, z)
+            y = net(y, z)
+        logits = head(coda(y));  halt = q_head(y)
+        y, z = y.detach(), z.detach()                # unless full_bptt
+
+Shapes: B batch, T tokens, D width, H query heads, K key/value heads, E = D/H, V vocabulary.
+"""
+
+import contextlib
+import functools
+from dataclasses import asdict, dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn as nn
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from src.cache import KVCache, cache_slots
+from src.config import literal_fields
+from src.layers import Attention, Context, MLPMixer1D, RMSNorm, SwiGLU, positions_and_mask, rotary_table
+from src.losses import IGNORE, cross_entropy, halting_loss, step_weights, valid_weights
+from src.sampling import generate_ids
+
+
+@dataclass
+class TRMConfig:
+    """The model. `recursion` picks the family; fields that a family does not use are ignored.
+
+    Args:
+        vocab_size: V, number of tokens; taken from the tokenizer where not given
+        d_model: D, width of the residual stream
+        n_heads: H, query heads; the head size is D/H
+        n_kv_heads: K, key/value heads, shared by groups of H/K query heads; default n_heads
+        n_layers: blocks of the one network that is applied again and again
+        d_ff: hidden width of SwiGLU; default 8/3 D rounded up to 64
+        max_seq_len: context length in tokens
+        causal: each token sees only the past (a language model); false for puzzles
+        mixer: what mixes tokens; mlp is for fixed-length, non-causal inputs
+        positions: rope (rotary), learned (an embedding, part of x), or none
+        rope_theta: base of the rotary frequencies
+        rope_scaling: divides the rotary positions, for contexts longer than trained; none = 1
+        norm: place of RMSNorm: post as in the TRM paper, pre as in Llama, sandwich = both
+        norm_eps: epsilon inside RMSNorm
+        qk_norm: RMSNorm on queries and keys, per head
+        dropout: probability of dropping, on attention weights and on each sublayer's output
+        tie_embeddings: the output head is the embedding matrix
+        recursion: none = plain transformer (Llama), loop = looped transformer, trm = the two-stream recursion
+        prelude_layers: untied blocks before the recursion
+        coda_layers: untied blocks after it
+        injection: how x re-enters at each visit: sum (the paper), concat (a linear layer), none (loop only: y0 = x)
+        gate: element-wise gate between the old and the new state at each visit
+        latent_steps: n, updates of z before each update of y (trm)
+        deep_steps: T, cycles of a supervision step (trm), or visits (loop)
+        supervision_steps: N_sup, deep supervision steps (trm)
+        grad_deep_steps: how many of the last deep steps carry gradient; default 1 for trm, all for loop
+        full_bptt: back-propagate through all supervision and deep steps (memory grows with them)
+        supervision_weights: weights of the steps' losses: equal, linear, last, or numbers such as 0.3,1.0
+        act_weight: weight of the halting loss
+        act_target: what the halting head learns: correct = the argmax is right, stable = one more step leaves it as it is
+        act_threshold: a token halts where the halting probability exceeds this
+        gradient_checkpointing: recompute each visit in the backward pass: less memory, more time
+        pad_token_id: id that fills rows after their end
+    """
+
+    vocab_size: int | None = None
+    d_model: int = 256
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    n_layers: int = 2
+    d_ff: int | None = None
+    max_seq_len: int = 256
+    causal: bool = True
+    mixer: Literal["attention", "mlp"] = "attention"
+    positions: Literal["rope", "learned", "none"] = "rope"
+    rope_theta: float = 10000.0
+    rope_scaling: float | None = None
+    norm: Literal["post", "pre", "sandwich"] = "post"
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    dropout: float = 0.0
+    tie_embeddings: bool = False
+    recursion: Literal["none", "loop", "trm"] = "trm"
+    prelude_layers: int = 0
+    coda_layers: int = 0
+    injection: Literal["sum", "concat", "none"] = "sum"
+    gate: bool = False
+    latent_steps: int = 2
+    deep_steps: int = 2
+    supervision_steps: int = 2
+    grad_deep_steps: int | None = None
+    full_bptt: bool = False
+    supervision_weights: str = "equal"
+    act_weight: float = 1.0
+    act_target: Literal["correct", "stable"] = "correct"
+    act_threshold: float = 0.95
+    gradient_checkpointing: bool = False
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+        self.d_ff = -(-8 * self.d_model // (3 * 64)) * 64 if self.d_ff is None else self.d_ff
+        if self.grad_deep_steps is None:
+            self.grad_deep_steps = 1 if self.recursion == "trm" and not self.full_bptt else self.deep_steps
+        for problem, advice in self._problems():
+            if problem:
+                raise ValueError(advice)
+
+    def _problems(self):
+        """(is it wrong?, what to change) for every combination that cannot work."""
+        positive = "d_model n_heads n_kv_heads n_layers d_ff max_seq_len latent_steps deep_steps supervision_steps".split()
+        for name in positive + ["grad_deep_steps"] + ["vocab_size"] * (self.vocab_size is not None):
+            yield getattr(self, name) < 1, f"{name} is {getattr(self, name)}: set it to 1 or more"
+        for name in ("prelude_layers", "coda_layers", "act_weight"):
+            yield getattr(self, name) < 0, f"{name} is {getattr(self, name)}: set it to 0 or more"
+        for name, allowed in literal_fields(type(self)).items():
+            yield getattr(self, name) not in allowed, f"{name} is {getattr(self, name)!r}: choose {', '.join(allowed)}"
+        D, H, K = self.d_model, self.n_heads, self.n_kv_heads
+        yield D % H != 0, f"d_model {D} does not divide into n_heads {H}: make d_model a multiple of n_heads"
+        yield H % K != 0, f"n_heads {H} is no multiple of n_kv_heads {K}: make n_kv_heads a divisor of n_heads"
+        odd = self.positions == "rope" and self.mixer == "attention" and (D // H) % 2
+        yield odd, f"rotary positions pair channels, but the head size {D // H} is odd: change d_model or n_heads"
+        yield not 0 <= self.dropout < 1, f"dropout is {self.dropout}: set it to 0 or more and under 1"
+        yield not 0 < self.act_threshold <= 1, f"act_threshold is {self.act_threshold}: set it over 0 and up to 1"
+        yield self.norm_eps <= 0 or self.rope_theta <= 0, "norm_eps and rope_theta must be positive: raise them"
+        bad_scaling = self.rope_scaling is not None and self.rope_scaling <= 0
+        yield bad_scaling, f"rope_scaling is {self.rope_scaling}: set it over 0, or leave it out"
+        yield self.mixer == "mlp" and self.causal, "mixer mlp sees the whole sequence: set causal to false or mixer to attention"
+        yield self.injection == "none" and self.recursion == "trm", "injection none is for recursion loop: choose sum or concat"
+        if self.recursion != "none":
+            G, T = self.grad_deep_steps, self.deep_steps
+            yield G > T, f"grad_deep_steps {G} is more than deep_steps {T}: lower it"
+            cut = self.recursion == "loop" and self.injection == "none" and T > G
+            yield cut, "injection none with grad_deep_steps under deep_steps leaves the embedding without gradient: set them equal"
+        yield not valid_weights(self.supervision_weights), (
+            f"supervision_weights is {self.supervision_weights!r}: choose equal, linear, last, or numbers such as 0.3,1.0 "
+            "(none negative, the last positive)"
+        )
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @property
+    def head_dim(self) -> int:
+        """E, channels of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def train_steps(self) -> int:
+        """Supervision steps of one batch: only the trm family has more than one."""
+        return self.supervision_steps if self.recursion == "trm" else 1
+
+    @property
+    def visits_per_step(self) -> int:
+        """Applications of the network in one supervision step."""
+        return {"none": 1, "loop": self.deep_steps, "trm": self.deep_steps * (self.latent_steps + 1)}[self.recursion]
+
+    @property
+    def embed_scale(self) -> float:
+        """A tied matrix is small, as the head needs it; the recursion adds x to states of unit size."""
+        return self.d_model**0.5 if self.tie_embeddings and self.recursion != "none" else 1.0
+
+
+class Carry(NamedTuple):
+    """What one supervision step hands to the next."""
+
+    y: Float[Tensor, "b t d"]
+    z: Float[Tensor, "b t d"] | None  # trm only
+    steps: int  # supervision steps done
+
+
+class TRMOutput(NamedTuple):
+    """Losses in nats per target token.  With return_steps the logits have a leading dimension of supervision steps."""
+
+    loss: Float[Tensor, ""] | None
+    ce_loss: Float[Tensor, ""] | None
+    act_loss: Float[Tensor, ""] | None
+    logits: Float[Tensor, "*s b t v"]
+    halt_logits: Tensor | None  # (B, T) causal, (B,) otherwise; None without a halting head
+    carry: Carry
+
+
+class TRMModel(nn.Module):
+    """ids (B, T) -> logits (B, T, V), by recursion of one TinyNet.  All work goes through `forward`."""
+
+    def __init__(self, config: TRMConfig):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("vocab_size is not set: take it from the tokenizer")
+        self.config = c = config
+        self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        self.pos_embed = nn.Embedding(c.max_seq_len, c.d_model) if c.positions == "learned" else None
+        self.prelude = nn.ModuleList(TinyBlock(c) for _ in range(c.prelude_layers))
+        self.net = TinyNet(c)
+        self.coda = nn.ModuleList(TinyBlock(c) for _ in range(c.coda_layers))
+        self.coda_norm = RMSNorm(c.d_model, c.norm_eps) if c.coda_layers and c.norm != "post" else None
+        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        if c.recursion == "trm":
+            self.q_head = nn.Linear(c.d_model, 1)
+            self.register_buffer("y_init", torch.empty(c.d_model))
+            self.register_buffer("z_init", torch.empty(c.d_model))
+        self.cycle = {"none": self._plain_cycle, "loop": self._loop_cycle, "trm": self.latent_recursion}[c.recursion]
+        self._init_weights()
+        if c.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        target_ids: Int[Tensor, "b t"] | None = None,
+        attention_mask: Int[Tensor, "b t"] | None = None,
+        supervision_steps: int | None = None,
+        carry: Carry | None = None,
+        return_steps: bool = False,
+        cache: KVCache | None = None,
+    ) -> TRMOutput:
+        """Run supervision steps from `carry` (default: the initial state, all steps of the config).
+
+        attention_mask: None = every token is real; 0 = padding; different numbers 1, 2, ... keep attention inside
+        documents packed into one row. target_ids[t] is the token after input_ids[t], IGNORE (-100) has no loss.
+        """
+        steps = self.config.train_steps if supervision_steps is None else supervision_steps
+        x, ctx = self._enter(input_ids, attention_mask, cache)
+        y, z, done = carry if carry is not None else self._initial_state(x)
+        weights = step_weights(self.config.supervision_weights, done + steps)[done:]
+        weights = weights if sum(weights) > 0 else [1.0] * steps  # a step of weight 0, run by itself
+        loss = ce_loss = act_loss = None if target_ids is None else x.new_zeros(())
+        every_logits, every_halt = [], []
+        for s in range(steps):
+            y_before = y
+            y, z = self.deep_recursion(x, y, z, ctx, (done + s) * self.config.visits_per_step)
+            if target_ids is not None or return_steps or s == steps - 1:
+                logits, halt = self._read_out(y, ctx, len(every_logits))
+                every_logits, every_halt = (every_logits if return_steps else []) + [logits], every_halt + [halt]
+            if target_ids is not None:
+                w = weights[s] / sum(weights)
+                ce, act = cross_entropy(logits, target_ids), self._halting_loss(y_before, done + s, logits, halt, target_ids, ctx)
+                ce_loss, act_loss = ce_loss + w * ce, act_loss + w * act
+                loss = loss + w * (ce + self.config.act_weight * act)
+            if not self.config.full_bptt:
+                y, z = y.detach(), None if z is None else z.detach()
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        if return_steps:
+            logits, halt = torch.stack(every_logits), None if halt is None else torch.stack(every_halt)
+        return TRMOutput(loss, ce_loss, act_loss, logits, halt, Carry(y, z, done + steps))
+
+    def deep_recursion(self, x, y, z, ctx, visit=0):
+        """T cycles, of which only the last grad_deep_steps carry gradient.  x, y, z: (B, T, D) -> y, z."""
+        deep_steps = 1 if self.config.recursion == "none" else self.config.deep_steps  # T in the paper
+        for t in range(deep_steps):
+            frozen = self.config.recursion != "none" and t < deep_steps - self.config.grad_deep_steps
+            with torch.no_grad() if frozen else contextlib.nullcontext():
+                y, z = self.cycle(x, y, z, ctx, visit)
+            visit += self.config.visits_per_step // deep_steps
+        return y, z
+
+    def latent_recursion(self, x, y, z, ctx, visit=0):
+        """n updates of the latent z, then one of the answer y.  x, y, z: (B, T, D).  arXiv:2510.04871, section 4."""
+        for i in range(self.config.latent_steps):  # n in the paper
+            z = self._visit((x, y, z), ctx, visit + i)
+        y = self._visit((y, z), ctx, visit + self.config.latent_steps, state=0)
+        return y, z
+
+    def _loop_cycle(self, x, y, z, ctx, visit=0):
+        return self._visit((y,) if self.config.injection == "none" else (x, y), ctx, visit), z
+
+    def _plain_cycle(self, x, y, z, ctx, visit=0):
+        return self._visit((x,), ctx, visit), z
+
+    def _inference_cycle(self, x, carry: Carry, ctx) -> Carry:
+        """One supervision step without gradient and without reading the answer out."""
+        with torch.no_grad():
+            y, z = self.deep_recursion(x, carry.y, carry.z, ctx, carry.steps * self.config.visits_per_step)
+        return Carry(y, z, carry.steps + 1)
+
+    def _visit(self, inputs, ctx, visit, state=-1):
+        """One application of the network to its inputs; inputs[state] is the stream that it updates."""
+        c = self.config
+        slot = c.prelude_layers + visit * c.n_layers if ctx.cache is not None else 0
+        if c.gradient_checkpointing and torch.is_grad_enabled() and ctx.cache is None:
+            return checkpoint(self.net, inputs, ctx, slot, state, use_reentrant=False)
+        return self.net(inputs, ctx, slot, state)
+
+    def _enter(self, input_ids, attention_mask, cache) -> tuple[Tensor, Context]:
+        """Embedding and prelude: x (B, T, D), and what all attention layers share."""
+        c = self.config
+        x = self.embed(input_ids) * c.embed_scale
+        positions, mask = positions_and_mask(input_ids, attention_mask, cache, c.causal)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed(positions)
+        use_rope = c.positions == "rope" and c.mixer == "attention"
+        rotary = rotary_table(positions, c.head_dim, c.rope_theta, c.rope_scaling, x.dtype) if use_rope else None
+        ctx = Context(rotary, mask, c.causal and mask is None and input_ids.shape[1] > 1, cache)
+        for layer, block in enumerate(self.prelude):
+            x = block(x, ctx, layer)
+        return x, ctx
+
+    def _initial_state(self, x) -> Carry:
+        if self.config.recursion == "trm":
+            return Carry(self.y_init.to(x.dtype).expand_as(x), self.z_init.to(x.dtype).expand_as(x), 0)
+        return Carry(x if self.config.injection == "none" else torch.zeros_like(x), None, 0)
+
+    def _read_out(self, y, ctx, step=0):
+        """logits (B, T, V) and the halting logits of an answer y (B, T, D); step = how many were read out before."""
+        c = self.config
+        base = c.prelude_layers + self.config.visits_per_step * c.train_steps * c.n_layers + step * c.coda_layers
+        h = y
+        for layer, block in enumerate(self.coda):
+            h = block(h, ctx, base + layer)
+        logits = self.head(h if self.coda_norm is None else self.coda_norm(h))
+        return logits, self._halt(y)
+
+    def _halt(self, y):
+        """Halting logits of an answer: one per token (B, T), or per sequence (B,) read at position 0."""
+        if self.config.recursion != "trm":
+            return None
+        return self.q_head(y if self.config.causal else y[:, 0]).squeeze(-1)
+
+    def _halting_loss(self, y_before, step, logits, halt, target_ids, ctx):
+        """Halting BCE of one supervision step; `stable` judges the step before, from the carry (none at step 0)."""
+        valid = target_ids != IGNORE
+        if halt is None or (self.config.act_target == "stable" and step == 0):
+            return logits.new_zeros(())
+        guess = logits.detach().argmax(-1)
+        if self.config.act_target == "correct":
+            right = guess == target_ids
+        else:
+            halt = self._halt(y_before)
+            with torch.no_grad():
+                right = self._read_out(y_before, ctx)[0].argmax(-1) == guess
+        if not self.config.causal:
+            right, valid = (right | ~valid).all(-1), valid.any(-1)
+        return halting_loss(halt, right, valid)
+
+    def new_cache(self, batch: int, max_len: int | None = None, read_steps: int = 1) -> KVCache:
+        """An empty cache for `batch` rows of up to max_len columns; read_steps > 1 is for return_steps."""
+        c, weight = self.config, self.embed.weight
+        if not c.causal or c.mixer != "attention":
+            raise ValueError("only a causal attention model decodes with a cache")
+        slots = cache_slots(c, read_steps)
+        return KVCache(slots, batch, c.n_kv_heads, max_len or c.max_seq_len, c.head_dim, weight.dtype, weight.device)
+
+    def generate(self, prompt_ids: Int[Tensor, "b t"], max_new_tokens: int, **options) -> Int[Tensor, "b u"]:
+        """prompt_ids (B, T), left-padded where attention_mask is 0 -> (B, T + max_new_tokens).
+
+        Options, see sampling.generate: temperature=1.0 (0 is greedy), top_k, top_p, use_cache=True, seed, eos_id,
+        attention_mask. After EOS a row is filled with pad_token_id, or with EOS where the config has none."""
+        return generate_ids(self, prompt_ids, max_new_tokens, **options)
+
+    @torch.no_grad()
+    def _init_weights(self):
+        """Linear weights N(0, 1/fan_in); embedding N(0, 1), or 1/D where it is also the head; halting starts at no."""
+        c = self.config
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=module.in_features**-0.5)
+                if module.bias is not None:
+                    module.bias.zero_()
+        self.embed.weight.normal_(std=c.d_model**-0.5 if c.tie_embeddings else 1.0)
+        if self.pos_embed is not None:
+            self.pos_embed.weight.normal_(std=0.02)
+        if c.recursion == "trm":
+            self.q_head.weight.zero_()
+            self.q_head.bias.fill_(-5.0)
+            nn.init.trunc_normal_(self.y_init)
+            nn.init.trunc_normal_(self.z_init)
+        if self.net.gate is not None:
+            self.net.gate.bias.fill_(4.0)  # the gate starts open: new states pass
+
+
+class TinyNet(nn.Module):
+    """The one network: inputs are injected, n_layers blocks follow.  Each input: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, c: TRMConfig):
+        super().__init__()
+        D, concat = c.d_model, c.injection == "concat" and c.recursion != "none"
+        self.inject_z = nn.Linear(3 * D, D, bias=False) if concat and c.recursion == "trm" else None
+        self.inject_y = nn.Linear(2 * D, D, bias=False) if concat else None
+        self.blocks = nn.ModuleList(TinyBlock(c) for _ in range(c.n_layers))
+        self.norm = RMSNorm(D, c.norm_eps) if c.norm != "post" else None  # post-norm blocks end normalised
+        self.gate = nn.Linear(2 * D, D) if c.gate and c.recursion != "none" else None
+
+    def forward(self, inputs, ctx: Context, slot: int, state: int = -1) -> Tensor:
+        inject = {3: self.inject_z, 2: self.inject_y}.get(len(inputs))
+        h = inject(torch.cat(inputs, dim=-1)) if inject is not None else functools.reduce(torch.add, inputs)
+        for layer, block in enumerate(self.blocks):
+            h = block(h, ctx, slot + layer)
+        h = h if self.norm is None else self.norm(h)
+        if self.gate is None:
+            return h
+        old = inputs[state]
+        return torch.lerp(old, h, torch.sigmoid(self.gate(torch.cat((old, h), dim=-1))).to(h.dtype))
+
+
+class TinyBlock(nn.Module):
+    """Attention (or the sequence mixer), then SwiGLU, each with its RMSNorm: post, pre or sandwich.  (B, T, D) -> same."""
+
+    def __init__(self, c: TRMConfig):
+        super().__init__()
+        if c.mixer == "mlp":
+            self.attn = MLPMixer1D(c.max_seq_len, c.d_ff)
+        else:
+            self.attn = Attention(c.d_model, c.n_heads, c.n_kv_heads, c.qk_norm, c.norm_eps, c.dropout)
+        self.mlp = SwiGLU(c.d_model, c.d_ff)
+        self.attn_norm, self.mlp_norm = RMSNorm(c.d_model, c.norm_eps), RMSNorm(c.d_model, c.norm_eps)
+        sandwich = c.norm == "sandwich"
+        self.attn_out_norm = RMSNorm(c.d_model, c.norm_eps) if sandwich else nn.Identity()
+        self.mlp_out_norm = RMSNorm(c.d_model, c.norm_eps) if sandwich else nn.Identity()
+        self.post = c.norm == "post"
+        self.drop = nn.Dropout(c.dropout)
+
+    def forward(self, h: Float[Tensor, "b t d"], ctx: Context, slot: int) -> Float[Tensor, "b t d"]:
+        if self.post:
+            h = self.attn_norm(h + self.drop(self.attn(h, ctx, slot)))
+            return self.mlp_norm(h + self.drop(self.mlp(h)))
+        h = h + self.drop(self.attn_out_norm(self.attn(self.attn_norm(h), ctx, slot)))
+        return h + self.drop(self.mlp_out_norm(self.mlp(self.mlp_norm(h))))

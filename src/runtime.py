@@ -1,0 +1,218 @@
+"""The one place of device logic: which device, precision and compiler a run uses, and why (CUDA, MPS, CPU)."""
+
+import contextlib
+import importlib.util
+import os
+import random
+import shutil
+import signal
+import sys
+import sysconfig
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from src.config import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GIB = 1024**3
+
+
+@dataclass
+class RuntimeConfig:
+    """Where the tensors live and how they are multiplied.
+
+    Args:
+        device: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
+        precision: fp32, bf16, fp16, or auto = bf16 where it is hardware, fp16 on older GPUs, else fp32
+    """
+
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+
+class Choice(NamedTuple):
+    """A setting chosen for the user, and the reason to tell; unpacks as (value, reason)."""
+
+    value: str | bool
+    reason: str
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """auto = CUDA, else MPS, else CPU.  Raises UserError for a device that is unknown or not here."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = wanted.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise UserError(f"--device {wanted}: unknown; choose auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda":
+        _need_cuda(wanted, int(index or 0))
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device mps: torch {torch.__version__} sees no Apple GPU here; use --device cpu or auto")
+    return torch.device(wanted)
+
+
+def _need_cuda(wanted, index):
+    if not torch.cuda.is_available():
+        without = torch.version.cuda is None and torch.version.hip is None
+        built = "built without CUDA" if without else "built for CUDA, but sees no usable GPU or driver"
+        advice = "install a CUDA build of torch, or use" if without else "check nvidia-smi, or use"
+        raise UserError(f"--device {wanted}: torch {torch.__version__} is {built}; {advice} --device cpu")
+    count = torch.cuda.device_count()
+    if index >= count:
+        have = "cuda:0 only" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise UserError(f"--device {wanted}: there is no such GPU; this machine has {have}")
+
+
+def cpu_features() -> list[str]:
+    """Which of AVX2, AVX512, AVX512-BF16 and AMX-BF16 this CPU has."""
+    names = {"avx2": "AVX2", "avx512_f": "AVX512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16"}
+    found = torch.cpu.get_capabilities()
+    return [name for key, name in names.items() if found.get(key)]
+
+
+def choose_precision(wanted: str, device: torch.device) -> Choice:
+    """(fp32 | bf16 | fp16, reason).  auto takes the fastest that the device has in hardware.
+
+    torch can run bf16 without hardware for it, only slower, so a wanted bf16 is obeyed; fp16 on a CPU is refused."""
+    best = _best_precision(device)
+    if wanted == "auto":
+        return best
+    if wanted not in DTYPES:
+        raise UserError(f"--precision {wanted}: unknown; choose auto, {', '.join(DTYPES)}")
+    if wanted == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16: too narrow to train with on a CPU; use bf16, fp32 or auto")
+    slow = wanted == "bf16" and best.value != "bf16" and device.type != "mps"
+    return Choice(wanted, "as asked; there is no bf16 hardware here, so expect it to be slow" if slow else "as asked")
+
+
+def _best_precision(device) -> Choice:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) >= (8, 0):
+            return Choice("bf16", f"bf16 hardware, sm{major}{minor}")
+        return Choice("fp16", f"with loss scaling, as sm{major}{minor} is before bf16 (sm80)")
+    if device.type == "mps":
+        return Choice("fp32", "autocast gains little on MPS; bf16 and fp16 only when asked for")
+    hardware = [name for name in ("AMX-BF16", "AVX512-BF16") if name in cpu_features()]
+    if hardware:
+        return Choice("bf16", f"bf16 hardware, {' and '.join(hardware)}")
+    return Choice("fp32", "this CPU has neither AMX-BF16 nor AVX512-BF16")
+
+
+def autocast(device: torch.device, precision: str):
+    """Context in which matrix products run in `precision`; for fp32 it does nothing."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def find_compiler() -> str | None:
+    """Path of the C++ compiler that torch.compile would call ($CXX, else the system's usual one), or None."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return shutil.which(os.environ.get("CXX") or usual)
+
+
+def choose_compile(wanted: bool | None, device: torch.device) -> Choice:
+    """(use torch.compile?, reason); None = where it can work.  Raises UserError where it is wanted and cannot."""
+    if wanted is False:
+        return Choice(False, "as asked")
+    missing = _missing_for_compile(device)
+    if wanted and missing:
+        raise UserError(f"--compile true: torch.compile cannot work here: {missing}; or leave the flag out")
+    if missing:
+        return Choice(False, f"slower without: {missing}")
+    if wanted is None and device.type == "mps":
+        return Choice(False, "torch.compile is a prototype on MPS; --compile true tries it")
+    return Choice(True, "as asked" if wanted else f"found {'triton and ' * (device.type == 'cuda')}{find_compiler()}")
+
+
+def _missing_for_compile(device) -> str:
+    """What stands in the way of torch.compile and what to do, or an empty string."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if find_compiler() is None:
+        wanted = os.environ.get("CXX")
+        return f"$CXX is {wanted!r}, which is no program" if wanted else "no C++ compiler (install g++, or set CXX)"
+    include = sysconfig.get_paths()["include"]  # inductor's kernels are Python extensions
+    return "" if (Path(include) / "Python.h").exists() else f"no Python.h in {include} (install the Python headers)"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of random, numpy and torch (every device)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def describe(device: torch.device) -> str:
+    """One line: name, capability and memory of a GPU; name, instruction sets and threads of a CPU."""
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        return f"{p.name}, sm{p.major}{p.minor}, {p.total_memory / GIB:.1f} GiB"
+    if device.type == "mps":
+        return f"Apple GPU, {torch.mps.recommended_max_memory() / GIB:.1f} GiB recommended"
+    name = torch.cpu.get_capabilities().get("cpu_name") or "CPU"
+    threads = torch.get_num_threads()
+    return f"{name}, {', '.join(cpu_features()) or 'no AVX2'}, {threads} thread{'s' * (threads > 1)}"
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given, so that a clock reads the truth."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def peak_rss_bytes() -> int:
+    """The most host memory that this process has held at once, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage: there, a child starts with the peak of the process that started it
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import psutil
+
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return info.peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Interrupt:
+    """Turns the first SIGINT or SIGTERM into a flag that a loop polls, so that it ends with a checkpoint.
+
+    A second SIGINT raises KeyboardInterrupt. The old handlers come back at the end; outside the main thread,
+    where Python allows no handlers, nothing is caught.
+
+        with Interrupt() as interrupt:
+            while not interrupt.requested: ...
+    """
+
+    def __init__(self):
+        self.signal_name: str | None = None  # SIGINT or SIGTERM, once one has come
+        self._old = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.signal_name is not None
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number, frame):
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = self.signal_name or signal.Signals(number).name
+
+    def __exit__(self, *exc):
+        for number, handler in self._old.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._old = {}

@@ -1,0 +1,132 @@
+"""Next-token choice, and the one generator of tokens that every front end shares."""
+
+import secrets
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def filter_logits(
+    logits: Float[Tensor, "b v"], temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Float[Tensor, "b v"]:
+    """Logits divided by the temperature, with -inf where top_k or top_p (nucleus, arXiv:1904.09751) drop a token."""
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the likelier tokens; 0 for the likeliest
+        logits = logits.scatter(-1, index, ordered.masked_fill(before >= top_p, -torch.inf))
+    return logits
+
+
+def choose_token(logits, temperature, top_k, top_p, generators) -> Int[Tensor, "b"]:
+    """One token per row of logits (B, V): the likeliest at temperature 0, else drawn with the row's own generator."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = filter_logits(logits, temperature, top_k, top_p).double().softmax(-1).cumsum(-1)
+    draw = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(logits.device)
+    point = draw[:, None] * cumulative[:, -1:]  # the total is 1 only up to rounding
+    return torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def fit_window(ids, mask, max_len: int, finished) -> tuple[Tensor, Tensor]:
+    """Make room in rows of ids (B, W), left-padded where mask is 0, so that none holds more than max_len tokens.
+
+    A row over max_len keeps its last max_len // 2 tokens, a finished row its last one; what remains is padded anew."""
+    rows = [row[keep] for row, keep in zip(ids, mask.bool())]
+    rows = [row[-1:] if done else row[-(max_len // 2) :] if len(row) > max_len else row for row, done in zip(rows, finished)]
+    width = max(len(row) for row in rows)
+    ids, mask = ids.new_zeros(len(rows), width), mask.new_zeros(len(rows), width)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :], mask[i, width - len(row) :] = row, 1
+    return ids, mask
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompt_ids: Int[Tensor, "b t"],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    use_cache: bool = True,
+    seed: int | None = None,
+    eos_id: int | None = None,
+    attention_mask: Int[Tensor, "b t"] | None = None,
+):
+    """Yield (B,) ids, one new token of every row at a time, until max_new_tokens or until every row has met EOS.
+
+    prompt_ids are left-padded where attention_mask is 0. temperature 0 is greedy. Row i draws from a generator of
+    its own, seeded with seed + i, so a row's text does not depend on the rows beside it. After EOS a row yields
+    the config's pad_token_id, or EOS again where it has none. When a row would pass max_seq_len, it keeps its last
+    max_seq_len // 2 tokens and is encoded anew. Raises ValueError for options and prompts that cannot be.
+    """
+    _check(model.config, prompt_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
+    was_training = model.training
+    model.eval()
+    try:
+        yield from _generate(
+            model, prompt_ids, max_new_tokens, (temperature, top_k, top_p), use_cache, seed, eos_id, attention_mask
+        )
+    finally:
+        model.train(was_training)
+
+
+def _generate(model, ids, max_new_tokens, rule, use_cache, seed, eos_id, mask):
+    max_len, pad = model.config.max_seq_len, model.config.pad_token_id
+    seed = secrets.randbits(62) if seed is None else seed
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(ids))]
+    finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    mask = torch.ones_like(ids) if mask is None else mask.long()
+    cache, new = None, None
+    for _ in range(max_new_tokens):
+        if ids.shape[1] > max_len or cache is None and not bool(mask[:, 0].any()):
+            (ids, mask), cache = fit_window(ids, mask, max_len, finished.tolist()), None
+        if cache is not None:
+            real = mask[:, -1:] if bool(finished.any()) else None
+            logits = model(new[:, None], attention_mask=real, cache=cache).logits
+        else:
+            cache = model.new_cache(len(ids), max_len) if use_cache else None
+            logits = model(ids, attention_mask=None if bool(mask.all()) else mask, cache=cache).logits
+        new = choose_token(logits[:, -1], *rule, generators)
+        new = torch.where(finished, eos_id if pad is None else pad, new) if eos_id is not None else new
+        yield new
+        ids = torch.cat((ids, new[:, None]), dim=1)
+        mask = torch.cat((mask, (~finished).long()[:, None]), dim=1)
+        if eos_id is not None:
+            finished = finished | (new == eos_id)
+            if bool(finished.all()):
+                return
+
+
+def _check(config, prompt_ids, max_new_tokens, temperature, top_k, top_p, mask):
+    problems = (
+        (not config.causal, "only a causal model generates text: set causal to true"),
+        (max_new_tokens < 0, f"max_new_tokens is {max_new_tokens}: set it to 0 or more"),
+        (not temperature >= 0, f"temperature is {temperature}: set it to 0 (greedy) or more"),
+        (top_k is not None and top_k < 1, f"top_k is {top_k}: set it to 1 or more, or leave it out"),
+        (top_p is not None and not 0 < top_p <= 1, f"top_p is {top_p}: set it over 0 and up to 1, or leave it out"),
+        (prompt_ids.shape[1] == 0, "the prompt is empty: start it with the BOS token"),
+    )
+    for problem, advice in problems:
+        if problem:
+            raise ValueError(advice)
+    if mask is not None and (not bool(mask[:, -1].all()) or bool((mask.bool().diff(dim=1) & ~mask.bool()[:, 1:]).any())):
+        raise ValueError("attention_mask must be 0 on the left and 1 from the first real token on: pad on the left")
+    longest = prompt_ids.shape[1] if mask is None else int(mask.bool().sum(1).max())
+    if longest > config.max_seq_len:
+        raise ValueError(f"the prompt has {longest} tokens, the context holds {config.max_seq_len}: shorten the prompt")
+
+
+def generate_ids(model, prompt_ids: Int[Tensor, "b t"], max_new_tokens: int, **options) -> Int[Tensor, "b u"]:
+    """All of `generate` at once: (B, T) -> (B, T + max_new_tokens), rows filled up where every row met EOS early."""
+    columns = list(generate(model, prompt_ids, max_new_tokens, **options))
+    if len(columns) < max_new_tokens:
+        pad = model.config.pad_token_id
+        fill = torch.full_like(prompt_ids[:, 0], options["eos_id"] if pad is None else pad)
+        columns += [fill] * (max_new_tokens - len(columns))
+    return torch.cat((prompt_ids, *(column[:, None] for column in columns)), dim=1)

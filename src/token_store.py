@@ -1,0 +1,210 @@
+"""Documents to tokens on disk, once: `tokenize_corpus` fills a cache through `datasets`, `TokenStore` maps it."""
+
+import functools
+import hashlib
+import itertools
+import os
+
+import numpy as np
+
+from src.config import UserError
+from src.corpus import NoDocument, content_hash, find_files, read_pieces
+
+HOLD_BACK = 20  # one document in this many is validation text where no valid_paths are given
+HOLD_BACK_BYTES = 2_000_000  # or fewer, so that it is about this much text at most
+PACKED_RATIO = 3  # a guess of the bytes of text per byte of a compressed file
+ROWS = 200  # pieces of documents per Arrow chunk and per call of the tokenizer: bounds memory
+CACHE_VERSION = "1"  # raise it when the meaning of cached tokens changes
+
+
+def default_cache_dir():
+    """$HF_DATASETS_CACHE, or ~/.cache/generative-trm."""
+    return os.environ.get("HF_DATASETS_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "generative-trm")
+
+
+def content_key(files, *settings):
+    """Hash (hex) of the content and kind of files in their order, and of settings; names and dates do not count."""
+    key = hashlib.sha256(repr((CACHE_VERSION, *settings)).encode())
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                key.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from None
+        key.update(path.removesuffix(".gz").rpartition(".")[2].encode() + path[-3:].encode())
+    return key.hexdigest()[:32]
+
+
+def text_bytes(files):
+    """About how many bytes of text the files hold."""
+    return sum(os.path.getsize(f) * (PACKED_RATIO if f.endswith((".gz", ".parquet")) else 1) for f in files)
+
+
+def tokenize_corpus(paths, tokenizer, text_field="text", strict=False, num_proc=1, cache_dir=None, part="whole"):
+    """TokenStore of the documents of files, globs and folders: their tokens, EOS after each document.
+
+    part "valid" is about one document in HOLD_BACK, chosen by its content, about HOLD_BACK_BYTES of text at most;
+    "train" is the rest. Kept in cache_dir (default_cache_dir()) by content of files and tokenizer; a run that was
+    killed leaves nothing that a later one takes for whole, and of two at once one waits. num_proc processes share the
+    files. Raises UserError as `read_pieces` does, NoDocument where the part is empty.
+    """
+    import datasets
+    from filelock import FileLock
+
+    files = find_files(paths)
+    cache_dir = cache_dir or default_cache_dir()
+    share = hold_back_share(files)
+    key = content_key(files, text_field, strict, part, share, tokenizer.fingerprint)
+    id_type = "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32"
+    n_groups = max(1, min(num_proc, len(files)))
+    try:
+        os.makedirs(cache_dir, exist_ok=True)
+        with FileLock(os.path.join(cache_dir, f"{key}.lock")):
+            rows = datasets.Dataset.from_generator(
+                functools.partial(
+                    _rows, tokenizer=tokenizer, id_type=id_type, options=(text_field, strict, part, share)
+                ),
+                gen_kwargs={"groups": [list(g) for g in np.array_split(np.array(files, object), n_groups)]},
+                features=datasets.Features(
+                    input_ids=datasets.Value("binary"),  # much quicker to write than a list
+                    n_bytes=datasets.Value("int64"),
+                    ends=datasets.Value("bool"),
+                ),
+                cache_dir=cache_dir,
+                fingerprint=key,
+                split=datasets.NamedSplit(part),
+                num_proc=n_groups if n_groups > 1 else None,
+                writer_batch_size=ROWS,
+            )
+    except OSError as error:
+        raise UserError(f"cache_dir {cache_dir}: {error.strerror or error}; choose another with --cache_dir") from None
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise _user_error_in(error) or error from None
+    store = TokenStore(rows, id_type)
+    if not len(store):  # the reader says why, now that it sees all files at once
+        next(held_back(files, text_field, strict, part, share, report=False))
+    return store
+
+
+def _user_error_in(error):
+    """The UserError that `datasets` wrapped, or None."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error
+
+
+def hold_back_share(files):
+    """Share of the documents that is validation text: a function of the files alone, so that both parts agree."""
+    return min(1 / HOLD_BACK, HOLD_BACK_BYTES / max(1, text_bytes(files)))
+
+
+def held_back(files, text_field="text", strict=False, part="whole", share=0.0, report=True):
+    """(piece, is_last) pairs of one part of the documents; see `tokenize_corpus`. NoDocument where it is empty."""
+    is_first, is_empty, is_valid = True, True, False
+    for piece, is_last in read_pieces(files, text_field, strict, report=report):
+        if is_first:
+            is_valid = content_hash(piece.encode()) < share * 2**64
+        is_first = is_last
+        if part == "whole" or is_valid == (part == "valid"):
+            is_empty = False
+            yield piece, is_last
+    if is_empty:
+        raise NoDocument(f"too few documents to hold some back as {part} text; give --valid_paths")
+
+
+def _rows(groups, tokenizer, id_type, options):
+    """Rows for `datasets`, one per piece: ids, EOS after a document's last piece; bytes; is it the last.
+
+    `groups` is this process's share, one list of files. An empty share gives one empty row, because `datasets` does
+    not open a cache that holds none.
+    """
+    (files,) = groups
+    pieces = held_back(files, *options, report=options[2] != "valid")  # bad lines are named with the training part
+    batch = _take(pieces, ROWS) or [("", False)]
+    while batch:
+        for ids, (text, is_last) in zip(tokenizer.encode_batch([text for text, _ in batch]), batch):
+            ids = np.array(ids + [tokenizer.eos_id] * is_last, dtype=id_type)
+            yield {"input_ids": ids.tobytes(), "n_bytes": len(text.encode()), "ends": is_last}
+        batch = _take(pieces, ROWS)
+
+
+def _take(pieces, n):
+    """The next n pieces, or as many as there are."""
+    try:
+        return list(itertools.islice(pieces, n))
+    except NoDocument:  # raised before any piece: a share of the files may be empty where others are not
+        return []
+
+
+class TokenStore:
+    """A flat stream of tokens on disk, memory-mapped: `len(store)` tokens, `store[a:b]` an int64 array.
+
+    `doc_ends` (n_documents,) int64 is the position after each document's EOS, `n_bytes` the UTF-8 bytes of all texts.
+    """
+
+    def __init__(self, dataset, id_type):
+        self._dataset, self._id_type = dataset, np.dtype(id_type)
+        size = self._id_type.itemsize
+        self._chunks, lengths = [], [np.zeros(0, np.int64)]
+        for chunk in dataset.data.column("input_ids").chunks:  # views of the mapped file, no copy
+            _, offsets, data = chunk.buffers()
+            offsets = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1] // size
+            ids = np.frombuffer(data or b"", self._id_type)
+            self._chunks.append(ids[offsets[0] : offsets[-1]])
+            lengths.append(np.diff(offsets).astype(np.int64))
+        self._starts = np.cumsum([0] + [len(c) for c in self._chunks])
+        is_end = np.concatenate([np.zeros(0, bool), *map(_to_bool, dataset.data.column("ends").chunks)])
+        self.doc_ends = np.cumsum(np.concatenate(lengths))[is_end]
+        self.n_bytes = sum(int(c.to_numpy().sum()) for c in dataset.data.column("n_bytes").chunks)
+        self._start, self._stop = 0, int(self._starts[-1])
+
+    def __getstate__(self):  # a worker process maps the file again
+        return {k: v for k, v in self.__dict__.items() if k != "_chunks"}
+
+    def __setstate__(self, state):
+        self.__init__(state["_dataset"], state["_id_type"])
+        self.__dict__.update(state)
+
+    def __len__(self):
+        return self._stop - self._start
+
+    @property
+    def n_documents(self):
+        return len(self.doc_ends)
+
+    def __getitem__(self, index):
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            raise IndexError("a TokenStore is sliced without a step")
+        out = np.empty(max(0, stop - start), np.int64)
+        at, first = 0, self._start + start
+        chunk = int(np.searchsorted(self._starts, first, side="right")) - 1
+        while at < len(out):
+            offset = first + at - int(self._starts[chunk])
+            part = self._chunks[chunk][offset : offset + len(out) - at]
+            out[at : at + len(part)] = part
+            at, chunk = at + len(part), chunk + 1
+        return out
+
+    def documents_of(self, start, stop):
+        """(stop - start,) int64: for each token of a range, the number of its document in the store; EOS belongs to
+        the document that it ends."""
+        return np.searchsorted(self.doc_ends, np.arange(start, stop), side="right")
+
+    def split(self, position, tokenizer):
+        """Two stores, the tokens before and from `position`; byte counts follow the tokens."""
+        tail_bytes = len(tokenizer.decode_bytes(self[position:].tolist()))
+        pair = []
+        for start, stop, n_bytes in ((0, position, self.n_bytes - tail_bytes), (position, len(self), tail_bytes)):
+            store = object.__new__(TokenStore)
+            store.__dict__.update(self.__dict__)
+            store._start, store._stop, store.n_bytes = self._start + start, self._start + stop, n_bytes
+            inside = self.doc_ends[(self.doc_ends > start) & (self.doc_ends <= stop)] - start
+            cut = [] if len(inside) and inside[-1] == stop - start else [stop - start]
+            store.doc_ends = np.concatenate([inside, np.array(cut, np.int64)])
+            pair.append(store)
+        return tuple(pair)
+
+
+def _to_bool(chunk):
+    return chunk.to_numpy(zero_copy_only=False)  # Arrow keeps booleans as bits

@@ -1,0 +1,432 @@
+"""The training loop: deep supervision, evaluation, checkpoints, on one device or many (accelerate)."""
+
+import contextlib
+import dataclasses
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from src import checkpoint
+from src.config import UserError
+from src.dataset import DataConfig, create_dataloader, prepare_data
+from src.losses import IGNORE, bits_per_byte, cross_entropy, step_weights
+from src.metrics import RunLog, format_params, plot_learning_curve
+from src.model import TRMConfig, TRMModel
+from src.optim import EMA, cosine_schedule, make_optimizers
+from src.runtime import Interrupt, RuntimeConfig, autocast, choose_compile, choose_device, choose_precision
+from src.sampling import generate
+from src.tokenizer import StreamDecoder
+
+
+@dataclass
+class TrainConfig:
+    """The run.
+
+    Args:
+        save_dir: run folder: config, metrics.jsonl, learning_curve.png, samples.txt, checkpoints
+        batch_size: windows per optimizer step, over all devices
+        grad_accum: parts that a batch is split into, to save memory; the result is the same
+        max_steps: optimizer steps (batches)
+        max_minutes: end after this time; the learning rate then follows whichever of steps and time is further
+        optimizer: adamw, or muon for the matrices inside blocks and adamw for the rest
+        optimizer_step: one optimizer step per batch, or per supervision step as in the TRM paper
+        lr: peak learning rate
+        min_lr_ratio: learning rate at the end, as a fraction of lr
+        warmup_steps: steps of linear warm-up
+        weight_decay: decoupled weight decay of matrices
+        beta2: AdamW's decay of the second moment
+        grad_clip: largest norm of the gradient; 0 = no clipping
+        ema_decay: decay of the moving average of weights, with which the model is judged and shipped; 0 = off
+        eval_every: steps between evaluations
+        eval_batches: validation batches of an evaluation; 0 = all; the last evaluation always takes all
+        save_every: steps between checkpoints
+        log_every: steps between lines of metrics.jsonl
+        keep_checkpoints: checkpoints kept besides best
+        sample_prompt: start of the sample text at each evaluation; empty = from BOS
+        sample_tokens: its length in tokens; 0 = no sample
+        compile: torch.compile; by default where a compiler is present
+        seed: seed of weights, order of examples and dropout
+        resume: go on from the newest checkpoint of save_dir
+        init_from: checkpoint folder whose weights, model settings and tokenizer the run starts from
+    """
+
+    save_dir: str = "runs/trm"
+    batch_size: int = 32
+    grad_accum: int = 1
+    max_steps: int = 2000
+    max_minutes: float | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer_step: Literal["batch", "supervision"] = "batch"
+    lr: float = 1e-3
+    min_lr_ratio: float = 0.05
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    beta2: float = 0.99
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+    eval_every: int = 200
+    eval_batches: int = 20
+    save_every: int = 200
+    log_every: int = 10
+    keep_checkpoints: int = 2
+    sample_prompt: str = ""
+    sample_tokens: int = 120
+    compile: bool | None = None
+    seed: int = 0
+    resume: bool = False
+    init_from: str | None = None
+
+    def __post_init__(self):
+        for name in "batch_size grad_accum max_steps eval_every save_every log_every keep_checkpoints".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
+        if self.batch_size % self.grad_accum:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into grad_accum {self.grad_accum} parts")
+        if not (self.lr > 0 and 0 <= self.ema_decay < 1 and 0 < self.beta2 < 1 and 0 <= self.min_lr_ratio <= 1):
+            raise ValueError("lr must be over 0; ema_decay, beta2 and min_lr_ratio between 0 and 1: correct them")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"max_minutes is {self.max_minutes}: set it over 0, or leave it out")
+
+
+# settings that may differ between a run and its continuation
+_FREE_ON_RESUME = {
+    *("resume", "max_minutes", "eval_every", "eval_batches", "save_every", "log_every", "keep_checkpoints", "compile"),
+    *("device", "precision", "num_workers", "num_proc", "cache_dir", "sample_prompt", "sample_tokens", "grad_accum"),
+}
+
+
+class Trainer:
+    """One run: `create_trainer(...)` builds it from settings, `train()` runs it."""
+
+    def __init__(self, config: TrainConfig, model: TRMModel, tokenizer, train_set, valid_set, runtime, num_workers=0):
+        self.config, self.tokenizer, self.train_set, self.valid_set = config, tokenizer, train_set, valid_set
+        self.num_workers = num_workers
+        device = choose_device(runtime.device)
+        self.precision, why = choose_precision(runtime.precision, device)
+        # accelerate brings the loss scaler that fp16 needs; bf16 autocast is entered around the forward pass alone
+        mixed = "fp16" if self.precision == "fp16" else "no"
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        if config.batch_size % (config.grad_accum * self.world):
+            raise UserError(
+                f"batch_size {config.batch_size} does not divide into grad_accum {config.grad_accum} x {self.world} "
+                "processes: make it a multiple of both"
+            )
+        self.raw = model.to(self.device)
+        compiles, why_compile = choose_compile(config.compile, self.device)
+        if compiles:
+            model.net.compile(dynamic=False)  # one small graph serves every visit
+        self.say(f"{self.device}, {self.precision} ({why}); {'compiled' if compiles else 'eager'} ({why_compile})")
+        optimizers = make_optimizers(model, config.optimizer, config.lr, config.weight_decay, (0.9, config.beta2))
+        self.model, *self.optimizers = self.accelerator.prepare(self.raw, *optimizers)
+        self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
+        self.folder, self.log = Path(config.save_dir), None
+        self.step, self.elapsed, self.best, self.grad_norm = 0, 0.0, math.inf, 0.0
+        self._start_window()
+
+    def say(self, line: str):
+        if self.is_main:
+            print(line, file=sys.stderr, flush=True)
+
+    def train(self) -> dict:
+        """Run to the end (steps, minutes or a signal); returns the figures of the last evaluation."""
+        config, figures = self.config, {}
+        self.log = RunLog(self.folder, resume_step=self.step) if self.is_main else None
+        self.started = time.monotonic() - self.elapsed
+        start = self.step * config.batch_size
+        batches = iter(self._loader(self.train_set, seed=config.seed, start=start, num_workers=self.num_workers))
+        with Interrupt() as interrupt, self._bar() as bar:
+            while not (over := self.progress() >= 1 or interrupt.requested):
+                self.train_step(next(batches))
+                bar.update()
+                over = self.progress() >= 1 or interrupt.requested
+                if self.step % config.log_every == 0 or over:
+                    self._log_training(bar)
+                improved = False
+                if (self.step % config.eval_every == 0 or over) and not interrupt.requested:
+                    figures = self.evaluate(whole=over)
+                    improved = figures["valid_loss"] < self.best
+                    self.best = min(self.best, figures["valid_loss"])
+                if self.step % config.save_every == 0 or over or improved:
+                    self.save(improved)
+        self._close(interrupt)
+        return figures
+
+    def _loader(self, dataset, **options):
+        return create_dataloader(dataset, self.config.batch_size, pad_id=self.tokenizer.pad_id, **options)
+
+    def progress(self) -> float:
+        """How much of the run is done, by steps or by time, whichever is further: 0 to 1."""
+        by_steps, minutes = self.step / self.config.max_steps, self.config.max_minutes
+        return by_steps if minutes is None else max(by_steps, (time.monotonic() - self.started) / 60 / minutes)
+
+    def train_step(self, batch: dict):
+        """One batch: supervision steps forward and backward, and the optimizer's step or steps."""
+        config, model = self.config, self.raw.config
+        self._set_learning_rate()
+        torch.manual_seed(_mix(config.seed, self.step, self.rank))  # dropout depends on nothing else
+        self.model.train()
+        parts = self._split(batch)
+        at_once = model.full_bptt or model.train_steps == 1
+        weights = [1.0] if at_once else step_weights(model.supervision_weights, model.train_steps)
+        each = config.optimizer_step == "supervision" and not at_once
+        carries = [None] * len(parts)
+        for s, weight in enumerate(weights):
+            scale = 1.0 if each else weight / sum(weights)
+            for i, (part, share) in enumerate(parts):
+                is_last = i == len(parts) - 1 and (each or s == len(weights) - 1)
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                    with autocast(self.device, self.precision):
+                        out = self.model(**part, supervision_steps=None if at_once else 1, carry=carries[i])
+                    self.accelerator.backward(out.loss * (share * scale * self.world))
+                carries[i] = out.carry
+                losses = torch.stack((out.loss.detach(), out.ce_loss.detach(), out.act_loss.detach()))
+                self.window_losses += losses * (share * weight / sum(weights))
+            if each or s == len(weights) - 1:
+                self._update_weights()
+        self.step += 1
+        self.window_steps += 1
+
+    def _split(self, batch):
+        """This process's rows of a global batch in grad_accum parts, each with its share of all target tokens."""
+        total = max(1, (batch["target_ids"] != IGNORE).sum().item())
+        rows = torch.arange(self.rank, self.config.batch_size, self.world).chunk(self.config.grad_accum)
+        parts = [{name: t[index].to(self.device, non_blocking=True) for name, t in batch.items()} for index in rows]
+        return [(part, (part["target_ids"] != IGNORE).sum().item() / total) for part in parts]
+
+    def _set_learning_rate(self):
+        factor = cosine_schedule(self.step, self.config.warmup_steps, self.progress(), self.config.min_lr_ratio)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        self.lr = self.config.lr * factor
+
+    def _update_weights(self):
+        self.grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.raw)
+
+    def _bar(self):
+        slow = {} if sys.stderr.isatty() else {"mininterval": 30}  # a log file wants few lines
+        return tqdm(total=self.config.max_steps, initial=self.step, desc="train", unit="step", disable=not self.is_main, **slow)
+
+    def _start_window(self):
+        self.window_losses, self.window_steps = torch.zeros(3, device=self.device), 0
+        self.window_start = time.monotonic()
+
+    def _log_training(self, bar):
+        losses = self.accelerator.reduce(self.window_losses) / max(1, self.window_steps)
+        loss, ce, act = losses.tolist()
+        seconds = time.monotonic() - self.window_start
+        tokens = self.config.batch_size * self.train_set.seq_len
+        self.elapsed = time.monotonic() - self.started
+        line = {
+            "loss": loss,
+            "ce_loss": ce,
+            "act_loss": act,
+            "bits_per_byte": bits_per_byte(ce, self.train_set.bytes_per_token),
+            "lr": self.lr,
+            "grad_norm": float(self.grad_norm),
+            "tokens": self.step * tokens,
+            "tokens_per_s": self.window_steps * tokens / seconds,
+            "elapsed_s": self.elapsed,
+        }
+        left = self.elapsed * (1 / max(self.progress(), 1e-9) - 1) / 60
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, {line['bits_per_byte']:.3f} bits/byte, {line['tokens_per_s']:.0f} tokens/s, {left:.1f} min left"
+        )
+        if self.log is not None:
+            self.log.log(self.step, **line)
+        self._start_window()
+
+    def evaluate(self, whole: bool = False) -> dict:
+        """Judge the (averaged) weights on validation text, write a sample, draw the learning curve."""
+        batches = self._loader(self.valid_set, shuffle=False)
+        limit = None if whole else self.config.eval_batches or None
+        with self.averaged_weights():
+            figures = evaluate(self.raw, batches, self.valid_set.bytes_per_token, self.precision, limit, self.accelerator)
+            sample = self.sample() if self.is_main else ""
+        self.window_start = time.monotonic()
+        if self.log is not None:
+            self.log.log(self.step, **figures)
+            with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
+                file.write(f"=== step {self.step}, {figures['valid_bits_per_byte']:.3f} bits/byte\n{sample}\n\n")
+            plot_learning_curve(self.folder, f"{self.folder.name}: {describe_model(self.raw)}")
+            tqdm.write(
+                f"step {self.step}: validation {figures['valid_loss']:.4f} nats/token, "
+                f"{figures['valid_bits_per_byte']:.4f} bits/byte\n{sample}\n",
+                file=sys.stderr,
+            )
+        return figures
+
+    def sample(self) -> str:
+        """A text by the current weights, the same random numbers each time."""
+        ids = self.tokenizer.encode(self.config.sample_prompt, bos=True)[: self.raw.config.max_seq_len]
+        decoder, text = StreamDecoder(self.tokenizer), self.config.sample_prompt
+        options = {"temperature": 0.8, "top_p": 0.95, "seed": self.config.seed, "eos_id": self.tokenizer.eos_id}
+        with torch.compiler.set_stance("force_eager"):
+            prompt = torch.tensor([ids], device=self.device)
+            for token in generate(self.raw, prompt, self.config.sample_tokens, **options):
+                if token.item() != self.tokenizer.eos_id:
+                    text += decoder.push(token.item())
+        return text + decoder.flush()
+
+    @contextlib.contextmanager
+    def averaged_weights(self):
+        """Inside, the model has its moving-average weights."""
+        if self.ema is not None:
+            self.ema.swap(self.raw)
+        try:
+            yield
+        finally:
+            if self.ema is not None:
+                self.ema.swap(self.raw)
+
+    def save(self, best: bool = False):
+        """Write the checkpoint of this step; `last`, and `best` if it is, lead to it."""
+        self.accelerator.wait_for_everyone()
+        if not self.is_main:
+            return
+        name = f"step_{self.step:08d}"
+        state = {
+            "step": self.step,
+            "elapsed": time.monotonic() - self.started,
+            "best": self.best,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "ema_updates": self.ema.updates if self.ema is not None else 0,
+        }
+        average = self.ema.average if self.ema is not None else None
+        info = {"step": self.step, "best_valid_loss": self.best}
+        checkpoint.save_checkpoint(self.folder / name, self.raw, self.tokenizer, average, state, info)
+        for link in ("last", "best") if best else ("last",):
+            checkpoint.point(self.folder / link, name)
+        checkpoint.prune(self.folder, self.config.keep_checkpoints)
+
+    def load(self, folder):
+        """Take weights, optimizer, average and counters from a checkpoint, to go on exactly where it was written."""
+        state = checkpoint.load_state(folder)
+        weights = folder / "model.safetensors"
+        checkpoint.load_weights(self.raw, checkpoint.read_weights(weights), weights)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.ema is not None:
+            average = checkpoint.read_weights(folder / "ema.safetensors")
+            self.ema.average = {name: average[name].to(self.device) for name in self.ema.average}
+            self.ema.updates = state["ema_updates"]
+        self.step, self.elapsed, self.best = state["step"], state["elapsed"], state["best"]
+        self.say(f"resumed {folder} after step {self.step}")
+
+    def _close(self, interrupt):
+        if self.log is not None:
+            self.log.close()
+        if interrupt.requested:
+            self.say(f"stopped by {interrupt.signal_name} after step {self.step}: go on with --resume true")
+        self.accelerator.end_training()
+
+
+def _mix(*numbers) -> int:
+    """One 63-bit seed from several numbers."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return seed
+
+
+def describe_model(model: TRMModel) -> str:
+    """`trm, 1.64M parameters`."""
+    return f"{model.config.recursion}, {format_params(sum(p.numel() for p in model.parameters()))} parameters"
+
+
+@torch.no_grad()
+def evaluate(model, batches, bytes_per_token: float, precision="fp32", limit=None, accelerator=None) -> dict:
+    """Loss (nats per target token), bits per byte and token accuracy of all supervision steps' answer on `batches`.
+
+    Every process takes its share of the batches. The model is left in the mode it was in."""
+    was_training, device = model.training, next(model.parameters()).device
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # other shapes than in training: not worth a compilation
+        for i, batch in enumerate(batches):
+            if limit is not None and i >= limit:
+                break
+            if i % world != rank:
+                continue
+            batch = {name: t.to(device) for name, t in batch.items()}
+            targets = batch.pop("target_ids")
+            with autocast(device, precision):
+                logits = model(**batch).logits
+            valid = targets != IGNORE
+            right = ((logits.argmax(-1) == targets) & valid).sum()
+            sums += torch.stack((cross_entropy(logits, targets) * valid.sum(), right, valid.sum())).to(sums.dtype)
+    model.train(was_training)
+    loss, right, tokens = (accelerator.reduce(sums) if accelerator else sums).tolist()
+    if not tokens:
+        raise UserError("the validation text holds no target token: give more of it")
+    return {
+        "valid_loss": loss / tokens,
+        "valid_bits_per_byte": bits_per_byte(loss / tokens, bytes_per_token),
+        "valid_accuracy": right / tokens,
+    }
+
+
+def create_trainer(config: TrainConfig, data: DataConfig, model_config: TRMConfig, runtime: RuntimeConfig) -> Trainer:
+    """Data, tokenizer, model and trainer from settings; writes the run folder's config.yaml before step 0."""
+    folder, newest = Path(config.save_dir), None
+    settings = {k: v for part in (config, data, model_config, runtime) for k, v in asdict(part).items()}
+    if (folder / "config.yaml").exists():
+        newest = _check_resume(folder, settings, config.resume)
+    source = newest or config.init_from and checkpoint.resolve(config.init_from)
+    if source:
+        model_config = checkpoint.load_config(source)
+        data = dataclasses.replace(data, tokenizer=str(source), sp_model=None)
+    choose_device(runtime.device)  # a wrong device is told before minutes of data preparation
+    tokenizer, train_set, valid_set = prepare_data(data, model_config.vocab_size, model_config.max_seq_len)
+    if not source:
+        model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id)
+    torch.manual_seed(config.seed)
+    if config.init_from and not newest:
+        model, _ = checkpoint.load_model(source)
+    else:
+        model = TRMModel(model_config)
+    trainer = Trainer(config, model, tokenizer, train_set, valid_set, runtime, data.num_workers)
+    if newest:
+        trainer.load(newest)
+    elif trainer.is_main:
+        _start_run_folder(folder, settings)
+    trainer.say(f"{describe_model(model)}; {len(train_set)} training windows of {model_config.max_seq_len} tokens")
+    return trainer
+
+
+def _start_run_folder(folder: Path, settings: dict):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to save_dir {folder}: {error.strerror}; choose another folder") from None
+
+
+def _check_resume(folder: Path, settings: dict, resume: bool) -> Path | None:
+    """The checkpoint to resume from (None: the run had none yet); refuses a run that must not be touched."""
+    if not resume:
+        raise UserError(f"save_dir {folder} holds a run: go on with --resume true, or choose another folder")
+    before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    for name, new in settings.items():
+        if name not in _FREE_ON_RESUME and before.get(name) != new:
+            raise UserError(
+                f"--{name} is {new}, but the run in {folder} has {before.get(name)}: "
+                f"resume with the same settings (--config {folder}/config.yaml) or choose another save_dir"
+            )
+    return checkpoint.resolve(folder / "last") if (folder / "last").exists() else None

@@ -1,0 +1,232 @@
+"""The slow twin of src/model.py: the same equations with explicit loops, row by row and head by head, and no shared code.
+
+Everything is plain differentiable torch on (T, D) matrices in the dtype of the weights given.
+"""
+
+import math
+
+import torch
+
+IGNORE = -100
+
+
+def rms_norm(v, weight, eps):
+    return v / torch.sqrt((v * v).mean(dim=-1, keepdim=True) + eps) * weight
+
+
+def softmax(scores):
+    """Over the last dimension; -inf marks what may not be seen."""
+    e = torch.exp(scores - scores.max(dim=-1, keepdim=True).values.detach())
+    return e / e.sum(dim=-1, keepdim=True)
+
+
+def swiglu(v, gate_up, down):
+    hidden = gate_up.shape[0] // 2
+    gate, up = v @ gate_up[:hidden].T, v @ gate_up[hidden:].T
+    return (gate / (1 + torch.exp(-gate)) * up) @ down.T
+
+
+def rotate(v, positions, theta, scaling):
+    """Rotate-half RoPE of one head (T, E): channel i turns with channel i + E/2 by position * theta^(-2i/E)."""
+    size = v.shape[-1]
+    rows = []
+    for t, position in enumerate(positions):
+        first, second = [], []
+        for i in range(size // 2):
+            angle = position / (scaling or 1.0) * theta ** (-2 * i / size)
+            a, b = v[t, i], v[t, i + size // 2]
+            first.append(a * math.cos(angle) - b * math.sin(angle))
+            second.append(b * math.cos(angle) + a * math.sin(angle))
+        rows.append(torch.stack(first + second))
+    return torch.stack(rows)
+
+
+class Twin:
+    """One model: `config` is a dict of TRMConfig's values, `weights` a state dict."""
+
+    def __init__(self, config, weights):
+        self.c, self.w = config, weights
+
+    def attention(self, v, name, positions, visible):
+        c, w = self.c, self.w
+        heads, kv_heads, size = c["n_heads"], c["n_kv_heads"], c["d_model"] // c["n_heads"]
+        qkv = w[name + "qkv.weight"]
+        outs = []
+        for head in range(heads):
+            kv = head // (heads // kv_heads)  # consecutive query heads share one key/value head
+            q = v @ qkv[head * size : (head + 1) * size].T
+            k = v @ qkv[(heads + kv) * size : (heads + kv + 1) * size].T
+            value = v @ qkv[(heads + kv_heads + kv) * size : (heads + kv_heads + kv + 1) * size].T
+            if c["qk_norm"]:
+                q = rms_norm(q, w[name + "q_norm.weight"], c["norm_eps"])
+                k = rms_norm(k, w[name + "k_norm.weight"], c["norm_eps"])
+            if c["positions"] == "rope":
+                q = rotate(q, positions, c["rope_theta"], c["rope_scaling"])
+                k = rotate(k, positions, c["rope_theta"], c["rope_scaling"])
+            scores = (q @ k.T / math.sqrt(size)).masked_fill(~visible, -math.inf)
+            outs.append(softmax(scores) @ value)
+        return torch.cat(outs, dim=-1) @ w[name + "out.weight"].T
+
+    def block(self, h, name, positions, visible):
+        c, w, eps = self.c, self.w, self.c["norm_eps"]
+
+        def mix(v):
+            if c["mixer"] == "mlp":
+                mlp = name + "attn.mlp."
+                return swiglu(v.T, w[mlp + "gate_up.weight"], w[mlp + "down.weight"]).T
+            return self.attention(v, name + "attn.", positions, visible)
+
+        def feed(v):
+            return swiglu(v, w[name + "mlp.gate_up.weight"], w[name + "mlp.down.weight"])
+
+        for part, sublayer in (("attn", mix), ("mlp", feed)):
+            inner = w[f"{name}{part}_norm.weight"]
+            if c["norm"] == "post":
+                h = rms_norm(h + sublayer(h), inner, eps)
+                continue
+            out = sublayer(rms_norm(h, inner, eps))
+            if c["norm"] == "sandwich":
+                out = rms_norm(out, w[f"{name}{part}_out_norm.weight"], eps)
+            h = h + out
+        return h
+
+    def net(self, inputs, old, positions, visible):
+        """TinyNet: inject the inputs, n_layers blocks, final norm (pre, sandwich), gate against the `old` stream."""
+        c, w = self.c, self.w
+        if c["recursion"] != "none" and c["injection"] == "concat":
+            h = torch.cat(inputs, dim=-1) @ w["net.inject_z.weight" if len(inputs) == 3 else "net.inject_y.weight"].T
+        else:
+            h = sum(inputs[1:], inputs[0])
+        for layer in range(c["n_layers"]):
+            h = self.block(h, f"net.blocks.{layer}.", positions, visible)
+        if c["norm"] != "post":
+            h = rms_norm(h, w["net.norm.weight"], c["norm_eps"])
+        if c["gate"] and c["recursion"] != "none":
+            opening = torch.sigmoid(torch.cat((old, h), dim=-1) @ w["net.gate.weight"].T + w["net.gate.bias"])
+            h = old + opening * (h - old)
+        return h
+
+    def enter(self, ids, segments):
+        """One row: x (T, D), its positions (a list) and what each position sees (T, T)."""
+        c, w, length = self.c, self.w, len(ids)
+        positions, real = [], 0
+        for segment in segments:
+            real += segment != 0
+            positions.append(max(real - 1, 0))
+        visible = torch.zeros(length, length, dtype=torch.bool)
+        for i in range(length):
+            for j in range(length):
+                past = j <= i or not c["causal"]
+                visible[i, j] = i == j or (past and segments[j] != 0 and segments[i] == segments[j])
+        scale = math.sqrt(c["d_model"]) if c["tie_embeddings"] and c["recursion"] != "none" else 1.0
+        x = torch.stack([w["embed.weight"][token] * scale for token in ids])
+        if c["positions"] == "learned":
+            x = x + torch.stack([w["pos_embed.weight"][position] for position in positions])
+        for layer in range(c["prelude_layers"]):
+            x = self.block(x, f"prelude.{layer}.", positions, visible)
+        return x, positions, visible
+
+    def initial(self, x):
+        c, w = self.c, self.w
+        if c["recursion"] == "trm":
+            ones = torch.ones(x.shape[0], 1, dtype=x.dtype)
+            return ones * w["y_init"], ones * w["z_init"]
+        return (x if c["injection"] == "none" else torch.zeros_like(x)), None
+
+    def supervision_step(self, x, y, z, positions, visible):
+        c = self.c
+        if c["recursion"] == "none":
+            return self.net((x,), None, positions, visible), None
+        for t in range(c["deep_steps"]):
+            if c["recursion"] == "loop":
+                inputs = (y,) if c["injection"] == "none" else (x, y)
+                y = self.net(inputs, y, positions, visible)
+            else:
+                for _ in range(c["latent_steps"]):
+                    z = self.net((x, y, z), z, positions, visible)
+                y = self.net((y, z), y, positions, visible)
+            if t < c["deep_steps"] - c["grad_deep_steps"]:
+                y, z = y.detach(), None if z is None else z.detach()
+        return y, z
+
+    def read_out(self, y, positions, visible):
+        """logits (T, V) and halting logits (T,), or one (1,) at position 0 where the model is not causal."""
+        c, w = self.c, self.w
+        h = y
+        for layer in range(c["coda_layers"]):
+            h = self.block(h, f"coda.{layer}.", positions, visible)
+        if c["coda_layers"] and c["norm"] != "post":
+            h = rms_norm(h, w["coda_norm.weight"], c["norm_eps"])
+        logits = h @ w["embed.weight" if c["tie_embeddings"] else "head.weight"].T
+        if c["recursion"] != "trm":
+            return logits, None
+        halt = (y @ w["q_head.weight"].T + w["q_head.bias"])[:, 0]
+        return logits, halt if c["causal"] else halt[:1]
+
+    def forward(self, ids, targets=None, segments=None, steps=None, carry=None):
+        """ids, targets, segments: lists of rows of ints.  A dict of loss, ce, act (None without targets), logits and
+        halt (one entry per supervision step, each (B, T, V) and (B, T) or (B,)), carry."""
+        c = self.c
+        steps = steps or (c["supervision_steps"] if c["recursion"] == "trm" else 1)
+        segments = segments or [[1] * len(row) for row in ids]
+        rows = [self.enter(row, segment) for row, segment in zip(ids, segments, strict=True)]
+        states, done = carry or ([self.initial(x) for x, _, _ in rows], 0)
+        logits, halts, ces, acts = [], [], [], []
+        for s in range(done, done + steps):
+            before = states
+            states = [self.supervision_step(x, *state, *view) for (x, *view), state in zip(rows, states, strict=True)]
+            read = [self.read_out(y, *view) for (_, *view), (y, _) in zip(rows, states, strict=True)]
+            logits.append(torch.stack([row for row, _ in read]))
+            halts.append(None if read[0][1] is None else torch.stack([h for _, h in read]).reshape(len(ids), -1))
+            if targets is not None:
+                previous = [self.read_out(y, *view) for (_, *view), (y, _) in zip(rows, before, strict=True)]
+                ces.append(cross_entropy(logits[-1], targets))
+                acts.append(self.act_loss(read, previous, targets, s))
+            if not c["full_bptt"]:
+                states = [(y.detach(), None if z is None else z.detach()) for y, z in states]
+        out = {"logits": logits, "halt": halts, "carry": (states, done + steps), "loss": None, "ce": None, "act": None}
+        if targets is not None:
+            weights = supervision_weights(c["supervision_weights"], done + steps)[done:]
+            out["ce"] = sum(w * ce for w, ce in zip(weights, ces, strict=True)) / sum(weights)
+            out["act"] = sum(w * act for w, act in zip(weights, acts, strict=True)) / sum(weights)
+            out["loss"] = out["ce"] + c["act_weight"] * out["act"]
+        return out
+
+    def act_loss(self, read, previous, targets, step):
+        """Mean halting cross-entropy: per target token, or per sequence where the model is not causal."""
+        stable = self.c["act_target"] == "stable"
+        terms = []
+        if self.c["recursion"] == "trm" and not (stable and step == 0):
+            for (logits, halt), (old_logits, old_halt), row in zip(read, previous, targets, strict=True):
+                hits = {}
+                for t, target in enumerate(row):
+                    if target != IGNORE:
+                        hits[t] = int(logits[t].argmax()) == (int(old_logits[t].argmax()) if stable else target)
+                h = old_halt if stable else halt
+                if self.c["causal"]:
+                    terms += [binary_cross_entropy(h[t], hit) for t, hit in hits.items()]
+                elif hits:
+                    terms.append(binary_cross_entropy(h[0], all(hits.values())))
+        return sum(terms) / len(terms) if terms else torch.zeros((), dtype=read[0][0].dtype)
+
+
+def binary_cross_entropy(logit, is_true):
+    p = 1 / (1 + torch.exp(-logit))
+    return -torch.log(p if is_true else 1 - p)
+
+
+def cross_entropy(logits, targets):
+    """Mean over target tokens of -log softmax, token by token, nats."""
+    terms = []
+    for row, row_targets in zip(logits, targets, strict=True):
+        for scores, target in zip(row, row_targets, strict=True):
+            if target != IGNORE:
+                terms.append(-torch.log(softmax(scores)[target]))
+    return sum(terms) / len(terms) if terms else logits.sum() * 0
+
+
+def supervision_weights(spec, steps):
+    if spec in ("equal", "linear", "last"):
+        return [{"equal": 1.0, "linear": s + 1.0, "last": float(s == steps - 1)}[spec] for s in range(steps)]
+    numbers = [float(number) for number in spec.split(",")]
+    return [numbers[min(s, len(numbers) - 1)] for s in range(steps)]

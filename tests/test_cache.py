@@ -1,0 +1,231 @@
+"""Contract 3: decoding with the cache is decoding without it, in every family and across the end of the context."""
+
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.cache import KVCache
+from src.model import cache_slots
+from src.sampling import generate
+
+CASES = [
+    {"recursion": "none", "norm": "pre", "n_kv_heads": 2},
+    {"recursion": "none", "prelude_layers": 1, "coda_layers": 1, "positions": "learned"},
+    {"recursion": "loop", "deep_steps": 3, "n_kv_heads": 1},
+    {"recursion": "loop", "injection": "none", "positions": "none"},
+    {"recursion": "loop", "injection": "concat", "gate": True, "coda_layers": 2, "positions": "learned"},
+    {"recursion": "trm"},
+    {"recursion": "trm", "n_kv_heads": 2, "prelude_layers": 2, "coda_layers": 1, "norm": "sandwich", "qk_norm": True},
+    {"recursion": "trm", "injection": "concat", "gate": True, "positions": "learned", "tie_embeddings": True},
+    {"recursion": "trm", "positions": "none", "norm": "pre", "supervision_steps": 3, "rope_scaling": 2.0},
+]
+LEFT_PADDED = torch.tensor([[0] * 4 + [1] * 6, [1] * 10, [0] * 9 + [1]])
+M = TINY["max_seq_len"]
+
+
+def name(case):
+    return "-".join(f"{key}={value}" for key, value in case.items())
+
+
+def prompt(rows=3, length=10, seed=5):
+    return torch.randint(0, TINY["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def chunked(model, ids, sizes, mask=None, **options):
+    """Logits of ids fed to a fresh cache in chunks of the given sizes, joined along T."""
+    cache, parts = model.new_cache(len(ids), **options), []
+    for part in torch.arange(ids.shape[1]).split(sizes):
+        chunk_mask = None if mask is None else mask[:, part]
+        parts.append(model(ids[:, part], attention_mask=chunk_mask, cache=cache).logits)
+    assert cache.length == ids.shape[1]
+    return torch.cat(parts, dim=1)
+
+
+def greedy_by_hand(model, row, new_tokens):
+    """The contract spelled out for one row: encode everything anew for each token; a row that has grown past
+    max_seq_len keeps its last max_seq_len // 2 tokens, at positions 0, 1, ..."""
+    window, out = list(row), []
+    for _ in range(new_tokens):
+        if len(window) > model.config.max_seq_len:
+            window = window[-(model.config.max_seq_len // 2) :]
+        with torch.no_grad():
+            out.append(int(model(torch.tensor([window])).logits[0, -1].argmax()))
+        window.append(out[-1])
+    return out
+
+
+def decode(model, ids, number, **options):
+    return torch.stack(list(generate(model, ids, number, temperature=0, **options)), dim=1)
+
+
+@pytest.mark.parametrize("sizes", [[10], [1] * 10, [4, 3, 1, 2], [6, 1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=name)
+@torch.no_grad()
+def test_chunks_give_the_logits_of_the_whole(tiny, case, sizes):
+    model, ids = tiny(**case), prompt()
+    torch.testing.assert_close(chunked(model, ids, sizes), model(ids).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("sizes", [[10], [1] * 10, [4, 3, 1, 2]], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=name)
+@torch.no_grad()
+def test_chunks_with_left_padding(tiny, case, sizes):
+    model, ids, real = tiny(**case), prompt(), LEFT_PADDED == 1
+    whole = model(ids, attention_mask=LEFT_PADDED).logits
+    torch.testing.assert_close(chunked(model, ids, sizes, LEFT_PADDED)[real], whole[real], atol=1e-4, rtol=0)
+    for row in range(3):
+        alone = model(ids[row : row + 1, real[row]]).logits[0]
+        torch.testing.assert_close(whole[row, real[row]], alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned", "none"])
+@torch.no_grad()
+def test_chunks_inside_documents(tiny, positions):
+    """A chunk boundary inside a document, and tokens without a mask that continue the row's last document."""
+    model, ids = tiny(positions=positions, n_kv_heads=2, coda_layers=1), prompt(rows=2)
+    mask = torch.tensor([[1] * 3 + [2] * 7, [0] + [3] * 4 + [1] * 5])
+    whole = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(chunked(model, ids, [2, 4, 4], mask)[mask > 0], whole[mask > 0], atol=1e-4, rtol=0)
+    cache = model.new_cache(2)
+    parts = [model(ids[:, :7], attention_mask=mask[:, :7], cache=cache).logits]
+    parts += [model(ids[:, t : t + 1], cache=cache).logits for t in range(7, 10)]
+    torch.testing.assert_close(torch.cat(parts, dim=1)[mask > 0], whole[mask > 0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_greedy_with_and_without_cache_across_the_context(tiny, case):
+    """More than max_seq_len new tokens, so that every row is cut at least twice, at different moments."""
+    model, ids, number = tiny(**case), prompt(), 2 * M + 3
+    cached = decode(model, ids, number, attention_mask=LEFT_PADDED)
+    assert torch.equal(cached, decode(model, ids, number, attention_mask=LEFT_PADDED, use_cache=False))
+    assert len(cached.unique()) > 2  # not one token for ever
+    for row in range(3):
+        tokens = ids[row, LEFT_PADDED[row] == 1]
+        assert cached[row].tolist() == greedy_by_hand(model, tokens.tolist(), number)
+        assert torch.equal(decode(model, tokens[None], number)[0], cached[row])
+
+
+@pytest.mark.parametrize("max_seq_len", [1, 2, 3])
+def test_contexts_of_a_few_tokens(tiny, max_seq_len):
+    """An odd or tiny max_seq_len keeps max_seq_len // 2 tokens, and never none."""
+    try:
+        model = tiny(max_seq_len=max_seq_len)
+    except ValueError:
+        assert max_seq_len < 2  # refusing a context without room for a token and its successor is fine
+        return
+    ids = prompt(rows=2, length=1)
+    cached = decode(model, ids, 7)
+    assert torch.equal(cached, decode(model, ids, 7, use_cache=False))
+    if max_seq_len > 1:
+        assert cached[1].tolist() == greedy_by_hand(model, ids[1].tolist(), 7)
+
+
+def test_a_full_prompt_and_a_padded_prompt_wider_than_the_context(tiny):
+    model = tiny()
+    full = prompt(rows=2, length=M)
+    assert decode(model, full, 5)[0].tolist() == greedy_by_hand(model, full[0].tolist(), 5)
+    wide, mask = torch.nn.functional.pad(full, (6, 0)), torch.nn.functional.pad(torch.ones_like(full), (6, 0))
+    for use_cache in (True, False):
+        assert torch.equal(decode(model, wide, 5, attention_mask=mask, use_cache=use_cache), decode(model, full, 5))
+
+
+@st.composite
+def situations(draw):
+    recursion = draw(st.sampled_from(["none", "loop", "trm"]))
+    config = {
+        "recursion": recursion,
+        "norm": draw(st.sampled_from(["post", "pre", "sandwich"])),
+        "injection": draw(st.sampled_from(["sum", "concat"] + ["none"] * (recursion == "loop"))),
+        "positions": draw(st.sampled_from(["rope", "learned", "none"])),
+        "n_kv_heads": draw(st.sampled_from([1, 2, 4])),
+        "n_layers": draw(st.integers(1, 2)),
+        "prelude_layers": draw(st.integers(0, 1)),
+        "coda_layers": draw(st.integers(0, 1)),
+        "gate": draw(st.booleans()),
+        "deep_steps": draw(st.integers(1, 2)),
+        "max_seq_len": draw(st.integers(4, 9)),
+        "seed": draw(st.integers(0, 99)),
+    }
+    lengths = draw(st.lists(st.integers(1, config["max_seq_len"]), min_size=1, max_size=3))
+    return config, lengths, draw(st.sampled_from([None, 0, 1])), draw(st.integers(1, 12))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(situation=situations())
+def test_cached_is_uncached_whatever_the_situation(tiny, situation):
+    config, lengths, eos, number = situation
+    model, width = tiny(**config), max(lengths)
+    ids = prompt(len(lengths), width)
+    mask = torch.stack([(torch.arange(width) >= width - n).long() for n in lengths])
+    options = {"attention_mask": mask, "eos_id": eos}
+    cached = decode(model, ids, number, **options)
+    assert torch.equal(cached, decode(model, ids, number, use_cache=False, **options))
+    if eos is None:
+        for row, n in enumerate(lengths):
+            assert cached[row].tolist() == greedy_by_hand(model, ids[row, width - n :].tolist(), number)
+
+
+@pytest.mark.parametrize("coda_layers", [0, 1])
+@torch.no_grad()
+def test_every_step_is_read_out_with_a_cache(tiny, coda_layers):
+    """return_steps: the coda has slots of its own for each supervision step."""
+    model, ids = tiny(coda_layers=coda_layers, supervision_steps=3), prompt()
+    cache = model.new_cache(3, read_steps=3)
+    parts = [model(ids[:, part], cache=cache, return_steps=True).logits for part in torch.arange(10).split([5, 1, 4])]
+    whole = model(ids, return_steps=True).logits
+    assert whole.shape == (3, 3, 10, TINY["vocab_size"])
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_reading_every_step_then_only_the_last(tiny):
+    """A prefill that read every step, then decoding that reads the last alone, share one cache."""
+    model, ids = tiny(coda_layers=1, supervision_steps=2), prompt()
+    cache = model.new_cache(3, read_steps=2)
+    model(ids[:, :6], cache=cache, return_steps=True)
+    later = model(ids[:, 6:], cache=cache).logits
+    torch.testing.assert_close(later, model(ids).logits[:, 6:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("act_target", ["correct", "stable"])
+@torch.no_grad()
+def test_a_loss_beside_the_cache_leaves_it_exact(tiny, act_target):
+    model, ids = tiny(coda_layers=1, supervision_steps=3, act_target=act_target), prompt()
+    cache = model.new_cache(3, read_steps=3)
+    first = model(ids[:, :6], ids[:, 1:7], cache=cache)
+    assert first.loss.item() == pytest.approx(model(ids[:, :6], ids[:, 1:7]).loss.item(), abs=1e-5)
+    later = model(ids[:, 6:], cache=cache).logits
+    torch.testing.assert_close(later, model(ids).logits[:, 6:], atol=1e-4, rtol=0)
+
+
+def test_slots_bytes_and_overflow(tiny):
+    model = tiny(prelude_layers=1, coda_layers=1, latent_steps=2, deep_steps=3, supervision_steps=2, n_kv_heads=2)
+    visits = (2 + 1) * 3 * 2
+    assert cache_slots(model.config) == 1 + visits * 2 + 1
+    assert cache_slots(model.config, read_steps=2) == 1 + visits * 2 + 2
+    cache = model.new_cache(2, max_len=8)
+    assert cache.max_len == 8 and cache.length == 0
+    assert cache.nbytes == 2 * 4 * (1 + visits * 2 + 1) * 2 * 2 * 8 * 4  # k and v, fp32, slots, rows, K, columns, E
+    model(prompt(2, 8), cache=cache)
+    assert cache.length == 8
+    with pytest.raises(ValueError, match="holds 8 columns"):
+        model(prompt(2, 1), cache=cache)
+
+
+def test_a_cache_needs_a_causal_attention_model(tiny):
+    for wrong in ({"causal": False}, {"causal": False, "mixer": "mlp"}):
+        with pytest.raises(ValueError, match="causal"):
+            tiny(**wrong).new_cache(1)
+
+
+def test_every_slot_is_written_once_per_call(tiny, monkeypatch):
+    """One slot per (visit, layer): no two attention layers of one forward call may share one, none stays empty."""
+    for case in CASES:
+        model, written = tiny(**case), []
+        original = KVCache.update
+        monkeypatch.setattr(KVCache, "update", lambda self, slot, k, v: (written.append(slot), original(self, slot, k, v))[1])
+        model(prompt(), cache=model.new_cache(3))
+        monkeypatch.undo()
+        assert sorted(written) == list(range(cache_slots(model.config)))

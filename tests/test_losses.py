@@ -1,0 +1,95 @@
+"""Losses against formulas written out token by token."""
+
+import math
+
+import pytest
+import torch
+
+from src.losses import IGNORE, bits_per_byte, cross_entropy, halting_loss, stablemax_cross_entropy, step_weights
+
+
+def by_token(logits, targets, transform):
+    """Mean of -log(f(x_target) / sum f(x)) over the positions that have a target, in Python floats."""
+    terms = []
+    for scores, target in zip(logits.reshape(-1, logits.shape[-1]).tolist(), targets.flatten().tolist()):
+        if target != IGNORE:
+            mass = [transform(v) for v in scores]
+            terms.append(-math.log(mass[target] / sum(mass)))
+    return sum(terms) / max(len(terms), 1)
+
+
+def stablemax(v):
+    return v + 1 if v >= 0 else 1 / (1 - v)
+
+
+LOSSES = pytest.mark.parametrize("loss, transform", [(cross_entropy, math.exp), (stablemax_cross_entropy, stablemax)])
+
+
+@LOSSES
+def test_mean_over_target_tokens(loss, transform):
+    logits, targets = torch.randn(2, 5, 7) * 3, torch.randint(0, 7, (2, 5))
+    targets[0, :3] = IGNORE
+    assert loss(logits, targets).item() == pytest.approx(by_token(logits, targets, transform), rel=1e-5)
+    flat = loss(logits.reshape(10, 7), targets.reshape(10))
+    assert flat.item() == pytest.approx(loss(logits, targets).item(), rel=1e-6)
+
+
+@LOSSES
+def test_no_target_is_zero_with_zero_gradient(loss, transform):
+    logits = torch.randn(2, 3, 7, requires_grad=True)
+    value = loss(logits, torch.full((2, 3), IGNORE))
+    value.backward()
+    assert value.item() == 0 and not logits.grad.any()
+
+
+@LOSSES
+def test_ignored_positions_get_no_gradient(loss, transform):
+    logits = torch.randn(1, 4, 5, requires_grad=True)
+    loss(logits, torch.tensor([[1, IGNORE, 2, IGNORE]])).backward()
+    assert logits.grad[0, [0, 2]].abs().sum() > 0 and not logits.grad[0, [1, 3]].any()
+
+
+@LOSSES
+@pytest.mark.parametrize("size", [1e4, -1e4, 0.0])
+def test_huge_logits_stay_finite(loss, transform, size):
+    logits = torch.tensor([[size, 0.0, -size]], requires_grad=True)
+    value = loss(logits, torch.tensor([2]))
+    value.backward()
+    assert value.isfinite() and logits.grad.isfinite().all()
+
+
+def test_stablemax_gradient():
+    logits = torch.randn(3, 6, dtype=torch.float64, requires_grad=True) * 4
+    assert torch.autograd.gradcheck(lambda v: stablemax_cross_entropy(v, torch.tensor([0, 5, IGNORE])), logits)
+
+
+def test_half_precision_logits_are_summed_in_float32():
+    logits, targets = torch.randn(64, 500), torch.randint(0, 500, (64,))
+    half = cross_entropy(logits.bfloat16(), targets)
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(cross_entropy(logits.bfloat16().float(), targets).item(), rel=1e-6)
+
+
+def test_halting_loss():
+    logits = torch.tensor([[2.0, -1.0, 0.3], [50.0, -80.0, 1.0]])
+    right = torch.tensor([[True, True, False], [False, False, True]])
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    p = [1 / (1 + math.exp(-v)) for v in (2.0, -1.0, 0.3)]
+    expected = (-math.log(p[0]) - math.log(p[1]) - math.log(1 - p[2]) + 50.0 + 0.0) / 5
+    assert halting_loss(logits, right, valid).item() == pytest.approx(expected, rel=1e-6)
+    assert halting_loss(logits, right, torch.zeros_like(valid)).item() == 0
+
+
+def test_step_weights():
+    assert step_weights("equal", 3) == [1, 1, 1]
+    assert step_weights("linear", 3) == [1, 2, 3]
+    assert step_weights("last", 3) == [0, 0, 1] and step_weights("last", 1) == [1]
+    assert step_weights("0.3,1.0", 4) == [0.3, 1, 1, 1]  # the last number is repeated
+    assert step_weights("0.3,0.5,1.0", 2) == [0.3, 0.5]
+    with pytest.raises(ValueError):
+        step_weights("rising", 2)
+
+
+def test_bits_per_byte():
+    assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8.0)  # uniform bytes
+    assert bits_per_byte(math.log(2), 4.0) == pytest.approx(0.25)  # one bit for a token of four bytes

@@ -1,0 +1,164 @@
+"""Contract 4: the memory of a training step does not grow with supervision_steps, nor with deep_steps.
+
+Two measures: bytes kept for the backward pass, counted exactly (same process), and peak RSS (a fresh process each).
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, build
+from torch.autograd.graph import saved_tensors_hooks
+
+from src.losses import step_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class SavedBytes:
+    """Peak of the bytes that autograd holds for the backward pass, each storage counted once, weights left out."""
+
+    def __init__(self, model):
+        self.users = {tensor.untyped_storage().data_ptr(): 1 for tensor in model.state_dict().values()}
+        self.now = self.peak = 0
+
+    def __enter__(self):
+        self.hooks = saved_tensors_hooks(lambda tensor: _Held(self, tensor), lambda held: held.tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self.hooks.__exit__(*exception)
+
+
+class _Held:
+    def __init__(self, owner, tensor):
+        self.owner, self.tensor = owner, tensor
+        storage = tensor.untyped_storage()
+        self.key, self.size = storage.data_ptr(), storage.nbytes()
+        owner.users[self.key] = owner.users.get(self.key, 0) + 1
+        owner.now += self.size * (owner.users[self.key] == 1)
+        owner.peak = max(owner.peak, owner.now)
+
+    def __del__(self):
+        self.owner.users[self.key] -= 1
+        self.owner.now -= self.size * (self.owner.users[self.key] == 0)
+
+
+def batch(rows=4, length=16):
+    return torch.randint(0, TINY["vocab_size"], (2, rows, length)).unbind()
+
+
+def step_by_step(model, ids, targets):
+    """One training step as the trainer does it: backward after each supervision step, the state carried on."""
+    weights = step_weights(model.config.supervision_weights, model.config.train_steps)
+    carry = None
+    for weight in weights:
+        out = model(ids, targets, supervision_steps=1, carry=carry)
+        carry = out.carry
+        (weight / sum(weights) * out.loss).backward()
+
+
+def all_at_once(model, ids, targets):
+    model(ids, targets).loss.backward()
+
+
+def saved_bytes(step=step_by_step, **settings):
+    model = build(**settings).train()
+    ids, targets = batch()
+    with SavedBytes(model) as saved:
+        step(model, ids, targets)
+    assert saved.peak > 0
+    return saved.peak
+
+
+@pytest.mark.parametrize("act_target", ["correct", "stable"])
+@pytest.mark.parametrize("gate", [False, True])
+def test_saved_bytes_are_flat_in_supervision_steps(act_target, gate):
+    two, eight = (saved_bytes(supervision_steps=s, act_target=act_target, gate=gate) for s in (2, 8))
+    assert eight == two
+
+
+@pytest.mark.parametrize("settings", [{}, {"injection": "concat"}, {"recursion": "loop", "grad_deep_steps": 1}], ids=str)
+def test_saved_bytes_are_flat_in_deep_steps(settings):
+    two, six = (saved_bytes(deep_steps=t, **settings) for t in (2, 6))
+    assert six <= two * 1.01
+
+
+def test_saved_bytes_grow_where_the_contract_lets_them():
+    """Negative control: the same count sees full_bptt, all steps in one call, more gradient steps, more latent steps."""
+    base = saved_bytes(supervision_steps=2)
+    assert saved_bytes(all_at_once, supervision_steps=8) > 3 * saved_bytes(all_at_once, supervision_steps=2)
+    assert saved_bytes(all_at_once, supervision_steps=2) > 1.5 * base
+    deep = [saved_bytes(all_at_once, full_bptt=True, deep_steps=t) for t in (2, 6)]
+    assert deep[1] > 2.5 * deep[0]
+    assert saved_bytes(deep_steps=6, grad_deep_steps=3) > 2 * saved_bytes(deep_steps=6)
+    assert saved_bytes(latent_steps=6) > 2 * saved_bytes(latent_steps=2)
+
+
+def test_gradient_checkpointing_saves_bytes_and_changes_no_gradient():
+    settings = {"full_bptt": True, "prelude_layers": 1, "dropout": 0.2, "injection": "concat", "gate": True}
+    ids, targets = batch()
+    gradients, peaks = [], []
+    for is_on in (False, True):
+        model = build(gradient_checkpointing=is_on, **settings).train()
+        torch.manual_seed(5)  # dropout must be replayed in the recomputation
+        with SavedBytes(model) as saved:
+            model(ids, targets).loss.backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters()})
+        peaks.append(saved.peak)
+    assert peaks[1] < 0.4 * peaks[0]
+    for key, expected in gradients[0].items():
+        assert torch.equal(gradients[1][key], expected), key
+
+
+def test_inference_keeps_nothing_for_backward():
+    model, (ids, targets) = build(), batch()
+    with torch.no_grad(), SavedBytes(model) as saved:
+        out = model(ids, targets)
+    assert saved.peak == 0 and not out.loss.requires_grad
+
+
+CHILD = """
+import json, resource, sys
+import torch
+from src.model import TRMConfig, TRMModel
+
+settings, at_once = json.loads(sys.argv[1]), sys.argv[2] == "at_once"
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = TRMModel(TRMConfig(vocab_size=64, d_model=64, n_heads=2, n_layers=2, max_seq_len=128, **settings))
+ids, targets = torch.randint(0, 64, (2, 40, 128)).unbind()
+
+def step(rows, times=1):
+    carry = None
+    for _ in range(1 if at_once else model.config.train_steps):
+        out = model(ids[:rows], targets[:rows], supervision_steps=None if at_once else 1, carry=carry)
+        carry = out.carry
+        out.loss.backward()
+
+step(1)  # libraries, gradients and thread pools are in the baseline
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(40)
+print(json.dumps({"MiB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+"""
+
+
+def peak_mib(at_once=False, **settings):
+    """Growth of the peak RSS by one eager training step in a fresh process, MiB."""
+    command = [sys.executable, "-c", CHILD, json.dumps(settings), "at_once" if at_once else "by_step"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)["MiB"]
+
+
+@pytest.mark.slow
+def test_peak_rss_is_flat_within_a_tenth():
+    base = peak_mib(supervision_steps=2, deep_steps=2)
+    assert base > 100  # activations, not noise, are what is measured
+    assert peak_mib(supervision_steps=6, deep_steps=2) < 1.1 * base
+    assert peak_mib(supervision_steps=2, deep_steps=6) < 1.1 * base
+    assert peak_mib(at_once=True, supervision_steps=2, deep_steps=2, full_bptt=True) > 2.5 * base  # negative control

@@ -1,0 +1,220 @@
+"""runtime.py: device, precision and compiler choices, on stand-ins for the hardware that is not here."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src import runtime
+from src.config import UserError, parse_flags
+from src.runtime import (
+    Interrupt,
+    RuntimeConfig,
+    autocast,
+    choose_compile,
+    choose_device,
+    choose_precision,
+    describe,
+    peak_rss_bytes,
+    seed_everything,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(gpus=, mps=, capability=, features=): what torch is to find."""
+
+    def pretend(gpus=0, mps=False, capability=(8, 0), features=()):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(features, True))
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("gpus", "mps", "expected"), [(2, True, "cuda"), (0, True, "mps"), (0, False, "cpu"), (1, False, "cuda")]
+)
+def test_auto_device_prefers_cuda_then_mps(machine, gpus, mps, expected):
+    machine(gpus=gpus, mps=mps)
+    assert choose_device("auto") == torch.device(expected)
+
+
+def test_named_devices(machine):
+    machine(gpus=2)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(
+    ("gpus", "wanted", "said"),
+    [
+        (0, "cuda", "--device cpu"),
+        (0, "cuda:1", "--device cpu"),
+        (2, "cuda:2", "cuda:0 to cuda:1"),
+        (1, "cuda:7", "cuda:0 only"),
+        (0, "mps", "no Apple GPU"),
+        (1, "gpu", "unknown"),
+        (1, "cuda:x", "unknown"),
+        (1, "cuda:-1", "unknown"),
+        (1, "cpu:3", "unknown"),
+        (1, "", "unknown"),
+    ],
+)
+def test_a_device_that_is_not_here_is_one_line(machine, gpus, wanted, said):
+    machine(gpus=gpus)
+    with pytest.raises(UserError, match=said) as caught:
+        choose_device(wanted)
+    assert f"--device {wanted}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "features", "expected"),
+    [
+        (CUDA, (9, 0), (), "bf16"),
+        (CUDA, (8, 0), (), "bf16"),
+        (CUDA, (7, 5), ("amx_bf16",), "fp16"),
+        (MPS, (8, 0), ("amx_bf16",), "fp32"),
+        (CPU, (8, 0), (), "fp32"),
+        (CPU, (8, 0), ("avx2", "avx512_f"), "fp32"),
+        (CPU, (8, 0), ("amx_bf16",), "bf16"),
+        (CPU, (8, 0), ("avx512_bf16",), "bf16"),
+    ],
+)
+def test_auto_precision_follows_the_hardware(machine, device, capability, features, expected):
+    machine(gpus=1, capability=capability, features=features)
+    precision, reason = choose_precision("auto", device)
+    assert precision == expected and reason
+
+
+def test_wanted_precision(machine):
+    machine(features=())
+    assert choose_precision("fp32", CPU).value == "fp32"
+    precision, reason = choose_precision("bf16", CPU)
+    assert precision == "bf16" and "slow" in reason
+    with pytest.raises(UserError, match="fp16"):
+        choose_precision("fp16", CPU)
+    with pytest.raises(UserError, match="int4"):
+        choose_precision("int4", CPU)
+
+
+def test_autocast_runs_products_in_the_precision():
+    a = torch.randn(4, 4)
+    with autocast(CPU, "bf16"):
+        assert (a @ a).dtype == torch.bfloat16
+    with autocast(CPU, "fp32"):
+        assert (a @ a).dtype == torch.float32
+
+
+def test_compile_needs_a_compiler_and_headers(monkeypatch, tmp_path):
+    monkeypatch.setattr(runtime, "find_compiler", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(runtime.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert choose_compile(None, CPU).value is False  # no Python.h
+    (tmp_path / "Python.h").touch()
+    assert choose_compile(None, CPU) == (True, "found /usr/bin/g++")
+    assert choose_compile(True, CPU).value is True
+    assert choose_compile(False, CPU) == (False, "as asked")
+    assert choose_compile(None, MPS).value is False
+    monkeypatch.setattr(runtime, "find_compiler", lambda: None)
+    chosen, reason = choose_compile(None, CPU)
+    assert chosen is False and "g++" in reason
+    with pytest.raises(UserError, match="--compile true"):
+        choose_compile(True, CPU)
+
+
+def test_compile_on_cuda_needs_triton(monkeypatch):
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
+    assert choose_compile(None, CUDA).value is False
+    with pytest.raises(UserError, match="triton"):
+        choose_compile(True, CUDA)
+
+
+def test_find_compiler_obeys_cxx(monkeypatch, tmp_path):
+    compiler = tmp_path / "my-c++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert runtime.find_compiler() == str(compiler)
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    assert runtime.find_compiler() is None
+
+
+def test_seed_everything_repeats_all_three_generators():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(3).tolist()
+
+    seed_everything(7)
+    first = draw()
+    seed_everything(7)
+    assert draw() == first
+    seed_everything(8)
+    assert draw() != first
+
+
+def test_describe_cpu():
+    assert f"{torch.get_num_threads()} thread" in describe(CPU)
+
+
+def test_peak_rss_is_of_this_process_and_grows():
+    grow = (
+        "from src.runtime import peak_rss_bytes as peak; before = peak(); x = b'1' * 100_000_000; print(before, peak())"
+    )
+    ballast = b"1" * 500_000_000  # a child must not inherit the peak of its parent
+    assert peak_rss_bytes() > len(ballast)
+    out = subprocess.run([sys.executable, "-c", grow], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    before, after = map(int, out.split())
+    assert after < len(ballast)
+    assert 80e6 < after - before < 160e6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_turns_the_first_signal_into_a_flag(number):
+    old = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with Interrupt() as interrupt:
+        assert not interrupt.requested
+        os.kill(os.getpid(), number)
+        assert interrupt.requested and interrupt.signal_name == number.name
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == old
+
+
+def test_a_second_ctrl_c_raises_and_handlers_come_back():
+    old = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # asks again, politely
+        assert interrupt.signal_name == "SIGTERM"
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == old
+
+
+def test_interrupt_outside_the_main_thread_does_nothing():
+    seen = []
+
+    def work():
+        with Interrupt() as interrupt:
+            seen.append(interrupt.requested)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+def test_runtime_flags(capsys):
+    (config,) = parse_flags("", RuntimeConfig, argv=["--device", "cpu", "--precision=fp32"])
+    assert config == RuntimeConfig("cpu", "fp32")
+    with pytest.raises(SystemExit) as caught:
+        parse_flags("", RuntimeConfig, argv=["--precision", "fp8"])
+    assert caught.value.code == 2 and "fp8" in capsys.readouterr().err

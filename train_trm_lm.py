@@ -1,0 +1,42 @@
+"""Train a language model: a recursive one (TRM), a looped transformer, or a plain Llama.
+
+    python train_trm_lm.py                                    # on the Python standard library: no download, no paths
+    python train_trm_lm.py --config configs/demo.yaml --max_minutes 3
+    python train_trm_lm.py --train_paths wiki/train_*.jsonl.gz --valid_paths wiki/validation_0.jsonl.gz
+    python train_trm_lm.py --recursion none --n_layers 6 --norm pre --save_dir runs/llama
+    python train_trm_lm.py --config runs/trm/config.yaml --resume
+
+Writes the run folder `save_dir`: config.yaml, metrics.jsonl, TensorBoard events, learning_curve.png, samples.txt, and
+checkpoints step_NNNNNNNN/ with the links last and best. Ctrl-C ends a run with a checkpoint; --resume goes on from it.
+"""
+
+import sys
+
+from src.checkpoint import save_checkpoint
+from src.config import parse_flags, run
+from src.dataset import DataConfig
+from src.model import TRMConfig
+from src.runtime import RuntimeConfig
+from src.trainer import TrainConfig, create_trainer, evaluate
+
+__all__ = ["evaluate", "main", "parse_args", "save_checkpoint"]
+
+
+def parse_args(argv=None) -> tuple[TrainConfig, DataConfig, TRMConfig, RuntimeConfig]:
+    return parse_flags(__doc__, TrainConfig, DataConfig, TRMConfig, RuntimeConfig, argv=argv)
+
+
+def main(argv=None):
+    trainer = create_trainer(*parse_args(argv))
+    figures = trainer.train()
+    if figures:
+        print(
+            f"done: step {trainer.step}, validation {figures['valid_loss']:.4f} nats/token, "
+            f"{figures['valid_bits_per_byte']:.4f} bits/byte; generate with: "
+            f"python generate.py {trainer.folder} --prompt '...'",
+            file=sys.stderr,
+        )
+
+
+if __name__ == "__main__":
+    run(main)
