@@ -55,14 +55,17 @@ class SPMConfig:
 
 
 def before_tail(pieces, n_bytes, tail):
-    """The texts of the first n_bytes of a stream of pieces; the later ones are appended to the list `tail`."""
-    read = 0
+    """The text of the first n_bytes of a stream of pieces; the rest is appended to the list `tail`."""
+    left = n_bytes
     for text, _ in pieces:
-        read += len(text.encode())
-        if read <= n_bytes:
-            yield text
-        else:
-            tail.append(text)
+        head = text.encode()[:left].decode(errors="ignore") if left else ""
+        if len(head) < len(text):
+            head = head[: head.rfind("\n") + 1] or head
+            left = 0
+            tail.append(text[len(head) :])
+        left -= len(head.encode()) if left else 0
+        if head:
+            yield head
 
 
 def parse_args(argv=None):

@@ -40,7 +40,9 @@ class KVCache:
 
         New tokens without a mask of their own are real and belong to the document of the row's last column."""
         if self.length + new > self.max_len:
-            raise ValueError(f"the cache holds {self.max_len} columns, {self.length} are used and {new} more were given")
+            raise ValueError(
+                f"the cache holds {self.max_len} columns, {self.length} are used and {new} more were given"
+            )
         if mask is None and self.segments is None:
             return None
         if self.segments is None:

@@ -45,7 +45,9 @@ def save_checkpoint(folder, model: TRMModel, tokenizer, ema: dict | None = None,
             shutil.rmtree(folder)
         beside.rename(folder)
     except OSError as error:
-        raise UserError(f"cannot write the checkpoint {folder}: {error.strerror or error}; choose another save_dir") from None
+        raise UserError(
+            f"cannot write the checkpoint {folder}: {error.strerror or error}; choose another save_dir"
+        ) from None
 
 
 def unshared(state: dict) -> dict:
@@ -119,7 +121,9 @@ def load_weights(model: TRMModel, weights: dict, path):
     own = unshared(model.state_dict())
     wrong = sorted(set(own) ^ set(weights)) or [n for n in own if own[n].shape != weights[n].shape]
     if wrong:
-        raise UserError(f"{path} does not fit its config.json (first difference: {wrong[0]}): they are of different models")
+        raise UserError(
+            f"{path} does not fit its config.json (first difference: {wrong[0]}): they are of different models"
+        )
     with torch.no_grad():
         for name, tensor in weights.items():
             own[name].copy_(tensor)
@@ -153,4 +157,6 @@ def load_state(folder) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds, all of them mean the same to the user
         reason = "is missing" if not path.exists() else f"is broken ({type(error).__name__})"
-        raise UserError(f"{path} {reason}: this checkpoint cannot be resumed; use --init_from to start from its weights") from None
+        raise UserError(
+            f"{path} {reason}: this checkpoint cannot be resumed; use --init_from to start from its weights"
+        ) from None

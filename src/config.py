@@ -76,7 +76,9 @@ def build(cls, values, where=""):
 
 def literal_fields(cls) -> dict:
     """{field name: allowed values} of a dataclass's Literal fields."""
-    return {f.name: typing.get_args(f.type) for f in dataclasses.fields(cls) if typing.get_origin(f.type) is typing.Literal}
+    return {
+        f.name: typing.get_args(f.type) for f in dataclasses.fields(cls) if typing.get_origin(f.type) is typing.Literal
+    }
 
 
 class _Formatter(DefaultHelpFormatter):
@@ -118,7 +120,9 @@ def _normalise(argv, fields, positional):
     if free and not _is_list(fields[positional]):
         out.append(f"--{positional}={free.pop(0)}")
         if free:
-            raise UserError(f"{free[0]!r} is one word too many: {positional} is a single path; quote values with spaces")
+            raise UserError(
+                f"{free[0]!r} is one word too many: {positional} is a single path; quote values with spaces"
+            )
     return out + ([_list_flag(positional, free)] if free else [])
 
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.config import UserError
@@ -40,9 +42,9 @@ class Sample(NamedTuple):
     """One row. input_ids (T,) int64; target_ids (T,) int64, target_ids[t] follows input_ids[t], -100 is not counted;
     attention_mask (T,) int64 or None: the number of each token's document in the row, 1, 2, ..., 0 for padding."""
 
-    input_ids: torch.Tensor
-    target_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
+    input_ids: Int[Tensor, "t"]
+    target_ids: Int[Tensor, "t"]
+    attention_mask: Int[Tensor, "t"] | None
 
 
 class PackedDataset(Dataset):
@@ -265,6 +267,11 @@ def _split_stores(store_of, files, tokenizer, seq_len):
     except NoDocument:
         pass
     whole = store_of(files)
+    if len(whole) < 2 * (seq_len + 1):
+        raise UserError(
+            f"the text has {len(whole)} tokens, too few for a training and a validation window of {seq_len + 1}: "
+            "give more text, --valid_paths, or a smaller max_seq_len"
+        )
     print("too few documents to hold some back: the last 5 % of the text is for validation", file=sys.stderr)
     return whole.split(len(whole) - max(seq_len + 1, len(whole) // 20), tokenizer)
 

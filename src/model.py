@@ -14,7 +14,7 @@ Shapes: B batch, T tokens, D width, H query heads, K key/value heads, E = D/H, V
 
 import contextlib
 import functools
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -115,7 +115,9 @@ class TRMConfig:
 
     def _problems(self):
         """(is it wrong?, what to change) for every combination that cannot work."""
-        positive = "d_model n_heads n_kv_heads n_layers d_ff max_seq_len latent_steps deep_steps supervision_steps".split()
+        positive = (
+            "d_model n_heads n_kv_heads n_layers d_ff max_seq_len latent_steps deep_steps supervision_steps".split()
+        )
         for name in positive + ["grad_deep_steps"] + ["vocab_size"] * (self.vocab_size is not None):
             yield getattr(self, name) < 1, f"{name} is {getattr(self, name)}: set it to 1 or more"
         for name in ("prelude_layers", "coda_layers", "act_weight"):
@@ -132,16 +134,28 @@ class TRMConfig:
         yield self.norm_eps <= 0 or self.rope_theta <= 0, "norm_eps and rope_theta must be positive: raise them"
         bad_scaling = self.rope_scaling is not None and self.rope_scaling <= 0
         yield bad_scaling, f"rope_scaling is {self.rope_scaling}: set it over 0, or leave it out"
-        yield self.mixer == "mlp" and self.causal, "mixer mlp sees the whole sequence: set causal to false or mixer to attention"
-        yield self.injection == "none" and self.recursion == "trm", "injection none is for recursion loop: choose sum or concat"
+        yield (
+            self.mixer == "mlp" and self.causal,
+            "mixer mlp sees the whole sequence: set causal to false or mixer to attention",
+        )
+        yield (
+            self.injection == "none" and self.recursion == "trm",
+            "injection none is for recursion loop: choose sum or concat",
+        )
         if self.recursion != "none":
             G, T = self.grad_deep_steps, self.deep_steps
             yield G > T, f"grad_deep_steps {G} is more than deep_steps {T}: lower it"
             cut = self.recursion == "loop" and self.injection == "none" and T > G
-            yield cut, "injection none with grad_deep_steps under deep_steps leaves the embedding without gradient: set them equal"
-        yield not valid_weights(self.supervision_weights), (
-            f"supervision_weights is {self.supervision_weights!r}: choose equal, linear, last, or numbers such as 0.3,1.0 "
-            "(none negative, the last positive)"
+            yield (
+                cut,
+                "injection none with grad_deep_steps under deep_steps leaves the embedding without gradient: set them equal",
+            )
+        yield (
+            not valid_weights(self.supervision_weights),
+            (
+                f"supervision_weights is {self.supervision_weights!r}: choose equal, linear, last, or numbers such as 0.3,1.0 "
+                "(none negative, the last positive)"
+            ),
         )
 
     def to_dict(self) -> dict:
@@ -241,7 +255,10 @@ class TRMModel(nn.Module):
                 every_logits, every_halt = (every_logits if return_steps else []) + [logits], every_halt + [halt]
             if target_ids is not None:
                 w = weights[s] / sum(weights)
-                ce, act = cross_entropy(logits, target_ids), self._halting_loss(y_before, done + s, logits, halt, target_ids, ctx)
+                ce, act = (
+                    cross_entropy(logits, target_ids),
+                    self._halting_loss(y_before, done + s, logits, halt, target_ids, ctx),
+                )
                 ce_loss, act_loss = ce_loss + w * ce, act_loss + w * act
                 loss = loss + w * (ce + self.config.act_weight * act)
             if not self.config.full_bptt:

@@ -17,7 +17,9 @@ def filter_logits(
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p is not None and top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the likelier tokens; 0 for the likeliest
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(
+            -1
+        )  # mass of the likelier tokens; 0 for the likeliest
         logits = logits.scatter(-1, index, ordered.masked_fill(before >= top_p, -torch.inf))
     return logits
 
@@ -37,7 +39,9 @@ def fit_window(ids, mask, max_len: int, finished) -> tuple[Tensor, Tensor]:
 
     A row over max_len keeps its last max_len // 2 tokens, a finished row its last one; what remains is padded anew."""
     rows = [row[keep] for row, keep in zip(ids, mask.bool())]
-    rows = [row[-1:] if done else row[-(max_len // 2) :] if len(row) > max_len else row for row, done in zip(rows, finished)]
+    rows = [
+        row[-1:] if done else row[-(max_len // 2) :] if len(row) > max_len else row for row, done in zip(rows, finished)
+    ]
     width = max(len(row) for row in rows)
     ids, mask = ids.new_zeros(len(rows), width), mask.new_zeros(len(rows), width)
     for i, row in enumerate(rows):
@@ -115,7 +119,9 @@ def _check(config, prompt_ids, max_new_tokens, temperature, top_k, top_p, mask):
     for problem, advice in problems:
         if problem:
             raise ValueError(advice)
-    if mask is not None and (not bool(mask[:, -1].all()) or bool((mask.bool().diff(dim=1) & ~mask.bool()[:, 1:]).any())):
+    if mask is not None and (
+        not bool(mask[:, -1].all()) or bool((mask.bool().diff(dim=1) & ~mask.bool()[:, 1:]).any())
+    ):
         raise ValueError("attention_mask must be 0 on the left and 1 from the first real token on: pad on the left")
     longest = prompt_ids.shape[1] if mask is None else int(mask.bool().sum(1).max())
     if longest > config.max_seq_len:

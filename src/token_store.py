@@ -1,5 +1,6 @@
 """Documents to tokens on disk, once: `tokenize_corpus` fills a cache through `datasets`, `TokenStore` maps it."""
 
+import collections
 import functools
 import hashlib
 import itertools
@@ -27,12 +28,18 @@ def content_key(files, *settings):
     key = hashlib.sha256(repr((CACHE_VERSION, *settings)).encode())
     for path in files:
         try:
-            with open(path, "rb") as file:
-                key.update(hashlib.file_digest(file, "sha256").digest())
+            info = os.stat(path)
+            key.update(_digest(path, info.st_size, info.st_mtime_ns))
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from None
         key.update(path.removesuffix(".gz").rpartition(".")[2].encode() + path[-3:].encode())
     return key.hexdigest()[:32]
+
+
+@functools.cache  # several keys of one run are made from the same files
+def _digest(path, size, mtime_ns):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def text_bytes(files):
@@ -76,20 +83,22 @@ def tokenize_corpus(paths, tokenizer, text_field="text", strict=False, num_proc=
                 num_proc=n_groups if n_groups > 1 else None,
                 writer_batch_size=ROWS,
             )
-    except OSError as error:
-        raise UserError(f"cache_dir {cache_dir}: {error.strerror or error}; choose another with --cache_dir") from None
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise _user_error_in(error) or error from None
+    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+        if n_groups > 1:  # the cause stays in the other process, so it is looked for here
+            collections.deque(held_back(files, text_field, strict, part, share, report=False), maxlen=0)
+        raise _user_error_of(error, cache_dir) from None
     store = TokenStore(rows, id_type)
     if not len(store):  # the reader says why, now that it sees all files at once
         next(held_back(files, text_field, strict, part, share, report=False))
     return store
 
 
-def _user_error_in(error):
-    """The UserError that `datasets` wrapped, or None."""
-    while error is not None and not isinstance(error, UserError):
+def _user_error_of(error, cache_dir):
+    """What a fault inside `datasets` was at bottom: the reader's own UserError, or a cache that cannot be written."""
+    while not isinstance(error, (UserError, OSError)) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, OSError):
+        return UserError(f"cache_dir {cache_dir}: {error.strerror or error}; choose another with --cache_dir")
     return error
 
 

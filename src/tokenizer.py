@@ -364,9 +364,10 @@ def _explain(message, vocab_size):
 
 
 def _write_model(tokenizer, model_prefix):
-    """{prefix}.model and {prefix}.vocab (piece, tab, score), each written beside and renamed into place."""
+    """{prefix}.model and {prefix}.vocab (piece, tab, score; \\n and \\t spelt out), written beside, then renamed."""
     sp = tokenizer._sp
-    vocab = "".join(f"{sp.id_to_piece(i)}\t{sp.get_score(i):g}\n" for i in range(tokenizer.vocab_size))
+    pieces = (sp.id_to_piece(i).replace("\n", "\\n").replace("\t", "\\t") for i in range(tokenizer.vocab_size))
+    vocab = "".join(f"{piece}\t{sp.get_score(i):g}\n" for i, piece in enumerate(pieces))
     for suffix, data in ((".vocab", vocab.encode()), (".model", tokenizer._data)):
         path = Path(f"{model_prefix}{suffix}")
         try:

@@ -220,7 +220,9 @@ class Trainer:
 
     def _bar(self):
         slow = {} if sys.stderr.isatty() else {"mininterval": 30}  # a log file wants few lines
-        return tqdm(total=self.config.max_steps, initial=self.step, desc="train", unit="step", disable=not self.is_main, **slow)
+        return tqdm(
+            total=self.config.max_steps, initial=self.step, desc="train", unit="step", disable=not self.is_main, **slow
+        )
 
     def _start_window(self):
         self.window_losses, self.window_steps = torch.zeros(3, device=self.device), 0
@@ -256,7 +258,9 @@ class Trainer:
         batches = self._loader(self.valid_set, shuffle=False)
         limit = None if whole else self.config.eval_batches or None
         with self.averaged_weights():
-            figures = evaluate(self.raw, batches, self.valid_set.bytes_per_token, self.precision, limit, self.accelerator)
+            figures = evaluate(
+                self.raw, batches, self.valid_set.bytes_per_token, self.precision, limit, self.accelerator
+            )
             sample = self.sample() if self.is_main else ""
         self.window_start = time.monotonic()
         if self.log is not None:
@@ -413,7 +417,9 @@ def create_trainer(config: TrainConfig, data: DataConfig, model_config: TRMConfi
 def _start_run_folder(folder: Path, settings: dict):
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        (folder / "config.yaml").write_text(
+            yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
     except OSError as error:
         raise UserError(f"cannot write to save_dir {folder}: {error.strerror}; choose another folder") from None
 

@@ -1,6 +1,8 @@
-"""Shared set-up: annotations of `src` are checked while tests run, and one builder of tiny models with lively weights."""
+"""Shared by all tests: annotations of `src` are checked while they run; tiny models with lively weights."""
 
+import itertools
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -59,3 +61,56 @@ def build(seed=0, dtype=torch.float32, **settings):
 def tiny():
     """`build`, as a fixture."""
     return build
+
+
+# Each axis on its own, for every family, then seeded mixtures of all axes.
+AXES = {
+    "norm": ("post", "pre", "sandwich"),
+    "injection": ("sum", "concat"),
+    "gate": (False, True),
+    "prelude_layers": (0, 1),
+    "coda_layers": (0, 1),
+    "n_kv_heads": (4, 2, 1),
+    "positions": ("rope", "learned", "none"),
+    "tie_embeddings": (False, True),
+    "qk_norm": (False, True),
+}
+TRAINING_AXES = {
+    "full_bptt": (False, True),
+    "supervision_weights": ("equal", "linear", "last", "0.3,1.0"),
+    "act_target": ("correct", "stable"),
+    "act_weight": (0.5, 1.0),
+    "grad_deep_steps": (None, 2),
+    "latent_steps": (1, 2),
+    "deep_steps": (2, 3),
+    "supervision_steps": (2, 3),
+    "rope_theta": (10000.0, 50.0),
+    "rope_scaling": (None, 2.5),
+}
+MIXES = 14
+
+
+def mixtures(axes, number, seed):
+    """`number` settings for each family in turn, every axis drawn anew."""
+    rng = random.Random(seed)
+    families = itertools.cycle(("trm", "loop", "trm", "none"))
+    return [{"recursion": next(families)} | {key: rng.choice(axes[key]) for key in axes} for _ in range(number)]
+
+
+def singles(axes):
+    """One setting per family and per value of each axis that is not the first."""
+    changes = [{}] + [{key: value} for key in axes for value in axes[key][1:]]
+    return [{"recursion": family} | change for family in ("trm", "loop", "none") for change in changes]
+
+
+def name(settings):
+    return "-".join(str(value) if key == "recursion" else f"{key}={value}" for key, value in settings.items())
+
+
+def batch(rows=2, length=6, seed=3):
+    """ids and targets, some without a target."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, TINY["vocab_size"], (rows, length), generator=generator)
+    targets = torch.randint(0, TINY["vocab_size"], (rows, length), generator=generator)
+    targets[0, 1] = targets[-1, -1] = -100
+    return ids, targets

@@ -1,4 +1,4 @@
-"""The slow twin of src/model.py: the same equations with explicit loops, row by row and head by head, and no shared code.
+"""The slow twin of src/model.py: the same equations in explicit loops, row by row and head by head, no shared code.
 
 Everything is plain differentiable torch on (T, D) matrices in the dtype of the weights given.
 """
@@ -28,17 +28,11 @@ def swiglu(v, gate_up, down):
 
 def rotate(v, positions, theta, scaling):
     """Rotate-half RoPE of one head (T, E): channel i turns with channel i + E/2 by position * theta^(-2i/E)."""
-    size = v.shape[-1]
-    rows = []
-    for t, position in enumerate(positions):
-        first, second = [], []
-        for i in range(size // 2):
-            angle = position / (scaling or 1.0) * theta ** (-2 * i / size)
-            a, b = v[t, i], v[t, i + size // 2]
-            first.append(a * math.cos(angle) - b * math.sin(angle))
-            second.append(b * math.cos(angle) + a * math.sin(angle))
-        rows.append(torch.stack(first + second))
-    return torch.stack(rows)
+    half = v.shape[-1] // 2
+    angles = [[p / (scaling or 1.0) * theta ** (-i / half) for i in range(half)] for p in positions]
+    cos, sin = (torch.tensor([[f(a) for a in row] for row in angles], dtype=v.dtype) for f in (math.cos, math.sin))
+    a, b = v[:, :half], v[:, half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class Twin:
@@ -230,3 +224,32 @@ def supervision_weights(spec, steps):
         return [{"equal": 1.0, "linear": s + 1.0, "last": float(s == steps - 1)}[spec] for s in range(steps)]
     numbers = [float(number) for number in spec.split(",")]
     return [numbers[min(s, len(numbers) - 1)] for s in range(steps)]
+
+
+def llama_with_weights_of(model):
+    """The plain family's other twin: transformers' LlamaForCausalLM with the same weights, in eval mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = model.config
+    config = LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, rms_norm_eps=c.norm_eps,
+        max_position_embeddings=c.max_seq_len, tie_word_embeddings=c.tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    ours, theirs = model.state_dict(), {}
+    theirs["model.embed_tokens.weight"], theirs["lm_head.weight"] = ours["embed.weight"], ours["head.weight"]
+    theirs["model.norm.weight"] = ours["net.norm.weight"]
+    names = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    names |= {"attn.out": "self_attn.o_proj", "mlp.down": "mlp.down_proj"}
+    for layer in range(c.n_layers):
+        a, b = f"net.blocks.{layer}.", f"model.layers.{layer}."
+        theirs |= {f"{b}{new}.weight": ours[f"{a}{old}.weight"] for old, new in names.items()}
+        q, k, v = ours[a + "attn.qkv.weight"].split([c.head_dim * n for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)])
+        gate, up = ours[a + "mlp.gate_up.weight"].chunk(2)
+        theirs |= {f"{b}self_attn.{part}_proj.weight": w for part, w in (("q", q), ("k", k), ("v", v))}
+        theirs |= {f"{b}mlp.gate_proj.weight": gate, f"{b}mlp.up_proj.weight": up}
+    llama = LlamaForCausalLM(config).eval()
+    llama.load_state_dict(theirs)
+    return llama

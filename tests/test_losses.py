@@ -1,11 +1,13 @@
-"""Losses against formulas written out token by token."""
+"""Losses against formulas written out token by token; contract 6: what they teach, and that the halting head then fires."""
 
 import math
 
 import pytest
 import torch
+from conftest import TINY
 
 from src.losses import IGNORE, bits_per_byte, cross_entropy, halting_loss, stablemax_cross_entropy, step_weights
+from src.model import TRMConfig, TRMModel
 
 
 def by_token(logits, targets, transform):
@@ -93,3 +95,43 @@ def test_step_weights():
 def test_bits_per_byte():
     assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8.0)  # uniform bytes
     assert bits_per_byte(math.log(2), 4.0) == pytest.approx(0.25)  # one bit for a token of four bytes
+
+
+def memorise(norm, noise=0, steps=140):
+    """Train on 20 sequences of 12 tokens; the last `noise` targets of each are drawn anew every time.
+    Returns the model, ids, targets."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 96, "d_ff": 192, "n_layers": 1, "latent_steps": 1}
+    model = TRMModel(TRMConfig(**TINY | sizes, norm=norm))
+    sequences = torch.randint(0, TINY["vocab_size"], (20, 13))
+    sequences[:, 0] = torch.arange(20)  # the first token tells the sequences apart
+    ids, targets = sequences[:, :-1], sequences[:, 1:].clone()
+    assert not (torch.sigmoid(model(ids).halt_logits) > 0.5).any()  # halting starts at no
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 10) * (1 - step / steps)
+        targets[:, 12 - noise :] = torch.randint(0, TINY["vocab_size"], (20, noise))
+        optimizer.zero_grad()
+        model(ids, targets).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model.eval(), ids, targets
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_twenty_sequences_are_memorised_and_the_halting_head_fires(unchecked, norm):
+    model, ids, targets = memorise(norm)
+    out = model(ids, targets)
+    assert out.ce_loss < 0.05 and out.loss < 0.05
+    halts = torch.sigmoid(out.halt_logits) > model.config.act_threshold
+    assert halts.float().mean() > 0.95
+
+
+def test_halting_tells_known_from_unknowable(unchecked):
+    model, ids, targets = memorise("pre", noise=4)
+    targets[:, 8:] = IGNORE
+    out = model(ids, targets)
+    assert out.ce_loss < 0.2
+    probability = torch.sigmoid(out.halt_logits)
+    assert probability[:, :8].mean() > 0.9
+    assert probability[:, 8:].mean() < 0.2

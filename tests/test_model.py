@@ -1,55 +1,14 @@
-"""Contracts 1, 2, 5, 6, 7 and 8 of the model: causality, slow twin, Llama parity, learning, determinism, padding."""
+"""Contracts 1, 2, 5, 7 and 8 of the model: causality, slow twin, Llama parity, determinism, padding; its settings."""
 
 import copy
-import itertools
-import random
+import math
 
 import pytest
 import torch
-from conftest import TINY, build
-from reference import IGNORE, Twin, supervision_weights
+from conftest import AXES, MIXES, TINY, TRAINING_AXES, batch, build, mixtures, name, singles
+from reference import IGNORE, Twin, llama_with_weights_of, supervision_weights
 
 from src.model import TRMConfig, TRMModel
-
-# Each axis on its own, for every family, then seeded mixtures of all axes.
-AXES = {
-    "norm": ("post", "pre", "sandwich"),
-    "injection": ("sum", "concat"),
-    "gate": (False, True),
-    "prelude_layers": (0, 1),
-    "coda_layers": (0, 1),
-    "n_kv_heads": (4, 2, 1),
-    "positions": ("rope", "learned", "none"),
-    "tie_embeddings": (False, True),
-    "qk_norm": (False, True),
-}
-TRAINING_AXES = {
-    "full_bptt": (False, True),
-    "supervision_weights": ("equal", "linear", "last", "0.3,1.0"),
-    "act_target": ("correct", "stable"),
-    "act_weight": (0.5, 1.0),
-    "grad_deep_steps": (None, 2),
-    "latent_steps": (1, 2),
-    "deep_steps": (2, 3),
-    "supervision_steps": (2, 3),
-    "rope_theta": (10000.0, 50.0),
-    "rope_scaling": (None, 2.5),
-}
-MIXES = 14
-
-
-def mixtures(axes, number, seed):
-    """`number` settings for each family in turn, every axis drawn anew."""
-    rng = random.Random(seed)
-    families = itertools.cycle(("trm", "loop", "trm", "none"))
-    return [{"recursion": next(families)} | {key: rng.choice(axes[key]) for key in axes} for _ in range(number)]
-
-
-def singles(axes):
-    """One setting per family and per value of each axis that is not the first."""
-    changes = [{}] + [{key: value} for key in axes for value in axes[key][1:]]
-    return [{"recursion": family} | change for family in ("trm", "loop", "none") for change in changes]
-
 
 SHAPE_CASES = singles(AXES) + [{"recursion": "loop", "injection": "none"}] + mixtures(AXES, MIXES, seed=1)
 TWIN_CASES = (
@@ -57,23 +16,14 @@ TWIN_CASES = (
     + [{"recursion": "trm", key: value} for key in TRAINING_AXES for value in TRAINING_AXES[key][1:]]
     + [{"recursion": "loop", "injection": "none", "gate": gate} for gate in (False, True)]
     + [{"recursion": "loop", "grad_deep_steps": 1, "deep_steps": 3}]
-    + [{"recursion": family, "causal": False, "act_target": t} for family in ("trm", "loop") for t in ("correct", "stable")]
+    + [
+        {"recursion": family, "causal": False, "act_target": t}
+        for family in ("trm", "loop")
+        for t in ("correct", "stable")
+    ]
     + [{"recursion": "trm", "causal": False, "mixer": "mlp", "max_seq_len": 6, "norm": norm} for norm in AXES["norm"]]
     + mixtures(AXES | TRAINING_AXES, 2 * MIXES, seed=2)
 )
-
-
-def name(settings):
-    return "-".join(str(value) if key == "recursion" else f"{key}={value}" for key, value in settings.items())
-
-
-def batch(rows=2, length=6, seed=3):
-    """ids and targets, some without a target."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, TINY["vocab_size"], (rows, length), generator=generator)
-    targets = torch.randint(0, TINY["vocab_size"], (rows, length), generator=generator)
-    targets[0, 1] = targets[-1, -1] = IGNORE
-    return ids, targets
 
 
 # --- contract 2: the slow twin ------------------------------------------------------------------------------------
@@ -109,7 +59,10 @@ def errors(model, dtype=None):
     fast = model(ids, targets, return_steps=True)
     model.zero_grad()
     fast.loss.backward()
-    pairs = {key: (getattr(fast, field), slow[key]) for key, field in (("loss", "loss"), ("ce", "ce_loss"), ("act", "act_loss"))}
+    pairs = {
+        key: (getattr(fast, field), slow[key])
+        for key, field in (("loss", "loss"), ("ce", "ce_loss"), ("act", "act_loss"))
+    }
     pairs["logits"] = fast.logits, torch.stack(slow["logits"])
     if fast.halt_logits is not None:
         pairs["halt"] = fast.halt_logits, torch.stack(slow["halt"]).reshape(fast.halt_logits.shape)
@@ -157,7 +110,9 @@ def test_the_twin_notices_a_swapped_term():
 @pytest.mark.parametrize("weights", ["equal", "linear", "last", "0.3,1.0", "0,1"])
 @pytest.mark.parametrize("act_target", ["correct", "stable"])
 def test_training_by_single_steps_equals_all_steps(weights, act_target):
-    model = build(dtype=torch.float64, supervision_steps=3, supervision_weights=weights, act_target=act_target, coda_layers=1)
+    model = build(
+        dtype=torch.float64, supervision_steps=3, supervision_weights=weights, act_target=act_target, coda_layers=1
+    )
     ids, targets = batch()
     targets = some_right_targets(model, ids, targets)
     whole = model(ids, targets)
@@ -239,35 +194,9 @@ def test_causal_bit_for_bit_compiled(unchecked):
 # --- contract 5: the plain family is Llama ------------------------------------------------------------------------
 
 
-def llama_with_weights_of(model):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    c = model.config
-    config = LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, rms_norm_eps=c.norm_eps,
-        max_position_embeddings=c.max_seq_len, tie_word_embeddings=c.tie_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        pad_token_id=None, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    ours, theirs = model.state_dict(), {}
-    theirs["model.embed_tokens.weight"], theirs["lm_head.weight"] = ours["embed.weight"], ours["head.weight"]
-    theirs["model.norm.weight"] = ours["net.norm.weight"]
-    names = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    names |= {"attn.out": "self_attn.o_proj", "mlp.down": "mlp.down_proj"}
-    for layer in range(c.n_layers):
-        a, b = f"net.blocks.{layer}.", f"model.layers.{layer}."
-        theirs |= {f"{b}{new}.weight": ours[f"{a}{old}.weight"] for old, new in names.items()}
-        q, k, v = ours[a + "attn.qkv.weight"].split([c.head_dim * n for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)])
-        gate, up = ours[a + "mlp.gate_up.weight"].chunk(2)
-        theirs |= {f"{b}self_attn.{part}_proj.weight": w for part, w in (("q", q), ("k", k), ("v", v))}
-        theirs |= {f"{b}mlp.gate_proj.weight": gate, f"{b}mlp.up_proj.weight": up}
-    llama = LlamaForCausalLM(config).eval()
-    llama.load_state_dict(theirs)
-    return llama
-
-
-@pytest.mark.parametrize("tied, kv_heads, theta", [(False, 4, 10000.0), (True, 4, 10000.0), (False, 2, 500000.0), (True, 1, 50.0)])
+@pytest.mark.parametrize(
+    "tied, kv_heads, theta", [(False, 4, 10000.0), (True, 4, 10000.0), (False, 2, 500000.0), (True, 1, 50.0)]
+)
 def test_plain_family_is_llama(tied, kv_heads, theta):
     model = build(recursion="none", norm="pre", tie_embeddings=tied, n_kv_heads=kv_heads, rope_theta=theta)
     llama = llama_with_weights_of(model)
@@ -277,50 +206,12 @@ def test_plain_family_is_llama(tied, kv_heads, theta):
     mask[0, :5] = 0  # Llama is told the positions; ours counts real tokens
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     theirs = llama(ids, attention_mask=mask, position_ids=positions).logits
-    torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask == 1], theirs[mask == 1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        model(ids, attention_mask=mask).logits[mask == 1], theirs[mask == 1], atol=1e-4, rtol=1e-4
+    )
 
 
-# --- contracts 6 and 7: learning, determinism ---------------------------------------------------------------------
-
-
-def memorise(norm, noise=0, steps=120):
-    """Train on 20 sequences of 12 tokens; the last `noise` targets of each are drawn anew every time.
-    Returns the model, ids, targets."""
-    torch.manual_seed(0)
-    model = TRMModel(TRMConfig(**{**TINY, "d_model": 48, "d_ff": 96, "latent_steps": 1, "norm": norm}))
-    sequences = torch.randint(0, TINY["vocab_size"], (20, 13))
-    sequences[:, 0] = torch.arange(20)  # the first token tells the sequences apart
-    ids, targets = sequences[:, :-1], sequences[:, 1:].clone()
-    assert not (torch.sigmoid(model(ids).halt_logits) > 0.5).any()  # halting starts at no
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 6e-3 * (1 - step / steps)
-        targets[:, 12 - noise :] = torch.randint(0, TINY["vocab_size"], (20, noise))
-        out = model(ids, targets)
-        optimizer.zero_grad()
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return model.eval(), ids, targets
-
-
-@pytest.mark.parametrize("norm", ["post", "pre"])
-def test_memorises_twenty_sequences_and_halts(norm):
-    model, ids, targets = memorise(norm)
-    out = model(ids, targets)
-    assert out.ce_loss < 0.05 and out.loss < 0.05
-    halts = torch.sigmoid(out.halt_logits) > model.config.act_threshold
-    assert halts.float().mean() > 0.95
-
-
-def test_halting_tells_known_from_unknowable():
-    model, ids, targets = memorise("pre", noise=4)
-    targets[:, 8:] = IGNORE
-    out = model(ids, targets)
-    assert out.ce_loss < 0.2
-    probability = torch.sigmoid(out.halt_logits)
-    assert probability[:, :8].mean() > 0.9
-    assert probability[:, 8:].mean() < 0.2
+# --- contract 7: determinism --------------------------------------------------------------------------------------
 
 
 def train_a_little(**settings):
@@ -347,7 +238,9 @@ def test_same_seed_same_weights(recursion):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("settings", SHAPE_CASES[::3] + [{"causal": False}, {"positions": "learned", "causal": False}], ids=name)
+@pytest.mark.parametrize(
+    "settings", SHAPE_CASES[::3] + [{"causal": False}, {"positions": "learned", "causal": False}], ids=name
+)
 def test_a_row_alone_is_the_row_in_a_padded_batch(settings, side):
     model = build(**settings)
     ids, _ = batch(rows=3, length=10)
@@ -411,3 +304,96 @@ def test_a_copy_runs_its_own_weights():
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(twin(ids).logits, before)
+
+
+# --- settings, shapes, precision ----------------------------------------------------------------------------------
+
+REFUSED = [({key: 0}, key) for key in (
+    "vocab_size d_model n_heads n_kv_heads n_layers d_ff max_seq_len latent_steps deep_steps supervision_steps "
+    "grad_deep_steps act_threshold norm_eps rope_theta rope_scaling"
+).split()]  # fmt: skip
+REFUSED += [({key: -1}, key) for key in "prelude_layers coda_layers act_weight dropout rope_scaling vocab_size".split()]
+CHOICES = "mixer positions norm recursion injection act_target".split()
+REFUSED += [({key: "none of them"}, key) for key in CHOICES]
+REFUSED += [
+    ({"supervision_weights": spec}, "supervision_weights") for spec in ("", "rising", "-1,1", "1,0", "1,,2", "nan")
+]
+REFUSED += [
+    ({key: math.nan}, key) for key in "act_weight act_threshold norm_eps rope_theta rope_scaling dropout".split()
+]
+REFUSED += [
+    ({"n_heads": 3}, "n_heads"),
+    ({"n_kv_heads": 3}, "n_kv_heads"),
+    ({"d_model": 12}, "head size 3 is odd"),
+    ({"dropout": 1.0}, "dropout"),
+    ({"act_threshold": 1.5}, "act_threshold"),
+    ({"mixer": "mlp"}, "causal"),
+    ({"injection": "none"}, "injection"),
+    ({"grad_deep_steps": 3}, "grad_deep_steps"),
+    ({"recursion": "loop", "injection": "none", "grad_deep_steps": 1}, "grad_deep_steps"),
+    ({"pad_token_id": 23}, "pad_token_id"),
+]
+
+
+@pytest.mark.parametrize("change, word", REFUSED, ids=str)
+def test_impossible_settings_are_refused_by_name(unchecked, change, word):
+    with pytest.raises(ValueError, match=word) as refusal:
+        TRMConfig(**{**TINY, **change})
+    assert "\n" not in str(refusal.value)
+
+
+def test_fields_that_a_family_does_not_use_are_ignored():
+    TRMConfig(**TINY, recursion="none", injection="none", deep_steps=2, grad_deep_steps=5)
+    TRMConfig(**{**TINY, "d_model": 12}, positions="learned")  # an odd head size matters to rope alone
+
+
+def test_defaults_that_depend_on_other_fields():
+    assert TRMConfig().grad_deep_steps == 1
+    assert TRMConfig(recursion="loop", deep_steps=5).grad_deep_steps == 5
+    assert TRMConfig(full_bptt=True, deep_steps=3).grad_deep_steps == 3
+    assert TRMConfig(n_heads=8).n_kv_heads == 8
+    assert [TRMConfig(d_model=d).d_ff for d in (24, 128, 256, 384)] == [64, 384, 704, 1024]
+    config = TRMConfig(**TINY, n_kv_heads=2, deep_steps=3, recursion="loop")
+    assert TRMConfig(**config.to_dict()) == config
+    with pytest.raises(ValueError, match="vocab_size"):
+        TRMModel(TRMConfig())
+
+
+@pytest.mark.parametrize("recursion, steps", [("trm", 3), ("loop", 1), ("none", 1)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_shapes(recursion, steps, causal):
+    model = build(recursion=recursion, supervision_steps=3, causal=causal, coda_layers=1)
+    ids, targets = batch(rows=2, length=6)
+    last, every = model(ids), model(ids, return_steps=True)
+    assert last.loss is None and last.ce_loss is None and last.act_loss is None
+    assert last.logits.shape == (2, 6, 23) and every.logits.shape == (steps, 2, 6, 23)
+    assert torch.equal(every.logits[-1], last.logits)
+    halting = () if recursion != "trm" else (2, 6) if causal else (2,)
+    assert (last.halt_logits is None) == (recursion != "trm")
+    assert recursion != "trm" or (last.halt_logits.shape, every.halt_logits.shape) == (halting, (steps, *halting))
+    assert last.carry.steps == steps and last.carry.y.shape == (2, 6, 16)
+    early = model(ids, supervision_steps=1)
+    assert torch.equal(early.logits, every.logits[0]) and early.carry.steps == 1
+    out = model(ids, targets)
+    assert out.loss.item() == pytest.approx((out.ce_loss + model.config.act_weight * out.act_loss).item())
+    assert torch.equal(out.logits, last.logits)
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_no_supervision_step_at_all_is_refused(number):
+    with pytest.raises(ValueError, match="supervision_steps"):
+        build()(batch()[0], supervision_steps=number)
+
+
+@pytest.mark.parametrize("settings", mixtures(AXES, 9, seed=4) + singles({"injection": ("sum", "concat")}), ids=name)
+@pytest.mark.parametrize("gate", [True, False])
+def test_bfloat16_autocast(settings, gate):
+    """Training and evaluation in mixed precision run, and stay near fp32: bf16 keeps 8 bits."""
+    model = build(**settings | {"gate": gate, "qk_norm": True})
+    ids, targets = batch()
+    exact = model(ids, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids, targets)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(exact.loss.item(), rel=0.1)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())

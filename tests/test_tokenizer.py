@@ -18,7 +18,11 @@ from src.tokenizer import (
 )
 
 CODE = 'class A:\n    def f(self, x):\n        if x:\n            return  x[10:]  # no\n\n\n    y = "a"\n\n\ttab\t1\r\n'
-TEXTS = [CODE * 4, "京都は日本の都市である。\n人口は百四十万人。\n" * 8, "the cat sat on the mat and the dog ate the hat\n" * 8]
+TEXTS = [
+    CODE * 4,
+    "京都は日本の都市である。\n人口は百四十万人。\n" * 8,
+    "the cat sat on the mat and the dog ate the hat\n" * 8,
+]
 HARD = [
     "",
     " ",
@@ -56,7 +60,9 @@ def hf_file(tmp_path_factory):
 
 @pytest.fixture(params=["sentencepiece", "byte", "hf"])
 def tokenizer(request, sp, hf_file):
-    return {"sentencepiece": lambda: sp, "byte": ByteLevelTokenizer, "hf": lambda: HFTokenizer(hf_file)}[request.param]()
+    return {"sentencepiece": lambda: sp, "byte": ByteLevelTokenizer, "hf": lambda: HFTokenizer(hf_file)}[
+        request.param
+    ]()
 
 
 @pytest.mark.parametrize("text", HARD)
@@ -121,10 +127,11 @@ def test_digits_are_split(sp):
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_training_repeats_byte_for_byte(tmp_path, model_type):
-    a = train_sentencepiece(TEXTS, tmp_path / "a", vocab_size=400, model_type=model_type)
-    b = train_sentencepiece(iter(TEXTS), tmp_path / "deep" / "b", vocab_size=400, model_type=model_type)
+    a = train_sentencepiece(TEXTS, tmp_path / "a", vocab_size=320, model_type=model_type)
+    b = train_sentencepiece(iter(TEXTS), tmp_path / "deep" / "b", vocab_size=320, model_type=model_type)
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "deep" / "b.model").read_bytes()
-    assert len((tmp_path / "a.vocab").read_text().split("\t")) == a.vocab_size + 1 == 401
+    lines = (tmp_path / "a.vocab").read_text().splitlines()
+    assert len(lines) == a.vocab_size == 320 and all(line.count("\t") == 1 for line in lines)
     assert a.fingerprint == b.fingerprint and len(a.fingerprint) == 64
 
 
@@ -187,7 +194,7 @@ def test_foreign_model_without_bytes(tmp_path):
 
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["hello world"] * 20), model_writer=out, vocab_size=14, minloglevel=2
+        sentence_iterator=iter(["hello world"] * 20), model_writer=out, vocab_size=12, minloglevel=2
     )
     tokenizer = TokenizerWrapper(out.getvalue())
     assert tokenizer.decode(tokenizer.encode("hello world")).strip() == "hello world"
