@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.config import UserError
 from src.corpus import NoDocument, find_files, stdlib_files
+from src.losses import IGNORE
 from src.token_store import (
     TokenStore,
     content_key,
@@ -33,7 +34,6 @@ from src.token_store import (
 )
 from src.tokenizer import load_tokenizer, train_sentencepiece
 
-IGNORE = -100  # a target that is not counted
 ON_THE_SPOT_VOCAB = 4096
 ON_THE_SPOT_BYTES = 10_000_000  # as much text is enough for a vocabulary, and takes seconds
 
@@ -51,17 +51,19 @@ class PackedDataset(Dataset):
     """Full windows of a TokenStore, `seq_len` inputs each: every token after the first is a target exactly once.
 
     Nothing is padded: the last window ends with the store, and its targets that the window before already had are
-    -100. segment=True numbers the documents within the window in attention_mask, which keeps attention inside them.
+    -100. The EOS between two documents is a target as EOS and an input as BOS (where bos_eos gives both ids): a model
+    learns to begin from BOS. segment=True numbers the documents within the window in attention_mask, which keeps
+    attention inside them.
     Raises UserError for a store that is shorter than one window.
     """
 
-    def __init__(self, store, seq_len, segment=False):
+    def __init__(self, store, seq_len, segment=False, bos_eos=None):
         if len(store) < seq_len + 1:
             raise UserError(
                 f"the text has {len(store)} tokens, one window needs {seq_len + 1}: "
                 "give more text or a smaller max_seq_len"
             )
-        self.store, self.seq_len, self.segment = store, seq_len, segment
+        self.store, self.seq_len, self.segment, self.bos_eos = store, seq_len, segment, bos_eos
         self.n_targets = len(store) - 1
 
     def __len__(self):
@@ -81,10 +83,14 @@ class PackedDataset(Dataset):
         targets = ids[1:].clone()
         targets[: wanted - start] = IGNORE
         mask = None
-        if self.segment:
-            documents = self.store.documents_of(start, start + self.seq_len)
+        if self.segment:  # an EOS as input is the BOS of the document to which its target belongs
+            documents = self.store.documents_of(start + 1, start + 1 + self.seq_len)
             mask = torch.from_numpy(documents - documents[0] + 1)
-        return Sample(ids[:-1], targets, mask)
+        inputs = ids[:-1]
+        if self.bos_eos is not None:
+            bos_id, eos_id = self.bos_eos
+            inputs = torch.where(inputs == eos_id, bos_id, inputs)
+        return Sample(inputs, targets, mask)
 
 
 class WikiJsonlDataset(Dataset):
@@ -239,7 +245,7 @@ def prepare_data(data, vocab_size, seq_len, save_dir=None):
 
     def rows_of(store):
         if data.packing:
-            return PackedDataset(store, seq_len, segment=data.document_mask)
+            return PackedDataset(store, seq_len, data.document_mask, (tokenizer.bos_id, tokenizer.eos_id))
         return WikiJsonlDataset(store, tokenizer, seq_len)
 
     if is_split:

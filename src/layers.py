@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from src.attention import attention
 from src.cache import KVCache
 
 
@@ -95,15 +96,7 @@ class Attention(nn.Module):
             q, k = apply_rotary_emb(q, *ctx.rotary), apply_rotary_emb(k, *ctx.rotary)
         if ctx.cache is not None:
             k, v = ctx.cache.update(slot, k, v)  # (B, K, S, E): everything seen so far
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=ctx.mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=ctx.is_causal,
-            enable_gqa=self.n_kv_heads != self.n_heads,
-        )
+        y = attention(q, k, v, ctx.mask, ctx.is_causal, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -129,3 +122,26 @@ class MLPMixer1D(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"], ctx: Context, slot: int) -> Float[Tensor, "b t d"]:
         return self.mlp(x.transpose(1, 2)).transpose(1, 2)
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module):
+    """Starting weights of a TRMModel.  Linear N(0, 1/fan_in); embedding N(0, 1), or N(0, 1/D) where it is also the head.
+
+    The halting head starts at no (as in the paper), the gate open, so that new states pass."""
+    c = model.config
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(std=module.in_features**-0.5)
+            if module.bias is not None:
+                module.bias.zero_()
+    model.embed.weight.normal_(std=c.d_model**-0.5 if c.tie_embeddings else 1.0)
+    if model.pos_embed is not None:
+        model.pos_embed.weight.normal_(std=0.02)
+    if c.recursion == "trm":
+        model.q_head.weight.zero_()
+        model.q_head.bias.fill_(-5.0)
+        nn.init.trunc_normal_(model.y_init)
+        nn.init.trunc_normal_(model.z_init)
+    if model.net.gate is not None:
+        model.net.gate.bias.fill_(4.0)

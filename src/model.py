@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src.cache import KVCache, cache_slots
 from src.config import literal_fields
-from src.layers import Attention, Context, MLPMixer1D, RMSNorm, SwiGLU, positions_and_mask, rotary_table
+from src.layers import Attention, Context, MLPMixer1D, RMSNorm, SwiGLU, init_weights, positions_and_mask, rotary_table
 from src.losses import IGNORE, cross_entropy, halting_loss, step_weights, valid_weights
 from src.sampling import generate_ids
 
@@ -221,7 +221,7 @@ class TRMModel(nn.Module):
             self.register_buffer("y_init", torch.empty(c.d_model))
             self.register_buffer("z_init", torch.empty(c.d_model))
         self.cycle = {"none": self._plain_cycle, "loop": self._loop_cycle, "trm": self.latent_recursion}[c.recursion]
-        self._init_weights()
+        init_weights(self)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
 
@@ -371,26 +371,6 @@ class TRMModel(nn.Module):
         Options, see sampling.generate: temperature=1.0 (0 is greedy), top_k, top_p, use_cache=True, seed, eos_id,
         attention_mask. After EOS a row is filled with pad_token_id, or with EOS where the config has none."""
         return generate_ids(self, prompt_ids, max_new_tokens, **options)
-
-    @torch.no_grad()
-    def _init_weights(self):
-        """Linear weights N(0, 1/fan_in); embedding N(0, 1), or 1/D where it is also the head; halting starts at no."""
-        c = self.config
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(std=module.in_features**-0.5)
-                if module.bias is not None:
-                    module.bias.zero_()
-        self.embed.weight.normal_(std=c.d_model**-0.5 if c.tie_embeddings else 1.0)
-        if self.pos_embed is not None:
-            self.pos_embed.weight.normal_(std=0.02)
-        if c.recursion == "trm":
-            self.q_head.weight.zero_()
-            self.q_head.bias.fill_(-5.0)
-            nn.init.trunc_normal_(self.y_init)
-            nn.init.trunc_normal_(self.z_init)
-        if self.net.gate is not None:
-            self.net.gate.bias.fill_(4.0)  # the gate starts open: new states pass
 
 
 class TinyNet(nn.Module):

@@ -37,10 +37,11 @@ def choose_token(logits, temperature, top_k, top_p, generators) -> Int[Tensor, "
 def fit_window(ids, mask, max_len: int, finished) -> tuple[Tensor, Tensor]:
     """Make room in rows of ids (B, W), left-padded where mask is 0, so that none holds more than max_len tokens.
 
-    A row over max_len keeps its last max_len // 2 tokens, a finished row its last one; what remains is padded anew."""
+    A row over max_len keeps its last max_len // 2 tokens (at least 1), a finished row its last one; what remains is padded anew."""
     rows = [row[keep] for row, keep in zip(ids, mask.bool())]
     rows = [
-        row[-1:] if done else row[-(max_len // 2) :] if len(row) > max_len else row for row, done in zip(rows, finished)
+        row[-1:] if done else row[-max(1, max_len // 2) :] if len(row) > max_len else row
+        for row, done in zip(rows, finished)
     ]
     width = max(len(row) for row in rows)
     ids, mask = ids.new_zeros(len(rows), width), mask.new_zeros(len(rows), width)

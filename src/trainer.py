@@ -17,7 +17,8 @@ from tqdm import tqdm
 from src import checkpoint
 from src.config import UserError
 from src.dataset import DataConfig, create_dataloader, prepare_data
-from src.losses import IGNORE, bits_per_byte, cross_entropy, step_weights
+from src.evaluation import evaluate
+from src.losses import IGNORE, bits_per_byte, step_weights
 from src.metrics import RunLog, format_params, plot_learning_curve
 from src.model import TRMConfig, TRMModel
 from src.optim import EMA, cosine_schedule, make_optimizers
@@ -110,7 +111,15 @@ class Trainer:
         self.config, self.tokenizer, self.train_set, self.valid_set = config, tokenizer, train_set, valid_set
         self.num_workers = num_workers
         device = choose_device(runtime.device)
+        if device.index:
+            raise UserError(
+                f"--device {device}: choose the GPU with CUDA_VISIBLE_DEVICES={device.index} and --device cuda"
+            )
         self.precision, why = choose_precision(runtime.precision, device)
+        if self.precision == "fp16" and config.optimizer == "muon":
+            raise UserError(
+                "--optimizer muon has no loss scaling for fp16: choose --precision fp32 or --optimizer adamw"
+            )
         # accelerate brings the loss scaler that fp16 needs; bf16 autocast is entered around the forward pass alone
         mixed = "fp16" if self.precision == "fp16" else "no"
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
@@ -181,17 +190,20 @@ class Trainer:
         each = config.optimizer_step == "supervision" and not at_once
         carries = [None] * len(parts)
         for s, weight in enumerate(weights):
-            scale = 1.0 if each else weight / sum(weights)
+            weight = weight / sum(weights)
+            updates = weight > 0 and (each or s == len(weights) - 1)
             for i, (part, share) in enumerate(parts):
-                is_last = i == len(parts) - 1 and (each or s == len(weights) - 1)
-                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                    with autocast(self.device, self.precision):
+                syncs = updates and i == len(parts) - 1
+                with contextlib.nullcontext() if syncs else self.accelerator.no_sync(self.model):
+                    with autocast(self.device, self.precision), torch.set_grad_enabled(weight > 0):
                         out = self.model(**part, supervision_steps=None if at_once else 1, carry=carries[i])
-                    self.accelerator.backward(out.loss * (share * scale * self.world))
+                    if weight > 0:
+                        scale = weight * (len(weights) if each else 1) * self.world
+                        self.accelerator.backward(out.loss * (share * scale))
                 carries[i] = out.carry
                 losses = torch.stack((out.loss.detach(), out.ce_loss.detach(), out.act_loss.detach()))
-                self.window_losses += losses * (share * weight / sum(weights))
-            if each or s == len(weights) - 1:
+                self.window_losses += losses * (share * weight)
+            if updates:
                 self._update_weights()
         self.step += 1
         self.window_steps += 1
@@ -310,6 +322,7 @@ class Trainer:
             "best": self.best,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "ema_updates": self.ema.updates if self.ema is not None else 0,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         }
         average = self.ema.average if self.ema is not None else None
         info = {"step": self.step, "best_valid_loss": self.best}
@@ -329,6 +342,8 @@ class Trainer:
             average = checkpoint.read_weights(folder / "ema.safetensors")
             self.ema.average = {name: average[name].to(self.device) for name in self.ema.average}
             self.ema.updates = state["ema_updates"]
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.elapsed, self.best = state["step"], state["elapsed"], state["best"]
         self.say(f"resumed {folder} after step {self.step}")
 
@@ -351,39 +366,6 @@ def _mix(*numbers) -> int:
 def describe_model(model: TRMModel) -> str:
     """`trm, 1.64M parameters`."""
     return f"{model.config.recursion}, {format_params(sum(p.numel() for p in model.parameters()))} parameters"
-
-
-@torch.no_grad()
-def evaluate(model, batches, bytes_per_token: float, precision="fp32", limit=None, accelerator=None) -> dict:
-    """Loss (nats per target token), bits per byte and token accuracy of all supervision steps' answer on `batches`.
-
-    Every process takes its share of the batches. The model is left in the mode it was in."""
-    was_training, device = model.training, next(model.parameters()).device
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):  # other shapes than in training: not worth a compilation
-        for i, batch in enumerate(batches):
-            if limit is not None and i >= limit:
-                break
-            if i % world != rank:
-                continue
-            batch = {name: t.to(device) for name, t in batch.items()}
-            targets = batch.pop("target_ids")
-            with autocast(device, precision):
-                logits = model(**batch).logits
-            valid = targets != IGNORE
-            right = ((logits.argmax(-1) == targets) & valid).sum()
-            sums += torch.stack((cross_entropy(logits, targets) * valid.sum(), right, valid.sum())).to(sums.dtype)
-    model.train(was_training)
-    loss, right, tokens = (accelerator.reduce(sums) if accelerator else sums).tolist()
-    if not tokens:
-        raise UserError("the validation text holds no target token: give more of it")
-    return {
-        "valid_loss": loss / tokens,
-        "valid_bits_per_byte": bits_per_byte(loss / tokens, bytes_per_token),
-        "valid_accuracy": right / tokens,
-    }
 
 
 def create_trainer(config: TrainConfig, data: DataConfig, model_config: TRMConfig, runtime: RuntimeConfig) -> Trainer:

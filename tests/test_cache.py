@@ -200,6 +200,17 @@ def test_a_loss_beside_the_cache_leaves_it_exact(tiny, act_target):
     torch.testing.assert_close(later, model(ids).logits[:, 6:], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("with_grad", [True, False])
+@pytest.mark.parametrize("case", [{}, {"n_kv_heads": 2, "qk_norm": True}, {"injection": "concat"}], ids=str)
+def test_bfloat16_autocast_with_a_cache(tiny, case, with_grad):
+    """The cache holds fp32, the projections bf16: prefill, a later chunk and single tokens run and stay near."""
+    model, ids = tiny(**case), prompt()
+    with torch.set_grad_enabled(with_grad), torch.autocast("cpu", torch.bfloat16):
+        logits = chunked(model, ids, [4, 4, 1, 1])
+    exact = model(ids).logits
+    assert (logits - exact).norm() < 0.1 * exact.norm()  # bf16 keeps 8 bits, through a dozen visits
+
+
 def test_slots_bytes_and_overflow(tiny):
     model = tiny(prelude_layers=1, coda_layers=1, latent_steps=2, deep_steps=3, supervision_steps=2, n_kv_heads=2)
     visits = (2 + 1) * 3 * 2

@@ -315,9 +315,17 @@ def test_every_token_is_a_target_exactly_once(n_tokens, seq_len, tmp_path):
     assert packed.bytes_per_token == packed.store.n_bytes / len(targets)
 
 
+def test_a_document_ends_with_eos_and_the_next_begins_with_bos(tmp_path):
+    store = store_of(tmp_path, ["ab", "c", "defg"])
+    bos, eos = ByteLevelTokenizer.bos_id, ByteLevelTokenizer.eos_id
+    sample = PackedDataset(store, 6, bos_eos=(bos, eos))[0]
+    assert sample.input_ids.tolist() == [97, 98, bos, 99, bos, 100]
+    assert sample.target_ids.tolist() == [98, eos, 99, eos, 100, 101]
+
+
 def test_segments_number_the_documents_of_a_window(tmp_path):
     packed = PackedDataset(store_of(tmp_path, ["ab", "c", "defg"]), 6, segment=True)
-    assert [packed[i].attention_mask.tolist() for i in range(len(packed))] == [[1, 1, 1, 2, 2, 3], [1, 1, 2, 2, 2, 2]]
+    assert [packed[i].attention_mask.tolist() for i in range(len(packed))] == [[1, 1, 2, 2, 3, 3], [1, 2, 2, 2, 2, 2]]
     assert packed[1].target_ids.tolist() == [IGNORE] * 3 + [*b"fg", BYTE.eos_id]
     assert PackedDataset(packed.store, 6)[0].attention_mask is None
 

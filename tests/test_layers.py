@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from src.attention import attention
 from src.layers import Attention, Context, MLPMixer1D, RMSNorm, SwiGLU, apply_rotary_emb, rotary_table
 
 NOTHING = Context(rotary=None, mask=None, is_causal=False, cache=None)
@@ -110,3 +112,47 @@ def test_mixer_mixes_the_sequence_channel_by_channel():
     out = mixer(x, NOTHING, 0)
     for channel in range(3):
         torch.testing.assert_close(out[:, :, channel], mixer.mlp(x[:, :, channel]))
+
+
+def gradients(q, k, v, weights, dtype, attend):
+    """Output and gradients of sum(weights * attention), computed in dtype, as float64."""
+    leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+    out = attend(*leaves)
+    out.backward(weights.to(dtype))
+    return [t.double() for t in (out.detach(), *(leaf.grad for leaf in leaves))]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("length, size", [(2, 4), (9, 3), (33, 16), (200, 32)])
+def test_bfloat16_backward_is_as_near_the_truth_as_torchs(kv_heads, length, size):
+    """Written-out causal attention in float64 is the truth; large scores, so that few keys carry all the weight."""
+    q, k, v, weights = (torch.randn(2, heads, length, size).bfloat16() for heads in (4, kv_heads, kv_heads, 4))
+    q = 3 * q
+
+    def slow(q, k, v):
+        k, v = (t.repeat_interleave(4 // kv_heads, dim=1) for t in (k, v))
+        future = torch.ones(length, length).triu(1).bool()
+        return (q @ k.mT / math.sqrt(size)).masked_fill(future, -math.inf).softmax(-1) @ v
+
+    def torchs(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def ours(q, k, v):
+        return attention(q, k, v, None, True, 0.0)
+
+    truth = gradients(q, k, v, weights, torch.float64, slow)
+    exact = gradients(q, k, v, weights, torch.float32, ours)
+    half, reference = (gradients(q, k, v, weights, torch.bfloat16, f) for f in (ours, torchs))
+    for true, a, b, c in zip(truth, exact, half, reference):
+        assert (a - true).norm() < 1e-5 * true.norm()
+        assert (b - true).norm() < 5e-2 * true.norm()  # bf16 keeps 8 bits, and a row of two tokens cancels
+        assert (b - true).norm() < 1.5 * (c - true).norm() + 1e-3 * true.norm()
+
+
+def test_bfloat16_attention_of_scores_that_overflow_exp():
+    """A hidden future score far above the visible ones must not leak as infinity times zero."""
+    q = torch.full((1, 1, 3, 8), 30.0).bfloat16().requires_grad_()
+    k = torch.tensor([-30.0, 1.0, 30.0])[None, None, :, None].expand(1, 1, 3, 8).bfloat16().requires_grad_()
+    v = torch.randn(1, 1, 3, 8).bfloat16().requires_grad_()
+    attention(q, k, v, None, True, 0.0).sum().backward()
+    assert all(t.grad.isfinite().all() for t in (q, k, v))

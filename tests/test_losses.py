@@ -1,4 +1,4 @@
-"""Losses against formulas written out token by token; contract 6: what they teach, and that the halting head then fires."""
+"""Losses against formulas written out token by token; contract 6: they teach, and the halting head then fires."""
 
 import math
 

@@ -119,16 +119,20 @@ def test_training_by_single_steps_equals_all_steps(weights, act_target):
     whole.loss.backward()
     expected = {key: p.grad.clone() for key, p in model.named_parameters()}
     model.zero_grad()
-    shares, carry, loss = supervision_weights(weights, 3), None, 0.0
+    shares, carry, losses = supervision_weights(weights, 3), None, []
     for share in shares:
         out = model(ids, targets, supervision_steps=1, carry=carry)
         carry, part = out.carry, share / sum(shares) * out.loss
         part.backward()
-        loss += part.item()
+        losses.append(out.loss.item())
     assert carry.steps == 3
-    assert loss == pytest.approx(whole.loss.item(), rel=1e-12)
+    mean = sum(share * loss for share, loss in zip(shares, losses)) / sum(shares)
+    assert mean == pytest.approx(whole.loss.item(), rel=1e-12)
     for key, parameter in model.named_parameters():
         assert relative(parameter.grad, expected[key]) < 1e-12, key
+    rest = model(ids, targets, supervision_steps=2, carry=model(ids, supervision_steps=1).carry)
+    mean = sum(share * loss for share, loss in zip(shares[1:], losses[1:])) / sum(shares[1:])
+    assert rest.loss.item() == pytest.approx(mean, rel=1e-12)
 
 
 # --- contract 1: causality ----------------------------------------------------------------------------------------
@@ -209,9 +213,6 @@ def test_plain_family_is_llama(tied, kv_heads, theta):
     torch.testing.assert_close(
         model(ids, attention_mask=mask).logits[mask == 1], theirs[mask == 1], atol=1e-4, rtol=1e-4
     )
-
-
-# --- contract 7: determinism --------------------------------------------------------------------------------------
 
 
 def train_a_little(**settings):

@@ -1,0 +1,51 @@
+"""Scaled dot-product attention, with a faster backward pass for the one case where torch's is slow: causal bf16 on CPU."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LONGEST_MATMUL_BACKWARD = 1024  # tokens: the scores of all heads, (B, H, T, T), are held during one backward pass
+
+
+class _CausalCPU(torch.autograd.Function):
+    """Causal attention whose backward pass recomputes the scores and is five batched matmuls.
+
+    The forward pass is torch's flash kernel. Its own backward pass runs far under the matmul peak of CPUs with
+    bf16 hardware; the elementwise work between these matmuls is fused where the caller is compiled."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        B, H, T, E = grad.shape
+        q, k, v, out, grad = (t.reshape(B * H, T, E) for t in (*ctx.saved_tensors[:4], grad))
+        logsumexp, scale = ctx.saved_tensors[4].reshape(B * H, T, 1), E**-0.5
+        is_past = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        scores = torch.bmm(q, k.transpose(1, 2)).float() * scale
+        p = torch.where(is_past, torch.exp(scores - logsumexp), 0.0)
+        grad_p = torch.bmm(grad, v.transpose(1, 2)).float()
+        row = (grad.float() * out.float()).sum(-1, keepdim=True)  # = sum over keys of p * grad_p
+        grad_scores = (p * (grad_p - row) * scale).to(q.dtype)
+        grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.transpose(1, 2), q)
+        grad_v = torch.bmm(p.to(q.dtype).transpose(1, 2), grad)
+        return tuple(t.view(B, H, T, E) for t in (grad_q, grad_k, grad_v))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v.  q (B, H, T, E); k, v (B, K, S, E) with H a multiple of K -> (B, H, T, E).
+
+    mask: True = may attend; is_causal: lower-triangular attention where there is no mask."""
+    if _is_slow_in_torch(q, mask, is_causal, dropout):
+        groups = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
+        return _CausalCPU.apply(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _is_slow_in_torch(q, mask, is_causal, dropout) -> bool:
+    is_plain = is_causal and mask is None and not dropout and q.shape[2] <= LONGEST_MATMUL_BACKWARD
+    return is_plain and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()

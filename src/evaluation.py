@@ -1,0 +1,40 @@
+"""How good a language model is on text: loss, bits per byte, accuracy."""
+
+import torch
+
+from src.config import UserError
+from src.losses import IGNORE, bits_per_byte, cross_entropy
+from src.runtime import autocast
+
+
+@torch.no_grad()
+def evaluate(model, batches, bytes_per_token: float, precision="fp32", limit=None, accelerator=None) -> dict:
+    """Loss (nats per target token), bits per byte and token accuracy of all supervision steps' answer on `batches`.
+
+    Every process takes its share of the batches. The model is left in the mode it was in."""
+    was_training, device = model.training, next(model.parameters()).device
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # other shapes than in training: not worth a compilation
+        for i, batch in enumerate(batches):
+            if limit is not None and i >= limit:
+                break
+            if i % world != rank:
+                continue
+            batch = {name: t.to(device) for name, t in batch.items()}
+            targets = batch.pop("target_ids")
+            with autocast(device, precision):
+                logits = model(**batch).logits
+            valid = targets != IGNORE
+            right = ((logits.argmax(-1) == targets) & valid).sum()
+            sums += torch.stack((cross_entropy(logits, targets) * valid.sum(), right, valid.sum())).to(sums.dtype)
+    model.train(was_training)
+    loss, right, tokens = (accelerator.reduce(sums) if accelerator else sums).tolist()
+    if not tokens:
+        raise UserError("the validation text holds no target token: give more of it")
+    return {
+        "valid_loss": loss / tokens,
+        "valid_bits_per_byte": bits_per_byte(loss / tokens, bytes_per_token),
+        "valid_accuracy": right / tokens,
+    }
