@@ -1,10 +1,10 @@
-"""Scaled dot-product attention, with a faster backward pass for the one case where torch's is slow: causal bf16 on CPU."""
+"""Scaled dot-product attention, with a backward pass of our own where torch's is slow: causal bf16 on a CPU."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LONGEST_MATMUL_BACKWARD = 1024  # tokens: the scores of all heads, (B, H, T, T), are held during one backward pass
+MOST_SCORES = 2**27  # B * H * T * T: so many scores are held at once during a backward pass
 
 
 class _CausalCPU(torch.autograd.Function):
@@ -20,6 +20,7 @@ class _CausalCPU(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         B, H, T, E = grad.shape
         q, k, v, out, grad = (t.reshape(B * H, T, E) for t in (*ctx.saved_tensors[:4], grad))
@@ -39,13 +40,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
     """softmax(q k^T / sqrt(E)) v.  q (B, H, T, E); k, v (B, K, S, E) with H a multiple of K -> (B, H, T, E).
 
     mask: True = may attend; is_causal: lower-triangular attention where there is no mask."""
-    if _is_slow_in_torch(q, mask, is_causal, dropout):
+    if _is_slow_in_torch(q, k, mask, is_causal, dropout):
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
         return _CausalCPU.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _is_slow_in_torch(q, mask, is_causal, dropout) -> bool:
-    is_plain = is_causal and mask is None and not dropout and q.shape[2] <= LONGEST_MATMUL_BACKWARD
-    return is_plain and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
+def _is_slow_in_torch(q, k, mask, is_causal, dropout) -> bool:
+    is_plain = is_causal and mask is None and not dropout and q.dtype == k.dtype == torch.bfloat16
+    is_small = q.shape[0] * q.shape[1] * q.shape[2] ** 2 <= MOST_SCORES
+    return is_plain and is_small and q.device.type == "cpu" and torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""Key/value cache of a looped model: one slot per (visit, layer), because a looped layer is visited many times a token."""
+"""Key/value cache of a looped model: one slot per (visit, layer), as a looped layer is visited many times a token."""
 
 import torch
 from jaxtyping import Float, Int
@@ -12,12 +12,23 @@ class KVCache:
     supervision step that is read out. `length` counts the columns filled so far, padding included.
     """
 
-    def __init__(self, slots: int, batch: int, n_kv_heads: int, max_len: int, head_dim: int, dtype, device):
-        shape = (slots, batch, n_kv_heads, max_len, head_dim)
+    def __init__(self, config, batch: int, max_len: int | None, read_steps: int, dtype, device):
+        if not config.causal or config.mixer != "attention":
+            raise ValueError("only a causal attention model decodes with a cache")
+        self.config, self.read_steps = config, read_steps
+        slots, max_len = cache_slots(config, read_steps), max_len or config.max_seq_len
+        shape = (slots, batch, config.n_kv_heads, max_len, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.segments: Tensor | None = None  # (B, max_len) attention_mask of all columns, once one has been given
         self.length = 0
+
+    def coda_slot(self, step: int) -> int:
+        """First slot of the coda for a supervision step; ValueError if the cache was not made to read that step out."""
+        nth = step - (self.config.train_steps - self.read_steps)
+        if not 0 <= nth < self.read_steps:
+            raise ValueError(f"the cache reads out the last {self.read_steps} supervision steps, not step {step}")
+        return cache_slots(self.config, nth)
 
     @property
     def nbytes(self) -> int:

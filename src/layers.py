@@ -21,7 +21,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # under autocast queries and keys come in bf16: normalised in the gain's dtype
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
 def rotary_table(
@@ -56,7 +57,7 @@ class Context(NamedTuple):
 def positions_and_mask(
     input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"] | None, cache: KVCache | None, causal: bool
 ) -> tuple[Int[Tensor, "_ t"], Bool[Tensor, "_ 1 t s"] | None]:
-    """positions (B or 1, T), counting real tokens only; mask (B or 1, 1, T, S), None where attention needs none.
+    """positions (B or 1, T), counting the real tokens of each document; mask (B or 1, 1, T, S), None if none is needed.
 
     A token attends to its own number in attention_mask (its document) and never to 0 (padding)."""
     B, T = input_ids.shape
@@ -67,7 +68,9 @@ def positions_and_mask(
     if segments is None:
         is_later_chunk = causal and past > 0 and T > 1
         return index[None, past:], is_past[None, None] if is_later_chunk else None
-    positions = ((segments != 0).cumsum(-1) - 1).clamp(min=0)[:, past:]
+    real = (segments != 0).cumsum(-1) - 1
+    begins = segments.cummax(-1).values.diff(dim=-1, prepend=torch.zeros_like(segments[:, :1])) > 0
+    positions = (real - torch.where(begins, real, 0).cummax(-1).values).clamp(min=0)[:, past:]
     mask = (segments[:, past:, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
     mask = mask & is_past if causal else mask
     mask = mask | (index[past:, None] == index[None, :])  # padding sees itself, so that no row is empty
@@ -75,7 +78,7 @@ def positions_and_mask(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention, arXiv:2305.13245: H query heads share K key/value heads of size E.  (B, T, D) -> same."""
+    """Grouped-query attention, arXiv:2305.13245: H query heads share K key/value heads.  (B, T, D) -> (B, T, D)."""
 
     def __init__(self, dim: int, n_heads: int, n_kv_heads: int, qk_norm: bool, eps: float, dropout: float):
         super().__init__()
@@ -126,7 +129,7 @@ class MLPMixer1D(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module):
-    """Starting weights of a TRMModel.  Linear N(0, 1/fan_in); embedding N(0, 1), or N(0, 1/D) where it is also the head.
+    """Starting weights of a TRMModel: linear N(0, 1/fan_in); embedding N(0, 1), or N(0, 1/D) if it is also the head.
 
     The halting head starts at no (as in the paper), the gate open, so that new states pass."""
     c = model.config

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORE = -100
 
@@ -20,8 +20,18 @@ def cross_entropy(logits: Float[Tensor, "*n v"], targets: Int[Tensor, "*n"]) -> 
     return loss / (targets != IGNORE).sum().clamp(min=1)
 
 
+class TokenLoss(nn.Module):
+    """(mean cross-entropy, whether each position's likeliest token is its target), a module so that it can be compiled:
+    over a large vocabulary the two take as long as a visit, and fused they read the logits once."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            is_right = logits.argmax(-1) == targets
+        return cross_entropy(logits, targets), is_right
+
+
 def stablemax_cross_entropy(logits: Float[Tensor, "*n v"], targets: Int[Tensor, "*n"]) -> Float[Tensor, ""]:
-    """Cross-entropy over s(x) / sum s(x) with s(x) = x + 1 for x >= 0, else 1 / (1 - x), arXiv:2501.04697, in float64."""
+    """Cross-entropy of s(x) / sum s(x), s(x) = x + 1 for x >= 0, else 1 / (1 - x), in float64.  arXiv:2501.04697."""
     x = logits.double()
     s = torch.where(x >= 0, x + 1, 1 / (1 - x.clamp(max=0)))
     log_p = s.log() - s.sum(-1, keepdim=True).log()

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from src.cache import cache_slots
 from src.config import UserError
-from src.model import TRMConfig, cache_slots
+from src.model import TRMConfig
 
 
 def count_parameters(model: nn.Module) -> dict:

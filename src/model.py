@@ -1,4 +1,4 @@
-"""The Tiny Recursive Model as a language model, arXiv:2510.04871; the looped and the plain transformer are the same class.
+"""The Tiny Recursive Model as a language model, arXiv:2510.04871; looped and plain transformers are the same class.
 
     x = prelude(embed(ids))
     for s in range(supervision_steps):               # N_sup in the paper
@@ -15,6 +15,7 @@ Shapes: B batch, T tokens, D width, H query heads, K key/value heads, E = D/H, V
 import contextlib
 import functools
 from dataclasses import asdict, dataclass
+from math import inf
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,10 +24,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from src.cache import KVCache, cache_slots
+from src.cache import KVCache
 from src.config import literal_fields
 from src.layers import Attention, Context, MLPMixer1D, RMSNorm, SwiGLU, init_weights, positions_and_mask, rotary_table
-from src.losses import IGNORE, cross_entropy, halting_loss, step_weights, valid_weights
+from src.losses import IGNORE, TokenLoss, halting_loss, step_weights, valid_weights
 from src.sampling import generate_ids
 
 
@@ -64,7 +65,7 @@ class TRMConfig:
         full_bptt: back-propagate through all supervision and deep steps (memory grows with them)
         supervision_weights: weights of the steps' losses: equal, linear, last, or numbers such as 0.3,1.0
         act_weight: weight of the halting loss
-        act_target: what the halting head learns: correct = the argmax is right, stable = one more step leaves it as it is
+        act_target: what the halting head learns: correct = the argmax is right, stable = one more step keeps it
         act_threshold: a token halts where the halting probability exceeds this
         gradient_checkpointing: recompute each visit in the backward pass: less memory, more time
         pad_token_id: id that fills rows after their end
@@ -115,48 +116,40 @@ class TRMConfig:
 
     def _problems(self):
         """(is it wrong?, what to change) for every combination that cannot work."""
-        positive = (
-            "d_model n_heads n_kv_heads n_layers d_ff max_seq_len latent_steps deep_steps supervision_steps".split()
-        )
-        for name in positive + ["grad_deep_steps"] + ["vocab_size"] * (self.vocab_size is not None):
+        sizes = ["d_model", "n_heads", "n_kv_heads", "n_layers", "d_ff", "max_seq_len", "latent_steps", "deep_steps"]
+        sizes += ["supervision_steps", "grad_deep_steps"] + ["vocab_size"] * (self.vocab_size is not None)
+        for name in sizes:
             yield getattr(self, name) < 1, f"{name} is {getattr(self, name)}: set it to 1 or more"
         for name in ("prelude_layers", "coda_layers", "act_weight"):
-            yield getattr(self, name) < 0, f"{name} is {getattr(self, name)}: set it to 0 or more"
+            yield not 0 <= getattr(self, name) < inf, f"{name} is {getattr(self, name)}: set it to 0 or more"
         for name, allowed in literal_fields(type(self)).items():
             yield getattr(self, name) not in allowed, f"{name} is {getattr(self, name)!r}: choose {', '.join(allowed)}"
-        D, H, K = self.d_model, self.n_heads, self.n_kv_heads
+        D, H, K, G, T = self.d_model, self.n_heads, self.n_kv_heads, self.grad_deep_steps, self.deep_steps
         yield D % H != 0, f"d_model {D} does not divide into n_heads {H}: make d_model a multiple of n_heads"
         yield H % K != 0, f"n_heads {H} is no multiple of n_kv_heads {K}: make n_kv_heads a divisor of n_heads"
         odd = self.positions == "rope" and self.mixer == "attention" and (D // H) % 2
         yield odd, f"rotary positions pair channels, but the head size {D // H} is odd: change d_model or n_heads"
         yield not 0 <= self.dropout < 1, f"dropout is {self.dropout}: set it to 0 or more and under 1"
         yield not 0 < self.act_threshold <= 1, f"act_threshold is {self.act_threshold}: set it over 0 and up to 1"
-        yield self.norm_eps <= 0 or self.rope_theta <= 0, "norm_eps and rope_theta must be positive: raise them"
-        bad_scaling = self.rope_scaling is not None and self.rope_scaling <= 0
-        yield bad_scaling, f"rope_scaling is {self.rope_scaling}: set it over 0, or leave it out"
+        for name in ["norm_eps", "rope_theta"] + ["rope_scaling"] * (self.rope_scaling is not None):
+            yield not 0 < getattr(self, name) < inf, f"{name} is {getattr(self, name)}: set it over 0"
+        pad, V = self.pad_token_id, self.vocab_size
+        yield (
+            None not in (pad, V) and not 0 <= pad < V,
+            f"pad_token_id {pad} is outside the vocabulary of {V}: correct it",
+        )
         yield (
             self.mixer == "mlp" and self.causal,
-            "mixer mlp sees the whole sequence: set causal to false or mixer to attention",
+            "mixer mlp sees all positions: set causal to false, or mixer attention",
         )
-        yield (
-            self.injection == "none" and self.recursion == "trm",
-            "injection none is for recursion loop: choose sum or concat",
-        )
-        if self.recursion != "none":
-            G, T = self.grad_deep_steps, self.deep_steps
-            yield G > T, f"grad_deep_steps {G} is more than deep_steps {T}: lower it"
-            cut = self.recursion == "loop" and self.injection == "none" and T > G
-            yield (
-                cut,
-                "injection none with grad_deep_steps under deep_steps leaves the embedding without gradient: set them equal",
-            )
-        yield (
-            not valid_weights(self.supervision_weights),
-            (
-                f"supervision_weights is {self.supervision_weights!r}: choose equal, linear, last, or numbers such as 0.3,1.0 "
-                "(none negative, the last positive)"
-            ),
-        )
+        is_bare = self.injection == "none"
+        yield is_bare and self.recursion == "trm", "injection none is for recursion loop: choose sum or concat"
+        yield self.recursion != "none" and G > T, f"grad_deep_steps {G} is more than deep_steps {T}: lower it"
+        cut = is_bare and self.recursion == "loop" and G < T
+        yield cut, f"injection none gives the embedding no gradient under grad_deep_steps {G}: set it to deep_steps {T}"
+        advice = "choose equal, linear, last, or numbers such as 0.3,1.0 (none negative, the last positive)"
+        wrong = not valid_weights(self.supervision_weights)
+        yield wrong, f"supervision_weights is {self.supervision_weights!r}: {advice}"
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -216,6 +209,7 @@ class TRMModel(nn.Module):
         self.coda = nn.ModuleList(TinyBlock(c) for _ in range(c.coda_layers))
         self.coda_norm = RMSNorm(c.d_model, c.norm_eps) if c.coda_layers and c.norm != "post" else None
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.token_loss = TokenLoss()
         if c.recursion == "trm":
             self.q_head = nn.Linear(c.d_model, 1)
             self.register_buffer("y_init", torch.empty(c.d_model))
@@ -243,22 +237,24 @@ class TRMModel(nn.Module):
         steps = self.config.train_steps if supervision_steps is None else supervision_steps
         x, ctx = self._enter(input_ids, attention_mask, cache)
         y, z, done = carry if carry is not None else self._initial_state(x)
+        if steps < 1 or (cache is not None and done + steps > self.config.train_steps):
+            raise ValueError(
+                f"supervision_steps is {steps} after {done}: 1 or more, and within the config's where it caches"
+            )
         weights = step_weights(self.config.supervision_weights, done + steps)[done:]
         weights = weights if sum(weights) > 0 else [1.0] * steps  # a step of weight 0, run by itself
         loss = ce_loss = act_loss = None if target_ids is None else x.new_zeros(())
-        every_logits, every_halt = [], []
+        read = []  # (logits, halting logits) of every step, for return_steps
         for s in range(steps):
             y_before = y
             y, z = self.deep_recursion(x, y, z, ctx, (done + s) * self.config.visits_per_step)
             if target_ids is not None or return_steps or s == steps - 1:
-                logits, halt = self._read_out(y, ctx, len(every_logits))
-                every_logits, every_halt = (every_logits if return_steps else []) + [logits], every_halt + [halt]
+                logits, halt = self._read_out(y, ctx, done + s)
+                read += [(logits, halt)] if return_steps else []
             if target_ids is not None:
                 w = weights[s] / sum(weights)
-                ce, act = (
-                    cross_entropy(logits, target_ids),
-                    self._halting_loss(y_before, done + s, logits, halt, target_ids, ctx),
-                )
+                ce, is_right = self.token_loss(logits, target_ids)
+                act = self._halting_loss(y_before, done + s, logits, halt, target_ids, is_right, ctx)
                 ce_loss, act_loss = ce_loss + w * ce, act_loss + w * act
                 loss = loss + w * (ce + self.config.act_weight * act)
             if not self.config.full_bptt:
@@ -266,7 +262,7 @@ class TRMModel(nn.Module):
         if cache is not None:
             cache.advance(input_ids.shape[1])
         if return_steps:
-            logits, halt = torch.stack(every_logits), None if halt is None else torch.stack(every_halt)
+            logits, halt = (None if part[0] is None else torch.stack(part) for part in zip(*read))
         return TRMOutput(loss, ce_loss, act_loss, logits, halt, Carry(y, z, done + steps))
 
     def deep_recursion(self, x, y, z, ctx, visit=0):
@@ -325,13 +321,12 @@ class TRMModel(nn.Module):
             return Carry(self.y_init.to(x.dtype).expand_as(x), self.z_init.to(x.dtype).expand_as(x), 0)
         return Carry(x if self.config.injection == "none" else torch.zeros_like(x), None, 0)
 
-    def _read_out(self, y, ctx, step=0):
-        """logits (B, T, V) and the halting logits of an answer y (B, T, D); step = how many were read out before."""
-        c = self.config
-        base = c.prelude_layers + self.config.visits_per_step * c.train_steps * c.n_layers + step * c.coda_layers
+    def _read_out(self, y, ctx, step):
+        """logits (B, T, V) and halting logits of the answer y (B, T, D) of a supervision step."""
+        slot = 0 if ctx.cache is None or not self.coda else ctx.cache.coda_slot(step)
         h = y
         for layer, block in enumerate(self.coda):
-            h = block(h, ctx, base + layer)
+            h = block(h, ctx, slot + layer)
         logits = self.head(h if self.coda_norm is None else self.coda_norm(h))
         return logits, self._halt(y)
 
@@ -341,29 +336,28 @@ class TRMModel(nn.Module):
             return None
         return self.q_head(y if self.config.causal else y[:, 0]).squeeze(-1)
 
-    def _halting_loss(self, y_before, step, logits, halt, target_ids, ctx):
+    def _halting_loss(self, y_before, step, logits, halt, target_ids, right, ctx):
         """Halting BCE of one supervision step; `stable` judges the step before, from the carry (none at step 0)."""
         valid = target_ids != IGNORE
         if halt is None or (self.config.act_target == "stable" and step == 0):
             return logits.new_zeros(())
-        guess = logits.detach().argmax(-1)
-        if self.config.act_target == "correct":
-            right = guess == target_ids
-        else:
+        if self.config.act_target == "stable":
             halt = self._halt(y_before)
             with torch.no_grad():
-                right = self._read_out(y_before, ctx)[0].argmax(-1) == guess
+                right = self._read_out(y_before, ctx, step - 1)[0].argmax(-1) == logits.argmax(-1)
         if not self.config.causal:
             right, valid = (right | ~valid).all(-1), valid.any(-1)
         return halting_loss(halt, right, valid)
 
     def new_cache(self, batch: int, max_len: int | None = None, read_steps: int = 1) -> KVCache:
-        """An empty cache for `batch` rows of up to max_len columns; read_steps > 1 is for return_steps."""
-        c, weight = self.config, self.embed.weight
-        if not c.causal or c.mixer != "attention":
-            raise ValueError("only a causal attention model decodes with a cache")
-        slots = cache_slots(c, read_steps)
-        return KVCache(slots, batch, c.n_kv_heads, max_len or c.max_seq_len, c.head_dim, weight.dtype, weight.device)
+        """An empty cache for `batch` rows of up to max_len columns; read_steps: how many of the last supervision steps
+        will be read out (all of them for return_steps)."""
+        return KVCache(self.config, batch, max_len, read_steps, self.embed.weight.dtype, self.embed.weight.device)
+
+    def compile_parts(self):
+        """torch.compile for training: one graph of the network serves every visit; shapes are static."""
+        self.net.compile(dynamic=False)
+        self.token_loss.compile(dynamic=False)
 
     def generate(self, prompt_ids: Int[Tensor, "b t"], max_new_tokens: int, **options) -> Int[Tensor, "b u"]:
         """prompt_ids (B, T), left-padded where attention_mask is 0 -> (B, T + max_new_tokens).
@@ -387,7 +381,8 @@ class TinyNet(nn.Module):
 
     def forward(self, inputs, ctx: Context, slot: int, state: int = -1) -> Tensor:
         inject = {3: self.inject_z, 2: self.inject_y}.get(len(inputs))
-        h = inject(torch.cat(inputs, dim=-1)) if inject is not None else functools.reduce(torch.add, inputs)
+        h = functools.reduce(torch.add, inputs) if inject is None else inject(torch.cat(inputs, dim=-1))
+        h = h.to(inputs[0].dtype)  # autocast narrows the injection, not the stream
         for layer, block in enumerate(self.blocks):
             h = block(h, ctx, slot + layer)
         h = h if self.norm is None else self.norm(h)
@@ -398,7 +393,7 @@ class TinyNet(nn.Module):
 
 
 class TinyBlock(nn.Module):
-    """Attention (or the sequence mixer), then SwiGLU, each with its RMSNorm: post, pre or sandwich.  (B, T, D) -> same."""
+    """Attention (or the sequence mixer), then SwiGLU, each with RMSNorm: post, pre or sandwich.  (B, T, D) -> same."""
 
     def __init__(self, c: TRMConfig):
         super().__init__()

@@ -36,7 +36,7 @@ def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float,
 
 
 def cosine_schedule(step: int, warmup_steps: int, progress: float, floor: float) -> float:
-    """Factor of the peak learning rate: linear warm-up over warmup_steps, then a cosine down to `floor` at progress 1."""
+    """Factor of the peak learning rate: linear warm-up over warmup_steps, a cosine down to `floor` at progress 1."""
     warm = min(1.0, (step + 1) / max(1, warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
     return warm * (floor + (1 - floor) * cosine)

@@ -149,6 +149,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def mix_seed(*numbers) -> int:
+    """One 63-bit seed from several whole numbers."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return seed
+
+
 def describe(device: torch.device) -> str:
     """One line: name, capability and memory of a GPU; name, instruction sets and threads of a CPU."""
     if device.type == "cuda":

@@ -6,15 +6,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from src.runtime import mix_seed
+
 
 def filter_logits(
     logits: Float[Tensor, "b v"], temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Float[Tensor, "b v"]:
     """Logits divided by the temperature, with -inf where top_k or top_p (nucleus, arXiv:1904.09751) drop a token."""
-    logits = logits.float() / temperature
+    logits = logits.double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        best = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, best.indices, best.values)
     if top_p is not None and top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(
@@ -28,7 +31,7 @@ def choose_token(logits, temperature, top_k, top_p, generators) -> Int[Tensor, "
     """One token per row of logits (B, V): the likeliest at temperature 0, else drawn with the row's own generator."""
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = filter_logits(logits, temperature, top_k, top_p).double().softmax(-1).cumsum(-1)
+    cumulative = filter_logits(logits, temperature, top_k, top_p).softmax(-1).cumsum(-1)
     draw = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(logits.device)
     point = draw[:, None] * cumulative[:, -1:]  # the total is 1 only up to rounding
     return torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
@@ -37,12 +40,10 @@ def choose_token(logits, temperature, top_k, top_p, generators) -> Int[Tensor, "
 def fit_window(ids, mask, max_len: int, finished) -> tuple[Tensor, Tensor]:
     """Make room in rows of ids (B, W), left-padded where mask is 0, so that none holds more than max_len tokens.
 
-    A row over max_len keeps its last max_len // 2 tokens (at least 1), a finished row its last one; what remains is padded anew."""
-    rows = [row[keep] for row, keep in zip(ids, mask.bool())]
-    rows = [
-        row[-1:] if done else row[-max(1, max_len // 2) :] if len(row) > max_len else row
-        for row, done in zip(rows, finished)
-    ]
+    A row over max_len keeps its last max_len // 2 tokens (at least 1), a finished row its last one."""
+    keeps = [1 if done else max(1, max_len // 2) for done in finished]
+    rows = [row[real] for row, real in zip(ids, mask.bool())]
+    rows = [row[-keep:] if done or len(row) > max_len else row for row, keep, done in zip(rows, keeps, finished)]
     width = max(len(row) for row in rows)
     ids, mask = ids.new_zeros(len(rows), width), mask.new_zeros(len(rows), width)
     for i, row in enumerate(rows):
@@ -66,7 +67,7 @@ def generate(
     """Yield (B,) ids, one new token of every row at a time, until max_new_tokens or until every row has met EOS.
 
     prompt_ids are left-padded where attention_mask is 0. temperature 0 is greedy. Row i draws from a generator of
-    its own, seeded with seed + i, so a row's text does not depend on the rows beside it. After EOS a row yields
+    its own, seeded from (seed, i), so a row's text does not depend on the rows beside it. After EOS a row yields
     the config's pad_token_id, or EOS again where it has none. When a row would pass max_seq_len, it keeps its last
     max_seq_len // 2 tokens and is encoded anew. Raises ValueError for options and prompts that cannot be.
     """
@@ -84,7 +85,7 @@ def generate(
 def _generate(model, ids, max_new_tokens, rule, use_cache, seed, eos_id, mask):
     max_len, pad = model.config.max_seq_len, model.config.pad_token_id
     seed = secrets.randbits(62) if seed is None else seed
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(ids))]
+    generators = [torch.Generator().manual_seed(mix_seed(seed, row)) for row in range(len(ids))]
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     mask = torch.ones_like(ids) if mask is None else mask.long()
     cache, new = None, None

@@ -22,7 +22,7 @@ from src.losses import IGNORE, bits_per_byte, step_weights
 from src.metrics import RunLog, format_params, plot_learning_curve
 from src.model import TRMConfig, TRMModel
 from src.optim import EMA, cosine_schedule, make_optimizers
-from src.runtime import Interrupt, RuntimeConfig, autocast, choose_compile, choose_device, choose_precision
+from src.runtime import Interrupt, RuntimeConfig, autocast, choose_compile, choose_device, choose_precision, mix_seed
 from src.sampling import generate
 from src.tokenizer import StreamDecoder
 
@@ -133,7 +133,7 @@ class Trainer:
         self.raw = model.to(self.device)
         compiles, why_compile = choose_compile(config.compile, self.device)
         if compiles:
-            model.net.compile(dynamic=False)  # one small graph serves every visit
+            model.compile_parts()
         self.say(f"{self.device}, {self.precision} ({why}); {'compiled' if compiles else 'eager'} ({why_compile})")
         optimizers = make_optimizers(model, config.optimizer, config.lr, config.weight_decay, (0.9, config.beta2))
         self.model, *self.optimizers = self.accelerator.prepare(self.raw, *optimizers)
@@ -182,7 +182,7 @@ class Trainer:
         """One batch: supervision steps forward and backward, and the optimizer's step or steps."""
         config, model = self.config, self.raw.config
         self._set_learning_rate()
-        torch.manual_seed(_mix(config.seed, self.step, self.rank))  # dropout depends on nothing else
+        torch.manual_seed(mix_seed(config.seed, self.step, self.rank))  # dropout depends on nothing else
         self.model.train()
         parts = self._split(batch)
         at_once = model.full_bptt or model.train_steps == 1
@@ -231,9 +231,10 @@ class Trainer:
             self.ema.update(self.raw)
 
     def _bar(self):
-        slow = {} if sys.stderr.isatty() else {"mininterval": 30}  # a log file wants few lines
+        total = None if self.config.max_minutes else self.config.max_steps
+        every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file wants few lines
         return tqdm(
-            total=self.config.max_steps, initial=self.step, desc="train", unit="step", disable=not self.is_main, **slow
+            total=total, initial=self.step, desc="train", unit="step", disable=not self.is_main, mininterval=every
         )
 
     def _start_window(self):
@@ -258,9 +259,8 @@ class Trainer:
             "elapsed_s": self.elapsed,
         }
         left = self.elapsed * (1 / max(self.progress(), 1e-9) - 1) / 60
-        bar.set_postfix_str(
-            f"loss {loss:.3f}, {line['bits_per_byte']:.3f} bits/byte, {line['tokens_per_s']:.0f} tokens/s, {left:.1f} min left"
-        )
+        speed = f"{line['tokens_per_s']:.0f} tokens/s, {left:.1f} min left"
+        bar.set_postfix_str(f"loss {loss:.3f}, {line['bits_per_byte']:.3f} bits/byte, {speed}")
         if self.log is not None:
             self.log.log(self.step, **line)
         self._start_window()
@@ -353,14 +353,6 @@ class Trainer:
         if interrupt.requested:
             self.say(f"stopped by {interrupt.signal_name} after step {self.step}: go on with --resume true")
         self.accelerator.end_training()
-
-
-def _mix(*numbers) -> int:
-    """One 63-bit seed from several numbers."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
-    return seed
 
 
 def describe_model(model: TRMModel) -> str:

@@ -203,12 +203,12 @@ def test_a_loss_beside_the_cache_leaves_it_exact(tiny, act_target):
 @pytest.mark.parametrize("with_grad", [True, False])
 @pytest.mark.parametrize("case", [{}, {"n_kv_heads": 2, "qk_norm": True}, {"injection": "concat"}], ids=str)
 def test_bfloat16_autocast_with_a_cache(tiny, case, with_grad):
-    """The cache holds fp32, the projections bf16: prefill, a later chunk and single tokens run and stay near."""
+    """The cache holds fp32, the projections are bf16: prefill, a later chunk and single tokens agree with the whole."""
     model, ids = tiny(**case), prompt()
     with torch.set_grad_enabled(with_grad), torch.autocast("cpu", torch.bfloat16):
-        logits = chunked(model, ids, [4, 4, 1, 1])
-    exact = model(ids).logits
-    assert (logits - exact).norm() < 0.1 * exact.norm()  # bf16 keeps 8 bits, through a dozen visits
+        whole = model(ids).logits.float()
+        logits = chunked(model, ids, [4, 4, 1, 1]).float()
+    assert (logits - whole).norm() < 0.05 * whole.norm()  # bf16 keeps 8 bits, and chunks may round otherwise
 
 
 def test_slots_bytes_and_overflow(tiny):

@@ -1,0 +1,252 @@
+"""Training speed: how much of the machine's matrix-product speed reaches the model.
+
+    python benchmarks/bench_train.py                           # none x 6 layers, loop 2 x 3, trm (2, 2, 2): minutes
+    python benchmarks/bench_train.py --families trm --steps 20
+    python benchmarks/bench_train.py --families trm --profile  # where one step's time goes, by kind of operation
+    python benchmarks/bench_train.py --quick                   # tiny sizes: does it run?
+
+Prints tokens/s, the model's GFLOP/s, the GFLOP/s of 2048 cubed matrix products in the same process and precision, and
+their ratio; then one JSON line. A step is the trainer's own (`Trainer.train_step`: deep supervision with one backward
+pass per step, clipping, AdamW, moving average). Rounds of products and of one step alternate, so that a machine that
+slows down slows both; figures are medians over the rounds, `best` is the fastest step beside the fastest products.
+
+FLOPs are those of `metrics.flops_per_token`: 6 x weights visited with gradient + 2 x those visited without, head
+included, no recomputation. Attention counts 4*T*D forward and 8*T*D backward per token and layer visit: the whole
+square, though a causal model needs half of it. `ratio` leaves attention out, `ratio_attention` has it.
+`shapes` is the ceiling that the block's own products set: forward, input gradient and weight gradient of its linear
+layers at batch x length rows, written into memory that is there already, in the family's mix of the three.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from common import interleaved, machine, median, print_json, print_table, seconds
+
+from src.config import UserError, build, parse_flags, run
+from src.metrics import count_parameters, flops_per_token
+from src.model import TRMConfig, TRMModel
+from src.runtime import DTYPES, RuntimeConfig
+from src.trainer import TrainConfig, Trainer
+
+FAMILIES = {
+    "none": {"recursion": "none", "n_layers": 6, "norm": "pre"},
+    "loop": {"recursion": "loop", "n_layers": 2, "deep_steps": 3},
+    "trm": {"recursion": "trm", "n_layers": 2, "latent_steps": 2, "deep_steps": 2, "supervision_steps": 2},
+}
+
+
+@dataclass
+class TrainBench:
+    """What to measure.
+
+    Args:
+        families: which of none, loop, trm
+        steps: rounds that are measured, each a burst of matrix products and one training step
+        warmup: steps before them; the first compiles
+        batch_size: windows per step
+        seq_len: tokens per window
+        d_model: width
+        n_heads: attention heads
+        vocab_size: tokens in the vocabulary
+        matmul_size: n of the n x n x n products
+        compile: torch.compile; by default where a compiler is present, as in training
+        profile: instead of measuring, profile one step (CPU) and group its time by kind of operation
+        quick: tiny sizes and few steps: does it run?
+    """
+
+    families: list[str] = field(default_factory=lambda: list(FAMILIES))
+    steps: int = 8
+    warmup: int = 3
+    batch_size: int = 64
+    seq_len: int = 256
+    d_model: int = 384
+    n_heads: int = 6
+    vocab_size: int = 65
+    matmul_size: int = 2048
+    compile: bool | None = None
+    profile: bool = False
+    quick: bool = False
+
+    def __post_init__(self):
+        for family in self.families:
+            if family not in FAMILIES:
+                raise ValueError(f"families {family}: choose of {', '.join(FAMILIES)}")
+        if min(self.steps, self.warmup, self.batch_size) < 1:
+            raise ValueError("steps, warmup and batch_size must be 1 or more")
+        if self.quick:
+            self.steps, self.warmup, self.batch_size, self.seq_len = 2, 1, 2, 16
+            self.d_model, self.n_heads, self.matmul_size = 32, 2, 128
+
+
+def parse_args(argv=None) -> tuple[TrainBench, RuntimeConfig]:
+    return parse_flags(__doc__, TrainBench, RuntimeConfig, argv=argv)
+
+
+def model_config(args: TrainBench, family: str) -> TRMConfig:
+    sizes = {"vocab_size": args.vocab_size, "d_model": args.d_model, "n_heads": args.n_heads}
+    return build(TRMConfig, {**sizes, "max_seq_len": args.seq_len, **FAMILIES[family]})
+
+
+def training_step(args: TrainBench, config: TRMConfig, runtime: RuntimeConfig):
+    """(trainer, a function that does one training step), after the warm-up."""
+    torch._dynamo.reset()  # graphs of the family before
+    torch.manual_seed(0)
+    settings = TrainConfig(batch_size=args.batch_size, compile=args.compile, max_steps=10**6)
+    trainer = Trainer(settings, TRMModel(config), None, None, None, runtime)
+    ids = torch.randint(0, args.vocab_size, (args.batch_size, args.seq_len + 1))
+    batch = {"input_ids": ids[:, :-1].contiguous(), "target_ids": ids[:, 1:].contiguous()}
+    for _ in range(args.warmup):
+        trainer.train_step(batch)
+    return trainer, lambda: trainer.train_step(batch)
+
+
+class Burst:
+    """Matrix products of one size for a fifth of a second or so; `flops` of one call."""
+
+    def __init__(self, size: int, dtype, device):
+        self.a, self.b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        self.repeats = 1
+        self()
+        while seconds(self, device) < 0.2 and self.repeats < 1000:
+            self.repeats *= 2
+        self.flops = 2 * size**3 * self.repeats
+
+    def __call__(self):
+        for _ in range(self.repeats):
+            self.a @ self.b
+
+
+class BlockProducts:
+    """The products of one TinyBlock's four linear layers at `rows` rows, as jobs: forward, grad_input, grad_weight."""
+
+    def __init__(self, config: TRMConfig, rows: int, dtype, device):
+        def empty(*shape):
+            return torch.randn(*shape, device=device).to(dtype)
+
+        block = TRMModel(config).net.blocks[0]
+        linears = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
+        self.shapes = [
+            (empty(rows, m.in_features), empty(m.out_features, m.in_features), empty(rows, m.out_features))
+            for m in linears
+        ]
+        self.flops = sum(2 * rows * m.in_features * m.out_features for m in linears)  # of each kind
+        self.jobs = {kind: getattr(self, kind) for kind in ("forward", "grad_input", "grad_weight")}
+
+    def forward(self):
+        for x, w, y in self.shapes:
+            torch.mm(x, w.t(), out=y)
+
+    def grad_input(self):
+        for x, w, y in self.shapes:
+            torch.mm(y, w, out=x)
+
+    def grad_weight(self):
+        for x, w, y in self.shapes:
+            torch.mm(y.t(), x, out=w)
+
+    def ceiling(self, times: dict, forwards: float) -> float:
+        """FLOP/s of a mix of `forwards` forward products to one of each gradient; times of each kind in s."""
+        elapsed = forwards * times["forward"] + times["grad_input"] + times["grad_weight"]
+        return (forwards + 2) * self.flops / elapsed
+
+
+def forwards_per_backward(config: TRMConfig) -> float:
+    """Visits of the network to one visit that carries gradient."""
+    return 1.0 if config.recursion == "none" else config.deep_steps / config.grad_deep_steps
+
+
+def measure(args: TrainBench, family: str, runtime: RuntimeConfig) -> dict:
+    """The figures of one family."""
+    config = model_config(args, family)
+    start = time.perf_counter()
+    trainer, step = training_step(args, config, runtime)
+    warmup, device, dtype = time.perf_counter() - start, trainer.device, DTYPES[trainer.precision]
+    burst = Burst(args.matmul_size, dtype, device)
+    products = BlockProducts(config, args.batch_size * args.seq_len, dtype, device)
+    for job in products.jobs.values():
+        job()
+    times = interleaved({"matmul": burst, "step": step, **products.jobs}, args.steps, device)
+    mid, low = ({name: pick(t) for name, t in times.items()} for pick in (median, min))
+    tokens, flops = args.batch_size * args.seq_len, flops_per_token(config)
+    matmul, best_matmul = burst.flops / mid["matmul"], burst.flops / low["matmul"]
+    model, model_attention = (n * tokens / mid["step"] for n in (flops.train_matmul, flops.train))
+    shapes = products.ceiling(mid, forwards_per_backward(config))
+    return {
+        "family": family,
+        "parameters": count_parameters(trainer.raw)["total"],
+        "precision": trainer.precision,
+        "step_s": mid["step"],
+        "tokens_per_s": tokens / mid["step"],
+        "model_gflops": model / 1e9,
+        "model_gflops_attention": model_attention / 1e9,
+        "matmul_gflops": matmul / 1e9,
+        "shapes_gflops": shapes / 1e9,
+        "shapes_gflops_by_kind": {kind: products.flops / mid[kind] / 1e9 for kind in products.jobs},
+        "ratio": model / matmul,
+        "ratio_attention": model_attention / matmul,
+        "ratio_shapes": model / shapes,
+        "best": {
+            "tokens_per_s": tokens / low["step"],
+            "matmul_gflops": best_matmul / 1e9,
+            "ratio": flops.train_matmul * tokens / low["step"] / best_matmul,
+        },
+        "warmup_s": warmup,
+    }
+
+
+KINDS = (  # (kind, parts of the names of its operations); the first that fits
+    ("compiled elementwise kernels", ("cpp_fused",)),  # named after all operations that it fuses, attention too
+    ("attention backward products", ("flash_attention_for_cpu_backward", "aten::bmm", "aten::baddbmm")),
+    ("attention forward", ("flash_attention_for_cpu",)),
+    ("products of linear layers", ("aten::mm", "aten::addmm", "mkldnn::_linear", "aten::linear", "aten::matmul")),
+    ("optimizer, clipping, average", ("_fused_adamw", "_foreach", "Optimizer", "linalg_vector_norm")),
+    ("eager elementwise and copies", ("aten::",)),
+)
+
+
+def kind_of(name: str) -> str:
+    """The kind of an operation of the profiler's table."""
+    return next((kind for kind, parts in KINDS if any(part in name for part in parts)), "Python, dispatch and the rest")
+
+
+def profile(args: TrainBench, family: str, runtime: RuntimeConfig) -> dict:
+    """{kind of operation: ms} of one training step."""
+    import torch._inductor.config
+    from torch.profiler import ProfilerActivity
+
+    torch._inductor.config.cpp.enable_kernel_profile = True  # or compiled kernels have no names
+    trainer, step = training_step(args, model_config(args, family), runtime)
+    if trainer.device.type != "cpu":
+        raise UserError("--profile reads CPU time: add --device cpu")
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as record:
+        step()
+    kinds = {}
+    for event in record.key_averages():
+        kinds[kind_of(event.key)] = kinds.get(kind_of(event.key), 0) + event.self_cpu_time_total / 1000
+    return dict(sorted(kinds.items(), key=lambda item: -item[1]))
+
+
+def show_profile(family: str, kinds: dict) -> None:
+    total = sum(kinds.values())
+    print_table([family, "ms", "%"], [[kind, ms, 100 * ms / total] for kind, ms in kinds.items()])
+    print()
+
+
+def main(argv=None) -> None:
+    args, runtime = parse_args(argv)
+    if args.profile:
+        profiles = {family: profile(args, family, runtime) for family in args.families}
+        for family, kinds in profiles.items():
+            show_profile(family, kinds)
+        print_json("train_profile", {"machine": machine(), "ms": profiles})
+        return
+    rows = [measure(args, family, runtime) for family in args.families]
+    columns = "tokens_per_s model_gflops matmul_gflops ratio ratio_attention shapes_gflops ratio_shapes".split()
+    print_table(["family", *columns, "best ratio"], [[r["family"], *(r[c] for c in columns), r["best"]["ratio"]] for r in rows])
+    sizes = {name: getattr(args, name) for name in ("batch_size", "seq_len", "d_model", "n_heads", "vocab_size", "steps")}
+    print_json("train", {"machine": machine(), **sizes, "rows": rows})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,93 @@
+"""A run's best checkpoint made small: its averaged weights in fp16, config.json, the tokenizer, and nothing else.
+
+    python experiments/release.py runs/stdlib checkpoints/stdlib
+    python experiments/release.py runs/wiki checkpoints/wiki --valid_paths wiki/validation_0.jsonl.gz
+
+Writes the second folder as a checkpoint that load_model opens. Then reads both and compares their losses on the first
+validation batches (of the standard library, where no valid_paths are given): they must be as good as equal, or the
+exit code is 1. Prints the bytes of each file.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
+
+from src.checkpoint import load_model, resolve, save_checkpoint  # noqa: E402
+from src.config import UserError, parse_flags, run  # noqa: E402
+from src.dataset import DataConfig, create_dataloader, prepare_data  # noqa: E402
+from src.evaluation import evaluate  # noqa: E402
+
+LARGEST_CHANGE = 0.001  # nats per token
+
+
+@dataclass
+class ReleaseConfig:
+    """What to release.
+
+    Args:
+        folders: the run (or checkpoint) folder, and the folder to write
+        valid_paths: text to compare the losses on; default: the standard library's validation files
+        batches: how many batches of it
+        batch_size: windows per batch
+    """
+
+    folders: list[str] = field(default_factory=list)
+    valid_paths: list[str] = field(default_factory=list)
+    batches: int = 4
+    batch_size: int = 8
+
+    def __post_init__(self):
+        if len(self.folders) != 2:
+            raise ValueError("give two folders: the run, and the checkpoint to write")
+
+
+def parse_args(argv=None) -> ReleaseConfig:
+    return parse_flags(__doc__, ReleaseConfig, argv=argv, positional="folders")[0]
+
+
+def release(run_folder, output) -> Path:
+    """Write the best checkpoint of a run to `output`, averaged weights in fp16; returns the checkpoint that it was."""
+    source, output = resolve(run_folder), Path(output)
+    if output.exists() and any(output.iterdir()) and not (output / "config.json").exists():
+        raise UserError(f"{output} holds other files than a checkpoint: choose another folder")
+    if output.resolve() == source.resolve():
+        raise UserError(f"{output} is the checkpoint itself: choose another folder")
+    model, tokenizer = load_model(source)
+    info = json.loads((source / "config.json").read_text(encoding="utf-8")).get("info")
+    save_checkpoint(output, model.half(), tokenizer, info=info)
+    return source
+
+
+def losses(folders, args: ReleaseConfig) -> list[float]:
+    """Nats per token of each checkpoint on the same first validation batches."""
+    found = []
+    for folder in folders:
+        model, tokenizer = load_model(folder)
+        data = DataConfig(train_paths=args.valid_paths, valid_paths=args.valid_paths, tokenizer=str(folder))
+        _, _, valid_set = prepare_data(data, None, model.config.max_seq_len)
+        batches = create_dataloader(valid_set, args.batch_size, shuffle=False, pad_id=tokenizer.pad_id)
+        figures = evaluate(model, batches, valid_set.bytes_per_token, limit=args.batches)
+        found.append(figures["valid_loss"])
+    return found
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    output = Path(args.folders[1])
+    source = release(args.folders[0], output)
+    sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir())}
+    for name, size in sizes.items():
+        print(f"{name:20}{size:>12,} bytes")
+    print(f"{'together':20}{sum(sizes.values()):>12,} bytes")
+    before, after = losses((source, output), args)
+    is_equal = math.isclose(before, after, rel_tol=0, abs_tol=LARGEST_CHANGE)
+    print(f"validation loss {before:.5f} before, {after:.5f} in fp16: {'as good as equal' if is_equal else 'CHANGED'}")
+    return 0 if is_equal else 1
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,242 @@
+"""tinyshakespeare by characters: the recursive families beside plain transformers, and beside published figures.
+
+    python experiments/shakespeare.py --recipe prototypes --seeds 0 1
+    python experiments/shakespeare.py --recipe anchor_trm anchor_loop anchor_plain --seeds 0 1
+    python experiments/shakespeare.py --recipe anchor_trm --lr 2e-3 --optimizer muon --d_model 160   # change a recipe
+    python experiments/shakespeare.py --table                  # mean and spread of all runs so far
+
+The customary split: the first 90 % of the text to train, the last 10 % to validate; 65 characters; each step takes
+random windows, as nanoGPT does. A step is the trainer's own (`Trainer.train_step`). At the end the whole validation
+text is read in non-overlapping windows, once with the last weights and once with their moving average: nats per
+character. Every run appends one JSON line to `output` as soon as it is done; with `--table`, or after the last run,
+a table per recipe. Any setting of the model and of training is a flag that replaces the recipe's own.
+
+Recipes: `prototypes` (width 256, 1,500 steps of 32 x 128) repeat figures of a prototype of this design; `anchor` has the
+budget of nanoGPT's CPU setting, 2,000 steps of 12 x 64 and at most 0.8 M parameters, which reaches 1.88 there (README of
+github.com/karpathy/nanoGPT).
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
+
+from src.config import UserError, build, parse_flags, run  # noqa: E402
+from src.evaluation import evaluate  # noqa: E402
+from src.losses import IGNORE  # noqa: E402
+from src.metrics import count_parameters, flops_per_token  # noqa: E402
+from src.model import TRMConfig, TRMModel  # noqa: E402
+from src.runtime import RuntimeConfig  # noqa: E402
+from src.trainer import TrainConfig, Trainer  # noqa: E402
+
+PROTOTYPE = {
+    **{"d_model": 256, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "batch_size": 32, "max_steps": 1500},
+    **{"lr": 1e-3, "min_lr_ratio": 0.1, "warmup_steps": 100, "beta2": 0.99, "weight_decay": 0.1, "grad_clip": 1.0},
+    "ema_decay": 0.995,
+}
+ANCHOR = PROTOTYPE | {
+    **{"d_model": 128, "n_layers": 3, "max_seq_len": 64, "batch_size": 12, "max_steps": 2000},
+    **{"optimizer": "muon", "lr": 3e-3, "ema_decay": 0.99},
+}
+TRM = {"recursion": "trm", "latent_steps": 2, "deep_steps": 1, "supervision_steps": 1}
+# name: (settings of TRMConfig and TrainConfig, the figure to compare with)
+RECIPES = {
+    "plain_2": (PROTOTYPE | {"recursion": "none", "norm": "pre"}, 1.570),
+    "plain_6": (PROTOTYPE | {"recursion": "none", "norm": "pre", "n_layers": 6}, 1.514),
+    "plain_6_post": (PROTOTYPE | {"recursion": "none", "norm": "post", "n_layers": 6}, 1.517),
+    "loop_2x3": (PROTOTYPE | {"recursion": "loop", "deep_steps": 3}, 1.519),
+    "trm_211": (PROTOTYPE | TRM, 1.502),
+    "trm_212": (PROTOTYPE | TRM | {"supervision_steps": 2}, 1.545),
+    "anchor_plain": (ANCHOR | {"recursion": "none", "norm": "pre"}, 1.88),
+    "anchor_loop": (ANCHOR | {"recursion": "loop", "deep_steps": 3, "norm": "pre"}, 1.88),
+    "anchor_trm": (ANCHOR | TRM, 1.88),
+}
+GROUPS = {
+    "prototypes": [name for name in RECIPES if not name.startswith("anchor")],
+    "anchor": [name for name in RECIPES if name.startswith("anchor")],
+}
+
+
+@dataclass
+class ShakespeareConfig:
+    """What to run.
+
+    Args:
+        recipe: names of recipes, or prototypes, or anchor
+        seeds: seeds of weights, windows and dropout; one run each
+        path: tinyshakespeare's input.txt
+        output: file that one JSON line per run is appended to
+        table: print the table of `output` and run nothing
+        threads: CPU threads; default as torch chooses
+    """
+
+    recipe: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    path: str = "../shared/data/tinyshakespeare/input.txt"
+    output: str = "runs/shakespeare.jsonl"
+    table: bool = False
+    threads: int | None = None
+
+    def __post_init__(self):
+        self.recipe = [name for given in self.recipe for name in GROUPS.get(given, [given])]
+        for name in self.recipe:
+            if name not in RECIPES:
+                raise ValueError(f"recipe {name}: choose of {', '.join((*GROUPS, *RECIPES))}")
+        if not (self.recipe or self.table):
+            raise ValueError(f"recipe is missing: choose of {', '.join((*GROUPS, *RECIPES))}, or --table")
+
+
+MODEL = {f.name: f for f in dataclasses.fields(TRMConfig) if f.name not in ("vocab_size", "pad_token_id")}
+TRAIN = {f.name: f for f in dataclasses.fields(TrainConfig)}
+TRAIN = {name: TRAIN[name] for name in PROTOTYPE.keys() & TRAIN.keys() | {"optimizer", "optimizer_step", "compile"}}
+Overrides = dataclasses.make_dataclass(
+    "Overrides", [(f.name, f.type | None, None) for f in (*TRAIN.values(), *MODEL.values())]
+)
+Overrides.__doc__ = "Change the recipe (by default as it says).\n\n    Args:" + "".join(
+    cls.__doc__.split("Args:")[1].rstrip() for cls in (TrainConfig, TRMConfig)
+)
+
+
+def parse_args(argv=None) -> tuple[ShakespeareConfig, dict, RuntimeConfig]:
+    """The settings of the script, those that replace a recipe's, and the device's."""
+    config, changes, runtime = parse_flags(__doc__, ShakespeareConfig, Overrides, RuntimeConfig, argv=argv)
+    return config, {k: v for k, v in dataclasses.asdict(changes).items() if v is not None}, runtime
+
+
+def load_text(path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(training ids, validation ids, characters): the first 90 % and the last 10 % of a text, one id a character."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"--path {path}: {error.strerror}; tinyshakespeare's input.txt is in github.com/karpathy/char-rnn, "
+            "folder data/tinyshakespeare"
+        ) from None
+    characters = sorted(set(text))
+    number = {character: i for i, character in enumerate(characters)}
+    ids = np.array([number[character] for character in text])
+    cut = int(0.9 * len(ids))
+    return ids[:cut], ids[cut:], characters
+
+
+def random_batch(ids: np.ndarray, rows: int, length: int, generator: np.random.Generator) -> dict:
+    """Windows of `length` inputs from anywhere in the text: input_ids and target_ids (rows, length)."""
+    starts = generator.integers(0, len(ids) - length, rows)
+    windows = torch.from_numpy(np.stack([ids[start : start + length + 1] for start in starts]))
+    return {"input_ids": windows[:, :-1].contiguous(), "target_ids": windows[:, 1:].contiguous()}
+
+
+def validation_batches(ids: np.ndarray, length: int, rows: int = 64):
+    """All of a text in windows side by side; each character but the first is a target once."""
+    ids = torch.from_numpy(ids)
+    padding = -(len(ids) - 1) % length
+    inputs = torch.nn.functional.pad(ids[:-1], (0, padding)).view(-1, length)
+    targets = torch.nn.functional.pad(ids[1:], (0, padding), value=IGNORE).view(-1, length)
+    for first in range(0, len(inputs), rows):
+        yield {"input_ids": inputs[first : first + rows], "target_ids": targets[first : first + rows]}
+
+
+def train(name: str, seed: int, changes: dict, texts: tuple, runtime: RuntimeConfig) -> dict:
+    """One run of a recipe: its figures, as they are written to `output`."""
+    settings, published = RECIPES[name]
+    settings = settings | changes
+    train_ids, valid_ids, characters = texts
+    own = {key: settings[key] for key in settings.keys() & MODEL.keys()}
+    config = build(TRMConfig, own | {"vocab_size": len(characters)})
+    training = build(TrainConfig, {key: settings[key] for key in settings.keys() & TRAIN.keys()} | {"seed": seed})
+    if min(len(train_ids), len(valid_ids)) < config.max_seq_len + 2:
+        raise UserError(f"the text has {len(valid_ids)} validation characters: give more, or a smaller max_seq_len")
+    torch._dynamo.reset()  # compiled graphs of the run before
+    torch.manual_seed(seed)
+    trainer = Trainer(training, TRMModel(config), None, None, None, runtime)
+    parameters = count_parameters(trainer.raw)["total"]
+    trainer.say(f"{name}, seed {seed}: {parameters:,} parameters")
+    generator, start = np.random.default_rng(seed), time.monotonic()
+    for step in range(1, training.max_steps + 1):
+        trainer.train_step(random_batch(train_ids, training.batch_size, config.max_seq_len, generator))
+        if step % 250 == 0:
+            loss = trainer.window_losses[1].item() / trainer.window_steps  # cross-entropy
+            trainer.say(f"  step {step}: training {loss:.4f}, {time.monotonic() - start:.0f} s")
+            trainer.window_losses, trainer.window_steps = torch.zeros_like(trainer.window_losses), 0
+    minutes = (time.monotonic() - start) / 60
+    figures = {
+        "valid_loss": valid_loss(trainer, valid_ids),
+        "valid_loss_ema": average_valid_loss(trainer, valid_ids),
+    }
+    trainer.say(f"  validation {figures}, {minutes:.1f} min")
+    return {
+        **{"recipe": name, "changes": changes, "seed": seed, "steps": training.max_steps, "parameters": parameters},
+        **{"published": published, **figures, "minutes": round(minutes, 2)},
+        "train_flops_per_token": flops_per_token(config).train,
+        **{"precision": trainer.precision, "threads": torch.get_num_threads(), "settings": settings},
+    }
+
+
+def valid_loss(trainer: Trainer, ids: np.ndarray) -> float:
+    """Nats per character of the whole text, by all supervision steps' answer, in fp32."""
+    batches = validation_batches(ids, trainer.raw.config.max_seq_len)
+    return evaluate(trainer.raw, batches, bytes_per_token=1.0)["valid_loss"]
+
+
+def average_valid_loss(trainer: Trainer, ids: np.ndarray) -> float | None:
+    """The same of the moving average of weights; None where the run keeps none."""
+    if trainer.ema is None:
+        return None
+    with trainer.averaged_weights():
+        return valid_loss(trainer, ids)
+
+
+def print_table(path) -> None:
+    """Per recipe: runs, parameters, mean and spread (largest less smallest) of the losses, the figure to compare with.
+
+    Of runs with the same settings and seed, the last counts."""
+    runs = {}
+    try:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            changes = " ".join(f"{k}={v}" for k, v in record["changes"].items())
+            runs.setdefault(f"{record['recipe']} {changes}".strip(), {})[record["seed"]] = record
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--output {path}: no file of runs ({error}); run a recipe first") from None
+    width = max(map(len, runs), default=6)
+    print(f"{'recipe':{width}}  runs  parameters  nats/char  spread  EMA     spread  compare  minutes")
+    for name, seeds in runs.items():
+        records = list(seeds.values())
+        columns = [spread([r[key] for r in records]) for key in ("valid_loss", "valid_loss_ema")]
+        minutes = statistics.mean(r["minutes"] for r in records)
+        print(
+            f"{name:{width}}  {len(records):4}  {records[0]['parameters']:10,}  {columns[0]:17}  {columns[1]:14}  "
+            f"{records[0]['published']:7.3f}  {minutes:7.1f}"
+        )
+
+
+def spread(values: list) -> str:
+    if None in values:
+        return "-"
+    return f"{statistics.mean(values):.4f}  {max(values) - min(values):.4f}"
+
+
+def main(argv=None) -> None:
+    config, changes, runtime = parse_args(argv)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    texts = load_text(config.path) if config.recipe else None
+    for name in config.recipe:
+        for seed in config.seeds:
+            record = train(name, seed, changes, texts, runtime)
+            Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+            with open(config.output, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+    print_table(config.output)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,262 @@
+"""benchmarks/ and experiments/ at tiny sizes: they run, their last line is JSON with the figures that are quoted."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))  # as when they are run as scripts
+
+import bench_generate  # noqa: E402
+import bench_memory  # noqa: E402
+import bench_train  # noqa: E402
+import common  # noqa: E402
+
+from experiments import release, shakespeare  # noqa: E402
+from src.checkpoint import load_model, save_checkpoint  # noqa: E402
+from src.config import UserError, build  # noqa: E402
+from src.metrics import flops_per_token  # noqa: E402
+from src.model import TRMConfig, TRMModel  # noqa: E402
+from src.tokenizer import ByteLevelTokenizer  # noqa: E402
+
+
+def last_json(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+# --- bench_train ------------------------------------------------------------------------------------------------------
+
+
+def test_bench_train(capsys):
+    bench_train.main(["--quick", "--compile", "false", "--device", "cpu"])
+    facts = last_json(capsys)
+    assert facts["benchmark"] == "train" and facts["machine"]["torch"] == torch.__version__
+    assert [row["family"] for row in facts["rows"]] == ["none", "loop", "trm"]
+    args = bench_train.parse_args(["--quick"])[0]
+    for row in facts["rows"]:
+        flops = flops_per_token(bench_train.model_config(args, row["family"]))
+        assert row["model_gflops"] == pytest.approx(row["tokens_per_s"] * flops.train_matmul / 1e9, rel=1e-3)
+        assert row["ratio"] == pytest.approx(row["model_gflops"] / row["matmul_gflops"], rel=1e-3)
+        assert row["ratio_attention"] == pytest.approx(row["ratio"] * flops.train / flops.train_matmul, rel=1e-3)
+        assert row["shapes_gflops"] > 0 and row["best"]["tokens_per_s"] >= row["tokens_per_s"]
+
+
+def test_bench_train_has_the_sizes_that_are_asked_for():
+    args, _ = bench_train.parse_args([])
+    assert (args.batch_size, args.seq_len, args.d_model, args.n_heads, args.vocab_size) == (64, 256, 384, 6, 65)
+    plain, loop, trm = (bench_train.model_config(args, family) for family in ("none", "loop", "trm"))
+    assert (plain.n_layers, loop.n_layers, loop.deep_steps, trm.n_layers) == (6, 2, 3, 2)
+    assert (trm.latent_steps, trm.deep_steps, trm.supervision_steps) == (2, 2, 2)
+    assert flops_per_token(plain).train == flops_per_token(loop).train
+    assert [bench_train.forwards_per_backward(c) for c in (plain, loop, trm)] == [1, 1, 2]
+
+
+def test_profile_groups_operations(capsys):
+    bench_train.main(["--quick", "--compile", "false", "--device", "cpu", "--profile", "--families", "trm"])
+    kinds = last_json(capsys)["ms"]["trm"]
+    assert kinds["products of linear layers"] > 0 and kinds["eager elementwise and copies"] > 0
+    for name, kind in (
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention backward products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention forward"),
+        ("graph_0_cpp_fused__scaled_dot_product_flash_attention_for_cpu_add_1", "compiled elementwise kernels"),
+        ("aten::mm", "products of linear layers"),
+        ("aten::mul", "eager elementwise and copies"),
+        ("TorchDynamo Cache Lookup", "Python, dispatch and the rest"),
+    ):
+        assert bench_train.kind_of(name) == kind
+
+
+def test_block_products_count_what_they_multiply():
+    config = TRMConfig(vocab_size=5, d_model=16, n_heads=2, d_ff=24)
+    products = bench_train.BlockProducts(config, 10, torch.float32, torch.device("cpu"))
+    assert products.flops == 2 * 10 * (4 * 16**2 + 3 * 16 * 24)
+    for job in products.jobs.values():
+        job()
+    assert products.ceiling({"forward": 2.0, "grad_input": 3.0, "grad_weight": 1.0}, 2.0) == products.flops * 4 / 8
+
+
+# --- bench_generate ---------------------------------------------------------------------------------------------------
+
+
+def test_bench_generate(capsys):
+    assert bench_generate.main(["--quick"]) == 0
+    facts = last_json(capsys)
+    (row,), cache = facts["rows"], facts["cache"]
+    assert row["same_tokens"] is True and cache["same_tokens"] is True
+    assert row["ratio"] == pytest.approx(row["plain_tokens_per_s"] / row["transformers_tokens_per_s"], rel=1e-3)
+    assert row["loop_ratio"] == pytest.approx(row["loop_tokens_per_s"] / row["plain_tokens_per_s"], rel=1e-3)
+    assert cache["ratio"] == pytest.approx(cache["cached_tokens_per_s"] / cache["uncached_tokens_per_s"], rel=1e-3)
+    assert cache["prompt_tokens"] + cache["new_tokens"] == 32
+
+
+def test_bench_generate_tells_of_different_tokens(capsys, monkeypatch):
+    monkeypatch.setattr(bench_generate, "transformers_job", lambda *a: bench_generate.Greedy(lambda: torch.zeros(1, 12)))
+    assert bench_generate.main(["--quick"]) == 1
+    out = capsys.readouterr()
+    assert json.loads(out.out.splitlines()[-1])["rows"][0]["same_tokens"] is False and "tiny" in out.err
+
+
+def test_loop_has_the_flops_of_plain():
+    args = bench_generate.parse_args([])
+    for shape in args.shapes:
+        sizes = {"max_seq_len": args.max_seq_len, **bench_generate.SHAPES[shape]}
+        plain, loop = (build(TRMConfig, sizes | family) for family in (bench_generate.PLAIN, bench_generate.LOOP))
+        assert flops_per_token(plain, 512) == flops_per_token(loop, 512)
+
+
+# --- bench_memory -----------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_one_training_setting(capsys):
+    settings = {"supervision_steps": 2, "deep_steps": 2}
+    bench_memory.main(["--quick", "--child", json.dumps(settings)])
+    facts = last_json(capsys)
+    assert 2**26 < facts["before"] <= facts["peak"] < 2**34
+
+
+def test_memory_of_a_corpus(tmp_path, capsys):
+    path = tmp_path / "corpus.jsonl.gz"
+    bench_memory.write_corpus(path, 2e5)
+    assert 1e5 < path.stat().st_size < 4e5
+    job = {"path": str(path), "cache_dir": str(tmp_path / "cache"), "tokenizer": "byte", "seq_len": 16}
+    bench_memory.main(["--child", json.dumps({"corpus": job})])
+    facts = last_json(capsys)
+    assert facts["tokens"] > 3e5 and facts["text_bytes"] > 3e5 and facts["peak"] > 2**26
+
+
+@pytest.mark.slow
+def test_bench_memory(capsys):
+    bench_memory.main(["--quick"])
+    facts = last_json(capsys)
+    assert {row["varies"] for row in facts["training"]} == {"supervision_steps", "deep_steps", "full_bptt"}
+    assert all(row["peak"] == row["before"] + row["step"] for row in facts["training"])
+    assert facts["corpus"]["peak"] < 2**30
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_alternate():
+    order = []
+    times = common.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert order == ["a", "b"] * 3 and [len(t) for t in times.values()] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "said"),
+    [
+        (bench_train, ["--families", "gpt"], "gpt"),
+        (bench_generate, ["--shapes", "9x9"], "9x9"),
+        (bench_generate, ["--context", "100"], "context"),
+        (bench_memory, ["--corpus_mb", "-1"], "corpus_mb"),
+        (shakespeare, ["--recipe", "gpt"], "gpt"),
+        (shakespeare, [], "recipe is missing"),
+        (shakespeare, ["--recipe", "anchor", "--path", "nowhere.txt"], "char-rnn"),
+        (shakespeare, ["--table", "--output", "nowhere.jsonl"], "nowhere.jsonl"),
+        (release, ["one"], "two folders"),
+        (release, ["nowhere", "out"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_a_user_error(module, words, said):
+    with pytest.raises(UserError, match=said):
+        module.main(words)
+
+
+# --- experiments/shakespeare.py ---------------------------------------------------------------------------------------
+
+
+def test_validation_windows_hold_each_character_once():
+    ids = np.arange(23)
+    batches = list(shakespeare.validation_batches(ids, 5, rows=2))
+    inputs, targets = (torch.cat([b[name] for b in batches]).flatten() for name in ("input_ids", "target_ids"))
+    assert targets[targets >= 0].tolist() == list(range(1, 23))
+    assert inputs[: len(ids) - 1].tolist() == list(range(22))
+
+
+def test_random_windows_are_windows_of_the_text():
+    batch = shakespeare.random_batch(np.arange(100), 50, 8, np.random.default_rng(0))
+    assert torch.equal(batch["target_ids"], batch["input_ids"] + 1)
+    assert torch.equal(batch["input_ids"] - batch["input_ids"][:, :1], torch.arange(8).expand(50, 8))
+    assert batch["target_ids"].max() > 90 and batch["input_ids"].min() < 10
+
+
+@pytest.mark.parametrize("name", shakespeare.RECIPES)
+def test_recipes_have_the_parameters_that_are_told(name):
+    settings, _ = shakespeare.RECIPES[name]
+    assert settings.keys() <= shakespeare.MODEL.keys() | shakespeare.TRAIN.keys()
+    with torch.device("meta"):
+        model = TRMModel(TRMConfig(vocab_size=65, **{k: v for k, v in settings.items() if k in shakespeare.MODEL}))
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    expected = {"plain_6": 4.85, "plain_6_post": 4.85}.get(name, 1.64)
+    assert millions <= 0.8 if name.startswith("anchor") else millions == pytest.approx(expected, abs=0.005)
+
+
+def test_shakespeare_runs_are_kept_and_tabled(tmp_path, capsys):
+    text, output = tmp_path / "input.txt", tmp_path / "out" / "runs.jsonl"
+    text.write_text("to be, or not to be: that is the question. " * 40)
+    sizes = "--d_model 16 --n_heads 2 --max_seq_len 8 --batch_size 2 --max_steps 2 --compile false --device cpu".split()
+    where = ["--path", str(text), "--output", str(output)]
+    shakespeare.main(["--recipe", "trm_212", "anchor_loop", "--seeds", "0", "1", *where, *sizes])
+    runs = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(r["recipe"], r["seed"]) for r in runs] == [(n, s) for n in ("trm_212", "anchor_loop") for s in (0, 1)]
+    assert all(0 < r["valid_loss"] < 10 and 0 < r["valid_loss_ema"] < 10 and r["steps"] == 2 for r in runs)
+    assert runs[0]["valid_loss"] != runs[1]["valid_loss"] and runs[0]["changes"]["d_model"] == 16
+    capsys.readouterr()
+    shakespeare.main(["--table", "--output", str(output)])
+    _, first, second = capsys.readouterr().out.splitlines()
+    mean = (runs[0]["valid_loss"] + runs[1]["valid_loss"]) / 2
+    assert first.startswith("trm_212") and f"{mean:.4f}" in first and second.startswith("anchor_loop")
+
+
+# --- experiments/release.py -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished_run(tmp_path):
+    """A run folder with a best checkpoint that has averaged weights and training state; and a validation text."""
+    torch.manual_seed(0)
+    tokenizer = ByteLevelTokenizer()
+    model = TRMModel(TRMConfig(vocab_size=tokenizer.vocab_size, d_model=16, n_heads=2, max_seq_len=16))
+    average = {name: 0.5 * tensor for name, tensor in model.state_dict().items()}
+    run = tmp_path / "run"
+    save_checkpoint(run / "step_00000001", model, tokenizer, average, {"step": 1}, {"step": 1})
+    (run / "best").symlink_to("step_00000001")
+    text = tmp_path / "valid.txt"
+    text.write_text("def main():\n    return 0\n" * 40)
+    return run, average, text
+
+
+def test_release_keeps_the_averaged_weights_in_half_the_bytes(finished_run, tmp_path, capsys, monkeypatch):
+    run, average, text = finished_run
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    output = tmp_path / "released"
+    assert release.main([str(run), str(output), "--valid_paths", str(text)]) == 0
+    before = run / "best"
+    kept = {path.name for path in before.iterdir()} - {"ema.safetensors", "state"}
+    assert {path.name for path in output.iterdir()} == kept
+    weights = load_file(output / "model.safetensors")
+    assert weights.keys() == average.keys()
+    assert all(torch.equal(weights[name], tensor.half()) for name, tensor in average.items())
+    assert json.loads((output / "config.json").read_text())["info"] == {"step": 1}
+    model, tokenizer = load_model(output)
+    assert next(model.parameters()).dtype == torch.float32 and tokenizer.decode(tokenizer.encode("né")) == "né"
+    total = sum(path.stat().st_size for path in output.iterdir())
+    assert f"{total:,} bytes" in capsys.readouterr().out
+    monkeypatch.setattr(release, "LARGEST_CHANGE", 0.0)  # fp16 does change the loss a little
+    assert release.main([str(run), str(output), "--valid_paths", str(text)]) == 1
+
+
+def test_release_overwrites_nothing_but_a_checkpoint(finished_run, tmp_path):
+    run, _, text = finished_run
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="papers"):
+        release.main([str(run), str(tmp_path / "papers"), "--valid_paths", str(text)])
+    with pytest.raises(UserError, match="itself"):
+        release.main([str(run), str(run / "best"), "--valid_paths", str(text)])
+    assert (tmp_path / "papers" / "thesis.txt").exists() and (run / "best" / "ema.safetensors").exists()
