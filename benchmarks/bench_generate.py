@@ -70,7 +70,10 @@ class GenerateBench:
             self.prompt_tokens, self.context, self.max_seq_len = 4, 32, 64
         if min(self.prompt_tokens, self.new_tokens, self.repeats, self.uncached_repeats) < 1:
             raise ValueError("prompt_tokens, new_tokens, repeats and uncached_repeats must be 1 or more")
-        if not self.new_tokens < self.context <= self.max_seq_len or self.prompt_tokens + self.new_tokens > self.max_seq_len:
+        if (
+            not self.new_tokens < self.context <= self.max_seq_len
+            or self.prompt_tokens + self.new_tokens > self.max_seq_len
+        ):
             raise ValueError("context must be over new_tokens, and no text longer than max_seq_len")
 
 

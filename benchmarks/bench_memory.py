@@ -193,7 +193,12 @@ def main(argv=None) -> None:
     print_table(["varies", "settings", "peak MiB", "step MiB", "growth %", "step growth %"], lines)
     corpus = measure_corpus(args) if args.corpus_mb else None
     if corpus:
-        line = [f"{corpus['file_bytes'] / 1e6:.1f} MB", corpus["text_bytes"] / 1e6, corpus["seconds"], corpus["peak"] / GIB]
+        line = [
+            f"{corpus['file_bytes'] / 1e6:.1f} MB",
+            corpus["text_bytes"] / 1e6,
+            corpus["seconds"],
+            corpus["peak"] / GIB,
+        ]
         print()
         print_table(["corpus", "text MB", "seconds", "peak GiB"], [line])
     print_json("memory", {"machine": machine(), "training": rows, "corpus": corpus})

@@ -243,8 +243,12 @@ def main(argv=None) -> None:
         return
     rows = [measure(args, family, runtime) for family in args.families]
     columns = "tokens_per_s model_gflops matmul_gflops ratio ratio_attention shapes_gflops ratio_shapes".split()
-    print_table(["family", *columns, "best ratio"], [[r["family"], *(r[c] for c in columns), r["best"]["ratio"]] for r in rows])
-    sizes = {name: getattr(args, name) for name in ("batch_size", "seq_len", "d_model", "n_heads", "vocab_size", "steps")}
+    print_table(
+        ["family", *columns, "best ratio"], [[r["family"], *(r[c] for c in columns), r["best"]["ratio"]] for r in rows]
+    )
+    sizes = {
+        name: getattr(args, name) for name in ("batch_size", "seq_len", "d_model", "n_heads", "vocab_size", "steps")
+    }
     print_json("train", {"machine": machine(), **sizes, "rows": rows})
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the repository root on sys.path, clocks, a table for people, one JSON line for programs."""
+"""What the benchmarks share: the repository root on sys.path, clocks, a table for people, JSON for programs."""
 
 import json
 import statistics
@@ -13,8 +13,10 @@ sys.path.insert(0, str(ROOT))  # `python benchmarks/bench_x.py` finds src and te
 
 from src.runtime import describe, synchronize  # noqa: E402
 
+CPU = torch.device("cpu")
 
-def seconds(job, device=torch.device("cpu")) -> float:
+
+def seconds(job, device=CPU) -> float:
     """Wall time of one call of job(), s."""
     synchronize(device)
     start = time.perf_counter()
@@ -23,7 +25,7 @@ def seconds(job, device=torch.device("cpu")) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(jobs: dict, repeats: int, device=torch.device("cpu")) -> dict[str, list[float]]:
+def interleaved(jobs: dict, repeats: int, device=CPU) -> dict[str, list[float]]:
     """{name: [s, ...]} of `repeats` rounds, each of which runs every job once: what slows the machine for a while
     slows all jobs alike, so that their ratios hold. Run each job once before, where its first call is slower."""
     times = {name: [] for name in jobs}
@@ -36,7 +38,7 @@ def interleaved(jobs: dict, repeats: int, device=torch.device("cpu")) -> dict[st
 median = statistics.median
 
 
-def machine(device=torch.device("cpu")) -> dict:
+def machine(device=CPU) -> dict:
     """What was measured on: device (with threads), torch."""
     return {"device": describe(device), "torch": torch.__version__}
 

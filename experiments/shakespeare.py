@@ -11,9 +11,9 @@ text is read in non-overlapping windows, once with the last weights and once wit
 character. Every run appends one JSON line to `output` as soon as it is done; with `--table`, or after the last run,
 a table per recipe. Any setting of the model and of training is a flag that replaces the recipe's own.
 
-Recipes: `prototypes` (width 256, 1,500 steps of 32 x 128) repeat figures of a prototype of this design; `anchor` has the
-budget of nanoGPT's CPU setting, 2,000 steps of 12 x 64 and at most 0.8 M parameters, which reaches 1.88 there (README of
-github.com/karpathy/nanoGPT).
+Recipes: `prototypes` (width 256, 1,500 steps of 32 x 128) repeat figures of a prototype of this design; `anchor` has
+the budget of nanoGPT's CPU setting, 2,000 steps of 12 x 64 and at most 0.8 M parameters, which reaches 1.88 there
+(README of github.com/karpathy/nanoGPT).
 """
 
 import dataclasses

@@ -77,6 +77,15 @@ def positions_and_mask(
     return positions, mask[:, None]
 
 
+def make_context(config, input_ids, attention_mask, cache, dtype) -> tuple[Tensor, Context]:
+    """positions (B or 1, T) and the Context of one forward call of a TRMConfig's model."""
+    c = config
+    positions, mask = positions_and_mask(input_ids, attention_mask, cache, c.causal)
+    is_rotary = c.positions == "rope" and c.mixer == "attention"
+    rotary = rotary_table(positions, c.head_dim, c.rope_theta, c.rope_scaling, dtype) if is_rotary else None
+    return positions, Context(rotary, mask, c.causal and mask is None and input_ids.shape[1] > 1, cache)
+
+
 class Attention(nn.Module):
     """Grouped-query attention, arXiv:2305.13245: H query heads share K key/value heads.  (B, T, D) -> (B, T, D)."""
 

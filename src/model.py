@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src.cache import KVCache
 from src.config import literal_fields
-from src.layers import Attention, Context, MLPMixer1D, RMSNorm, SwiGLU, init_weights, positions_and_mask, rotary_table
+from src.layers import Attention, Context, MLPMixer1D, RMSNorm, SwiGLU, init_weights, make_context
 from src.losses import IGNORE, TokenLoss, halting_loss, step_weights, valid_weights
 from src.sampling import generate_ids
 
@@ -134,22 +134,17 @@ class TRMConfig:
         for name in ["norm_eps", "rope_theta"] + ["rope_scaling"] * (self.rope_scaling is not None):
             yield not 0 < getattr(self, name) < inf, f"{name} is {getattr(self, name)}: set it over 0"
         pad, V = self.pad_token_id, self.vocab_size
-        yield (
-            None not in (pad, V) and not 0 <= pad < V,
-            f"pad_token_id {pad} is outside the vocabulary of {V}: correct it",
-        )
-        yield (
-            self.mixer == "mlp" and self.causal,
-            "mixer mlp sees all positions: set causal to false, or mixer attention",
-        )
+        outside = None not in (pad, V) and not 0 <= pad < V
+        yield outside, f"pad_token_id {pad} is outside the vocabulary of {V}: correct it"
+        sees_all = self.mixer == "mlp" and self.causal
+        yield sees_all, "mixer mlp sees all positions: set causal to false, or mixer to attention"
         is_bare = self.injection == "none"
         yield is_bare and self.recursion == "trm", "injection none is for recursion loop: choose sum or concat"
         yield self.recursion != "none" and G > T, f"grad_deep_steps {G} is more than deep_steps {T}: lower it"
         cut = is_bare and self.recursion == "loop" and G < T
         yield cut, f"injection none gives the embedding no gradient under grad_deep_steps {G}: set it to deep_steps {T}"
-        advice = "choose equal, linear, last, or numbers such as 0.3,1.0 (none negative, the last positive)"
-        wrong = not valid_weights(self.supervision_weights)
-        yield wrong, f"supervision_weights is {self.supervision_weights!r}: {advice}"
+        problem = f"supervision_weights is {self.supervision_weights!r}"
+        yield not valid_weights(self.supervision_weights), f"{problem}: choose equal, linear, last, or such as 0.3,1.0"
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -214,7 +209,7 @@ class TRMModel(nn.Module):
             self.q_head = nn.Linear(c.d_model, 1)
             self.register_buffer("y_init", torch.empty(c.d_model))
             self.register_buffer("z_init", torch.empty(c.d_model))
-        self.cycle = {"none": self._plain_cycle, "loop": self._loop_cycle, "trm": self.latent_recursion}[c.recursion]
+        self.cycle = self.latent_recursion if c.recursion == "trm" else self._loop_cycle
         init_weights(self)
         if c.tie_embeddings:
             self.head.weight = self.embed.weight
@@ -283,10 +278,9 @@ class TRMModel(nn.Module):
         return y, z
 
     def _loop_cycle(self, x, y, z, ctx, visit=0):
-        return self._visit((y,) if self.config.injection == "none" else (x, y), ctx, visit), z
-
-    def _plain_cycle(self, x, y, z, ctx, visit=0):
-        return self._visit((x,), ctx, visit), z
+        """One visit of the loop, or the only one of the plain transformer, which has no state."""
+        states = () if self.config.recursion == "none" else (y,)
+        return self._visit(states if self.config.injection == "none" and states else (x, *states), ctx, visit), z
 
     def _inference_cycle(self, x, carry: Carry, ctx) -> Carry:
         """One supervision step without gradient and without reading the answer out."""
@@ -306,12 +300,9 @@ class TRMModel(nn.Module):
         """Embedding and prelude: x (B, T, D), and what all attention layers share."""
         c = self.config
         x = self.embed(input_ids) * c.embed_scale
-        positions, mask = positions_and_mask(input_ids, attention_mask, cache, c.causal)
+        positions, ctx = make_context(c, input_ids, attention_mask, cache, x.dtype)
         if self.pos_embed is not None:
             x = x + self.pos_embed(positions)
-        use_rope = c.positions == "rope" and c.mixer == "attention"
-        rotary = rotary_table(positions, c.head_dim, c.rope_theta, c.rope_scaling, x.dtype) if use_rope else None
-        ctx = Context(rotary, mask, c.causal and mask is None and input_ids.shape[1] > 1, cache)
         for layer, block in enumerate(self.prelude):
             x = block(x, ctx, layer)
         return x, ctx
@@ -328,13 +319,9 @@ class TRMModel(nn.Module):
         for layer, block in enumerate(self.coda):
             h = block(h, ctx, slot + layer)
         logits = self.head(h if self.coda_norm is None else self.coda_norm(h))
-        return logits, self._halt(y)
-
-    def _halt(self, y):
-        """Halting logits of an answer: one per token (B, T), or per sequence (B,) read at position 0."""
         if self.config.recursion != "trm":
-            return None
-        return self.q_head(y if self.config.causal else y[:, 0]).squeeze(-1)
+            return logits, None
+        return logits, self.q_head(y if self.config.causal else y[:, 0]).squeeze(-1)
 
     def _halting_loss(self, y_before, step, logits, halt, target_ids, right, ctx):
         """Halting BCE of one supervision step; `stable` judges the step before, from the carry (none at step 0)."""
@@ -342,16 +329,14 @@ class TRMModel(nn.Module):
         if halt is None or (self.config.act_target == "stable" and step == 0):
             return logits.new_zeros(())
         if self.config.act_target == "stable":
-            halt = self._halt(y_before)
-            with torch.no_grad():
-                right = self._read_out(y_before, ctx, step - 1)[0].argmax(-1) == logits.argmax(-1)
+            logits_before, halt = self._read_out(y_before, ctx, step - 1)
+            right = logits_before.argmax(-1) == logits.argmax(-1)
         if not self.config.causal:
             right, valid = (right | ~valid).all(-1), valid.any(-1)
         return halting_loss(halt, right, valid)
 
     def new_cache(self, batch: int, max_len: int | None = None, read_steps: int = 1) -> KVCache:
-        """An empty cache for `batch` rows of up to max_len columns; read_steps: how many of the last supervision steps
-        will be read out (all of them for return_steps)."""
+        """An empty cache of `batch` rows x max_len columns, to read out the last read_steps supervision steps."""
         return KVCache(self.config, batch, max_len, read_steps, self.embed.weight.dtype, self.embed.weight.device)
 
     def compile_parts(self):
@@ -360,10 +345,8 @@ class TRMModel(nn.Module):
         self.token_loss.compile(dynamic=False)
 
     def generate(self, prompt_ids: Int[Tensor, "b t"], max_new_tokens: int, **options) -> Int[Tensor, "b u"]:
-        """prompt_ids (B, T), left-padded where attention_mask is 0 -> (B, T + max_new_tokens).
-
-        Options, see sampling.generate: temperature=1.0 (0 is greedy), top_k, top_p, use_cache=True, seed, eos_id,
-        attention_mask. After EOS a row is filled with pad_token_id, or with EOS where the config has none."""
+        """(B, T) -> (B, T + max_new_tokens); options as in sampling.generate: temperature=1.0, top_k, top_p,
+        use_cache=True, seed, eos_id, attention_mask (0 = padding, on the left)."""
         return generate_ids(self, prompt_ids, max_new_tokens, **options)
 
 

@@ -22,7 +22,16 @@ from src.losses import IGNORE, bits_per_byte, step_weights
 from src.metrics import RunLog, format_params, plot_learning_curve
 from src.model import TRMConfig, TRMModel
 from src.optim import EMA, cosine_schedule, make_optimizers
-from src.runtime import Interrupt, RuntimeConfig, autocast, choose_compile, choose_device, choose_precision, mix_seed
+from src.runtime import (
+    Interrupt,
+    RuntimeConfig,
+    autocast,
+    choose_compile,
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+    mix_seed,
+)
 from src.sampling import generate
 from src.tokenizer import StreamDecoder
 
@@ -362,6 +371,7 @@ def describe_model(model: TRMModel) -> str:
 
 def create_trainer(config: TrainConfig, data: DataConfig, model_config: TRMConfig, runtime: RuntimeConfig) -> Trainer:
     """Data, tokenizer, model and trainer from settings; writes the run folder's config.yaml before step 0."""
+    keep_freed_memory()
     folder, newest = Path(config.save_dir), None
     settings = {k: v for part in (config, data, model_config, runtime) for k, v in asdict(part).items()}
     if (folder / "config.yaml").exists():

@@ -95,7 +95,8 @@ def test_bench_generate(capsys):
 
 
 def test_bench_generate_tells_of_different_tokens(capsys, monkeypatch):
-    monkeypatch.setattr(bench_generate, "transformers_job", lambda *a: bench_generate.Greedy(lambda: torch.zeros(1, 12)))
+    other = bench_generate.Greedy(lambda: torch.zeros(1, 12))
+    monkeypatch.setattr(bench_generate, "transformers_job", lambda *given: other)
     assert bench_generate.main(["--quick"]) == 1
     out = capsys.readouterr()
     assert json.loads(out.out.splitlines()[-1])["rows"][0]["same_tokens"] is False and "tiny" in out.err

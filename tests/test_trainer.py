@@ -159,7 +159,7 @@ class TestRunFolder:
 
 # AdamW divides by the gradient's own size, which turns rounding errors of tiny gradients into whole steps. With the
 # gradient clipped under AdamW's epsilon (1e-8) an update is linear in the gradient, so that rounding stays rounding.
-LINEAR = {"grad_clip": 1e-9, "lr": 10.0, "min_lr_ratio": 1.0, "warmup_steps": 1, "weight_decay": 0.0}
+LINEAR = {"grad_clip": 1e-9, "lr": 1.0, "min_lr_ratio": 1.0, "warmup_steps": 1, "weight_decay": 0.0}
 
 
 def weights(trainer):

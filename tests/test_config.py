@@ -1,0 +1,284 @@
+"""Flags and YAML: their order and forms, and one clear line with exit code 2 for every mistake."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+
+import generate
+import train_trm_lm
+from src.config import UserError, parse_flags, run
+from src.dataset import DataConfig
+from src.model import TRMConfig
+from src.runtime import RuntimeConfig
+from src.trainer import TrainConfig
+
+CLASSES = (TrainConfig, DataConfig, TRMConfig, RuntimeConfig)
+
+
+def parse(*argv):
+    """{field: value} of a training command line."""
+    return {k: v for part in train_trm_lm.parse_args(list(argv)) for k, v in vars(part).items()}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(content):
+        path = tmp_path / "settings.yaml"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    return write
+
+
+def refused(capsys, *argv, parse_args=train_trm_lm.parse_args):
+    """The one line that a command line is refused with."""
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: parse_args(list(argv)))
+    out = capsys.readouterr()
+    assert caught.value.code == 2 and out.out == ""
+    assert out.err.startswith("error: ") and out.err.count("\n") == 1 and out.err.endswith("\n")
+    return out.err
+
+
+def test_defaults_are_those_of_the_dataclasses():
+    assert train_trm_lm.parse_args([]) == tuple(cls() for cls in CLASSES)
+
+
+def test_a_field_lives_in_one_dataclass():
+    names = [f.name for cls in CLASSES for f in dataclasses.fields(cls)]
+    assert len(names) == len(set(names))
+
+
+class TestOrder:
+    def test_file_over_defaults_and_flags_over_file(self, config_file):
+        path = config_file("lr: 3e-4\nd_model: 64\ntrain_paths: [a, b c]\nresume: true\nsp_model: null\n")
+        got = parse("--config", path)
+        assert (got["lr"], got["d_model"], got["train_paths"], got["resume"]) == (3e-4, 64, ["a", "b c"], True)
+        assert got["batch_size"] == TrainConfig.batch_size and got["sp_model"] is None
+        got = parse("--config", path, "--lr", "0.5", "--resume", "false", "--train_paths", "x")
+        assert (got["lr"], got["d_model"], got["train_paths"], got["resume"]) == (0.5, 64, ["x"], False)
+
+    @pytest.mark.parametrize("flag", [["--config", "{}"], ["--config={}"]], ids=str)
+    def test_flags_win_wherever_they_stand(self, config_file, flag):
+        flag = [word.format(config_file("lr: 3e-4\nd_model: 64\nresume: false\n")) for word in flag]
+        got = parse("--lr", "0.5", "--resume", *flag)
+        assert (got["lr"], got["d_model"], got["resume"]) == (0.5, 64, True)
+
+    def test_what_is_written_is_read_back(self, config_file):
+        parts = train_trm_lm.parse_args(["--lr", "1e-5", "--train_paths", "京都", "null", "--sample_prompt", "[a: b"])
+        values = {k: v for part in parts for k, v in vars(part).items()}
+        assert train_trm_lm.parse_args(["--config", config_file(yaml.safe_dump(values, allow_unicode=True))]) == parts
+
+
+class TestForms:
+    @pytest.mark.parametrize(
+        ("words", "value"),
+        [
+            (["--resume"], True),
+            (["--resume", "true"], True),
+            (["--resume", "false"], False),
+            (["--resume=false"], False),
+            (["--resume", "--lr", "1"], True),
+            ([], False),
+        ],
+        ids=str,
+    )
+    def test_bool(self, words, value):
+        assert parse(*words)["resume"] is value
+
+    @pytest.mark.parametrize(("words", "value"), [(["--compile"], True), (["--compile", "false"], False), ([], None)])
+    def test_bool_that_may_be_absent(self, words, value):
+        assert parse(*words)["compile"] is value
+
+    @pytest.mark.parametrize(
+        ("words", "value"),
+        [
+            (["a"], ["a"]),
+            (["a", "b"], ["a", "b"]),
+            (["a b", "*.txt"], ["a b", "*.txt"]),
+            (["1", "null", "true"], ["1", "null", "true"]),
+            (['["a", "b"]'], ["a", "b"]),
+        ],
+        ids=str,
+    )
+    def test_list(self, words, value):
+        assert parse("--train_paths", *words, "--lr", "1")["train_paths"] == value
+
+    @pytest.mark.parametrize("text", ["", " ", "null", "123", "true", "[x", "{a: b}", "- a", "#", "a: b", "'", "京都"])
+    def test_text_stays_text(self, text):
+        assert parse("--sample_prompt", text)["sample_prompt"] == text
+        assert generate.parse_args(["--prompt", text]).prompt == [text]
+        assert generate.parse_args(["--prompt", text, text, "--seed", "1"]).prompt == [text, text]
+
+    @pytest.mark.parametrize("text", ["[1, 2", "[[京都]]", "[1, 2]", "[a]", "[]"])
+    def test_a_prompt_may_look_like_a_list(self, text):
+        """Python and wiki text begin with brackets."""
+        assert generate.parse_args(["--prompt", text]).prompt == [text]
+
+    def test_positional(self):
+        for words in (["runs/x", "--seed", "3"], ["--seed", "3", "runs/x"], ["--checkpoint", "runs/x", "--seed", "3"]):
+            config = generate.parse_args(words)
+            assert (config.checkpoint, config.seed) == ("runs/x", 3)
+        assert generate.parse_args([]).checkpoint is None
+
+    def test_a_value_may_look_like_a_flag(self):
+        assert parse("--sample_prompt", "--lr")["sample_prompt"] == "--lr"
+        assert parse("--sample_prompt=--lr")["sample_prompt"] == "--lr"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lr", "fast"], ["--lr fast", "float"]),
+        (["--max_steps", "2.5"], ["--max_steps 2.5", "int"]),
+        (["--resume", "maybe"], ["--resume maybe", "bool"]),
+        (["--optimizer", "sgd"], ["--optimizer sgd", "adamw", "muon"]),
+        (["--norm", "mid"], ["--norm mid", "post", "pre", "sandwich"]),
+        (["--learning_rate", "1"], ["--learning_rate"]),
+        (["--max_step", "1"], ["--max_step"]),  # a beginning is not the name: lists and switches would go wrong
+        (["--batch", "8"], ["--batch"]),
+        (["word"], ["word"]),
+        (["-x"], ["-x"]),
+        (["--lr"], ["--lr"]),
+        (["--train_paths"], ["--train_paths"]),
+        (["--lr", "nan"], ["--lr nan"]),
+        (["--max_steps", "0"], ["max_steps is 0"]),
+        (["--config"], ["--config"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--config", "tests"], ["tests"]),
+    ],
+    ids=str,
+)
+def test_a_wrong_flag_is_one_line(capsys, words, said):
+    line = refused(capsys, *words)
+    assert all(part in line for part in said), line
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("lr: fast\n", ["lr", "fast", "float"]),
+        ("learning_rate: 1\n", ["learning_rate"]),
+        ("d_model: 64.5\n", ["d_model", "64.5", "int"]),
+        ("d_model: true\n", ["d_model", "int"]),
+        ("resume: 1\n", ["resume", "bool"]),
+        ("optimizer: sgd\n", ["optimizer", "sgd", "muon"]),
+        ("train_paths: {a: 1}\n", ["train_paths"]),
+        ("save_dir: null\n", ["save_dir"]),
+        ("lr: [\n", ["line 2"]),
+        ("- lr\n- 1\n", []),
+        ("just words\n", []),
+        (b"lr: 1\xff\xfe\n", []),
+        (b"\x00\x01", []),
+    ],
+    ids=str,
+)
+def test_a_wrong_file_is_one_line(capsys, config_file, content, said):
+    line = refused(capsys, "--config", config_file(content))
+    assert all(part in line for part in said), line
+
+
+def test_an_empty_file_changes_nothing(config_file):
+    for content in ("", "# only a header\n", "{}\n"):
+        assert parse("--config", config_file(content)) == parse()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--d_model", "10", "--n_heads", "3"], "d_model 10"),
+        (["--n_heads", "4", "--n_kv_heads", "3"], "n_kv_heads 3"),
+        (["--d_model", "12", "--n_heads", "4"], "head size 3"),
+        (["--mixer", "mlp"], "causal"),
+        (["--dropout", "1"], "dropout is 1"),
+        (["--supervision_steps", "0"], "supervision_steps is 0"),
+        (["--supervision_weights", "heavy"], "supervision_weights"),
+        (["--injection", "none"], "injection"),
+        (["--deep_steps", "2", "--grad_deep_steps", "3"], "grad_deep_steps"),
+        (["--act_threshold", "0"], "act_threshold"),
+        (["--vocab_size", "0"], "vocab_size is 0"),
+        (["--sp_model", "a.model", "--tokenizer", "byte"], "sp_model"),
+        (["--document_mask", "--packing", "false"], "document_mask"),
+        (["--num_workers", "-1"], "num_workers"),
+        (["--batch_size", "6", "--grad_accum", "4"], "batch_size 6"),
+    ],
+    ids=str,
+)
+def test_impossible_combinations(capsys, words, said):
+    assert said in refused(capsys, *words)
+
+
+def test_too_many_words(capsys):
+    assert "'b'" in refused(capsys, "a", "b", parse_args=generate.parse_args)
+
+
+@pytest.mark.parametrize(
+    ("parse_args", "classes"),
+    [(train_trm_lm.parse_args, CLASSES), (generate.parse_args, (generate.GenerateConfig,))],
+    ids=["train", "generate"],
+)
+def test_help_teaches_every_flag(capsys, monkeypatch, parse_args, classes):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    flat = " ".join(text.split())
+    defaults = [(f, getattr(cls(), f.name, None)) for cls in classes for f in dataclasses.fields(cls)]
+    for field, default in defaults:
+        if default is None:  # what a dataclass fills in itself stays open in the help
+            default = "null"
+        entry = re.search(rf" --{field.name} [^ ]+ (.*?\(.*?default: .*?\))(?= --| [A-Z]|$)", flat.split("options:")[1])
+        assert entry, f"--{field.name} is not in the help"
+        doc = next(cls.__doc__ for cls in classes if field in dataclasses.fields(cls))
+        line = re.search(rf"^\s+{field.name}: (.+)$", doc, re.M)
+        assert line and len(line[1]) > 5, f"{field.name} has no line under Args:"
+        assert " ".join(line[1].split()) in entry[1], f"--{field.name}: {entry[1]}"
+    assert "python " in text  # example commands
+
+
+def test_a_class_of_ones_own():
+    @dataclasses.dataclass
+    class Paths:
+        """What to read.
+
+        Args:
+            paths: files
+            twice: read them two times
+            limit: documents
+        """
+
+        paths: list[str] = dataclasses.field(default_factory=list)
+        twice: bool = False
+        limit: int | None = None
+
+        def __post_init__(self):
+            if self.limit == 0:
+                raise ValueError("limit is 0: leave it out")
+
+    def of(*argv):
+        return parse_flags("About.", Paths, argv=argv, positional="paths")[0]
+
+    assert of("a", "b", "--limit", "3", "c") == Paths(["a", "b", "c"], False, 3)
+    assert of("--paths", "a", "--twice") == Paths(["a"], True)
+    with pytest.raises(UserError, match="limit is 0"):
+        of("--limit", "0")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("two\n  lines"), 2, "error: two lines\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+    ids=["mistake", "interrupt"],
+)
+def test_run(capsys, error, code, line):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == code and capsys.readouterr().err == line
