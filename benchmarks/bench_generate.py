@@ -7,7 +7,7 @@
 For each shape: new tokens per second, prompt encoding included, of this model's plain family, of transformers'
 LlamaForCausalLM.generate (scaled_dot_product_attention, its own cache, greedy, no EOS) with the same weights, and of a
 looped model of the same FLOPs (2 layers x 3 visits). Rounds run all three, one after the other; figures are medians.
-`same_tokens`: both wrote the same greedy text. Then, for the first shape, cached against uncached decoding: `new_tokens`
+`same_tokens`: both wrote the same greedy text. Then, for the first shape, cached against uncached decoding: new_tokens
 after a prompt of context - new_tokens, so that the text ends at `context` tokens. Prints tables, then one JSON line;
 exit code 1 where tokens differ.
 

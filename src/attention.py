@@ -26,7 +26,7 @@ class _CausalCPU(torch.autograd.Function):
         q, k, v, out, grad = (t.reshape(B * H, T, E) for t in (*ctx.saved_tensors[:4], grad))
         logsumexp, scale = ctx.saved_tensors[4].reshape(B * H, T, 1), E**-0.5
         is_past = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-        scores = torch.bmm(q, k.transpose(1, 2)).float() * scale
+        scores = torch.bmm(q.float(), k.float().transpose(1, 2)) * scale  # in bf16 the rounding would be in an exponent
         p = torch.where(is_past, torch.exp(scores - logsumexp), 0.0)
         grad_p = torch.bmm(grad, v.transpose(1, 2)).float()
         row = (grad.float() * out.float()).sum(-1, keepdim=True)  # = sum over keys of p * grad_p
@@ -49,5 +49,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
 
 def _is_slow_in_torch(q, k, mask, is_causal, dropout) -> bool:
     is_plain = is_causal and mask is None and not dropout and q.dtype == k.dtype == torch.bfloat16
-    is_small = q.shape[0] * q.shape[1] * q.shape[2] ** 2 <= MOST_SCORES
-    return is_plain and is_small and q.device.type == "cpu" and torch.is_grad_enabled()
+    is_square = q.shape[2] == k.shape[2] and q.shape[0] * q.shape[1] * q.shape[2] ** 2 <= MOST_SCORES
+    return is_plain and is_square and q.device.type == "cpu" and torch.is_grad_enabled()

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,11 @@ from src.config import UserError, build
 from src.model import TRMConfig, TRMModel
 from src.tokenizer import load_tokenizer
 
+# settings that may differ between a run and its continuation
+_FREE_ON_RESUME = {
+    *("resume", "max_minutes", "eval_every", "eval_batches", "save_every", "log_every", "keep_checkpoints", "compile"),
+    *("device", "precision", "num_workers", "num_proc", "cache_dir", "sample_prompt", "sample_tokens", "grad_accum"),
+}
 RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "stdlib"
 
 
@@ -41,10 +47,12 @@ def save_checkpoint(folder, model: TRMModel, tokenizer, ema: dict | None = None,
             (beside / "state").mkdir()
             torch.save(state, beside / "state" / "training.pt")
         _sync(beside)
-        if folder.exists():  # the same step written again, as a run's end on a saved step does
-            shutil.rmtree(folder)
+        aside = folder.with_name(f".{folder.name}.old")
+        if folder.exists():  # written again: the old one goes only when the new one is in its place
+            folder.rename(aside)
         beside.rename(folder)
-    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of these, by who writes
         raise UserError(
             f"cannot write the checkpoint {folder}: {error.strerror or error}; choose another save_dir"
         ) from None
@@ -160,3 +168,28 @@ def load_state(folder) -> dict:
         raise UserError(
             f"{path} {reason}: this checkpoint cannot be resumed; use --init_from to start from its weights"
         ) from None
+
+
+def start_run_folder(folder: Path, settings: dict):
+    """Make a run folder with its config.yaml, which `--config` takes back.  UserError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(
+            yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+    except OSError as error:
+        raise UserError(f"cannot write to save_dir {folder}: {error.strerror}; choose another folder") from None
+
+
+def check_resume(folder: Path, settings: dict, resume: bool) -> Path | None:
+    """The checkpoint to resume from (None: the run had none yet); refuses a run that must not be touched."""
+    if not resume:
+        raise UserError(f"save_dir {folder} holds a run: go on with --resume true, or choose another folder")
+    before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    for name, new in settings.items():
+        if name not in _FREE_ON_RESUME and before.get(name) != new:
+            raise UserError(
+                f"--{name} is {new}, but the run in {folder} has {before.get(name)}: "
+                f"resume with the same settings (--config {folder}/config.yaml) or choose another save_dir"
+            )
+    return resolve(folder / "last") if (folder / "last").exists() else None

@@ -1,6 +1,7 @@
 """Settings: dataclasses become flat flags and YAML keys.  Order: defaults < --config file < flags."""
 
 import dataclasses
+import difflib
 import json
 import re
 import signal
@@ -18,6 +19,9 @@ def run(main):
     """Run a script's main(): a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
         sys.exit(main())
+    except UnicodeEncodeError:
+        print("error: a flag's text is not valid UTF-8: correct it", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -57,12 +61,15 @@ def parse_flags(description, *classes, argv=None, positional=None):
     Raises UserError where a dataclass refuses its values; a wrong flag ends the program with one line and code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(description=description, formatter_class=_Formatter)
+    parser = _Parser(description=description, formatter_class=_Formatter, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of the same names as the flags below")
     for cls in classes:
         parser.add_class_arguments(cls, as_group=True)
     fields = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
-    parsed = parser.parse_args(_normalise(argv, fields, positional))
+    try:
+        parsed = parser.parse_args(_normalise(argv, fields, positional))
+    except UnicodeDecodeError:
+        raise UserError("the --config file is not UTF-8 text: correct it") from None
     return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls)}) for cls in classes)
 
 
@@ -70,7 +77,7 @@ def build(cls, values, where=""):
     """cls(**values), where a ValueError or TypeError of its own checks becomes a UserError."""
     try:
         return cls(**values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{where}{error}") from None
 
 
@@ -91,8 +98,8 @@ def _is_list(field):
 
 
 def _normalise(argv, fields, positional):
-    """`--flag` -> `--flag=true`; `--paths a b` -> `--paths=["a", "b"]`; free words -> the positional field."""
-    out, free, i = [], [], 0
+    """`--flag` -> `--flag=true`; `--paths a b` -> `--paths=["a", "b"]`; free words -> the positional field; files first."""
+    out, free, files, i = [], [], [], 0
     while i < len(argv):
         name, is_assigned, value = argv[i].partition("=")
         field = fields.get(name[2:]) if name.startswith("--") else None
@@ -111,22 +118,23 @@ def _normalise(argv, fields, positional):
             i += has_value
         elif not name.startswith("-") and positional:
             free.append(argv[i - 1])
-        else:
+        elif field is None and name != "--config":
+            if name.startswith("--") and name not in ("--help", "--print_config"):
+                close = difflib.get_close_matches(name[2:], fields, 1)
+                raise UserError(f"unknown flag {name}" + (f": did you mean --{close[0]}?" if close else ": see --help"))
             out.append(argv[i - 1])
-            takes_value = field is not None or name == "--config"
-            if takes_value and not is_assigned and i < len(argv):  # the value, whatever it looks like
-                out[-1] = f"{name}={argv[i]}"
-                i += 1
+        else:  # the value is the next word, whatever it looks like
+            has_next = not is_assigned and i < len(argv)
+            (files if name == "--config" else out).append(f"{name}={argv[i]}" if has_next else argv[i - 1])
+            i += has_next
     if free and not _is_list(fields[positional]):
         out.append(f"--{positional}={free.pop(0)}")
         if free:
             raise UserError(
                 f"{free[0]!r} is one word too many: {positional} is a single path; quote values with spaces"
             )
-    return out + ([_list_flag(positional, free)] if free else [])
+    return files + out + ([_list_flag(positional, free)] if free else [])
 
 
 def _list_flag(name, values):
-    if len(values) == 1 and values[0].startswith("["):  # the parser's own list syntax
-        return f"--{name}={values[0]}"
     return f"--{name}={json.dumps(values, ensure_ascii=False)}"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from accelerate import Accelerator
 from tqdm import tqdm
 
@@ -104,13 +103,6 @@ class TrainConfig:
             raise ValueError("lr must be over 0; ema_decay, beta2 and min_lr_ratio between 0 and 1: correct them")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes is {self.max_minutes}: set it over 0, or leave it out")
-
-
-# settings that may differ between a run and its continuation
-_FREE_ON_RESUME = {
-    *("resume", "max_minutes", "eval_every", "eval_batches", "save_every", "log_every", "keep_checkpoints", "compile"),
-    *("device", "precision", "num_workers", "num_proc", "cache_dir", "sample_prompt", "sample_tokens", "grad_accum"),
-}
 
 
 class Trainer:
@@ -375,7 +367,7 @@ def create_trainer(config: TrainConfig, data: DataConfig, model_config: TRMConfi
     folder, newest = Path(config.save_dir), None
     settings = {k: v for part in (config, data, model_config, runtime) for k, v in asdict(part).items()}
     if (folder / "config.yaml").exists():
-        newest = _check_resume(folder, settings, config.resume)
+        newest = checkpoint.check_resume(folder, settings, config.resume)
     source = newest or config.init_from and checkpoint.resolve(config.init_from)
     if source:
         model_config = checkpoint.load_config(source)
@@ -393,30 +385,6 @@ def create_trainer(config: TrainConfig, data: DataConfig, model_config: TRMConfi
     if newest:
         trainer.load(newest)
     elif trainer.is_main:
-        _start_run_folder(folder, settings)
+        checkpoint.start_run_folder(folder, settings)
     trainer.say(f"{describe_model(model)}; {len(train_set)} training windows of {model_config.max_seq_len} tokens")
     return trainer
-
-
-def _start_run_folder(folder: Path, settings: dict):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(
-            yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
-    except OSError as error:
-        raise UserError(f"cannot write to save_dir {folder}: {error.strerror}; choose another folder") from None
-
-
-def _check_resume(folder: Path, settings: dict, resume: bool) -> Path | None:
-    """The checkpoint to resume from (None: the run had none yet); refuses a run that must not be touched."""
-    if not resume:
-        raise UserError(f"save_dir {folder} holds a run: go on with --resume true, or choose another folder")
-    before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    for name, new in settings.items():
-        if name not in _FREE_ON_RESUME and before.get(name) != new:
-            raise UserError(
-                f"--{name} is {new}, but the run in {folder} has {before.get(name)}: "
-                f"resume with the same settings (--config {folder}/config.yaml) or choose another save_dir"
-            )
-    return checkpoint.resolve(folder / "last") if (folder / "last").exists() else None

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from src import attention as module
-from src.attention import LONGEST_MATMUL_BACKWARD, attention
+from src.attention import MOST_SCORES, attention
 
 HEADS = [(4, 4), (4, 2), (4, 1)]
 
@@ -104,9 +104,17 @@ class TestStepsAside:
         assert not self.of(q, is_causal=False)
         assert not self.of(q, dropout=0.1)
         assert not self.of(q.detach().float().requires_grad_())
-        assert not self.of(torch.zeros(1, 1, LONGEST_MATMUL_BACKWARD + 1, 8, dtype=torch.bfloat16, requires_grad=True))
+        assert not self.of(q, k=inputs(8)[1].float())
         with torch.no_grad():
             assert attention(q, q, q, None, True, 0.0).grad_fn is None
+
+    def test_more_scores_than_fit(self, monkeypatch):
+        q = inputs(8)[0].requires_grad_()
+        monkeypatch.setattr(module, "MOST_SCORES", 2 * 4 * 8 * 8)
+        assert self.of(q)
+        monkeypatch.setattr(module, "MOST_SCORES", 2 * 4 * 8 * 8 - 1)
+        assert not self.of(q)
+        assert MOST_SCORES * 4 <= 2**30  # bytes of one fp32 tensor of scores
 
     def test_keys_of_another_length(self):
         q, k = inputs(8)[0].requires_grad_(), inputs(5)[1]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.cache import KVCache
-from src.model import cache_slots
+from src.cache import cache_slots
 from src.sampling import generate
 
 CASES = [

@@ -1,0 +1,42 @@
+# Every target makes the .venv that it needs; PYTHON=python3.12 make test chooses the interpreter it is made with.
+PYTHON ?= python3
+VENV := .venv/bin/python
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow lint bench clean
+
+help:           ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+venv: $(INSTALLED)  ## .venv with everything in requirements.txt
+
+$(INSTALLED): requirements.txt
+	@echo "installing requirements.txt into .venv" >&2
+	@test -x $(VENV) || $(PYTHON) -m venv .venv
+	@$(VENV) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: $(INSTALLED)  ## train a small model on Python's standard library, and let it write: about five minutes
+	rm -rf runs/demo
+	$(VENV) train_trm_lm.py --config configs/demo.yaml --save_dir runs/demo
+	$(VENV) generate.py runs/demo --prompt "def main(" "class " --max_new_tokens 150 --seed 1
+
+test: $(INSTALLED)  ## the tests: some minutes
+	$(VENV) -m pytest
+
+test-slow: $(INSTALLED)  ## the tests that take longer
+	$(VENV) -m pytest -m slow
+
+lint: $(INSTALLED)  ## ruff: mistakes and format
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+
+bench: $(INSTALLED)  ## speed and memory: a table and one JSON line each
+	$(VENV) benchmarks/bench_train.py
+	$(VENV) benchmarks/bench_generate.py
+	$(VENV) benchmarks/bench_memory.py
+
+clean:          ## remove caches and the demo run; .venv, data and other runs stay
+	rm -rf runs/demo .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,263 @@
+"""The README against the tree: its paths, commands, flags, make targets and figures are real; configs are too."""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.config import UserError
+from src.metrics import count_parameters, format_params
+from src.model import TRMConfig, TRMModel
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
+SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SUFFIXES = ".py .md .txt .yaml .toml .png .sh .model .vocab .json .jsonl .gz .parquet .safetensors".split()
+# what is made by running things, or brought by the user: named in the README, not in the repository
+MADE = ("runs", "data", "../", "~", "/", "http", "$", "wiki", "step_", "state", "last", "best")
+MADE_NAMES = {
+    *("config.yaml", "config.json", "metrics.jsonl", "learning_curve.png", "samples.txt", "model.safetensors"),
+    *("ema.safetensors", "train_texts.txt", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"),
+}
+
+needs_readme = pytest.mark.skipif(not README.exists(), reason="README.md is not there")
+
+
+def code_blocks(text):
+    """Texts of fenced blocks, with continued lines joined."""
+    blocks = re.findall(r"^[ ]*```[^\n]*\n(.*?)^[ ]*```", text, re.S | re.M)
+    return [re.sub(r"\\\n\s*", " ", block) for block in blocks]
+
+
+def commands(text):
+    """[(program, words)] of the shell lines in code blocks and comments: `python x.py ...` and `make x`."""
+    found = []
+    for line in "\n".join(code_blocks(text)).splitlines():
+        line = re.sub(r"^\s*(\$|>)\s+", "", line.split(" #")[0]).strip()
+        for part in re.split(r"\s(?:&&|\||;|>)\s?", line):
+            part = re.sub(r"^(\w+=\S+\s+)+", "", part.strip())  # OMP_NUM_THREADS=1 python ...
+            part = part.replace("accelerate launch ", "python ")
+            if re.match(r"(\S*/)?(python3?|make)\s", part):
+                program, *words = shlex.split(part)
+                found.append((Path(program).name.removesuffix("3"), words))
+    return found
+
+
+def tree_entries(text):
+    """Paths of the annotated tree: a code block in which most lines are an entry, its comment two spaces away."""
+    for block in code_blocks(text):
+        if not re.search(r"^\W*(train_trm_lm\.py)\b", block, re.M) or re.search(r"^\W*python ", block, re.M):
+            continue
+        stack = []  # (indent, folder)
+        for line in block.splitlines():
+            entry = re.match(r"^([\s│├└─|`+-]*)([\w.*][\w.*/-]*)", line)
+            if not entry:
+                continue
+            indent, names = len(entry[1]), re.split(r"\s{2,}|\s#", line[len(entry[1]) :])[0]
+            while stack and stack[-1][0] >= indent:
+                stack.pop()
+            for name in names.replace(",", " ").split():
+                if name.endswith("/") or Path(name).suffix in SUFFIXES or name in ("Makefile", "LICENSE"):
+                    yield "/".join([*(folder for _, folder in stack), name.rstrip("/")])
+            if names.split()[0].endswith("/"):
+                stack.append((indent, names.split()[0].rstrip("/")))
+
+
+def is_made(path):
+    return path.startswith(MADE) or Path(path).name in MADE_NAMES or re.search(r"[<>{}$]|NNN|\.\.\.|[A-Z]{4,}/", path)
+
+
+def exists(path):
+    """Whether a path or glob is in the repository, from its root or, as the tree's comments say it, from src."""
+    return any(next(base.glob(path), None) is not None for base in (ROOT, ROOT / "src", ROOT / "tests"))
+
+
+def refused(script, words):
+    """What the script's own parser says against these words, or None."""
+    module = importlib.import_module(Path(script).stem)
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+            module.parse_args(words)
+    except SystemExit as stop:
+        return err.getvalue() if stop.code else None
+    except UserError as error:  # a file that does not exist before something is run is no fault of the command
+        return None if any(map(is_made, words)) else str(error)
+    return None
+
+
+def check(program, words):
+    """Assert that a command can be run: its script or target exists, and its flags are real."""
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        unknown = [word for word in words if "=" not in word and word not in targets]
+        assert not unknown, f"make {unknown}: the Makefile has {targets}"
+    elif words[0] == "-m":
+        assert words[1] in ("pytest", "venv", "pip", "ruff", "tensorboard.main"), words
+    elif words[0] != "-c":
+        script, words = words[0], list(words[1:])
+        assert (ROOT / script).is_file(), f"python {script}: no such file"
+        if "config" in "".join(words) and not any(is_made(w) for w in words if w.endswith(".yaml")):
+            assert all((ROOT / w).is_file() for w in words if w.endswith(".yaml")), words
+        if any(w.endswith(".yaml") and is_made(w) for w in words):  # a run's own config: its flags alone can be tried
+            at = words.index("--config")
+            words = words[:at] + words[at + 2 :]
+        if "/" not in script:
+            said = refused(script, words)
+            assert said is None, f"python {script} {shlex.join(words)}: {said}"
+
+
+@needs_readme
+def test_it_says_how_to_begin():
+    found = commands(TEXT)
+    assert ("make", ["demo"]) in found and any(words[0] == "train_trm_lm.py" for p, words in found if p == "python")
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "make test" in ci and ("make", ["test"]) in found  # .ci/run runs the README's test command
+
+
+@needs_readme
+def test_every_command_is_real():
+    for program, words in commands(TEXT):
+        check(program, words)
+
+
+@needs_readme
+def test_every_inline_command_is_real():
+    for inline in re.findall(r"`((?:python|make) [^`]+)`", TEXT):
+        for program, words in commands(f"```\n{inline}\n```"):
+            check(program, [word for word in words if word != "..."])
+
+
+@needs_readme
+def test_every_inline_flag_is_real():
+    known = set()
+    for script in SCRIPTS:
+        module, out = importlib.import_module(Path(script).stem), io.StringIO()
+        with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+            module.parse_args(["--help"])
+        known |= set(re.findall(r"--(\w+)", out.getvalue()))
+    named = set(re.findall(r"`--(\w+)", TEXT))
+    assert named <= known | {"version"}, named - known
+
+
+@needs_readme
+def test_every_path_is_real():
+    paths = re.findall(r"`([\w./*~-]+)`", TEXT) + re.findall(r"\]\(([^)#\s]+)\)", TEXT)
+    wrong = [
+        path
+        for path in paths
+        if (path.endswith("/") or Path(path).suffix in SUFFIXES) and not is_made(path) and not exists(path.rstrip("/"))
+    ]
+    assert not wrong
+
+
+@needs_readme
+def test_the_tree_is_the_tree():
+    entries = list(tree_entries(TEXT))
+    assert len(entries) > 20, "the README has no annotated tree"
+    wrong = [path for path in entries if not is_made(path) and next(ROOT.glob(path), None) is None]
+    assert not wrong
+    named = {name for entry in entries for name in (p.name for p in ROOT.glob(entry))}
+    missing = {p.name for p in (*ROOT.glob("*.py"), *(ROOT / "src").glob("*.py"))} - named - {"__init__.py"}
+    assert not missing, f"files that the tree leaves out: {missing}"
+
+
+@needs_readme
+def test_named_code_is_real():
+    """`src/model.py`'s `TRMModel.latent_recursion` and the like: names of classes and functions with a dot or call."""
+    source = "\n".join(p.read_text() for p in (*ROOT.glob("*.py"), *(ROOT / "src").rglob("*.py")))
+    defined = set(re.findall(r"^\s*(?:def|class) (\w+)", source, re.M))
+    named = set(re.findall(r"`(?:[A-Z]\w+\.)?(\w+)\(\)`", TEXT)) | set(re.findall(r"`[A-Z]\w+\.(\w+)`", TEXT))
+    assert {name for name in named if name not in defined and not re.search(rf"\b{name}\b", source)} == set()
+
+
+@needs_readme
+def test_parameter_counts():
+    """A config named beside a figure such as `1.64M parameters`, on the same line, has that many."""
+    for line in TEXT.splitlines():
+        names, figures = re.findall(r"configs/(\w+)\.yaml", line), re.findall(r"([\d.]+[KMB]) parameters", line)
+        if names and len(figures) == 1:
+            config = parse_config(ROOT / "configs" / f"{names[0]}.yaml")[2]
+            if config.vocab_size is not None:  # else the tokenizer's file has it, which is not here
+                assert parameters_of(config) == figures[0], line
+    released = ROOT / "checkpoints" / "stdlib"
+    said = re.search(r"released[^.|]*?([\d.]+[KMB]) parameters", TEXT, re.S)
+    if said and released.exists():
+        from src.checkpoint import load_config
+
+        assert format_params(count_parameters(TRMModel(load_config(released)))["total"]) == said[1]
+
+
+def parse_config(path):
+    import train_trm_lm
+
+    return train_trm_lm.parse_args(["--config", str(path)])
+
+
+def parameters_of(config):
+    with torch.device("meta"):
+        return format_params(count_parameters(TRMModel(config))["total"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_configs_are_real_and_say_what_they_are(path):
+    """Every recipe parses, and its header gives a command that uses it."""
+    assert parse_config(path)[2] == TRMConfig(**vars(parse_config(path)[2]))
+    header = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
+    assert "hardware" in header
+    lines = [line.lstrip("# ").removeprefix("command").strip() for line in header.splitlines()]
+    found = [c for line in lines for c in commands(f"```\n{line}\n```")]
+    assert any(f"configs/{path.name}" in " ".join(words) for _, words in found) or "make demo" in header, header
+    for program, words in found:
+        check(program, words)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_commands_in_a_scripts_docstring_are_real(script):
+    doc = importlib.import_module(Path(script).stem).__doc__
+    found = commands(f"```\n{doc}\n```")
+    assert any(words[0] == script for _, words in found), f"{script} shows no example"
+    for program, words in found:
+        check(program, words)
+
+
+def test_scripts_and_modules_keep_their_size():
+    for path in (*ROOT.glob("*.py"), *(ROOT / "src").rglob("*.py"), *(ROOT / "tests").glob("*.py")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= 470, f"{path.name} has {len(lines)} lines"
+        assert not re.search(r"/(home|root|work|tmp)/", "\n".join(lines)) or path.name == "test_readme.py", path.name
+
+
+def test_no_root_script_hides_a_package():
+    for script in SCRIPTS:
+        assert Path(script).stem not in sys.stdlib_module_names
+        assert Path(script).stem not in {"datasets", "evaluate", "onnx", "tokenizers", "transformers"}
+
+
+class TestMakefile:
+    text = (ROOT / "Makefile").read_text() if (ROOT / "Makefile").exists() else ""
+
+    def test_targets(self):
+        targets = set(re.findall(r"^([\w-]+):", self.text, re.M))
+        assert targets >= {"help", "demo", "test", "test-slow", "lint", "bench", "clean"}
+
+    def test_its_commands_are_real(self):
+        recipe = re.sub(r"@?\$\(VENV\)", "python", self.text)
+        lines = [line.strip() for line in recipe.splitlines() if line.startswith("\tpython ")]
+        found = commands("```\n" + "\n".join(lines) + "\n```")
+        assert len(found) >= 6
+        for program, words in found:
+            check(program, words)
+
+    def test_requirements_are_pinned(self):
+        lines = (ROOT / "requirements.txt").read_text().splitlines()
+        names = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+        assert not [name for name in names if not re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.+]+", name)]

@@ -1,0 +1,400 @@
+"""train_trm_lm.py and generate.py as a user runs them: texts, signals, and one clear line for every mistake.
+
+Most calls are in process, a few in a process of their own, because each of those costs the seconds of an import."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate
+import train_trm_lm
+from src.checkpoint import load_model, load_state
+from src.config import run
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--d_model 16 --n_heads 2 --n_layers 1 --max_seq_len 32 --batch_size 4 --warmup_steps 2 --compile false".split()
+SMALL += "--tokenizer byte --precision fp32 --device cpu --sample_tokens 4 --eval_batches 2".split()
+SCRIPTS = {"train_trm_lm.py": train_trm_lm.main, "generate.py": generate.main}
+
+
+def start(*words, **options):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, **pipes, **options)
+
+
+def run_script(*words, stdin=None):
+    """(exit code, stdout, stderr) of a script in a process of its own."""
+    child = start(*words, stdin=subprocess.PIPE)
+    out, err = child.communicate(stdin, timeout=300)
+    return child.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("scripts")
+
+
+@pytest.fixture(scope="module")
+def data(home):
+    """Flags that name a small corpus and a cache."""
+    for name, numbers in (("train", range(100)), ("valid", range(100, 130))):
+        lines = (json.dumps({"text": f"def f{n}(x):\n    return x{' + x' * (n % 7)}\n"}) + "\n" for n in numbers)
+        (home / f"{name}.jsonl").write_text("".join(lines))
+    return [
+        *("--train_paths", str(home / "train.jsonl"), "--valid_paths", str(home / "valid.jsonl")),
+        *("--cache_dir", str(home / "cache")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(home, data):
+    """A run folder, made by the script; and what the script said."""
+    words = ["train_trm_lm.py", *SMALL, *data, "--save_dir", home / "run", "--max_steps", 30, "--lr", 0.01]
+    code, out, err = run_script(*words)
+    assert code == 0, err
+    return home / "run", out, err
+
+
+@pytest.fixture
+def call(capfd):
+    """call(script, *words): (exit code, stdout, stderr) in this process."""
+
+    def call(script, *words):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            run(lambda: SCRIPTS[script]([str(word) for word in words]))
+        return caught.value.code or 0, *capfd.readouterr()
+
+    return call
+
+
+def assert_one_line(code, out, err, *said):
+    """A mistake of the user's: code 2, nothing on stdout, one line that begins with `error:`, after the banners."""
+    assert code == 2, err
+    assert out == "" and "Traceback" not in err
+    lines = err.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], err
+    assert all(part in lines[-1] for part in said), lines[-1]
+
+
+class TestTraining:
+    def test_stdout_is_empty_and_stderr_tells(self, trained):
+        folder, out, err = trained
+        assert out == "" and "Traceback" not in err
+        assert "cpu, fp32 (as asked); eager (as asked)" in err
+        assert "done: step 30, validation" in err and f"python generate.py {folder} --prompt" in err
+        for name in ("config.yaml", "metrics.jsonl", "learning_curve.png", "samples.txt", "last", "best"):
+            assert (folder / name).exists(), name
+
+    def test_the_hint_at_the_end_works(self, trained, call):
+        hint = next(line for line in trained[2].splitlines() if line.startswith("done:"))
+        script, *words = hint.partition("python ")[2].replace("'...'", "def").split()
+        code, out, _ = call(script, *words, "--max_new_tokens", 3)
+        assert code == 0 and out.startswith("def")
+
+    def test_resume_by_the_run_folders_own_config(self, home, trained, call):
+        copy = home / "copy"
+        shutil.copytree(trained[0], copy, symlinks=True)
+        config = (copy / "config.yaml").read_text().replace(str(trained[0]), str(copy))
+        (copy / "config.yaml").write_text(config)
+        assert_one_line(*call("train_trm_lm.py", "--config", copy / "config.yaml"), "holds a run", "--resume true")
+        code, out, err = call("train_trm_lm.py", "--config", copy / "config.yaml", "--resume")
+        assert code == 0 and out == "" and "after step 30" in err
+
+
+class TestGenerating:
+    def test_one_prompt_in_a_process(self, trained):
+        words = ["generate.py", trained[0], "--prompt", "def f", "--max_new_tokens", 12, "--seed", 1]
+        code, out, err = run_script(*words, "--device", "cpu")
+        assert code == 0, err
+        assert out.startswith("def f") and out.endswith("\n") and "tokens/s" not in out
+        assert "EMA weights" in err and "tokens/s" in err and "Traceback" not in err
+
+    def test_seed_repeats_and_matters(self, trained, call):
+        texts = [
+            call("generate.py", trained[0], "--prompt", "def", "--max_new_tokens", 20, "--temperature", 2, *seed)[1]
+            for seed in (["--seed", 1], ["--seed", 1], ["--seed", 2], [], [])
+        ]
+        assert texts[0] == texts[1] != texts[2] and texts[3] != texts[4]
+
+    @pytest.mark.parametrize(
+        "choice", [["--temperature", 0], ["--temperature", 1, "--seed", 5, "--top_k", 40]], ids=str
+    )
+    @pytest.mark.parametrize("prompts", [["def f"], ["def f", "x", "    return"]], ids=len)
+    def test_no_cache_is_the_same_text(self, trained, call, choice, prompts):
+        """Past the context's end too: 32 tokens."""
+        words = [trained[0], "--prompt", *prompts, "--max_new_tokens", 50, *choice]
+        code, out, _ = call("generate.py", *words)
+        assert code == 0 and out == call("generate.py", *words, "--no_cache")[1]
+
+    def test_several_texts(self, trained, call):
+        words = [trained[0], "--prompt", "def a", "def b", "--num_samples", 2, "--max_new_tokens", 6, "--seed", 3]
+        code, out, err = call("generate.py", *words, "--temperature", 1.5)
+        texts = out.removesuffix("\n").split("\n\ndef ")
+        assert code == 0 and len(texts) == 4
+        assert [t.removeprefix("def ")[0] for t in texts] == ["a", "a", "b", "b"] and texts[0] != texts[1]
+        assert "tokens/s" in err
+
+    def test_a_text_does_not_depend_on_those_beside_it(self, trained, call):
+        words = ["--max_new_tokens", 8, "--temperature", 0]
+        alone = call("generate.py", trained[0], "--prompt", "def f1", *words)[1]
+        beside = call("generate.py", trained[0], "--prompt", "def f1", "    return x", *words)[1]
+        assert beside.startswith(alone)
+
+    def test_prompt_file(self, trained, call, tmp_path):
+        (tmp_path / "p.txt").write_text("def one\ndef two\r\n京都\n", encoding="utf-8")
+        code, out, _ = call("generate.py", trained[0], "--prompt_file", tmp_path / "p.txt", "--max_new_tokens", 0)
+        assert code == 0 and out == "def one\n\ndef two\n\n京都\n"
+
+    @pytest.mark.parametrize("words", [["--prompt", ""], []], ids=str)
+    def test_empty_prompt_starts_from_bos(self, trained, call, words):
+        code, out, err = call("generate.py", trained[0], *words, "--max_new_tokens", 5, "--temperature", 0)
+        assert code == 0 and "tokens/s" in err
+        model, tokenizer = load_model(trained[0])
+        ids = model.generate(torch.tensor([[tokenizer.bos_id]]), 5, temperature=0.0, eos_id=tokenizer.eos_id)
+        assert out == tokenizer.decode(ids[0, 1:].tolist()) + "\n"
+
+    def test_never_half_a_character(self, trained, call):
+        """A byte model at a high temperature makes broken UTF-8; what is written is text all the same."""
+        words = ["--max_new_tokens", 200, "--temperature", 9, "--top_p", 1, "--seed", 0]
+        code, out, _ = call("generate.py", trained[0], "--prompt", "京都", *words)
+        assert code == 0 and out.startswith("京都") and "\ufffd" in out
+
+    def test_interactive(self, trained, call, monkeypatch):
+        long = "x" * 99
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"def a\n{long}\n\ndef b\n"))
+        code, out, err = call("generate.py", trained[0], "--interactive", "--max_new_tokens", 0)
+        assert code == 0 and out == "def a\n\ndef b\n"
+        assert err.count("prompt> ") == 5 and err.count("error: the prompt has 100 tokens") == 1
+
+    def test_reader_that_goes_away(self, trained):
+        """`generate.py ... | head -c 1` is no error."""
+        words = ["generate.py", trained[0], "--prompt", "def", "--max_new_tokens", 4000, "--temperature", 1]
+        child = start(*words)
+        child.stdout.read(1)
+        child.stdout.close()
+        err = child.stderr.read()
+        assert child.wait(timeout=120) in (0, 120) and "Traceback" not in err and "BrokenPipe" not in err
+
+    def test_the_released_checkpoint(self, call):
+        if not (ROOT / "checkpoints" / "stdlib").exists():
+            pytest.skip("checkpoints/stdlib is not there: train it with configs/stdlib.yaml")
+        code, out, _ = call("generate.py", "--prompt", "def main(", "--max_new_tokens", 20, "--seed", 1)
+        assert code == 0 and out.startswith("def main(") and len(out) > 20
+
+
+def broken_checkpoints(folder, home):
+    """{name: (folder, what the error says)}: copies of a checkpoint, each with one fault."""
+    faults = {
+        "no_weights": (lambda f: (f / "ema.safetensors").unlink() or (f / "model.safetensors").unlink(), "missing"),
+        "cut_weights": (lambda f: os.truncate(f / "ema.safetensors", 999), "cut short"),
+        "no_tokenizer": (lambda f: (f / "tokenizer_config.json").unlink(), "no tokenizer"),
+        "no_config": (lambda f: (f / "config.json").unlink(), "config.json"),
+        "cut_config": (lambda f: os.truncate(f / "config.json", 99), "config.json is broken"),
+        "vocabulary": (
+            lambda f: (f / "config.json").write_text(
+                (f / "config.json").read_text().replace('"vocab_size": 259', '"vocab_size": 300')
+            ),
+            "tokens, the model 300",
+        ),
+    }
+    made = {}
+    for name, (break_it, said) in faults.items():
+        copy = home / "broken" / name
+        shutil.copytree((folder / "last").resolve(), copy, dirs_exist_ok=True)
+        break_it(copy)
+        made[name] = (copy, said)
+    return made
+
+
+class TestMistakesOfGenerating:
+    def test_broken_checkpoints(self, trained, home, call):
+        for name, (folder, said) in broken_checkpoints(trained[0], home).items():
+            assert_one_line(*call("generate.py", folder, "--prompt", "x"), said, name)
+
+    def test_wrong_calls(self, trained, call, tmp_path):
+        (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+        for words, said in [
+            (["--prompt", "x" * 99], "the prompt has 100 tokens, the context holds 32"),
+            (["--prompt", "ok", "x" * 99], "the prompt has 100 tokens"),
+            (["--prompt_file", tmp_path / "nowhere.txt"], "nowhere.txt"),
+            (["--prompt_file", tmp_path / "latin.txt"], "latin.txt"),
+            (["--prompt_file", tmp_path], "prompt_file"),
+            (["--prompt", "\udcff"], "prompt"),
+            (["--temperature", "-1"], "temperature"),
+            (["--top_k", "0"], "top_k"),
+            (["--top_p", "1.5"], "top_p"),
+            (["--max_new_tokens", "-1"], "max_new_tokens"),
+            (["--num_samples", "0"], "num_samples"),
+            (["--device", "tpu"], "--device tpu"),
+            (["--precision", "fp16", "--device", "cpu"], "--precision fp16"),
+            (["--prompts", "x"], "--prompts"),
+        ]:
+            assert_one_line(*call("generate.py", trained[0], *words), said)
+        for words, said in [
+            ([tmp_path / "nowhere"], "nowhere"),
+            ([tmp_path], "no checkpoint"),
+            ([tmp_path / "latin.txt"], "latin.txt"),
+            ([trained[0], "another"], "another"),
+        ]:
+            assert_one_line(*call("generate.py", *words), said)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+    def test_cuda_that_is_not_here(self, trained, call):
+        assert_one_line(*call("generate.py", trained[0], "--device", "cuda"), "--device cuda")
+
+
+class TestMistakesOfTraining:
+    def test_wrong_data(self, call, tmp_path, home):
+        text = tmp_path / "text.jsonl"
+        text.write_text("".join(json.dumps({"text": f"words number {n}"}) + "\n" for n in range(50)))
+        with gzip.open(tmp_path / "whole.jsonl.gz", "wt") as file:
+            file.write("".join(json.dumps({"text": os.urandom(99).hex()}) + "\n" for n in range(200)))
+        whole = (tmp_path / "whole.jsonl.gz").read_bytes()
+        contents = {
+            "empty.jsonl": b"",
+            "empty.txt": b"",
+            "field.jsonl": b'{"body": "x"}\n' * 9,
+            "broken.jsonl": b'{"text": "x"\n' * 9,
+            "cut.jsonl.gz": whole[: len(whole) // 2],
+            "notgz.jsonl.gz": b"plain text",
+            "latin.txt": b"caf\xe9 \xff\n" * 9,
+            "short.txt": b"short",
+            "image.png": b"\x89PNG",
+            "not.parquet": b"PAR1 no",
+            "no.model": b"no model",
+            "no.json": b"{}",
+        }
+        for name, content in contents.items():
+            (tmp_path / name).write_bytes(content)
+        keys = {"field.jsonl": "fields there: body", "broken.jsonl": "broken JSON", "latin.txt": "UTF-8"}
+        keys |= {"short.txt": "max_seq_len", "image.png": "no data file", "empty.txt": "empty"}
+        cases = [
+            (["--train_paths", tmp_path / name], keys.get(name, name))
+            for name in contents
+            if name not in ("no.model", "no.json")
+        ]
+        cases += [
+            (["--train_paths", tmp_path / "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+            (["--train_paths", text, "--valid_paths", tmp_path / "nowhere"], "nowhere does not exist"),
+            (["--train_paths", text, "--valid_paths", tmp_path / "short.txt"], "max_seq_len"),
+            (["--train_paths", text, "--text_field", "body"], "fields there: text"),
+            (["--train_paths", text, "--tokenizer", tmp_path / "no.model"], "no.model"),
+            (["--train_paths", text, "--tokenizer", tmp_path / "no.json"], "no.json"),
+            (["--train_paths", text, "--tokenizer", tmp_path / "nowhere"], "nowhere"),
+            (["--train_paths", text, "--tokenizer", "sentencepiece", "--sp_model", tmp_path / "no.model"], "no.model"),
+            (["--train_paths", text, "--tokenizer", "sentencepiece", "--vocab_size", 9999], "vocab_size"),
+            (["--train_paths", tmp_path / "broken.jsonl", "--strict"], "broken.jsonl:1"),
+            (["--train_paths", text, "--init_from", tmp_path / "nowhere"], "nowhere"),
+            (["--train_paths", text, "--cache_dir", text / "cache"], "cache"),
+        ]
+        for words, said in cases:
+            words = [*SMALL, "--cache_dir", home / "cache", "--save_dir", tmp_path / "run", *words]
+            assert_one_line(*call("train_trm_lm.py", *words), said)
+            assert not (tmp_path / "run").exists(), words
+
+    def test_wrong_settings(self, call, data, tmp_path, home):
+        (tmp_path / "file").write_text("")
+        for words, said in [
+            (["--d_model", 10, "--n_heads", 3], "d_model 10"),
+            (["--device", "tpu"], "--device tpu"),
+            (["--precision", "fp16"], "--precision fp16"),
+            (["--save_dir", tmp_path / "file" / "run"], "save_dir"),
+            (["--save_dir", tmp_path / "file"], "save_dir"),
+            (["--seed", 1 << 70], "seed"),
+            (["--weight_decay", -1], "weight_decay"),
+            (["--sample_tokens", -1], "sample_tokens"),
+            (["--sample_prompt", "\udcff"], "sample_prompt"),
+        ]:
+            words = [*SMALL, *data, "--save_dir", tmp_path / "run", "--max_steps", 2, *words]
+            assert_one_line(*call("train_trm_lm.py", *words), said)
+        if not torch.cuda.is_available():
+            words = [*SMALL, *data, "--save_dir", tmp_path / "run", "--device", "cuda"]
+            assert_one_line(*call("train_trm_lm.py", *words), "--device cuda")
+
+    def test_in_a_process(self, trained, data):
+        words = ["train_trm_lm.py", *SMALL, *data, "--save_dir", trained[0]]
+        assert_one_line(*run_script(*words), f"save_dir {trained[0]} holds a run")
+
+
+def until(condition, child, seconds=240):
+    """Wait until the condition holds or the child is gone."""
+    end = time.monotonic() + seconds
+    while not condition() and child.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def lines_of(folder):
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+MOMENTS = {
+    "a checkpoint a step": (["--save_every", 1, "--eval_every", 1000], lambda f: (f / "last").exists()),
+    "an evaluation a step": (["--save_every", 7, "--eval_every", 1], lambda f: lines_of(f) > 12),
+    "workers": (["--num_workers", 1, "--save_every", 3, "--log_every", 1], lambda f: lines_of(f) > 20),
+}
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize(
+        ("moment", "number"),
+        [
+            ("a checkpoint a step", signal.SIGINT),
+            pytest.param("a checkpoint a step", signal.SIGTERM, marks=pytest.mark.slow),
+            pytest.param("an evaluation a step", signal.SIGINT, marks=pytest.mark.slow),
+            ("an evaluation a step", signal.SIGTERM),
+            pytest.param("workers", signal.SIGINT, marks=pytest.mark.slow),
+            pytest.param("workers", signal.SIGTERM, marks=pytest.mark.slow),
+        ],
+        ids=str,
+    )
+    def test_ends_with_a_checkpoint(self, data, tmp_path, moment, number):
+        """The signal goes to the whole group, as Ctrl-C in a terminal does."""
+        more, ready = MOMENTS[moment]
+        words = ["train_trm_lm.py", *SMALL, *data, "--save_dir", tmp_path / "run", "--max_steps", 10**6, *more]
+        child = start(*words, start_new_session=True)
+        until(lambda: ready(tmp_path / "run"), child)
+        os.killpg(child.pid, number)
+        out, err = child.communicate(timeout=120)
+        assert child.returncode == 0 and out == "" and "Traceback" not in err, err[-2000:]
+        told = next(line for line in err.replace("\r", "\n").splitlines() if line.startswith("stopped by"))
+        step = load_state(tmp_path / "run" / "last")["step"]
+        assert f"stopped by {signal.Signals(number).name} after step {step}" in told
+        load_model(tmp_path / "run" / "last")
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("wait", [0.5, 2.0, 3.5, 5.0])
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    def test_at_any_moment(self, data, tmp_path, wait, number):
+        """Also while it imports, reads and builds: afterwards there is no checkpoint, or a whole one."""
+        words = ["train_trm_lm.py", *SMALL, *data, "--save_dir", tmp_path / "run", "--max_steps", 10**6]
+        child = start(*words, "--save_every", 1, "--keep_checkpoints", 1)
+        time.sleep(wait)
+        child.send_signal(number)
+        child.communicate(timeout=120)
+        if (tmp_path / "run" / "last").is_symlink():
+            load_model(tmp_path / "run" / "last")
+            load_state(tmp_path / "run" / "last")
+
+
+@pytest.mark.slow
+def test_with_nothing_but_defaults_it_trains(home, tmp_path):
+    """No data, no tokenizer, compiled where it can be: the first command of the README, cut short."""
+    small = "--d_model 32 --n_heads 2 --max_seq_len 64 --batch_size 4 --sample_tokens 8 --eval_batches 2".split()
+    words = [*small, "--max_steps", 3, "--cache_dir", home / "cache", "--save_dir", tmp_path / "run"]
+    code, out, err = run_script("train_trm_lm.py", *words)
+    assert code == 0 and out == "", err[-2000:]
+    assert "the Python standard library" in err and "done: step 3" in err
+    code, out, err = run_script("generate.py", tmp_path / "run", "--prompt", "def main(", "--max_new_tokens", 5)
+    assert code == 0 and out.startswith("def main("), err
