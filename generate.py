@@ -92,7 +92,6 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig):
     ids, mask = encode_batch(tokenizer, prompts, next(model.parameters()).device)
     decoders, texts, made = [StreamDecoder(tokenizer) for _ in prompts], list(prompts), 0
     streams = len(prompts) == 1
-    print(texts[0] if streams else "", end="", flush=True)
     options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p", "seed")}
     start = time.perf_counter()
     try:
@@ -106,7 +105,8 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig):
             **options,
         )
         finished = [False] * len(prompts)
-        for token in tokens:
+        for i, token in enumerate(tokens):
+            print(texts[0] if streams and i == 0 else "", end="", flush=streams)  # not before the prompt is accepted
             for row, index in enumerate(token.tolist()):
                 made += not finished[row]
                 finished[row] = finished[row] or index == tokenizer.eos_id

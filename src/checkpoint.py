@@ -54,7 +54,8 @@ def save_checkpoint(folder, model: TRMModel, tokenizer, ema: dict | None = None,
         shutil.rmtree(aside, ignore_errors=True)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of these, by who writes
         raise UserError(
-            f"cannot write the checkpoint {folder}: {error.strerror or error}; choose another save_dir"
+            f"cannot write the checkpoint {folder}: {getattr(error, 'strerror', None) or error}; "
+            "make room, or choose another save_dir; the checkpoints before it are whole"
         ) from None
 
 
@@ -86,11 +87,11 @@ def point(link, target_name: str):
 
 
 def prune(run_folder, keep: int):
-    """Delete the oldest step_* folders beyond `keep`, never those that `last` and `best` lead to."""
+    """Delete all but the newest `keep` step_* folders and the one that `best` leads to, and what a crash left over."""
     run_folder = Path(run_folder)
-    kept = {(run_folder / name).resolve() for name in ("last", "best")}
-    steps = sorted(p for p in run_folder.glob("step_*") if p.resolve() not in kept)
-    for folder in steps[: max(0, len(steps) - max(0, keep - len(kept)))]:
+    best = (run_folder / "best").resolve()
+    old = [folder for folder in sorted(run_folder.glob("step_*"))[:-keep] if folder.resolve() != best]
+    for folder in old + list(run_folder.glob(".step_*")):
         shutil.rmtree(folder)
 
 
@@ -174,22 +175,33 @@ def start_run_folder(folder: Path, settings: dict):
     """Make a run folder with its config.yaml, which `--config` takes back.  UserError where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(
-            yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+        beside = folder / ".config.yaml.writing"
+        beside.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        beside.replace(folder / "config.yaml")
     except OSError as error:
         raise UserError(f"cannot write to save_dir {folder}: {error.strerror}; choose another folder") from None
+
+
+def check_writable(folder: Path):
+    """UserError where a run folder could not be made; makes nothing, as there may be other mistakes to tell first."""
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"cannot write to save_dir {folder}: {parent} is no writable folder; choose another folder")
 
 
 def check_resume(folder: Path, settings: dict, resume: bool) -> Path | None:
     """The checkpoint to resume from (None: the run had none yet); refuses a run that must not be touched."""
     if not resume:
         raise UserError(f"save_dir {folder} holds a run: go on with --resume true, or choose another folder")
-    before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    try:
+        before = dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        raise UserError(f"{folder}/config.yaml is broken: mend it, or choose another save_dir") from None
     for name, new in settings.items():
         if name not in _FREE_ON_RESUME and before.get(name) != new:
             raise UserError(
                 f"--{name} is {new}, but the run in {folder} has {before.get(name)}: "
                 f"resume with the same settings (--config {folder}/config.yaml) or choose another save_dir"
             )
-    return resolve(folder / "last") if (folder / "last").exists() else None
+    whole = sorted(path for path in folder.glob("step_*") if (path / "config.json").is_file())
+    return resolve(folder / "last") if (folder / "last").exists() else whole[-1] if whole else None

@@ -98,7 +98,7 @@ def _is_list(field):
 
 
 def _normalise(argv, fields, positional):
-    """`--flag` -> `--flag=true`; `--paths a b` -> `--paths=["a", "b"]`; free words -> the positional field; files first."""
+    """`--flag` -> `--flag=true`; `--paths a b` -> `--paths=["a", "b"]`; free words -> the positional field."""
     out, free, files, i = [], [], [], 0
     while i < len(argv):
         name, is_assigned, value = argv[i].partition("=")

@@ -69,7 +69,8 @@ def positions_and_mask(
         is_later_chunk = causal and past > 0 and T > 1
         return index[None, past:], is_past[None, None] if is_later_chunk else None
     real = (segments != 0).cumsum(-1) - 1
-    begins = segments.cummax(-1).values.diff(dim=-1, prepend=torch.zeros_like(segments[:, :1])) > 0
+    document = segments.gather(-1, torch.where(segments != 0, index, 0).cummax(-1).values)  # padding: the one before
+    begins = document.diff(dim=-1, prepend=torch.zeros_like(segments[:, :1])) != 0
     positions = (real - torch.where(begins, real, 0).cummax(-1).values).clamp(min=0)[:, past:]
     mask = (segments[:, past:, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
     mask = mask & is_past if causal else mask
@@ -89,14 +90,14 @@ def make_context(config, input_ids, attention_mask, cache, dtype) -> tuple[Tenso
 class Attention(nn.Module):
     """Grouped-query attention, arXiv:2305.13245: H query heads share K key/value heads.  (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, qk_norm: bool, eps: float, dropout: float):
+    def __init__(self, config):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, dim // n_heads
-        self.dropout = dropout
-        self.qkv = nn.Linear(dim, (n_heads + 2 * n_kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, eps) if qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, eps) if qk_norm else None
+        D, self.dropout, self.head_dim = config.d_model, config.dropout, config.head_dim
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.qkv = nn.Linear(D, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Float[Tensor, "b t d"], ctx: Context, slot: int) -> Float[Tensor, "b t d"]:
         B, T, D = x.shape

@@ -237,7 +237,7 @@ class TRMModel(nn.Module):
                 f"supervision_steps is {steps} after {done}: 1 or more, and within the config's where it caches"
             )
         weights = step_weights(self.config.supervision_weights, done + steps)[done:]
-        weights = weights if sum(weights) > 0 else [1.0] * steps  # a step of weight 0, run by itself
+        weights = weights if any(weights) else [1.0] * steps  # a step of weight 0, run by itself
         loss = ce_loss = act_loss = None if target_ids is None else x.new_zeros(())
         read = []  # (logits, halting logits) of every step, for return_steps
         for s in range(steps):
@@ -282,11 +282,11 @@ class TRMModel(nn.Module):
         states = () if self.config.recursion == "none" else (y,)
         return self._visit(states if self.config.injection == "none" and states else (x, *states), ctx, visit), z
 
+    @torch.no_grad()
     def _inference_cycle(self, x, carry: Carry, ctx) -> Carry:
         """One supervision step without gradient and without reading the answer out."""
-        with torch.no_grad():
-            y, z = self.deep_recursion(x, carry.y, carry.z, ctx, carry.steps * self.config.visits_per_step)
-        return Carry(y, z, carry.steps + 1)
+        visit = carry.steps * self.config.visits_per_step
+        return Carry(*self.deep_recursion(x, carry.y, carry.z, ctx, visit), carry.steps + 1)
 
     def _visit(self, inputs, ctx, visit, state=-1):
         """One application of the network to its inputs; inputs[state] is the stream that it updates."""
@@ -340,8 +340,8 @@ class TRMModel(nn.Module):
         return KVCache(self.config, batch, max_len, read_steps, self.embed.weight.dtype, self.embed.weight.device)
 
     def compile_parts(self):
-        """torch.compile for training: one graph of the network serves every visit; shapes are static."""
-        self.net.compile(dynamic=False)
+        """torch.compile for training: one graph of the blocks serves every visit; shapes are static."""
+        self.net.apply_blocks = torch.compile(self.net.apply_blocks, dynamic=False)
         self.token_loss.compile(dynamic=False)
 
     def generate(self, prompt_ids: Int[Tensor, "b t"], max_new_tokens: int, **options) -> Int[Tensor, "b u"]:
@@ -365,14 +365,16 @@ class TinyNet(nn.Module):
     def forward(self, inputs, ctx: Context, slot: int, state: int = -1) -> Tensor:
         inject = {3: self.inject_z, 2: self.inject_y}.get(len(inputs))
         h = functools.reduce(torch.add, inputs) if inject is None else inject(torch.cat(inputs, dim=-1))
-        h = h.to(inputs[0].dtype)  # autocast narrows the injection, not the stream
-        for layer, block in enumerate(self.blocks):
-            h = block(h, ctx, slot + layer)
-        h = h if self.norm is None else self.norm(h)
+        h = self.apply_blocks(h.to(inputs[0].dtype), ctx, slot)  # autocast narrows the injection, not the stream
         if self.gate is None:
             return h
         old = inputs[state]
         return torch.lerp(old, h, torch.sigmoid(self.gate(torch.cat((old, h), dim=-1))).to(h.dtype))
+
+    def apply_blocks(self, h, ctx, slot):
+        for layer, block in enumerate(self.blocks):
+            h = block(h, ctx, slot + layer)
+        return h if self.norm is None else self.norm(h)
 
 
 class TinyBlock(nn.Module):
@@ -380,10 +382,7 @@ class TinyBlock(nn.Module):
 
     def __init__(self, c: TRMConfig):
         super().__init__()
-        if c.mixer == "mlp":
-            self.attn = MLPMixer1D(c.max_seq_len, c.d_ff)
-        else:
-            self.attn = Attention(c.d_model, c.n_heads, c.n_kv_heads, c.qk_norm, c.norm_eps, c.dropout)
+        self.attn = MLPMixer1D(c.max_seq_len, c.d_ff) if c.mixer == "mlp" else Attention(c)
         self.mlp = SwiGLU(c.d_model, c.d_ff)
         self.attn_norm, self.mlp_norm = RMSNorm(c.d_model, c.norm_eps), RMSNorm(c.d_model, c.norm_eps)
         sandwich = c.norm == "sandwich"

@@ -55,16 +55,16 @@ class TrainConfig:
         grad_clip: largest norm of the gradient; 0 = no clipping
         ema_decay: decay of the moving average of weights, with which the model is judged and shipped; 0 = off
         eval_every: steps between evaluations
-        eval_batches: validation batches of an evaluation; 0 = all; the last evaluation always takes all
+        eval_batches: validation batches of an evaluation; 0 = all; a run ends with an evaluation on all
         save_every: steps between checkpoints
         log_every: steps between lines of metrics.jsonl
-        keep_checkpoints: checkpoints kept besides best
+        keep_checkpoints: newest checkpoints that are kept, besides the best
         sample_prompt: start of the sample text at each evaluation; empty = from BOS
         sample_tokens: its length in tokens; 0 = no sample
         compile: torch.compile; by default where a compiler is present
         seed: seed of weights, order of examples and dropout
         resume: go on from the newest checkpoint of save_dir
-        init_from: checkpoint folder whose weights, model settings and tokenizer the run starts from
+        init_from: checkpoint folder that the run starts from: weights, model settings and tokenizer are its own
     """
 
     save_dir: str = "runs/trm"
@@ -101,6 +101,9 @@ class TrainConfig:
             raise ValueError(f"batch_size {self.batch_size} does not divide into grad_accum {self.grad_accum} parts")
         if not (self.lr > 0 and 0 <= self.ema_decay < 1 and 0 < self.beta2 < 1 and 0 <= self.min_lr_ratio <= 1):
             raise ValueError("lr must be over 0; ema_decay, beta2 and min_lr_ratio between 0 and 1: correct them")
+        for name in ("eval_batches", "warmup_steps", "weight_decay", "grad_clip", "sample_tokens", "seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} is {getattr(self, name)}: set it to 0 or more")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes is {self.max_minutes}: set it over 0, or leave it out")
 
@@ -155,7 +158,8 @@ class Trainer:
         start = self.step * config.batch_size
         batches = iter(self._loader(self.train_set, seed=config.seed, start=start, num_workers=self.num_workers))
         with Interrupt() as interrupt, self._bar() as bar:
-            while not (over := self.progress() >= 1 or interrupt.requested):
+            over = self.progress() >= 1
+            while not over:
                 self.train_step(next(batches))
                 bar.update()
                 over = self.progress() >= 1 or interrupt.requested
@@ -163,13 +167,21 @@ class Trainer:
                     self._log_training(bar)
                 improved = False
                 if (self.step % config.eval_every == 0 or over) and not interrupt.requested:
-                    figures = self.evaluate(whole=over)
-                    improved = figures["valid_loss"] < self.best
-                    self.best = min(self.best, figures["valid_loss"])
+                    figures, improved = self.judge()
+                over = over or interrupt.requested  # a signal that came in between; time is looked at after a step
                 if self.step % config.save_every == 0 or over or improved:
                     self.save(improved)
+            if config.eval_batches and figures and not interrupt.requested:
+                figures = self.evaluate(None)
         self._close(interrupt)
         return figures
+
+    def judge(self) -> tuple[dict, bool]:
+        """An evaluation on the same batches each time, and whether it is the best so far."""
+        figures = self.evaluate(self.config.eval_batches or None)
+        improved = figures["valid_loss"] < self.best
+        self.best = min(self.best, figures["valid_loss"])
+        return figures, improved
 
     def _loader(self, dataset, **options):
         return create_dataloader(dataset, self.config.batch_size, pad_id=self.tokenizer.pad_id, **options)
@@ -266,10 +278,9 @@ class Trainer:
             self.log.log(self.step, **line)
         self._start_window()
 
-    def evaluate(self, whole: bool = False) -> dict:
-        """Judge the (averaged) weights on validation text, write a sample, draw the learning curve."""
+    def evaluate(self, limit: int | None) -> dict:
+        """Figures of the (averaged) weights on `limit` validation batches (None: all); a sample, the learning curve."""
         batches = self._loader(self.valid_set, shuffle=False)
-        limit = None if whole else self.config.eval_batches or None
         with self.averaged_weights():
             figures = evaluate(
                 self.raw, batches, self.valid_set.bytes_per_token, self.precision, limit, self.accelerator
@@ -326,7 +337,7 @@ class Trainer:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
         }
         average = self.ema.average if self.ema is not None else None
-        info = {"step": self.step, "best_valid_loss": self.best}
+        info = {"step": self.step, "best_valid_loss": self.best if math.isfinite(self.best) else None}
         checkpoint.save_checkpoint(self.folder / name, self.raw, self.tokenizer, average, state, info)
         for link in ("last", "best") if best else ("last",):
             checkpoint.point(self.folder / link, name)
@@ -365,10 +376,14 @@ def create_trainer(config: TrainConfig, data: DataConfig, model_config: TRMConfi
     """Data, tokenizer, model and trainer from settings; writes the run folder's config.yaml before step 0."""
     keep_freed_memory()
     folder, newest = Path(config.save_dir), None
+    checkpoint.check_writable(folder)
+    source = checkpoint.resolve(config.init_from) if config.init_from else None
+    if source:
+        model_config = checkpoint.load_config(source)
     settings = {k: v for part in (config, data, model_config, runtime) for k, v in asdict(part).items()}
     if (folder / "config.yaml").exists():
         newest = checkpoint.check_resume(folder, settings, config.resume)
-    source = newest or config.init_from and checkpoint.resolve(config.init_from)
+    source = newest or source
     if source:
         model_config = checkpoint.load_config(source)
         data = dataclasses.replace(data, tokenizer=str(source), sp_model=None)
@@ -377,10 +392,7 @@ def create_trainer(config: TrainConfig, data: DataConfig, model_config: TRMConfi
     if not source:
         model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id)
     torch.manual_seed(config.seed)
-    if config.init_from and not newest:
-        model, _ = checkpoint.load_model(source)
-    else:
-        model = TRMModel(model_config)
+    model = checkpoint.load_model(source)[0] if source and not newest else TRMModel(model_config)
     trainer = Trainer(config, model, tokenizer, train_set, valid_set, runtime, data.num_workers)
     if newest:
         trainer.load(newest)

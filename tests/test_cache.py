@@ -6,8 +6,7 @@ from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.cache import KVCache
-from src.cache import cache_slots
+from src.cache import KVCache, cache_slots
 from src.sampling import generate
 
 CASES = [
