@@ -16,20 +16,20 @@ class _CausalCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-        ctx.save_for_backward(q, k, v, out, logsumexp)
+        ctx.save_for_backward(q, k, v, logsumexp)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         B, H, T, E = grad.shape
-        q, k, v, out, grad = (t.reshape(B * H, T, E) for t in (*ctx.saved_tensors[:4], grad))
-        logsumexp, scale = ctx.saved_tensors[4].reshape(B * H, T, 1), E**-0.5
+        q, k, v, grad = (t.reshape(B * H, T, E) for t in (*ctx.saved_tensors[:3], grad))
+        logsumexp, scale = ctx.saved_tensors[3].reshape(B * H, T, 1), E**-0.5
         is_past = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
         scores = torch.bmm(q.float(), k.float().transpose(1, 2)) * scale  # in bf16 the rounding would be in an exponent
         p = torch.where(is_past, torch.exp(scores - logsumexp), 0.0)
         grad_p = torch.bmm(grad, v.transpose(1, 2)).float()
-        row = (grad.float() * out.float()).sum(-1, keepdim=True)  # = sum over keys of p * grad_p
+        row = (p * grad_p).sum(-1, keepdim=True)  # not from grad * out, so that the rounding of grad_p cancels
         grad_scores = (p * (grad_p - row) * scale).to(q.dtype)
         grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.transpose(1, 2), q)
         grad_v = torch.bmm(p.to(q.dtype).transpose(1, 2), grad)

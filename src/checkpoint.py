@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ def save_checkpoint(folder, model: TRMModel, tokenizer, ema: dict | None = None,
             save_file(unshared(ema), beside / "ema.safetensors")
         tokenizer.save(beside)
         config = {"model": model.config.to_dict(), "info": info or {}}
-        (beside / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        (beside / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         if state is not None:
             (beside / "state").mkdir()
             torch.save(state, beside / "state" / "training.pt")
@@ -113,7 +114,11 @@ def load_config(folder) -> TRMConfig:
         values = json.loads(path.read_text(encoding="utf-8"))["model"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is broken: it should hold the settings of a model; copy the folder again") from None
-    return build(TRMConfig, values, where=f"{path}: ")
+    config = build(TRMConfig, values, where=f"{path}: ")
+    for field in fields(config):
+        if field.type in (int, int | None) and isinstance(getattr(config, field.name), float):
+            raise UserError(f"{path}: {field.name} must be a whole number: correct it")
+    return config
 
 
 def read_weights(path) -> dict:

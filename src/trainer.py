@@ -171,7 +171,7 @@ class Trainer:
                 over = over or interrupt.requested  # a signal that came in between; time is looked at after a step
                 if self.step % config.save_every == 0 or over or improved:
                     self.save(improved)
-            if config.eval_batches and figures and not interrupt.requested:
+            if config.eval_batches and figures and not interrupt.requested:  # told at the end: all validation text
                 figures = self.evaluate(None)
         self._close(interrupt)
         return figures

@@ -9,6 +9,7 @@ from torch import nn
 
 from src.attention import attention
 from src.layers import Attention, Context, MLPMixer1D, RMSNorm, SwiGLU, apply_rotary_emb, rotary_table
+from src.model import TRMConfig
 
 NOTHING = Context(rotary=None, mask=None, is_causal=False, cache=None)
 
@@ -72,10 +73,14 @@ def test_rotary_table_of_a_half_precision_model_is_exact():
     assert apply_rotary_emb(x, *rotary_table(torch.tensor([[0, 1]]), 8, 1e4, None, x.dtype)).dtype == torch.bfloat16
 
 
+def attention_of(d_model, n_heads, n_kv_heads, **options):
+    return Attention(TRMConfig(d_model=d_model, n_heads=n_heads, n_kv_heads=n_kv_heads, **options))
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_grouped_heads_are_repeated_heads(kv_heads):
     """Grouped attention equals attention with each key/value head written out for all query heads of its group."""
-    grouped, full = Attention(16, 4, kv_heads, False, 1e-5, 0.0), Attention(16, 4, 4, False, 1e-5, 0.0)
+    grouped, full = attention_of(16, 4, kv_heads), attention_of(16, 4, 4)
     q, k, v = grouped.qkv.weight.split([16, 4 * kv_heads, 4 * kv_heads])
     repeated = [w.view(kv_heads, 4, 16).repeat_interleave(4 // kv_heads, dim=0).reshape(16, 16) for w in (k, v)]
     with torch.no_grad():
@@ -88,7 +93,7 @@ def test_grouped_heads_are_repeated_heads(kv_heads):
 
 
 def test_attention_of_equal_keys_is_the_mean_of_the_values():
-    layer = Attention(8, 2, 2, False, 1e-5, 0.0)
+    layer = attention_of(8, 2, 2)
     with torch.no_grad():
         layer.qkv.weight[8:16] = 0  # all keys are zero: every visible position has the same weight
         layer.qkv.weight[16:].copy_(torch.eye(8))
@@ -101,7 +106,7 @@ def test_attention_of_equal_keys_is_the_mean_of_the_values():
 
 
 def test_attention_dropout_acts_in_training_only():
-    layer, x = Attention(8, 2, 2, False, 1e-5, 0.5), torch.randn(1, 6, 8)
+    layer, x = attention_of(8, 2, 2, dropout=0.5), torch.randn(1, 6, 8)
     assert not torch.equal(layer(x, NOTHING, 0), layer(x, NOTHING, 0))
     layer.eval()
     assert torch.equal(layer(x, NOTHING, 0), layer(x, NOTHING, 0))

@@ -107,7 +107,7 @@ class TestEMA:
         model = tiny(tie_embeddings=tied)
         ema = EMA(model, 0.9)
         change(model, 1)
-        live = {n: p.detach().clone() for n, p in model.named_parameters()}
+        live = {n: t.clone() for n, t in model.state_dict().items()}
         average = {n: t.clone() for n, t in ema.average.items()}
         addresses = [p.data_ptr() for p in model.parameters()]
         ema.swap(model)
