@@ -106,7 +106,8 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig):
         )
         finished = [False] * len(prompts)
         for i, token in enumerate(tokens):
-            print(texts[0] if streams and i == 0 else "", end="", flush=streams)  # not before the prompt is accepted
+            if streams and i == 0:  # not before the prompt is accepted
+                print(texts[0], end="")
             for row, index in enumerate(token.tolist()):
                 made += not finished[row]
                 finished[row] = finished[row] or index == tokenizer.eos_id
@@ -119,7 +120,8 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig):
     synchronize(ids.device)
     seconds = time.perf_counter() - start
     tails = [decoder.flush() for decoder in decoders]
-    print(tails[0] if streams else "\n\n".join(text + tail for text, tail in zip(texts, tails)), flush=True)
+    rest = tails[0] if streams and made else "\n\n".join(text + tail for text, tail in zip(texts, tails))
+    print(rest, flush=True)
     print(f"{made} tokens in {seconds:.2f} s: {made / max(seconds, 1e-9):.1f} tokens/s", file=sys.stderr)
 
 

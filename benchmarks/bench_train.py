@@ -26,7 +26,7 @@ from common import interleaved, machine, median, print_json, print_table, second
 from src.config import UserError, build, parse_flags, run
 from src.metrics import count_parameters, flops_per_token
 from src.model import TRMConfig, TRMModel
-from src.runtime import DTYPES, RuntimeConfig
+from src.runtime import DTYPES, RuntimeConfig, keep_freed_memory  # noqa: E402
 from src.trainer import TrainConfig, Trainer
 
 FAMILIES = {
@@ -235,6 +235,7 @@ def show_profile(family: str, kinds: dict) -> None:
 
 def main(argv=None) -> None:
     args, runtime = parse_args(argv)
+    keep_freed_memory()
     if args.profile:
         profiles = {family: profile(args, family, runtime) for family in args.families}
         for family, kinds in profiles.items():

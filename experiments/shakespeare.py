@@ -34,7 +34,7 @@ from src.evaluation import evaluate  # noqa: E402
 from src.losses import IGNORE  # noqa: E402
 from src.metrics import count_parameters, flops_per_token  # noqa: E402
 from src.model import TRMConfig, TRMModel  # noqa: E402
-from src.runtime import RuntimeConfig  # noqa: E402
+from src.runtime import RuntimeConfig, keep_freed_memory  # noqa: E402
 from src.trainer import TrainConfig, Trainer  # noqa: E402
 
 PROTOTYPE = {
@@ -226,6 +226,7 @@ def spread(values: list) -> str:
 
 def main(argv=None) -> None:
     config, changes, runtime = parse_args(argv)
+    keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     texts = load_text(config.path) if config.recipe else None

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 IGNORE = -100
 
@@ -20,14 +20,12 @@ def cross_entropy(logits: Float[Tensor, "*n v"], targets: Int[Tensor, "*n"]) -> 
     return loss / (targets != IGNORE).sum().clamp(min=1)
 
 
-class TokenLoss(nn.Module):
-    """(mean cross-entropy, whether each position's likeliest token is its target), a module so that it can be compiled:
-    over a large vocabulary the two take as long as a visit, and fused they read the logits once."""
-
-    def forward(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            is_right = logits.argmax(-1) == targets
-        return cross_entropy(logits, targets), is_right
+def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean cross-entropy, whether each position's likeliest token is its target): together, as over a large
+    vocabulary each takes as long as a visit, and compiled they read the logits once."""
+    with torch.no_grad():
+        is_right = logits.argmax(-1) == targets
+    return cross_entropy(logits, targets), is_right
 
 
 def stablemax_cross_entropy(logits: Float[Tensor, "*n v"], targets: Int[Tensor, "*n"]) -> Float[Tensor, ""]:

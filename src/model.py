@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from src.cache import KVCache
 from src.config import literal_fields
 from src.layers import Attention, Context, MLPMixer1D, RMSNorm, SwiGLU, init_weights, make_context
-from src.losses import IGNORE, TokenLoss, halting_loss, step_weights, valid_weights
+from src.losses import IGNORE, halting_loss, step_weights, token_loss, valid_weights
 from src.sampling import generate_ids
 
 
@@ -204,7 +204,7 @@ class TRMModel(nn.Module):
         self.coda = nn.ModuleList(TinyBlock(c) for _ in range(c.coda_layers))
         self.coda_norm = RMSNorm(c.d_model, c.norm_eps) if c.coda_layers and c.norm != "post" else None
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        self.token_loss = TokenLoss()
+        self.token_loss = token_loss
         if c.recursion == "trm":
             self.q_head = nn.Linear(c.d_model, 1)
             self.register_buffer("y_init", torch.empty(c.d_model))
@@ -342,7 +342,7 @@ class TRMModel(nn.Module):
     def compile_parts(self):
         """torch.compile for training: one graph of the blocks serves every visit; shapes are static."""
         self.net.apply_blocks = torch.compile(self.net.apply_blocks, dynamic=False)
-        self.token_loss.compile(dynamic=False)
+        self.token_loss = torch.compile(token_loss, dynamic=False)
 
     def generate(self, prompt_ids: Int[Tensor, "b t"], max_new_tokens: int, **options) -> Int[Tensor, "b u"]:
         """(B, T) -> (B, T + max_new_tokens); options as in sampling.generate: temperature=1.0, top_k, top_p,

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import importlib.util
 import os
-import random
 import shutil
 import signal
 import sys
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 
 from src.config import UserError
@@ -142,13 +140,6 @@ def _missing_for_compile(device) -> str:
         return f"$CXX is {wanted!r}, which is no program" if wanted else "no C++ compiler (install g++, or set CXX)"
     include = sysconfig.get_paths()["include"]  # inductor's kernels are Python extensions
     return "" if (Path(include) / "Python.h").exists() else f"no Python.h in {include} (install the Python headers)"
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of random, numpy and torch (every device)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def mix_seed(*numbers) -> int:

@@ -104,6 +104,8 @@ class TrainConfig:
         for name in ("eval_batches", "warmup_steps", "weight_decay", "grad_clip", "sample_tokens", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 0 or more")
+        if any("\ud800" <= character <= "\udfff" for character in self.sample_prompt):
+            raise ValueError("sample_prompt is not valid UTF-8 text: correct it")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes is {self.max_minutes}: set it over 0, or leave it out")
 
@@ -255,8 +257,7 @@ class Trainer:
         self.window_start = time.monotonic()
 
     def _log_training(self, bar):
-        losses = self.accelerator.reduce(self.window_losses) / max(1, self.window_steps)
-        loss, ce, act = losses.tolist()
+        loss, ce, act = (self.accelerator.reduce(self.window_losses) / max(1, self.window_steps)).tolist()
         seconds = time.monotonic() - self.window_start
         tokens = self.config.batch_size * self.train_set.seq_len
         self.elapsed = time.monotonic() - self.started
@@ -280,11 +281,9 @@ class Trainer:
 
     def evaluate(self, limit: int | None) -> dict:
         """Figures of the (averaged) weights on `limit` validation batches (None: all); a sample, the learning curve."""
-        batches = self._loader(self.valid_set, shuffle=False)
+        data, batches = self.valid_set, self._loader(self.valid_set, shuffle=False)
         with self.averaged_weights():
-            figures = evaluate(
-                self.raw, batches, self.valid_set.bytes_per_token, self.precision, limit, self.accelerator
-            )
+            figures = evaluate(self.raw, batches, data.bytes_per_token, self.precision, limit, self.accelerator)
             sample = self.sample() if self.is_main else ""
         self.window_start = time.monotonic()
         if self.log is not None:
