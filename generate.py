@@ -21,6 +21,8 @@ from src.runtime import DTYPES, choose_device, choose_precision, synchronize
 from src.sampling import generate
 from src.tokenizer import StreamDecoder
 
+ROWS = 16  # texts that are written at once
+
 __all__ = ["load_model", "main", "parse_args"]
 
 
@@ -147,8 +149,8 @@ def main(argv=None):
     model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision])
     if config.interactive:
         converse(model, tokenizer, config)
-    else:
-        write_texts(model, tokenizer, prompts, config)
+    for start in range(0, 0 if config.interactive else len(prompts), ROWS):
+        write_texts(model, tokenizer, prompts[start : start + ROWS], config)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class ShakespeareConfig:
 
     recipe: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
-    path: str = "../shared/data/tinyshakespeare/input.txt"
+    path: str = "data/tinyshakespeare/input.txt"
     output: str = "runs/shakespeare.jsonl"
     table: bool = False
     threads: int | None = None

@@ -27,12 +27,12 @@ class _CausalCPU(torch.autograd.Function):
         logsumexp, scale = ctx.saved_tensors[3].reshape(B * H, T, 1), E**-0.5
         is_past = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
         scores = torch.bmm(q.float(), k.float().transpose(1, 2)) * scale  # in bf16 the rounding would be in an exponent
-        p = torch.where(is_past, torch.exp(scores - logsumexp), 0.0)
+        p = torch.where(is_past, torch.exp(scores - logsumexp), 0.0).to(q.dtype)
         grad_p = torch.bmm(grad, v.transpose(1, 2)).float()
-        row = (p * grad_p).sum(-1, keepdim=True)  # not from grad * out, so that the rounding of grad_p cancels
-        grad_scores = (p * (grad_p - row) * scale).to(q.dtype)
+        row = (p.float() * grad_p).sum(-1, keepdim=True)  # not from grad * out, so that the rounding of both cancels
+        grad_scores = (p.float() * (grad_p - row) * scale).to(q.dtype)
         grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.transpose(1, 2), q)
-        grad_v = torch.bmm(p.to(q.dtype).transpose(1, 2), grad)
+        grad_v = torch.bmm(p.transpose(1, 2), grad)
         return tuple(t.view(B, H, T, E) for t in (grad_q, grad_k, grad_v))
 
 

@@ -20,6 +20,7 @@ class KVCache:
         shape = (slots, batch, config.n_kv_heads, max_len, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.slots = list(zip(self.keys.unbind(), self.values.unbind()))  # views: indexing costs as much as the copy
         self.segments: Tensor | None = None  # (B, max_len) attention_mask of all columns, once one has been given
         self.length = 0
 
@@ -41,10 +42,10 @@ class KVCache:
 
     def update(self, slot: int, k: Float[Tensor, "b h t e"], v: Float[Tensor, "b h t e"]) -> tuple[Tensor, Tensor]:
         """Write the new columns of one slot; returns keys and values (B, K, length + T, E) of all columns so far."""
-        end = self.length + k.shape[2]
-        self.keys[slot, :, :, self.length : end] = k
-        self.values[slot, :, :, self.length : end] = v
-        return self.keys[slot, :, :, :end], self.values[slot, :, :, :end]
+        (keys, values), new = self.slots[slot], k.shape[2]
+        keys.narrow(2, self.length, new).copy_(k)
+        values.narrow(2, self.length, new).copy_(v)
+        return keys.narrow(2, 0, self.length + new), values.narrow(2, 0, self.length + new)
 
     def extend_mask(self, mask: Int[Tensor, "b t"] | None, batch: int, new: int) -> Tensor | None:
         """The attention mask (B, length + T) over old and new columns; None while every column is a real token.

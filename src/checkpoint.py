@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ from src.tokenizer import load_tokenizer
 
 # settings that may differ between a run and its continuation
 _FREE_ON_RESUME = {
-    *("resume", "max_minutes", "eval_every", "eval_batches", "save_every", "log_every", "keep_checkpoints", "compile"),
-    *("device", "precision", "num_workers", "num_proc", "cache_dir", "sample_prompt", "sample_tokens", "grad_accum"),
+    *("save_dir", "resume", "max_minutes", "eval_every", "eval_batches", "save_every", "log_every", "keep_checkpoints"),
+    *("device", "precision", "compile", "num_workers", "num_proc", "cache_dir", "grad_accum"),
+    *("sample_prompt", "sample_tokens"),
 }
 RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "stdlib"
 
@@ -49,6 +50,7 @@ def save_checkpoint(folder, model: TRMModel, tokenizer, ema: dict | None = None,
             torch.save(state, beside / "state" / "training.pt")
         _sync(beside)
         aside = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)
         if folder.exists():  # written again: the old one goes only when the new one is in its place
             folder.rename(aside)
         beside.rename(folder)
@@ -192,6 +194,12 @@ def check_writable(folder: Path):
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"cannot write to save_dir {folder}: {parent} is no writable folder; choose another folder")
+
+
+def model_settings(config: TRMConfig) -> dict:
+    """The model's settings for config.yaml: a value that follows from others is left out, so that it follows again."""
+    derived = [name for name in ("n_kv_heads", "d_ff", "grad_deep_steps") if replace(config, **{name: None}) == config]
+    return config.to_dict() | dict.fromkeys(derived)
 
 
 def check_resume(folder: Path, settings: dict, resume: bool) -> Path | None:

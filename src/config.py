@@ -18,6 +18,7 @@ class UserError(Exception):
 def run(main):
     """Run a script's main(): a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
+        sys.stdout.reconfigure(encoding="utf-8")  # text in any language, whatever the terminal's locale
         sys.exit(main())
     except UnicodeEncodeError:
         print("error: a flag's text is not valid UTF-8: correct it", file=sys.stderr)
@@ -113,7 +114,7 @@ def _normalise(argv, fields, positional):
                 raise UserError(f"{name} needs one or more values")
             out.append(_list_flag(field.name, values))
         elif field is not None and field.type in (bool, bool | None) and not is_assigned:
-            has_value = i < len(argv) and not argv[i].startswith("--")
+            has_value = i < len(argv) and argv[i].lower() in ("true", "false", "yes", "no")
             out.append(f"{name}={argv[i] if has_value else 'true'}")
             i += has_value
         elif not name.startswith("-") and positional:

@@ -21,8 +21,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # under autocast queries and keys come in bf16: normalised in the gain's dtype
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        x = x.to(self.weight.dtype)  # under autocast queries and keys come in bf16
+        if torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu":
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # the same in fewer small operations: a sixth of the time of a decoded token on a CPU
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        return (x * mean_square.add_(self.eps).rsqrt_()).mul_(self.weight)
 
 
 def rotary_table(
@@ -102,11 +106,13 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "b t d"], ctx: Context, slot: int) -> Float[Tensor, "b t d"]:
         B, T, D = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, E)
-        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=1)
+        H, K = self.n_heads, self.n_kv_heads
+        qk, v = heads.split((H + K, K), dim=1)
         if self.q_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            qk = torch.cat((self.q_norm(qk[:, :H]), self.k_norm(qk[:, H:])), dim=1).to(v.dtype)
         if ctx.rotary is not None:
-            q, k = apply_rotary_emb(q, *ctx.rotary), apply_rotary_emb(k, *ctx.rotary)
+            qk = apply_rotary_emb(qk, *ctx.rotary)
+        q, k = qk.split((H, K), dim=1)
         if ctx.cache is not None:
             k, v = ctx.cache.update(slot, k, v)  # (B, K, S, E): everything seen so far
         y = attention(q, k, v, ctx.mask, ctx.is_causal, self.dropout if self.training else 0.0)

@@ -61,13 +61,13 @@ def step_weights(spec: str, steps: int) -> list[float]:
     return (numbers + [numbers[-1]] * steps)[:steps]
 
 
-def valid_weights(spec: str) -> bool:
-    """Whether `step_weights` takes this: none negative, the last positive."""
+def valid_weights(spec: str, steps: int) -> bool:
+    """Whether `step_weights` takes this: none negative or infinite, that of the last step positive."""
     try:
-        weights = step_weights(spec, 1 + spec.count(","))
+        weights = step_weights(spec, steps)
     except ValueError:
         return False
-    return min(weights) >= 0 and weights[-1] > 0
+    return all(0 <= weight < math.inf for weight in weights) and weights[-1] > 0
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

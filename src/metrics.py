@@ -48,6 +48,11 @@ def format_params(n) -> str:
     return f"{value:.{digits}f}{suffix}"
 
 
+def describe_model(model: nn.Module) -> str:
+    """`trm, 1.64M parameters`."""
+    return f"{model.config.recursion}, {format_params(sum(p.numel() for p in model.parameters()))} parameters"
+
+
 class Depth(NamedTuple):
     """Blocks that a token passes: read out after one supervision step, and after all of them."""
 

@@ -144,7 +144,8 @@ class TRMConfig:
         cut = is_bare and self.recursion == "loop" and G < T
         yield cut, f"injection none gives the embedding no gradient under grad_deep_steps {G}: set it to deep_steps {T}"
         problem = f"supervision_weights is {self.supervision_weights!r}"
-        yield not valid_weights(self.supervision_weights), f"{problem}: choose equal, linear, last, or such as 0.3,1.0"
+        wrong = not valid_weights(self.supervision_weights, self.supervision_steps)
+        yield wrong, f"{problem}: choose equal, linear, last, or such as 0.3,1.0"
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -31,10 +31,12 @@ def choose_token(logits, temperature, top_k, top_p, generators) -> Int[Tensor, "
     """One token per row of logits (B, V): the likeliest at temperature 0, else drawn with the row's own generator."""
     if temperature == 0:
         return logits.argmax(-1)
+    device, logits = logits.device, logits.cpu()  # float64, which MPS lacks, and the same text on every device
     cumulative = filter_logits(logits, temperature, top_k, top_p).softmax(-1).cumsum(-1)
-    draw = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(logits.device)
+    draw = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
     point = draw[:, None] * cumulative[:, -1:]  # the total is 1 only up to rounding
-    return torch.searchsorted(cumulative, point, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    chosen = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
+    return chosen.clamp(max=logits.shape[-1] - 1).to(device)
 
 
 def fit_window(ids, mask, max_len: int, finished) -> tuple[Tensor, Tensor]:
@@ -92,13 +94,15 @@ def _generate(model, ids, max_new_tokens, rule, use_cache, seed, eos_id, mask):
     for _ in range(max_new_tokens):
         if ids.shape[1] > max_len or cache is None and not bool(mask[:, 0].any()):
             (ids, mask), cache = fit_window(ids, mask, max_len, finished.tolist()), None
-        if cache is not None:
-            real = mask[:, -1:] if bool(finished.any()) else None
-            logits = model(new[:, None], attention_mask=real, cache=cache).logits
-        else:
-            cache = model.new_cache(len(ids), max_len) if use_cache else None
-            logits = model(ids, attention_mask=None if bool(mask.all()) else mask, cache=cache).logits
-        new = choose_token(logits[:, -1], *rule, generators)
+        with torch.inference_mode():  # no bookkeeping for gradients at all
+            if cache is not None:
+                real = mask[:, -1:] if bool(finished.any()) else None
+                logits = model(new[:, None], attention_mask=real, cache=cache).logits
+            else:
+                cache = model.new_cache(len(ids), max_len) if use_cache else None
+                logits = model(ids, attention_mask=None if bool(mask.all()) else mask, cache=cache).logits
+            new = choose_token(logits[:, -1], *rule, generators)
+        new = new.clone()  # an ordinary tensor again
         new = torch.where(finished, eos_id if pad is None else pad, new) if eos_id is not None else new
         yield new
         ids = torch.cat((ids, new[:, None]), dim=1)

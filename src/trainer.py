@@ -18,7 +18,7 @@ from src.config import UserError
 from src.dataset import DataConfig, create_dataloader, prepare_data
 from src.evaluation import evaluate
 from src.losses import IGNORE, bits_per_byte, step_weights
-from src.metrics import RunLog, format_params, plot_learning_curve
+from src.metrics import RunLog, describe_model, plot_learning_curve
 from src.model import TRMConfig, TRMModel
 from src.optim import EMA, cosine_schedule, make_optimizers
 from src.runtime import (
@@ -174,7 +174,9 @@ class Trainer:
                 if self.step % config.save_every == 0 or over or improved:
                     self.save(improved)
             if config.eval_batches and figures and not interrupt.requested:  # told at the end: all validation text
-                figures = self.evaluate(None)
+                figures = self.measure(None)
+                if self.log is not None:
+                    self.log.log(self.step, **{f"final_{name}": value for name, value in figures.items()})
         self._close(interrupt)
         return figures
 
@@ -279,23 +281,26 @@ class Trainer:
             self.log.log(self.step, **line)
         self._start_window()
 
-    def evaluate(self, limit: int | None) -> dict:
-        """Figures of the (averaged) weights on `limit` validation batches (None: all); a sample, the learning curve."""
+    def measure(self, limit: int | None) -> dict:
+        """Figures of the (averaged) weights on `limit` validation batches (None: all)."""
         data, batches = self.valid_set, self._loader(self.valid_set, shuffle=False)
         with self.averaged_weights():
-            figures = evaluate(self.raw, batches, data.bytes_per_token, self.precision, limit, self.accelerator)
+            return evaluate(self.raw, batches, data.bytes_per_token, self.precision, limit, self.accelerator)
+
+    def evaluate(self, limit: int | None) -> dict:
+        """`measure`, written to the log with a sample and the learning curve."""
+        started, figures = time.monotonic(), self.measure(limit)
+        with self.averaged_weights():
             sample = self.sample() if self.is_main else ""
-        self.window_start = time.monotonic()
+        self.window_start += time.monotonic() - started  # its time is none of the training's
         if self.log is not None:
             self.log.log(self.step, **figures)
+            loss, bits = figures["valid_loss"], figures["valid_bits_per_byte"]
+            text = f"step {self.step}: validation {loss:.4f} nats/token, {bits:.4f} bits/byte\n{sample}\n"
             with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
-                file.write(f"=== step {self.step}, {figures['valid_bits_per_byte']:.3f} bits/byte\n{sample}\n\n")
+                file.write(f"=== {text}\n")
             plot_learning_curve(self.folder, f"{self.folder.name}: {describe_model(self.raw)}")
-            tqdm.write(
-                f"step {self.step}: validation {figures['valid_loss']:.4f} nats/token, "
-                f"{figures['valid_bits_per_byte']:.4f} bits/byte\n{sample}\n",
-                file=sys.stderr,
-            )
+            tqdm.write(text, file=sys.stderr)
         return figures
 
     def sample(self) -> str:
@@ -338,7 +343,7 @@ class Trainer:
         average = self.ema.average if self.ema is not None else None
         info = {"step": self.step, "best_valid_loss": self.best if math.isfinite(self.best) else None}
         checkpoint.save_checkpoint(self.folder / name, self.raw, self.tokenizer, average, state, info)
-        for link in ("last", "best") if best else ("last",):
+        for link in ("best", "last") if best else ("last",):
             checkpoint.point(self.folder / link, name)
         checkpoint.prune(self.folder, self.config.keep_checkpoints)
 
@@ -366,25 +371,19 @@ class Trainer:
         self.accelerator.end_training()
 
 
-def describe_model(model: TRMModel) -> str:
-    """`trm, 1.64M parameters`."""
-    return f"{model.config.recursion}, {format_params(sum(p.numel() for p in model.parameters()))} parameters"
-
-
 def create_trainer(config: TrainConfig, data: DataConfig, model_config: TRMConfig, runtime: RuntimeConfig) -> Trainer:
     """Data, tokenizer, model and trainer from settings; writes the run folder's config.yaml before step 0."""
     keep_freed_memory()
     folder, newest = Path(config.save_dir), None
     checkpoint.check_writable(folder)
-    source = checkpoint.resolve(config.init_from) if config.init_from else None
-    if source:
-        model_config = checkpoint.load_config(source)
-    settings = {k: v for part in (config, data, model_config, runtime) for k, v in asdict(part).items()}
+    settings = {name: value for part in (config, data, runtime) for name, value in asdict(part).items()}
+    settings |= {} if config.init_from else checkpoint.model_settings(model_config)
     if (folder / "config.yaml").exists():
         newest = checkpoint.check_resume(folder, settings, config.resume)
-    source = newest or source
+    source = newest or (checkpoint.resolve(config.init_from) if config.init_from else None)
     if source:
         model_config = checkpoint.load_config(source)
+        settings |= checkpoint.model_settings(model_config)
         data = dataclasses.replace(data, tokenizer=str(source), sp_model=None)
     choose_device(runtime.device)  # a wrong device is told before minutes of data preparation
     tokenizer, train_set, valid_set = prepare_data(data, model_config.vocab_size, model_config.max_seq_len)

@@ -133,7 +133,7 @@ class TestForms:
     [
         (["--lr", "fast"], ["--lr fast", "float"]),
         (["--max_steps", "2.5"], ["--max_steps 2.5", "int"]),
-        (["--resume", "maybe"], ["--resume maybe", "bool"]),
+        (["--resume", "maybe"], ["unrecognized", "maybe"]),
         (["--optimizer", "sgd"], ["--optimizer sgd", "adamw", "muon"]),
         (["--norm", "mid"], ["--norm mid", "post", "pre", "sandwich"]),
         (["--learning_rate", "1"], ["--learning_rate"]),
