@@ -20,7 +20,7 @@ $(INSTALLED): requirements.txt
 demo: $(INSTALLED)  ## train a small model on Python's standard library, and let it write: about five minutes
 	rm -rf runs/demo
 	$(VENV) train_trm_lm.py --config configs/demo.yaml --save_dir runs/demo
-	$(VENV) generate.py runs/demo --prompt "def main(" "class " --max_new_tokens 150 --seed 1
+	$(VENV) generate.py runs/demo --prompt "def main(" "class Reader:" --max_new_tokens 150 --seed 1
 
 test: $(INSTALLED)  ## the tests: some minutes
 	$(VENV) -m pytest

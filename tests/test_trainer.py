@@ -41,7 +41,7 @@ class TestRunFolder:
         assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
         assert list(folder.glob("events.out.tfevents*"))
         samples = (folder / "samples.txt").read_text()
-        assert [line.split()[2].rstrip(",") for line in samples.splitlines() if line.startswith("===")] == list("246")
+        assert [line.split()[2].rstrip(":") for line in samples.splitlines() if line.startswith("===")] == list("246")
         assert samples.count("\ndef ") == 3
         records = read_metrics(folder)
         assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
