@@ -20,7 +20,8 @@ class KVCache:
         shape = (slots, batch, config.n_kv_heads, max_len, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.slots = list(zip(self.keys.unbind(), self.values.unbind()))  # views: indexing costs as much as the copy
+        with torch.enable_grad():  # views made once, as making them costs as much as the copy; writable in any mode
+            self.slots = [(self.keys[slot], self.values[slot]) for slot in range(slots)]
         self.segments: Tensor | None = None  # (B, max_len) attention_mask of all columns, once one has been given
         self.length = 0
 
