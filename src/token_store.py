@@ -202,7 +202,8 @@ class TokenStore:
 
     def split(self, position, tokenizer):
         """Two stores, the tokens before and from `position`; byte counts follow the tokens."""
-        tail_bytes = len(tokenizer.decode_bytes(self[position:].tolist()))
+        cuts = range(position, len(self), 1 << 16)  # a few at a time: a token in a Python list is tens of bytes
+        tail_bytes = sum(len(tokenizer.decode_bytes(self[at : at + (1 << 16)].tolist())) for at in cuts)
         pair = []
         for start, stop, n_bytes in ((0, position, self.n_bytes - tail_bytes), (position, len(self), tail_bytes)):
             store = object.__new__(TokenStore)

@@ -217,9 +217,9 @@ class Trainer:
                     if weight > 0:
                         scale = weight * (len(weights) if each else 1) * self.world
                         self.accelerator.backward(out.loss * (share * scale))
-                carries[i] = out.carry
-                losses = torch.stack((out.loss.detach(), out.ce_loss.detach(), out.act_loss.detach()))
+                carries[i], losses = out.carry, torch.stack((out.loss, out.ce_loss, out.act_loss)).detach()
                 self.window_losses += losses * (share * weight)
+                del out  # its logits, before the next step makes its own
             if updates:
                 self._update_weights()
         self.step += 1
