@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from src.config import UserError
 from src.corpus import NoDocument, find_files, stdlib_files
 from src.losses import IGNORE
-from src.token_store import (
+from src.token_store import HOLD_BACK, (
     TokenStore,
     content_key,
     default_cache_dir,
@@ -34,6 +34,7 @@ from src.token_store import (
 )
 from src.tokenizer import load_tokenizer, train_sentencepiece
 
+MOST_VALID_TOKENS = 1_000_000  # of the tail that is held back where documents are few
 ON_THE_SPOT_VOCAB = 4096
 ON_THE_SPOT_BYTES = 10_000_000  # as much text is enough for a vocabulary, and takes seconds
 
@@ -265,7 +266,7 @@ def _train_and_valid_files(data):
 
 
 def _split_stores(store_of, files, tokenizer, seq_len):
-    """Training and validation text by document; where documents are too few for that, the last 5 % of the text."""
+    """Training and validation text by document; where documents are too few for that, the tail of the text."""
     try:
         train, valid = store_of(files, "train"), store_of(files, "valid")
         if min(len(train), len(valid)) > seq_len:
@@ -278,8 +279,9 @@ def _split_stores(store_of, files, tokenizer, seq_len):
             f"the text has {len(whole)} tokens, too few for a training and a validation window of {seq_len + 1}: "
             "give more text, --valid_paths, or a smaller max_seq_len"
         )
-    print("too few documents to hold some back: the last 5 % of the text is for validation", file=sys.stderr)
-    return whole.split(len(whole) - max(seq_len + 1, len(whole) // 20), tokenizer)
+    n_valid = max(seq_len + 1, min(len(whole) // HOLD_BACK, MOST_VALID_TOKENS))
+    print(f"too few documents to hold some back: the last {n_valid} tokens are for validation", file=sys.stderr)
+    return whole.split(len(whole) - n_valid, tokenizer)
 
 
 def _tokenizer_of(data, files, part, vocab_size):
