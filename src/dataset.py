@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from src.config import UserError
 from src.corpus import NoDocument, find_files, stdlib_files
 from src.losses import IGNORE
-from src.token_store import HOLD_BACK, (
+from src.token_store import (
+    HOLD_BACK,
     TokenStore,
     content_key,
     default_cache_dir,
