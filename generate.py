@@ -21,9 +21,9 @@ from src.runtime import DTYPES, choose_device, choose_precision, synchronize
 from src.sampling import generate
 from src.tokenizer import StreamDecoder
 
-ROWS = 16  # texts that are written at once
-
 __all__ = ["load_model", "main", "parse_args"]
+
+ROWS = 16  # texts that are written at once
 
 
 @dataclass
