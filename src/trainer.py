@@ -154,9 +154,8 @@ class Trainer:
 
     def train(self) -> dict:
         """Run to the end (steps, minutes or a signal); returns the figures of the last evaluation."""
-        config, figures = self.config, {}
+        config, figures, self.started = self.config, {}, time.monotonic() - self.elapsed
         self.log = RunLog(self.folder, resume_step=self.step) if self.is_main else None
-        self.started = time.monotonic() - self.elapsed
         start = self.step * config.batch_size
         batches = iter(self._loader(self.train_set, seed=config.seed, start=start, num_workers=self.num_workers))
         with Interrupt() as interrupt, self._bar() as bar:
@@ -173,7 +172,8 @@ class Trainer:
                 over = over or interrupt.requested  # a signal that came in between; time is looked at after a step
                 if self.step % config.save_every == 0 or over or improved:
                     self.save(improved)
-            if config.eval_batches and figures and not interrupt.requested:  # told at the end: all validation text
+            is_part = 0 < config.eval_batches * config.batch_size < len(self.valid_set)
+            if is_part and figures and not interrupt.requested:  # told at the end: all validation text
                 figures = self.measure(None)
                 if self.log is not None:
                     self.log.log(self.step, **{f"final_{name}": value for name, value in figures.items()})
