@@ -22,6 +22,7 @@ import torch
 from common import interleaved, machine, median, print_json, print_table
 
 from src.config import parse_flags, run
+from src.decode import store_for_decoding
 from src.metrics import count_parameters
 from src.model import TRMConfig, TRMModel
 from tests.reference import llama_with_weights_of
@@ -83,7 +84,8 @@ def parse_args(argv=None) -> GenerateBench:
 
 def make_model(args: GenerateBench, shape: str, family: dict) -> TRMModel:
     torch.manual_seed(0)
-    return TRMModel(TRMConfig(max_seq_len=args.max_seq_len, **SHAPES[shape], **family)).eval()
+    model = TRMModel(TRMConfig(max_seq_len=args.max_seq_len, **SHAPES[shape], **family)).eval()
+    return store_for_decoding(model)
 
 
 def random_prompt(model: TRMModel, length: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from src.config import UserError, build
+from src.decode import store_for_decoding
 from src.model import TRMConfig, TRMModel
 from src.tokenizer import load_tokenizer
 
@@ -145,10 +146,11 @@ def load_weights(model: TRMModel, weights: dict, path):
             own[name].copy_(tensor)
 
 
-def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True):
+def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=False):
     """(model in eval mode, tokenizer) of a checkpoint or run folder; default: the released one.
 
-    Averaged (EMA) weights are used where they exist, and a line on stderr says which weights these are."""
+    Averaged (EMA) weights are used where they exist, and a line on stderr says which weights these are. On a CPU the
+    weights are stored for fast decoding, unless the model `trains` on."""
     folder = resolve(folder)
     config = load_config(folder)
     tokenizer = load_tokenizer(str(folder))
@@ -163,7 +165,9 @@ def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True):
     model = TRMModel(config)
     load_weights(model, weights, path)
     print(f"{folder}: {'EMA' if path.name.startswith('ema') else 'plain'} weights", file=sys.stderr)
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+    model = model.to(device=device, dtype=dtype).eval()
+    decodes = torch.device(device).type == "cpu" and not trains
+    return store_for_decoding(model) if decodes else model, tokenizer
 
 
 def load_state(folder) -> dict:

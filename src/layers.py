@@ -10,6 +10,7 @@ from torch import Tensor
 
 from src.attention import attention
 from src.cache import KVCache
+from src.decode import OneToken, one_token_context
 
 
 class RMSNorm(nn.Module):
@@ -21,12 +22,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.weight.dtype)  # under autocast queries and keys come in bf16
-        if torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu":
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # the same in fewer small operations: a sixth of the time of a decoded token on a CPU
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        return (x * mean_square.add_(self.eps).rsqrt_()).mul_(self.weight)
+        # under autocast queries and keys come in bf16
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
 def rotary_table(
@@ -56,6 +53,7 @@ class Context(NamedTuple):
     mask: Bool[Tensor, "b 1 t s"] | None  # True = may attend; None = causal or everything
     is_causal: bool  # lower-triangular attention where mask is None
     cache: KVCache | None
+    one_token: OneToken | None = None  # set where src.decode takes the blocks' place
 
 
 def positions_and_mask(
@@ -84,11 +82,14 @@ def positions_and_mask(
 
 def make_context(config, input_ids, attention_mask, cache, dtype) -> tuple[Tensor, Context]:
     """positions (B or 1, T) and the Context of one forward call of a TRMConfig's model."""
-    c = config
+    c, T = config, input_ids.shape[1]
     positions, mask = positions_and_mask(input_ids, attention_mask, cache, c.causal)
     is_rotary = c.positions == "rope" and c.mixer == "attention"
     rotary = rotary_table(positions, c.head_dim, c.rope_theta, c.rope_scaling, dtype) if is_rotary else None
-    return positions, Context(rotary, mask, c.causal and mask is None and input_ids.shape[1] > 1, cache)
+    is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(input_ids.device.type)
+    decodes = cache is not None and T == 1 and is_plain
+    one_token = one_token_context(cache, rotary, mask, dtype) if decodes else None
+    return positions, Context(rotary, mask, c.causal and mask is None and T > 1, cache, one_token)
 
 
 class Attention(nn.Module):

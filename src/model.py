@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src.cache import KVCache
 from src.config import literal_fields
+from src.decode import run_blocks
 from src.layers import Attention, Context, MLPMixer1D, RMSNorm, SwiGLU, init_weights, make_context
 from src.losses import IGNORE, halting_loss, step_weights, token_loss, valid_weights
 from src.sampling import generate_ids
@@ -304,9 +305,7 @@ class TRMModel(nn.Module):
         positions, ctx = make_context(c, input_ids, attention_mask, cache, x.dtype)
         if self.pos_embed is not None:
             x = x + self.pos_embed(positions)
-        for layer, block in enumerate(self.prelude):
-            x = block(x, ctx, layer)
-        return x, ctx
+        return run_blocks(self.prelude, x, ctx, 0), ctx
 
     def _initial_state(self, x) -> Carry:
         if self.config.recursion == "trm":
@@ -316,9 +315,7 @@ class TRMModel(nn.Module):
     def _read_out(self, y, ctx, step):
         """logits (B, T, V) and halting logits of the answer y (B, T, D) of a supervision step."""
         slot = 0 if ctx.cache is None or not self.coda else ctx.cache.coda_slot(step)
-        h = y
-        for layer, block in enumerate(self.coda):
-            h = block(h, ctx, slot + layer)
+        h = run_blocks(self.coda, y, ctx, slot)
         logits = self.head(h if self.coda_norm is None else self.coda_norm(h))
         if self.config.recursion != "trm":
             return logits, None
@@ -373,8 +370,7 @@ class TinyNet(nn.Module):
         return torch.lerp(old, h, torch.sigmoid(self.gate(torch.cat((old, h), dim=-1))).to(h.dtype))
 
     def apply_blocks(self, h, ctx, slot):
-        for layer, block in enumerate(self.blocks):
-            h = block(h, ctx, slot + layer)
+        h = run_blocks(self.blocks, h, ctx, slot)
         return h if self.norm is None else self.norm(h)
 
 

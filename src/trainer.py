@@ -390,7 +390,7 @@ def create_trainer(config: TrainConfig, data: DataConfig, model_config: TRMConfi
     if not source:
         model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id)
     torch.manual_seed(config.seed)
-    model = checkpoint.load_model(source)[0] if source and not newest else TRMModel(model_config)
+    model = checkpoint.load_model(source, trains=True)[0] if source and not newest else TRMModel(model_config)
     trainer = Trainer(config, model, tokenizer, train_set, valid_set, runtime, data.num_workers)
     if newest:
         trainer.load(newest)

@@ -1,0 +1,49 @@
+"""The decoding form of a block against the plain form, which runs wherever gradients are recorded."""
+
+import pytest
+import torch
+from test_cache import CASES, LEFT_PADDED, name, prompt
+
+from src import decode
+from src.cache import cache_slots
+from src.checkpoint import unshared
+from src.decode import store_for_decoding
+
+
+def by_tokens(model, ids, mask, plain):
+    """Logits of ids (B, T), fed to a cache one token a time after the first four."""
+    with torch.set_grad_enabled(plain):
+        cache = model.new_cache(len(ids))
+        parts = [model(ids[:, :4], attention_mask=None if mask is None else mask[:, :4], cache=cache).logits]
+        for t in range(4, ids.shape[1]):
+            column = None if mask is None else mask[:, t : t + 1]
+            parts.append(model(ids[:, t : t + 1], attention_mask=column, cache=cache).logits)
+    return torch.cat(parts, dim=1).detach()
+
+
+@pytest.mark.parametrize("mask", [None, LEFT_PADDED], ids=["whole", "padded"])
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_is_the_plain_form(tiny, case, mask, monkeypatch):
+    model, ids = tiny(**case).double(), prompt()
+    for block in (*model.prelude, *model.net.blocks, *model.coda):
+        for norm in (block.attn_norm, block.mlp_norm):
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)  # a gain of 1 would hide a forgotten one
+    slots, decode_block = [], decode.decode_block
+    monkeypatch.setattr(decode, "decode_block", lambda *args: slots.append(args[-1]) or decode_block(*args))
+    quick = by_tokens(model, ids, mask, False)
+    assert slots == list(range(cache_slots(model.config))) * 6  # each block of each visit, for each single token
+    plain = by_tokens(model, ids, mask, True)
+    assert len(slots) == 6 * cache_slots(model.config)
+    torch.testing.assert_close(quick, plain, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_stored_for_decoding_the_model_is_the_same(tiny, tied):
+    model, ids = tiny(recursion="trm", injection="concat", tie_embeddings=tied), prompt()
+    before, logits = {n: t.clone() for n, t in model.state_dict().items()}, model(ids).logits
+    assert store_for_decoding(model) is model
+    assert model.net.blocks[0].attn.qkv.weight.stride() == (1, before["net.blocks.0.attn.qkv.weight"].shape[0])
+    assert model.head.weight.is_contiguous() == tied and model.embed.weight.is_contiguous()
+    torch.testing.assert_close(model(ids).logits, logits, atol=1e-5, rtol=0)
+    saved = unshared(model.state_dict())
+    assert all(t.is_contiguous() and torch.equal(t, before[n]) for n, t in saved.items())
