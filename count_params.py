@@ -43,7 +43,7 @@ def parse_args(argv=None) -> tuple[CountConfig, TRMConfig]:
     if any(word.partition("=")[0] == "--config" for word in argv):  # a recipe holds all settings of a training run
         from src.dataset import DataConfig
         from src.runtime import RuntimeConfig
-        from src.trainer import TrainConfig
+        from src.train_config import TrainConfig
 
         classes += [DataConfig, TrainConfig, RuntimeConfig]
     args, config, *_ = parse_flags(__doc__, *classes, argv=argv, positional="checkpoint")

@@ -13,23 +13,22 @@ checkpoints step_NNNNNNNN/ with the links last and best. Ctrl-C ends a run with 
 import sys
 
 from src.checkpoint import save_checkpoint
-from src.config import parse_flags, run
-from src.dataset import DataConfig
-from src.model import TRMConfig
-from src.runtime import RuntimeConfig
-from src.trainer import TrainConfig, create_trainer, evaluate
+from src.config import run
+from src.create import Settings, create_model, create_trainer, read_settings
+from src.evaluation import evaluate
 
-__all__ = ["evaluate", "main", "parse_args", "save_checkpoint"]
+__all__ = ["create_model", "create_trainer", "evaluate", "main", "parse_args", "save_checkpoint"]
 
 
-def parse_args(argv=None) -> tuple[TrainConfig, DataConfig, TRMConfig, RuntimeConfig]:
-    return parse_flags(__doc__, TrainConfig, DataConfig, TRMConfig, RuntimeConfig, argv=argv)
+def parse_args(argv=None) -> Settings:
+    return read_settings(argv, __doc__)
 
 
 def main(argv=None):
-    trainer = create_trainer(*parse_args(argv))
+    trainer = create_trainer(parse_args(argv))
     figures = trainer.train()
-    if figures:
+    trainer.accelerator.end_training()
+    if figures and trainer.is_main:
         print(
             f"done: step {trainer.step}, validation {figures['valid_loss']:.4f} nats/token, "
             f"{figures['valid_bits_per_byte']:.4f} bits/byte; generate with: "

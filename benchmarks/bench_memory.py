@@ -86,7 +86,8 @@ def groups(args: MemoryBench) -> dict[str, list[dict]]:
 def training_peak(args: MemoryBench, settings: dict) -> dict:
     """Bytes: RSS before the first step, and the peak after the last."""
     from src.model import TRMConfig, TRMModel
-    from src.trainer import TrainConfig, Trainer
+    from src.train_config import TrainConfig
+    from src.trainer import Trainer
 
     config = TRMConfig(vocab_size=256, d_model=args.d_model, max_seq_len=args.seq_len, **settings)
     torch.manual_seed(0)

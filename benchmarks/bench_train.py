@@ -27,7 +27,8 @@ from src.config import UserError, build, parse_flags, run
 from src.metrics import count_parameters, flops_per_token
 from src.model import TRMConfig, TRMModel
 from src.runtime import DTYPES, RuntimeConfig, keep_freed_memory  # noqa: E402
-from src.trainer import TrainConfig, Trainer
+from src.train_config import TrainConfig
+from src.trainer import Trainer
 
 FAMILIES = {
     "none": {"recursion": "none", "n_layers": 6, "norm": "pre"},

@@ -35,7 +35,8 @@ from src.losses import IGNORE  # noqa: E402
 from src.metrics import count_parameters, flops_per_token  # noqa: E402
 from src.model import TRMConfig, TRMModel  # noqa: E402
 from src.runtime import RuntimeConfig, keep_freed_memory  # noqa: E402
-from src.trainer import TrainConfig, Trainer  # noqa: E402
+from src.train_config import TrainConfig  # noqa: E402
+from src.trainer import Trainer  # noqa: E402
 
 PROTOTYPE = {
     **{"d_model": 256, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "batch_size": 32, "max_steps": 1500},

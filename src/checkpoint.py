@@ -1,48 +1,43 @@
 """Checkpoint folders: model.safetensors, config.json, the tokenizer's files, ema.safetensors, state/ for resuming.
 
-A run folder holds `step_NNNNNNNN/` checkpoints and the links `last` and `best`. A checkpoint is written beside its
-place and renamed into it, so a crash at any moment leaves the previous one whole. Loading never unpickles code.
+A checkpoint is written beside its place and renamed into it, so a crash at any moment leaves the previous one whole.
+Loading never unpickles code. `src.run_folder` keeps those of a run.
 """
 
 import json
 import os
 import shutil
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from src.config import UserError, build
 from src.decode import store_for_decoding
 from src.model import TRMConfig, TRMModel
+from src.parallel import placed_like
 from src.tokenizer import load_tokenizer
 
-# settings that may differ between a run and its continuation
-_FREE_ON_RESUME = {
-    *("save_dir", "resume", "max_minutes", "eval_every", "eval_batches", "save_every", "log_every", "keep_checkpoints"),
-    *("device", "precision", "compile", "num_workers", "num_proc", "cache_dir", "grad_accum"),
-    *("sample_prompt", "sample_tokens"),
-}
 RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "stdlib"
 
 
-def save_checkpoint(folder, model: TRMModel, tokenizer, ema: dict | None = None, state: dict | None = None, info=None):
-    """Write a checkpoint folder, whole or not at all.
+def save_checkpoint(folder, model: TRMModel, tokenizer, ema=None, state=None, info=None, weights=None):
+    """Write a checkpoint folder, whole or not at all.  UserError where it cannot be written.
 
     ema: averaged weights under the model's own names; state: optimizer and counters for resuming (tensors, numbers,
-    strings, containers); info: figures that go into config.json beside the model's fields. UserError if unwritable."""
+    strings, containers); info: figures that go into config.json beside the model's fields; weights: the model's whole
+    tensors where it holds only a part of them (`own_state`, gathered)."""
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.writing")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        save_file(unshared(model.state_dict()), beside / "model.safetensors")
+        _save_tensors(own_state(model) if weights is None else weights, beside / "model.safetensors")
         if ema is not None:
-            save_file(unshared(ema), beside / "ema.safetensors")
+            _save_tensors(ema, beside / "ema.safetensors")
         tokenizer.save(beside)
         config = {"model": model.config.to_dict(), "info": info or {}}
         (beside / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -63,14 +58,14 @@ def save_checkpoint(folder, model: TRMModel, tokenizer, ema: dict | None = None,
         ) from None
 
 
-def unshared(state: dict) -> dict:
-    """A state dict without its second name for tied weights, contiguous, as safetensors wants it."""
-    seen, out = set(), {}
-    for name, tensor in state.items():
-        if tensor.data_ptr() not in seen or not tensor.numel():
-            out[name] = tensor.detach().contiguous()
-        seen.add(tensor.data_ptr())
-    return out
+def own_state(model: torch.nn.Module) -> dict:
+    """A model's state dict without the second name of tied weights."""
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def _save_tensors(tensors, path):
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _sync(folder):
@@ -79,24 +74,6 @@ def _sync(folder):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-
-
-def point(link, target_name: str):
-    """Make run_folder/last or run_folder/best lead to a checkpoint beside it, in one atomic step."""
-    link = Path(link)
-    beside = link.with_name(f".{link.name}.link")
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(target_name)
-    os.replace(beside, link)
-
-
-def prune(run_folder, keep: int):
-    """Delete all but the newest `keep` step_* folders and the one that `best` leads to, and what a crash left over."""
-    run_folder = Path(run_folder)
-    best = (run_folder / "best").resolve()
-    old = [folder for folder in sorted(run_folder.glob("step_*"))[:-keep] if folder.resolve() != best]
-    for folder in old + list(run_folder.glob(".step_*")):
-        shutil.rmtree(folder)
 
 
 def resolve(folder=None) -> Path:
@@ -135,7 +112,7 @@ def read_weights(path) -> dict:
 
 def load_weights(model: TRMModel, weights: dict, path):
     """Copy tensors into a model, whatever their dtype.  UserError where names or shapes do not match."""
-    own = unshared(model.state_dict())
+    own = own_state(model)
     wrong = sorted(set(own) ^ set(weights)) or [n for n in own if own[n].shape != weights[n].shape]
     if wrong:
         raise UserError(
@@ -143,7 +120,7 @@ def load_weights(model: TRMModel, weights: dict, path):
         )
     with torch.no_grad():
         for name, tensor in weights.items():
-            own[name].copy_(tensor)
+            own[name].copy_(placed_like(tensor, own[name]))
 
 
 def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=False):
@@ -180,45 +157,3 @@ def load_state(folder) -> dict:
         raise UserError(
             f"{path} {reason}: this checkpoint cannot be resumed; use --init_from to start from its weights"
         ) from None
-
-
-def start_run_folder(folder: Path, settings: dict):
-    """Make a run folder with its config.yaml, which `--config` takes back.  UserError where it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / ".config.yaml.writing"
-        beside.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        beside.replace(folder / "config.yaml")
-    except OSError as error:
-        raise UserError(f"cannot write to save_dir {folder}: {error.strerror}; choose another folder") from None
-
-
-def check_writable(folder: Path):
-    """UserError where a run folder could not be made; makes nothing, as there may be other mistakes to tell first."""
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write to save_dir {folder}: {parent} is no writable folder; choose another folder")
-
-
-def model_settings(config: TRMConfig) -> dict:
-    """The model's settings for config.yaml: a value that follows from others is left out, so that it follows again."""
-    derived = [name for name in ("n_kv_heads", "d_ff", "grad_deep_steps") if replace(config, **{name: None}) == config]
-    return config.to_dict() | dict.fromkeys(derived)
-
-
-def check_resume(folder: Path, settings: dict, resume: bool) -> Path | None:
-    """The checkpoint to resume from (None: the run had none yet); refuses a run that must not be touched."""
-    if not resume:
-        raise UserError(f"save_dir {folder} holds a run: go on with --resume true, or choose another folder")
-    try:
-        before = dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
-        raise UserError(f"{folder}/config.yaml is broken: mend it, or choose another save_dir") from None
-    for name, new in settings.items():
-        if name not in _FREE_ON_RESUME and before.get(name) != new:
-            raise UserError(
-                f"--{name} is {new}, but the run in {folder} has {before.get(name)}: "
-                f"resume with the same settings (--config {folder}/config.yaml) or choose another save_dir"
-            )
-    whole = sorted(path for path in folder.glob("step_*") if (path / "config.json").is_file())
-    return resolve(folder / "last") if (folder / "last").exists() else whole[-1] if whole else None

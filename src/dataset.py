@@ -3,41 +3,46 @@
 1. `src.corpus` reads files as a stream of documents.
 2. `src.token_store` keeps their tokens on disk, one flat stream with EOS after each document, keyed by the content of
    files and tokenizer, so the second time it is only opened; `TokenStore` is that stream, memory-mapped.
-3. `PackedDataset` cuts it into full windows; `WikiJsonlDataset` is the padded form, one document per row.
+3. `PackedDataset` cuts it into full windows; `WikiJsonlDataset` is the padded form, one document per row;
+   `MixedDataset` is several corpora, drawn from by weight.
 4. `create_dataloader` makes batches, in an order that is a pure function of (seed, epoch, index).
 5. `prepare_data` does all of it from `DataConfig`, the flags.
+
+`src.stream` reads while training what is too large for 2; `src.order` has the orders of 4; training takes its batches
+from `src.loader`.
 """
 
-import os
+import itertools
+import math
+import signal
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from src.config import UserError
-from src.corpus import NoDocument, find_files, stdlib_files
+from src.corpus import NoDocument, content_hash, find_files, stdlib_files
 from src.losses import IGNORE
+from src.order import EndlessSampler, MixtureSampler, RankBatches
 from src.token_store import (
     HOLD_BACK,
+    ON_THE_SPOT_BYTES,
+    ON_THE_SPOT_VOCAB,
     TokenStore,
     content_key,
-    default_cache_dir,
-    held_back,
     hold_back_share,
-    text_bytes,
+    on_the_spot,
+    sampled,
     tokenize_corpus,
 )
-from src.tokenizer import load_tokenizer, train_sentencepiece
+from src.tokenizer import load_tokenizer
 
 MOST_VALID_TOKENS = 1_000_000  # of the tail that is held back where documents are few
-ON_THE_SPOT_VOCAB = 4096
-ON_THE_SPOT_BYTES = 10_000_000  # as much text is enough for a vocabulary, and takes seconds
 
 
 class Sample(NamedTuple):
@@ -47,6 +52,20 @@ class Sample(NamedTuple):
     input_ids: Int[Tensor, "t"]
     target_ids: Int[Tensor, "t"]
     attention_mask: Int[Tensor, "t"] | None
+
+
+def window_sample(ids, documents=None, bos_eos=None):
+    """Sample of T + 1 consecutive tokens `ids` (int64 array), the last of which is a target only.
+
+    documents (T,) numbers the document of each target, in rising order; bos_eos: see PackedDataset.
+    """
+    ids = torch.from_numpy(ids)
+    inputs, targets = ids[:-1], ids[1:].clone()
+    if bos_eos is not None:
+        bos_id, eos_id = bos_eos
+        inputs = torch.where(inputs == eos_id, bos_id, inputs)
+    # an EOS as input is the BOS of the document to which its target belongs
+    return Sample(inputs, targets, None if documents is None else torch.from_numpy(documents - documents[0] + 1))
 
 
 class PackedDataset(Dataset):
@@ -81,18 +100,18 @@ class PackedDataset(Dataset):
             raise IndexError(index)
         wanted = index % len(self) * self.seq_len
         start = min(wanted, self.n_targets - self.seq_len)
-        ids = torch.from_numpy(self.store[start : start + self.seq_len + 1])
-        targets = ids[1:].clone()
-        targets[: wanted - start] = IGNORE
-        mask = None
-        if self.segment:  # an EOS as input is the BOS of the document to which its target belongs
-            documents = self.store.documents_of(start + 1, start + 1 + self.seq_len)
-            mask = torch.from_numpy(documents - documents[0] + 1)
-        inputs = ids[:-1]
-        if self.bos_eos is not None:
-            bos_id, eos_id = self.bos_eos
-            inputs = torch.where(inputs == eos_id, bos_id, inputs)
-        return Sample(inputs, targets, mask)
+        stop = start + self.seq_len + 1
+        documents = self.store.documents_of(start + 1, stop) if self.segment else None
+        sample = window_sample(self.store[start:stop], documents, self.bos_eos)
+        sample.target_ids[: wanted - start] = IGNORE
+        return sample
+
+    def with_seq_len(self, seq_len):
+        """The same text in windows of another length."""
+        return PackedDataset(self.store, seq_len, self.segment, self.bos_eos)
+
+    def __str__(self):
+        return f"{len(self)} windows of {self.seq_len} tokens"
 
 
 class WikiJsonlDataset(Dataset):
@@ -128,6 +147,34 @@ class WikiJsonlDataset(Dataset):
         inputs = torch.cat([torch.tensor([self.tokenizer.bos_id]), targets[:-1]])
         return Sample(inputs, targets, None)
 
+    def with_seq_len(self, seq_len):
+        """The same documents, cut at another length."""
+        return WikiJsonlDataset(self.store, self.tokenizer, seq_len)
+
+    def __str__(self):
+        return f"{len(self)} documents of at most {self.seq_len} tokens"
+
+
+class MixedDataset(ConcatDataset):
+    """Several corpora (datasets of windows or rows), of which create_dataloader draws each by its weight."""
+
+    def __init__(self, corpora, weights):
+        super().__init__(corpora)
+        self.weights, self.seq_len = list(weights), corpora[0].seq_len
+
+    @property
+    def bytes_per_token(self):
+        """UTF-8 bytes of text per target token, as the corpora are drawn."""
+        tokens = [w * corpus.n_targets / len(corpus) for w, corpus in zip(self.weights, self.datasets)]
+        return sum(n * corpus.bytes_per_token for n, corpus in zip(tokens, self.datasets)) / sum(tokens)
+
+    def with_seq_len(self, seq_len):
+        """The same corpora at another length."""
+        return MixedDataset([corpus.with_seq_len(seq_len) for corpus in self.datasets], self.weights)
+
+    def __str__(self):
+        return " + ".join(f"{w:g} x ({corpus})" for w, corpus in zip(self.weights, self.datasets))
+
 
 def collate_batch(samples, pad_id=0):
     """Samples -> {"input_ids", "target_ids"} (B, T) int64, padded on the right with pad_id and -100; "attention_mask"
@@ -149,35 +196,31 @@ def _stack(rows, length, fill):
     return out
 
 
-class EndlessSampler(Sampler):
-    """Indices of epoch after epoch, each in an order of its own that depends on (seed, epoch) alone. `start` samples
-    are taken as seen, so a resumed run goes on exactly where it was."""
+def create_dataloader(dataset, batch_size, seed=0, shuffle=True, start=0, num_workers=0, pad_id=0, rank=0, world=1):
+    """DataLoader of `collate_batch` dicts: rows rank, rank + world, ... of each batch of `batch_size` rows.
 
-    def __init__(self, n, seed=0, start=0):
-        self.n, self.seed, self.start = n, seed, start
-
-    def __iter__(self):
-        epoch, position = divmod(self.start, self.n)
-        while True:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
-            yield from order[position:].tolist()
-            epoch, position = epoch + 1, 0
-
-
-def create_dataloader(dataset, batch_size, seed=0, shuffle=True, start=0, num_workers=0, pad_id=0):
-    """DataLoader of `collate_batch` dicts. shuffle=True: endless, full batches across the ends of epochs, after `start`
-    samples; batch k is the same for every num_workers. shuffle=False: one pass in order, the last batch may be small.
+    shuffle=True: endless, full batches across the ends of epochs, after `start` samples; batch k is the same for every
+    num_workers. shuffle=False: one pass in order, the last batch may be small.
     """
-    sampler = EndlessSampler(len(dataset), seed, start) if shuffle else range(start, len(dataset))
+    if not shuffle:
+        sampler = range(start, len(dataset))
+    elif isinstance(dataset, MixedDataset):
+        sampler = MixtureSampler([len(corpus) for corpus in dataset.datasets], dataset.weights, seed, start)
+    else:
+        sampler = EndlessSampler(len(dataset), seed, start)
     return DataLoader(
         dataset,
-        batch_size,
-        sampler=sampler,
+        batch_sampler=RankBatches(sampler, batch_size, rank, world),
         num_workers=num_workers,
         collate_fn=_Collate(pad_id),
-        persistent_workers=False,
+        worker_init_fn=ignore_interrupt,
         generator=torch.Generator().manual_seed(seed),  # so that making an iterator does not touch the global state
     )
+
+
+def ignore_interrupt(worker_id):
+    """In a loading process: Ctrl-C is for the training process, which may want batches until its step is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Collate:
@@ -203,8 +246,11 @@ class DataConfig:
         document_mask: keep attention inside documents
         packing: cut the joined documents into full windows; false = one document per row, padded
         strict: a bad line of a data file is an error, not skipped
+        mixture: weights of the train_paths, one each: their shares of the windows; none = by size, as one corpus
+        streaming: read and tokenize the training files while training, instead of once before it
+        shuffle_buffer: windows that streaming shuffles at a time, per loading process and corpus
         num_workers: processes that load batches; 0 = the training process itself
-        num_proc: processes that tokenize; they share the files
+        num_proc: processes that tokenize before training
         cache_dir: folder for tokenized text; none = $HF_DATASETS_CACHE or ~/.cache/generative-trm
     """
 
@@ -216,6 +262,9 @@ class DataConfig:
     document_mask: bool = False
     packing: bool = True
     strict: bool = False
+    mixture: list[float] = field(default_factory=list)
+    streaming: bool = False
+    shuffle_buffer: int = 2048
     num_workers: int = 0
     num_proc: int = 1
     cache_dir: str | None = None
@@ -225,8 +274,17 @@ class DataConfig:
             raise ValueError(f"sp_model is for tokenizer sentencepiece, not {self.tokenizer}: leave out one of the two")
         if self.num_workers < 0 or self.num_proc < 1:
             raise ValueError("num_workers must be 0 or more, num_proc 1 or more")
-        if self.document_mask and not self.packing:
-            raise ValueError("document_mask needs packing: with packing false a row holds one document anyway")
+        if self.shuffle_buffer < 1:
+            raise ValueError("shuffle_buffer must be 1 or more; 1 does not shuffle")
+        if not self.packing and (self.document_mask or self.streaming):
+            name = "document_mask" if self.document_mask else "streaming"
+            raise ValueError(f"{name} needs packing: with packing false a row holds one document")
+        if self.mixture and len(self.mixture) != len(self.train_paths):
+            raise ValueError(
+                f"mixture has {len(self.mixture)} weights for {len(self.train_paths)} train_paths: give one each"
+            )
+        if not all(0 < weight < math.inf for weight in self.mixture):
+            raise ValueError("mixture: every weight must be a number over 0; leave out a path that is not wanted")
 
 
 def prepare_data(data, vocab_size, seq_len, save_dir=None):
@@ -236,44 +294,63 @@ def prepare_data(data, vocab_size, seq_len, save_dir=None):
     vocabulary in use is tokenizer.vocab_size. save_dir: a folder that the tokenizer's file is written to. Raises
     UserError for every fault of the input.
     """
-    train_files, valid_files = _train_and_valid_files(data)
-    is_split = not valid_files  # validation documents come out of the training files
-    tokenizer = _tokenizer_of(data, train_files, "train" if is_split else "whole", vocab_size)
+    corpora, valid_files = _corpora_and_valid_files(data)
+    files = sorted(set(itertools.chain(*corpora)))
+    part = "whole" if valid_files else "train"  # else validation documents come out of the training files
+    if data.streaming:
+        from src.stream import Shards, StreamingDataset  # here, because it builds on this module
+
+        shards = Shards(corpora, data.text_field, data.strict, holds_back=not valid_files)
+        tokenizer = _tokenizer_of(data, vocab_size, (piece for piece, _ in shards.heads(ON_THE_SPOT_BYTES)))
+    else:
+        tokenizer = _tokenizer_of(data, vocab_size, sampled(files, data.text_field, part), files, part)
     if save_dir is not None:
         tokenizer.save(save_dir)
 
-    def store_of(files, part="whole"):
-        return tokenize_corpus(files, tokenizer, data.text_field, data.strict, data.num_proc, data.cache_dir, part)
+    def store_of(files, part="whole", share=None):
+        options = (data.text_field, data.strict, data.num_proc, data.cache_dir, part, share)
+        return tokenize_corpus(files, tokenizer, *options)
 
     def rows_of(store):
         if data.packing:
             return PackedDataset(store, seq_len, data.document_mask, (tokenizer.bos_id, tokenizer.eos_id))
         return WikiJsonlDataset(store, tokenizer, seq_len)
 
-    if is_split:
-        train, valid = _split_stores(store_of, train_files, tokenizer, seq_len)
+    if data.streaming:
+        train_set = StreamingDataset(shards, tokenizer, seq_len, data.mixture, data.document_mask, data.shuffle_buffer)
+        valid = store_of(valid_files) if valid_files else shards.held_back_store(store_of, seq_len)
+        return tokenizer, train_set, rows_of(valid)
+    if valid_files:
+        stores, valid = [store_of(corpus) for corpus in corpora], store_of(valid_files)
     else:
-        train, valid = store_of(train_files), store_of(valid_files)
-    return tokenizer, rows_of(train), rows_of(valid)
+        stores, valid = _split_stores(store_of, corpora, files, tokenizer, seq_len)
+    sets = [rows_of(store) for store in stores]
+    return tokenizer, MixedDataset(sets, data.mixture) if data.mixture else sets[0], rows_of(valid)
 
 
-def _train_and_valid_files(data):
+def _corpora_and_valid_files(data):
+    """Training files, a list per corpus, and validation files."""
     if not data.train_paths:
         train_files, valid_files = stdlib_files()
         print(f"no train_paths: the Python standard library, {len(train_files)} files", file=sys.stderr)
+        corpora = [train_files]
     else:
-        train_files, valid_files = find_files(data.train_paths), []
-    return train_files, find_files(data.valid_paths) if data.valid_paths else valid_files
+        corpora = [find_files(path) for path in data.train_paths] if data.mixture else [find_files(data.train_paths)]
+        valid_files = []
+    return corpora, find_files(data.valid_paths) if data.valid_paths else valid_files
 
 
-def _split_stores(store_of, files, tokenizer, seq_len):
-    """Training and validation text by document; where documents are too few for that, the tail of the text."""
+def _split_stores(store_of, corpora, files, tokenizer, seq_len):
+    """Training stores and validation store by document; where documents are too few, by the end of the text."""
+    share = hold_back_share(files)
     try:
-        train, valid = store_of(files, "train"), store_of(files, "valid")
-        if min(len(train), len(valid)) > seq_len:
-            return train, valid
+        stores, valid = [store_of(corpus, "train", share) for corpus in corpora], store_of(files, "valid", share)
+        if min(map(len, [*stores, valid])) > seq_len:
+            return stores, valid
     except NoDocument:
         pass
+    if len(corpora) > 1:
+        raise UserError("the train_paths have too few documents to hold some of each back: give --valid_paths")
     whole = store_of(files)
     if len(whole) < 2 * (seq_len + 1):
         raise UserError(
@@ -282,32 +359,18 @@ def _split_stores(store_of, files, tokenizer, seq_len):
         )
     n_valid = max(seq_len + 1, min(len(whole) // HOLD_BACK, MOST_VALID_TOKENS))
     print(f"too few documents to hold some back: the last {n_valid} tokens are for validation", file=sys.stderr)
-    return whole.split(len(whole) - n_valid, tokenizer)
+    train, valid = whole.split(len(whole) - n_valid, tokenizer)
+    return [train], valid
 
 
-def _tokenizer_of(data, files, part, vocab_size):
+def _tokenizer_of(data, vocab_size, texts, files=None, part=None):
+    """The tokenizer that is asked for; or one trained on `texts`, kept by the content of `files`, else of the texts."""
     if data.sp_model is not None or data.tokenizer != "sentencepiece":
         return load_tokenizer(data.sp_model or data.tokenizer)
     vocab_size = vocab_size or ON_THE_SPOT_VOCAB
-    key = content_key(files, "spm", data.text_field, data.strict, part, vocab_size)
-    prefix = os.path.join(data.cache_dir or default_cache_dir(), f"spm-{key}")
-    if not Path(f"{prefix}.model").exists():
-        print(f"training a SentencePiece model of {vocab_size} pieces on the training text", file=sys.stderr)
-        train_sentencepiece(_sampled(files, data.text_field, part), prefix, vocab_size)
-    return load_tokenizer(f"{prefix}.model")
-
-
-def _sampled(files, text_field, part):
-    """Pieces of the training documents from all over the corpus, about ON_THE_SPOT_BYTES of them."""
-    share = min(1.0, ON_THE_SPOT_BYTES / max(1, text_bytes(files)))
-    for number, (piece, _) in enumerate(_any_part(files, text_field, part)):
-        if int((number + 1) * share) > int(number * share):
-            yield piece
-
-
-def _any_part(files, text_field, part):
-    """One part of the documents, or all where they are too few to be parted."""
-    try:
-        yield from held_back(files, text_field, part=part, share=hold_back_share(files), report=False)
-    except NoDocument:
-        yield from held_back(files, text_field, report=False)
+    if files is not None:
+        key = content_key(files, "spm", data.text_field, data.strict, part, vocab_size)
+    else:
+        texts = list(texts)
+        key = f"{content_hash(chr(0).join(texts).encode()):016x}-{vocab_size}"
+    return on_the_spot(texts, key, vocab_size, data.cache_dir)

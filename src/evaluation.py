@@ -1,5 +1,7 @@
 """How good a language model is on text: loss, bits per byte, accuracy."""
 
+import itertools
+
 import torch
 
 from src.config import UserError
@@ -17,13 +19,13 @@ def evaluate(model, batches, bytes_per_token: float, precision="fp32", limit=Non
     sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # other shapes than in training: not worth a compilation
-        for i, batch in enumerate(batches):
-            if limit is not None and i >= limit:
-                break
-            if i % world != rank:
-                continue
+        batches = itertools.islice(batches, limit)
+        while group := list(itertools.islice(batches, world)):
+            batch = group[min(rank, len(group) - 1)]  # every process runs as often: sharded models work together
             batch = {name: t.to(device) for name, t in batch.items()}
             targets = batch.pop("target_ids")
+            if rank >= len(group):
+                targets = torch.full_like(targets, IGNORE)
             with autocast(device, precision):
                 logits = model(**batch).logits
             valid = targets != IGNORE

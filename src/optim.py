@@ -1,12 +1,12 @@
-"""Optimizers with their parameter groups, the learning-rate schedule, and the moving average of weights."""
+"""Optimizers with their parameter groups, learning-rate schedules, the moving average of weights, AdamW to be read."""
 
 import math
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
-
-from src.checkpoint import unshared
+from torch.optim import Muon, Optimizer
 
 
 def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float, betas) -> list[Optimizer]:
@@ -25,7 +25,7 @@ def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float,
     if name == "adamw":
         groups.append({"params": inner, "weight_decay": weight_decay})
     groups = [g for g in groups if g["params"]]
-    optimizers = [AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)]
     if name == "muon":
         # match_rms_adamw makes an update as large as AdamW's, so one learning rate suits both
         optimizers.append(Muon(inner, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
@@ -35,33 +35,104 @@ def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float,
     return optimizers
 
 
-def cosine_schedule(step: int, warmup_steps: int, progress: float, floor: float) -> float:
-    """Factor of the peak learning rate: linear warm-up over warmup_steps, a cosine down to `floor` at progress 1."""
-    warm = min(1.0, (step + 1) / max(1, warmup_steps))
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
-    return warm * (floor + (1 - floor) * cosine)
+def learning_rate_factor(
+    schedule: Literal["cosine", "linear", "constant"],
+    step: int,
+    warmup_steps: int,
+    progress: float,
+    floor: float,
+    cooldown_fraction: float = 0.2,
+) -> float:
+    """Factor of the peak learning rate: linear warm-up over warmup_steps, times a function of progress, 0 to 1.
+
+    cosine: half a wave from 1 down to `floor`; linear: 1, then a straight line down to `floor` over the last
+    `cooldown_fraction` of the run (warm-up, stable, decay: arXiv:2405.18392); constant: 1, without a floor."""
+    warm, progress = min(1.0, (step + 1) / max(1, warmup_steps)), min(1.0, max(0.0, progress))
+    height = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": min(1.0, (1 - progress) / cooldown_fraction),
+        "constant": 1.0,
+    }[schedule]
+    return warm * (floor + (1 - floor) * height)
+
+
+cosine_schedule = partial(learning_rate_factor, "cosine")
 
 
 class EMA:
-    """Exponential moving average of a model's parameters and buffers, under their names; tied weights once.
+    """Exponential moving average of a model's parameters, under their names; tied weights once.
 
     The decay ramps up as (1 + updates) / (10 + updates), so that the first average is not the initial weights."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
-        self.average = {name: t.detach().clone() for name, t in unshared(model.state_dict()).items()}
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
     def update(self, model: nn.Module):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        live = model.state_dict()
-        torch._foreach_lerp_(list(self.average.values()), [live[name] for name in self.average], 1 - decay)
+        live = dict(model.named_parameters())
+        torch._foreach_lerp_(list(self.average.values()), [live[name].detach() for name in self.average], 1 - decay)
 
     @torch.no_grad()
     def swap(self, model: nn.Module):
         """Exchange the model's weights with the averaged ones; a second call undoes it."""
-        for name, tensor in unshared(model.state_dict()).items():
-            kept = tensor.clone()
-            tensor.copy_(self.average[name])
+        for name, p in model.named_parameters():
+            kept = p.clone()
+            p.copy_(self.average[name])
             self.average[name].copy_(kept)
+
+
+class AdamW(Optimizer):
+    """AdamW from its equations, one tensor at a time: to be read, and to try changes on.  Training takes torch's.
+
+        g = gradient;  t = 1, 2, ...;  c1 = 1 - beta1^t;  c2 = 1 - beta2^t
+        p = p - lr weight_decay p                          decoupled decay, arXiv:1711.05101
+        m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
+        textbook:   p = p - lr (m / c1) / (sqrt(v / c2) + eps)               arXiv:1412.6980, algorithm 1
+        efficient:  p = p - (lr sqrt(c2) / c1) m / (sqrt(v) + eps)           the same, end of section 2
+
+    The two forms differ in eps alone: the efficient one acts like the textbook's with eps / sqrt(c2), which is larger
+    at first. ValueError for settings out of their range."""
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        form: Literal["textbook", "efficient"] = "textbook",
+    ):
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError("lr, eps and weight_decay must be 0 or more, betas in [0, 1): correct them")
+        if form not in ("textbook", "efficient"):
+            raise ValueError(f"form is {form!r}: choose textbook or efficient")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "form": form})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient; returns the loss of `closure`, where one is given."""
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, self.state[p], **{k: v for k, v in group.items() if k in self.defaults})
+        return loss
+
+    @staticmethod
+    def _update(p, state, lr, betas, eps, weight_decay, form):
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+        m, v, (beta1, beta2) = state["exp_avg"], state["exp_avg_sq"], betas
+        c1, c2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
+        p.mul_(1 - lr * weight_decay)
+        m.mul_(beta1).add_((1 - beta1) * p.grad)
+        v.mul_(beta2).add_((1 - beta2) * p.grad**2)
+        if form == "textbook":
+            p.sub_(lr * (m / c1) / ((v / c2).sqrt() + eps))
+        else:
+            p.sub_(lr * c2**0.5 / c1 * m / (v.sqrt() + eps))

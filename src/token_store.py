@@ -1,21 +1,34 @@
-"""Documents to tokens on disk, once: `tokenize_corpus` fills a cache through `datasets`, `TokenStore` maps it."""
+"""Documents to tokens on disk, once: `tokenize_corpus` fills a cache through `datasets`, `TokenStore` maps it.
+
+`on_the_spot` trains the tokenizer where there is none yet.
+"""
 
 import collections
 import functools
 import hashlib
 import itertools
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from src.config import UserError
 from src.corpus import NoDocument, content_hash, find_files, read_pieces
+from src.tokenizer import load_tokenizer, train_sentencepiece
 
 HOLD_BACK = 20  # one document in this many is validation text where no valid_paths are given
 HOLD_BACK_BYTES = 2_000_000  # or fewer, so that it is about this much text at most
 PACKED_RATIO = 3  # a guess of the bytes of text per byte of a compressed file
+MOST_UNEVEN = (
+    1.5  # times its share of the text, the most that one of the processes which share files may have in a file
+)
 ROWS = 200  # pieces of documents per Arrow chunk and per call of the tokenizer: bounds memory
 CACHE_VERSION = "1"  # raise it when the meaning of cached tokens changes
+ON_THE_SPOT_VOCAB = 4096
+ON_THE_SPOT_BYTES = 10_000_000  # as much text is enough for a vocabulary, and takes seconds
 
 
 def default_cache_dir():
@@ -47,31 +60,32 @@ def text_bytes(files):
     return sum(os.path.getsize(f) * (PACKED_RATIO if f.endswith((".gz", ".parquet")) else 1) for f in files)
 
 
-def tokenize_corpus(paths, tokenizer, text_field="text", strict=False, num_proc=1, cache_dir=None, part="whole"):
+def tokenize_corpus(
+    paths, tokenizer, text_field="text", strict=False, num_proc=1, cache_dir=None, part="whole", share=None
+):
     """TokenStore of the documents of files, globs and folders: their tokens, EOS after each document.
 
-    part "valid" is about one document in HOLD_BACK, chosen by its content, about HOLD_BACK_BYTES of text at most;
-    "train" is the rest. Kept in cache_dir (default_cache_dir()) by content of files and tokenizer; a run that was
-    killed leaves nothing that a later one takes for whole, and of two at once one waits. num_proc processes share the
-    files. Raises UserError as `read_pieces` does, NoDocument where the part is empty.
+    part "valid" is `share` of the documents (hold_back_share), chosen by their content; "train" is the rest. Kept in
+    cache_dir (default_cache_dir()) by content of files and tokenizer; a run that was killed leaves nothing that a later
+    one takes for whole, and of two at once one waits. num_proc processes share the files; where those are too few, one
+    process reads and the others tokenize. Raises UserError as `read_pieces` does, NoDocument where the part is empty.
     """
     import datasets
     from filelock import FileLock
 
     files = find_files(paths)
     cache_dir = cache_dir or default_cache_dir()
-    share = hold_back_share(files)
-    key = content_key(files, text_field, strict, part, share, tokenizer.fingerprint)
+    options = (text_field, strict, part, hold_back_share(files) if share is None else share)
+    key = content_key(files, *options, tokenizer.fingerprint)
     id_type = "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32"
-    n_groups = max(1, min(num_proc, len(files)))
+    groups = _groups(files, num_proc)
+    n_encoders = num_proc if len(groups) == 1 < num_proc else 0
     try:
         os.makedirs(cache_dir, exist_ok=True)
         with FileLock(os.path.join(cache_dir, f"{key}.lock")):
             rows = datasets.Dataset.from_generator(
-                functools.partial(
-                    _rows, tokenizer=tokenizer, id_type=id_type, options=(text_field, strict, part, share)
-                ),
-                gen_kwargs={"groups": [list(g) for g in np.array_split(np.array(files, object), n_groups)]},
+                functools.partial(_rows, encoder=_Encoder(tokenizer, id_type), options=options, n_encoders=n_encoders),
+                gen_kwargs={"groups": groups},
                 features=datasets.Features(
                     input_ids=datasets.Value("binary"),  # much quicker to write than a list
                     n_bytes=datasets.Value("int64"),
@@ -80,16 +94,16 @@ def tokenize_corpus(paths, tokenizer, text_field="text", strict=False, num_proc=
                 cache_dir=cache_dir,
                 fingerprint=key,
                 split=datasets.NamedSplit(part),
-                num_proc=n_groups if n_groups > 1 else None,
+                num_proc=len(groups) if len(groups) > 1 else None,
                 writer_batch_size=ROWS,
             )
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-        if n_groups > 1:  # the cause stays in the other process, so it is looked for here
-            collections.deque(held_back(files, text_field, strict, part, share, report=False), maxlen=0)
+        if len(groups) > 1:  # the cause stays in the other process, so it is looked for here
+            collections.deque(held_back(files, *options, report=False), maxlen=0)
         raise _user_error_of(error, cache_dir) from None
     store = TokenStore(rows, id_type)
     if not len(store):  # the reader says why, now that it sees all files at once
-        next(held_back(files, text_field, strict, part, share, report=False))
+        next(held_back(files, *options, report=False))
     return store
 
 
@@ -100,6 +114,15 @@ def _user_error_of(error, cache_dir):
     if isinstance(error, OSError):
         return UserError(f"cache_dir {cache_dir}: {error.strerror or error}; choose another with --cache_dir")
     return error
+
+
+def _groups(files, num_proc):
+    """The files in their order, in num_proc lists of about as much text, or in one if a file is too large for that."""
+    sizes = np.array([text_bytes([file]) for file in files])
+    if num_proc == 1 or sizes.max() > MOST_UNEVEN * sizes.sum() / num_proc:
+        return [files]
+    owners = (np.cumsum(sizes) - sizes / 2) * num_proc // max(1, sizes.sum())  # by the middle of a file
+    return [[file for file, owner in zip(files, owners) if owner == number] for number in range(num_proc)]
 
 
 def hold_back_share(files):
@@ -121,7 +144,7 @@ def held_back(files, text_field="text", strict=False, part="whole", share=0.0, r
         raise NoDocument(f"too few documents to hold some back as {part} text; give --valid_paths")
 
 
-def _rows(groups, tokenizer, id_type, options):
+def _rows(groups, encoder, options, n_encoders):
     """Rows for `datasets`, one per piece: ids, EOS after a document's last piece; bytes; is it the last.
 
     `groups` is this process's share, one list of files. An empty share gives one empty row, because `datasets` does
@@ -129,12 +152,19 @@ def _rows(groups, tokenizer, id_type, options):
     """
     (files,) = groups
     pieces = held_back(files, *options, report=options[2] != "valid")  # bad lines are named with the training part
-    batch = _take(pieces, ROWS) or [("", False)]
-    while batch:
-        for ids, (text, is_last) in zip(tokenizer.encode_batch([text for text, _ in batch]), batch):
-            ids = np.array(ids + [tokenizer.eos_id] * is_last, dtype=id_type)
-            yield {"input_ids": ids.tobytes(), "n_bytes": len(text.encode()), "ends": is_last}
-        batch = _take(pieces, ROWS)
+    first = _take(pieces, ROWS) or [("", False)]
+    batches = itertools.chain([first], iter(lambda: _take(pieces, ROWS), []))
+    # torch's loader as a map over processes: in order, a few batches under way, and no process outlives this one
+    rows = DataLoader(
+        encoder,
+        batch_size=None,
+        sampler=batches,
+        num_workers=n_encoders,
+        collate_fn=_unchanged,
+        generator=torch.Generator(),  # so that the global state is not touched
+    )
+    for batch in rows:
+        yield from batch
 
 
 def _take(pieces, n):
@@ -143,6 +173,28 @@ def _take(pieces, n):
         return list(itertools.islice(pieces, n))
     except NoDocument:  # raised before any piece: a share of the files may be empty where others are not
         return []
+
+
+def _unchanged(rows):
+    return rows
+
+
+class _Encoder(Dataset):
+    """Pieces to rows: encoder[[(text, is_last), ...]]."""
+
+    def __init__(self, tokenizer, id_type):
+        self.tokenizer, self.id_type = tokenizer, id_type
+
+    def __getitem__(self, pieces):
+        batch, eos = self.tokenizer.encode_batch([text for text, _ in pieces]), [self.tokenizer.eos_id]
+        return [
+            {
+                "input_ids": np.array(ids + eos * is_last, dtype=self.id_type).tobytes(),
+                "n_bytes": len(text.encode()),
+                "ends": is_last,
+            }
+            for ids, (text, is_last) in zip(batch, pieces)
+        ]
 
 
 class TokenStore:
@@ -218,3 +270,28 @@ class TokenStore:
 
 def _to_bool(chunk):
     return chunk.to_numpy(zero_copy_only=False)  # Arrow keeps booleans as bits
+
+
+def on_the_spot(texts, key, vocab_size, cache_dir=None):
+    """SentencePiece model of `texts` (an iterable of str), trained where cache_dir has none of that key yet."""
+    prefix = os.path.join(cache_dir or default_cache_dir(), f"spm-{key}")
+    if not Path(f"{prefix}.model").exists():
+        print(f"training a SentencePiece model of {vocab_size} pieces on the training text", file=sys.stderr)
+        train_sentencepiece(texts, prefix, vocab_size)
+    return load_tokenizer(f"{prefix}.model")
+
+
+def sampled(files, text_field, part):
+    """Pieces of the training documents from all over the corpus, about ON_THE_SPOT_BYTES of them."""
+    share = min(1.0, ON_THE_SPOT_BYTES / max(1, text_bytes(files)))
+    for number, (piece, _) in enumerate(_any_part(files, text_field, part)):
+        if int((number + 1) * share) > int(number * share):
+            yield piece
+
+
+def _any_part(files, text_field, part):
+    """One part of the documents, or all where they are too few to be parted."""
+    try:
+        yield from held_back(files, text_field, part=part, share=hold_back_share(files), report=False)
+    except NoDocument:
+        yield from held_back(files, text_field, report=False)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from src import checkpoint
-from src.checkpoint import load_config, load_model, load_state, point, prune, read_weights, resolve, save_checkpoint
+from src.checkpoint import load_config, load_model, load_state, read_weights, resolve, save_checkpoint
 from src.config import UserError
 from src.model import TRMConfig, TRMModel
+from src.run_folder import point, prune
 from src.tokenizer import ByteLevelTokenizer
 
 TOKENIZER = ByteLevelTokenizer()
@@ -30,7 +31,7 @@ def model(tiny):
 def saved(model, tmp_path):
     """A whole checkpoint folder with averaged weights and a state."""
     folder = tmp_path / "whole"
-    ema = {name: t + 1 for name, t in checkpoint.unshared(model.state_dict()).items()}
+    ema = {name: t + 1 for name, t in checkpoint.own_state(model).items()}
     save_checkpoint(folder, model, TOKENIZER, ema, {"step": 3, "optimizers": [{"x": torch.ones(2)}]}, {"step": 3})
     return folder
 
@@ -56,7 +57,7 @@ class TestRoundTrip:
     @pytest.mark.parametrize("tied", [False, True])
     def test_averaged_weights_are_used_where_they_are(self, tiny, tmp_path, capsys, tied):
         model = tiny(vocab_size=TOKENIZER.vocab_size, tie_embeddings=tied)
-        ema = {name: t + 1 for name, t in checkpoint.unshared(model.state_dict()).items()}
+        ema = {name: t + 1 for name, t in checkpoint.own_state(model).items()}
         save_checkpoint(tmp_path / "c", model, TOKENIZER, ema)
         averaged, _ = load_model(tmp_path / "c")
         assert torch.equal(averaged.embed.weight, model.embed.weight + 1)
@@ -291,7 +292,7 @@ class TestWholeAtAnyMoment:
                 step += 1
                 with torch.no_grad():
                     model.embed.weight.fill_(step)
-                weights = checkpoint.unshared(model.state_dict())
+                weights = checkpoint.own_state(model)
                 save_checkpoint(folder / f"step_{step:08d}", model, TOKENIZER, weights, {"step": step})
                 point(folder / "last", f"step_{step:08d}")
                 prune(folder, 2)

@@ -12,7 +12,7 @@ from src.config import UserError, parse_flags, run
 from src.dataset import DataConfig
 from src.model import TRMConfig
 from src.runtime import RuntimeConfig
-from src.trainer import TrainConfig
+from src.train_config import TrainConfig
 
 CLASSES = (TrainConfig, DataConfig, TRMConfig, RuntimeConfig)
 

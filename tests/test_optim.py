@@ -1,18 +1,23 @@
-"""Parameter groups, the learning-rate schedule against its formula, the moving average against a slow twin."""
+"""Parameter groups, schedules against their formulas, the moving average against a slow twin, AdamW against torch's."""
 
 import math
 
 import pytest
 import torch
-from torch.optim import AdamW, Muon
+from torch.optim import Muon
 
-from src.optim import EMA, cosine_schedule, make_optimizers
+from src.optim import EMA, AdamW, learning_rate_factor, make_optimizers
 
 SHAPES = [
     {"recursion": "trm", "gate": True, "injection": "concat", "positions": "learned", "qk_norm": True},
     {"recursion": "loop", "norm": "sandwich", "prelude_layers": 1, "coda_layers": 1},
     {"recursion": "none", "norm": "pre", "tie_embeddings": True},
+    {"recursion": "trm", "mixer": "mlp", "causal": False, "norm": "pre", "coda_layers": 1, "tie_embeddings": True},
 ]
+DECAYED = {"qkv", "out", "gate_up", "down", "inject_z", "inject_y", "gate", "head"}  # modules, by their last name
+SPARED = {"embed", "pos_embed", "q_head", "norm", "attn_norm", "mlp_norm", "attn_out_norm", "mlp_out_norm"} | {
+    *("q_norm", "k_norm", "coda_norm")
+}
 
 
 def groups_of(model, name):
@@ -29,21 +34,19 @@ def groups_of(model, name):
 
 
 class TestGroups:
-    @pytest.mark.parametrize("settings", SHAPES, ids=lambda s: s["recursion"])
+    @pytest.mark.parametrize("settings", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
     @pytest.mark.parametrize("name", ["adamw", "muon"])
     def test_every_parameter_once_and_decay_on_matrices_alone(self, tiny, settings, name):
+        """Decay acts on matrices that mix channels; Muon takes those inside the network, AdamW the rest."""
         model = tiny(**settings)
         found = groups_of(model, name)
         assert set(found) == {n for n, _ in model.named_parameters()}
-        for path, p in model.named_parameters():
-            is_table = path in ("embed.weight", "pos_embed.weight", "q_head.weight")
-            assert found[path][1] == (0.1 if p.ndim == 2 and not is_table else 0.0), path
-
-    def test_muon_has_the_matrices_inside_blocks(self, tiny):
-        model = tiny(recursion="trm", prelude_layers=1)
-        muon = {n for n, (kind, _) in groups_of(model, "muon").items() if kind is Muon}
-        inner = {n for n, p in model.named_parameters() if p.ndim == 2 and n.startswith(("net.", "prelude."))}
-        assert muon == inner and inner
+        for path, (kind, decay) in found.items():
+            module, leaf = path.split(".")[-2:]
+            assert module in DECAYED | SPARED, path
+            assert decay == (0.1 if module in DECAYED and leaf == "weight" else 0.0), path
+            inner = module in DECAYED - {"head"} and leaf == "weight"
+            assert kind is (Muon if name == "muon" and inner else torch.optim.AdamW), path
 
     def test_frozen_parameters_stay_out(self, tiny):
         model = tiny()
@@ -52,28 +55,39 @@ class TestGroups:
 
 
 @pytest.mark.parametrize(
-    ("step", "warmup", "progress", "floor", "factor"),
+    ("schedule", "step", "warmup", "progress", "floor", "factor"),
     [
-        (0, 10, 0.0, 0.1, 0.1),
-        (4, 10, 0.0, 0.1, 0.5),
-        (9, 10, 0.0, 0.0, 1.0),
-        (0, 0, 0.0, 0.1, 1.0),
-        (99, 10, 0.5, 0.0, 0.5),
-        (99, 10, 0.5, 0.2, 0.6),
-        (99, 10, 1 / 3, 0.0, 0.75),
-        (99, 10, 1.0, 0.05, 0.05),
-        (99, 10, 7.0, 0.05, 0.05),  # time may run past the end
-        (4, 10, 0.5, 0.2, 0.3),
+        ("cosine", 0, 10, 0.0, 0.1, 0.1),
+        ("cosine", 4, 10, 0.0, 0.1, 0.5),
+        ("cosine", 9, 10, 0.0, 0.0, 1.0),
+        ("cosine", 0, 0, 0.0, 0.1, 1.0),
+        ("cosine", 99, 10, 0.5, 0.0, 0.5),
+        ("cosine", 99, 10, 0.5, 0.2, 0.6),
+        ("cosine", 99, 10, 1 / 3, 0.0, 0.75),
+        ("cosine", 99, 10, 1.0, 0.05, 0.05),
+        ("cosine", 99, 10, 7.0, 0.05, 0.05),  # time may run past the end
+        ("cosine", 4, 10, 0.5, 0.2, 0.3),
+        ("linear", 4, 10, 0.0, 0.1, 0.5),
+        ("linear", 99, 10, 0.5, 0.1, 1.0),
+        ("linear", 99, 10, 0.75, 0.1, 1.0),
+        ("linear", 99, 10, 0.875, 0.0, 0.5),
+        ("linear", 99, 10, 0.875, 0.2, 0.6),
+        ("linear", 99, 10, 1.0, 0.05, 0.05),
+        ("linear", 99, 10, 7.0, 0.05, 0.05),
+        ("constant", 4, 10, 0.5, 0.1, 0.5),
+        ("constant", 99, 10, 1.0, 0.1, 1.0),
     ],
 )
-def test_schedule(step, warmup, progress, floor, factor):
-    assert cosine_schedule(step, warmup, progress, floor) == pytest.approx(factor, abs=1e-12)
+def test_schedule(schedule, step, warmup, progress, floor, factor):
+    got = learning_rate_factor(schedule, step, warmup, progress, floor, cooldown_fraction=0.25)
+    assert got == pytest.approx(factor, abs=1e-12)
 
 
-def test_schedule_falls_steadily():
-    factors = [cosine_schedule(50 + s, 50, s / 100, 0.1) for s in range(101)]
-    assert factors[0] == 1.0 and factors[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(factors, factors[1:]))
+@pytest.mark.parametrize(("schedule", "flat"), [("cosine", 0), ("linear", 79)])
+def test_schedule_falls_steadily(schedule, flat):
+    factors = [learning_rate_factor(schedule, 50 + s, 50, s / 100, 0.1) for s in range(101)]
+    assert factors[: flat + 1] == [1.0] * (flat + 1) and factors[-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(factors[flat:], factors[flat + 1 :]))
 
 
 def change(model, seed):
@@ -132,7 +146,7 @@ def test_optimizers_train(tiny, name):
     model = tiny(recursion="trm").train()
     ids = torch.randint(0, 23, (4, 9))
     optimizers = make_optimizers(model, name, lr=1e-2, weight_decay=0.01, betas=(0.9, 0.99))
-    assert [type(o) for o in optimizers] == ([AdamW] if name == "adamw" else [AdamW, Muon])
+    assert [type(o) for o in optimizers] == [torch.optim.AdamW] + [Muon] * (name == "muon")
     losses = []
     for _ in range(40):
         loss = model(ids[:, :-1], ids[:, 1:]).ce_loss
@@ -142,3 +156,92 @@ def test_optimizers_train(tiny, name):
             optimizer.step()
             optimizer.zero_grad()
     assert losses[-1] < 0.5 * losses[0] and losses[0] > 0.8 * math.log(23)
+
+
+SETTINGS = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 0.01, "weight_decay": 0.3}  # an eps that shows
+
+
+def descend(make, steps=7):
+    """Parameters (float64) after each step on a function with uneven curvature; the last has no gradient."""
+    start = torch.linspace(-1, 2, 12, dtype=torch.float64).view(3, 4)
+    params = [start.clone().requires_grad_(), start[0].clone().requires_grad_(), start.clone().requires_grad_()]
+    optimizer, path = make(params), []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        ((params[0] ** 2).sum() * 3 + (params[0][1] * params[1].sin()).sum()).backward()
+        optimizer.step()
+        path.append([p.detach().clone() for p in params])
+    return path
+
+
+def far_apart(path, other):
+    return max((a - b).abs().max().item() for now, then in zip(path, other) for a, b in zip(now, then))
+
+
+class TestAdamW:
+    def test_textbook_form_is_torchs(self):
+        ours, theirs = descend(lambda p: AdamW(p, **SETTINGS)), descend(lambda p: torch.optim.AdamW(p, **SETTINGS))
+        assert far_apart(ours, theirs) < 1e-14
+
+    def test_efficient_form_is_torchs_with_a_shrinking_eps(self):
+        """sqrt(v) + eps = sqrt(c2) (sqrt(v / c2) + eps / sqrt(c2))"""
+
+        class Shrinking(torch.optim.AdamW):
+            t = 0
+
+            def step(self):
+                self.t += 1
+                for group in self.param_groups:
+                    group["eps"] = 0.01 / math.sqrt(1 - 0.95**self.t)
+                super().step()
+
+        ours = descend(lambda p: AdamW(p, **SETTINGS, form="efficient"))
+        assert far_apart(ours, descend(lambda p: Shrinking(p, **SETTINGS))) < 1e-14
+        assert far_apart(ours, descend(lambda p: AdamW(p, **SETTINGS))) > 1e-3
+
+    def test_the_forms_are_one_without_eps(self):
+        ours = [descend(lambda p: AdamW(p, **(SETTINGS | {"eps": 0}), form=f)) for f in ("textbook", "efficient")]  # noqa: B023
+        assert far_apart(*ours) < 1e-14
+
+    @pytest.mark.parametrize(
+        ("form", "wanted"),
+        [
+            # m = 0.1 g, v = 0.001 g^2 with g = 2: p = 3 (1 - 0.5 * 0.2) - 0.5 m_hat / (v_hat^(1/2) + 1), the first step
+            ("textbook", 2.7 - 0.5 * 2 / (2 + 1)),
+            ("efficient", 2.7 - 0.5 * 0.001**0.5 / 0.1 * 0.2 / (0.004**0.5 + 1)),
+        ],
+    )
+    def test_first_step_by_hand(self, form, wanted):
+        p = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+        p.grad = torch.tensor([2.0], dtype=torch.float64)
+        AdamW([p], lr=0.5, eps=1.0, weight_decay=0.2, form=form).step()
+        assert p.item() == pytest.approx(wanted, abs=1e-14)
+
+    def test_decay_is_decoupled(self):
+        """Where the gradient is 0 a weight shrinks by lr x weight_decay, whatever its history."""
+        p = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+        optimizer = AdamW([p], lr=0.1, weight_decay=0.5)
+        for _ in range(3):
+            p.grad = torch.zeros_like(p)
+            optimizer.step()
+        assert p.item() == pytest.approx(2 * 0.95**3, abs=1e-15)
+
+    def test_goes_on_from_its_state(self):
+        """Saved after 3 steps and loaded into another: step 4 is the same."""
+        runs = []
+        for breaks in (False, True):
+            p = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+            optimizer = AdamW([p], **SETTINGS)
+            for step in range(4):
+                if breaks and step == 3:
+                    state, optimizer = optimizer.state_dict(), AdamW([p])
+                    optimizer.load_state_dict(state)
+                optimizer.zero_grad()
+                loss = optimizer.step(lambda: (p**4).sum().backward() or 7.0)  # noqa: B023
+            runs.append(p.detach().clone())
+        assert torch.equal(*runs) and loss == 7.0
+
+    @pytest.mark.parametrize("wrong", [{"lr": -1}, {"betas": (0.9, 1.0)}, {"eps": -1e-8}, {"form": "short"}], ids=str)
+    def test_refuses(self, unchecked, wrong):
+        with pytest.raises(ValueError, match="correct them|choose textbook"):
+            AdamW([torch.zeros(1, requires_grad=True)], **wrong)

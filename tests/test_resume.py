@@ -85,9 +85,17 @@ class TestResume:
         with pytest.raises(UserError, match=rf"--{name} is {new}, but the run in .* has {old}"):
             make(resume=True, **{name: new})
 
-    def test_free_settings_may_change(self, make):
+    def test_free_settings_may_change(self, make, capsys):
         make()
+        capsys.readouterr()
         make(resume=True, eval_every=3, log_every=2, grad_accum=2, keep_checkpoints=5)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("--")]
+        assert said == [
+            "--grad_accum is 2, and was 1 before",
+            "--eval_every is 3, and was 200 before",
+            "--log_every is 2, and was 1 before",
+            "--keep_checkpoints is 5, and was 2 before",
+        ]
 
     @pytest.mark.parametrize("content", ["", "lr: [", "- 1", "\xff"])
     def test_broken_config_yaml(self, make, tmp_path, content):
@@ -108,12 +116,28 @@ class TestResume:
         assert step > 0
 
     @pytest.mark.parametrize("content", [None, b"", b"garbage"])
-    def test_state_missing_or_broken(self, make, tmp_path, content):
+    def test_state_missing_or_broken(self, make, tmp_path, content, capsys):
         make().train()
         path = tmp_path / "run" / "last" / "state" / "training.pt"
         path.unlink() if content is None else path.write_bytes(content)
-        with pytest.raises(UserError, match="training.pt.*--init_from"):
+        with pytest.raises(UserError, match="none of the checkpoints .* can be read.*--init_from"):
             make(resume=True)
+        assert "training.pt" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state/training.pt"])
+    def test_broken_newest_checkpoint(self, make, tmp_path, name, capsys):
+        """The one before is taken, it is said, and the run ends as if nothing had been."""
+        settings = {"dropout": 0.2, "save_every": 3}
+        make(**settings).train()
+        whole = {n: (tmp_path / "run" / "last" / n).read_bytes() for n in ("model.safetensors", "ema.safetensors")}
+        newest = tmp_path / "run" / "step_00000008" / name
+        newest.write_bytes(newest.read_bytes()[:-9])
+        trainer = make(resume=True, **settings)
+        assert trainer.step == 6
+        assert f"{newest} is broken" in (err := capsys.readouterr().err) and "checkpoint before" in err
+        trainer.train()
+        assert whole == {n: (tmp_path / "run" / "last" / n).read_bytes() for n in whole}
+        assert [r["step"] for r in read_metrics(trainer.folder) if "loss" in r] == list(range(1, 9))
 
 
 class TestStopping:

@@ -18,7 +18,7 @@ from src.config import UserError
 from src.losses import IGNORE
 from src.metrics import read_metrics
 from src.runtime import RuntimeConfig
-from src.trainer import TrainConfig
+from src.train_config import TrainConfig
 
 pytest_plugins = "training"  # the fixtures make and corpus
 

@@ -1,0 +1,80 @@
+"""From settings to a model and a trainer."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from src import checkpoint, parallel, run_folder
+from src.config import parse_flags
+from src.dataset import DataConfig, prepare_data
+from src.metrics import describe_model
+from src.model import TRMConfig, TRMModel
+from src.runtime import RuntimeConfig, choose_device, keep_freed_memory
+from src.train_config import TrainConfig
+from src.trainer import Trainer
+
+
+class Settings(NamedTuple):
+    """All settings of a run, a dataclass per concern."""
+
+    train: TrainConfig
+    data: DataConfig
+    model: TRMConfig
+    runtime: RuntimeConfig
+
+    def flat(self) -> dict:
+        """{flag: value} of all, as config.yaml has them; without the model's where another folder has them."""
+        parts = (self.train, self.data, self.runtime)
+        flat = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+        return flat if self.train.init_from else flat | run_folder.model_settings(self.model)
+
+
+def read_settings(argv=None, description=None) -> Settings:
+    """Settings from flags, such as ["--config", "configs/small.yaml", "--lr", "3e-3"]; None = the command line's."""
+    return Settings(*parse_flags(description, *Settings.__annotations__.values(), argv=argv))
+
+
+def create_model(config: TRMConfig, tokenizer, seed: int = 0) -> TRMModel:
+    """A new model for a tokenizer's vocabulary; the same seed gives the same weights."""
+    torch.manual_seed(seed)
+    return TRMModel(dataclasses.replace(config, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id))
+
+
+def create_trainer(settings: Settings) -> Trainer:
+    """Data, tokenizer, model and trainer; writes the run folder's config.yaml before step 0.
+
+    Goes on with the run in save_dir where there is one and `resume` says so. UserError for every fault of the input."""
+    keep_freed_memory()
+    with parallel.only_main_speaks():
+        return _create_trainer(settings)
+
+
+def _create_trainer(settings):
+    config, data, model_config, runtime = settings
+    folder, newest, lock = Path(config.save_dir), None, None
+    run_folder.check_writable(folder)
+    if (folder / "config.yaml").exists():
+        run_folder.check_resume(folder, settings.flat(), config.resume)
+        lock = parallel.is_main() and run_folder.RunLock(folder)
+        newest = run_folder.newest_whole(folder)
+    source = newest[0] if newest else checkpoint.resolve(config.init_from) if config.init_from else None
+    if source:
+        model_config = checkpoint.load_config(source)
+        data = dataclasses.replace(data, tokenizer=str(source), sp_model=None)
+    choose_device(runtime.device)  # a wrong device is told before minutes of data preparation
+    tokenizer, train_set, valid_set = prepare_data(data, model_config.vocab_size, model_config.max_seq_len)
+    if config.init_from and not newest:
+        model = checkpoint.load_model(source, trains=True)[0]
+    else:
+        model = create_model(model_config, tokenizer, config.seed)
+    trainer = Trainer(config, model, tokenizer, train_set, valid_set, runtime, data.num_workers)
+    if trainer.is_main and not newest:
+        of_source = run_folder.model_settings(model.config) if config.init_from else {}
+        run_folder.start(folder, settings.flat() | of_source)
+    trainer.lock = lock or (trainer.is_main and run_folder.RunLock(folder))
+    if newest:
+        trainer.load(*newest)
+    trainer.say(f"{describe_model(model)}; {train_set} to train on")
+    return trainer

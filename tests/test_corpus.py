@@ -1,0 +1,155 @@
+"""Files to documents: every format, and every way in which a file can be bad."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from texts import BYTE, write
+
+from src import corpus
+from src.config import UserError
+from src.corpus import find_files, read_documents, read_pieces, stdlib_files
+from src.dataset import DataConfig, prepare_data
+from src.token_store import tokenize_corpus
+
+# files
+
+
+def test_find_files(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.jsonl", "a.jsonl.gz", "sub/c.txt", "sub/d.parquet", "e.py", "skip.json", ".hidden"):
+        (tmp_path / name).write_text("x")
+    names = lambda paths: [os.path.relpath(p, tmp_path) for p in find_files(paths)]  # noqa: E731
+    assert names([tmp_path]) == ["a.jsonl.gz", "b.jsonl", "e.py", "sub/c.txt", "sub/d.parquet"]
+    assert names([f"{tmp_path}/*.jsonl", tmp_path / "b.jsonl"]) == ["b.jsonl"]
+    assert names([f"{tmp_path}/**/*.txt"]) == ["sub/c.txt"]
+    for bad in ("nowhere.txt", "*.md", "skip.json"):
+        with pytest.raises(UserError, match=bad.replace("*", r"\*")):
+            find_files([f"{tmp_path}/{bad}"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty leads to no data file"):
+        find_files([tmp_path / "empty"])
+
+
+def test_stdlib_files():
+    train, valid = stdlib_files()
+    assert (train, valid) == stdlib_files()
+    assert not set(train) & set(valid)
+    assert 0.02 < len(valid) / len(train) < 0.1
+    assert not [p for p in train + valid if {"test", "tests", "site-packages"} & set(Path(p).parts[-4:])]
+    assert any(p.endswith("argparse.py") for p in train + valid)
+
+
+def test_every_format_gives_the_same_documents(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = ["one\ntwo\n", "京都\r\n😀", "  three  ", "\nfour\n\n"]
+    write(tmp_path / "a.jsonl", texts)
+    write(tmp_path / "a.jsonl.gz", texts)
+    pq.write_table(pa.table({"text": texts, "n": [1, 2, 3, 4]}), tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_bytes("".join(f"{t}\n<|endoftext|>\n" for t in texts).encode())
+    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt"):
+        assert list(read_documents([tmp_path / name])) == texts, name
+    (tmp_path / "plain.txt").write_bytes(b"\xef\xbb\xbfno separator\n\nat all\n")
+    assert list(read_documents([tmp_path / "plain.txt"])) == ["no separator\n\nat all\n"]
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text("ab \n", min_size=1, max_size=60).filter(str.strip), min_size=1, max_size=5))
+def test_long_documents_are_cut_without_loss(texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE_CHARS", 7)
+    (tmp_path / "a.txt").write_bytes("".join(f"{t}\n<|endoftext|>\n" for t in texts).encode())
+    write(tmp_path / "a.jsonl", texts)
+    for name in ("a.txt", "a.jsonl"):
+        assert list(read_documents([tmp_path / name])) == texts
+        assert all(len(p) <= 7 or "\n" not in p[:-1] for p, _ in read_pieces([tmp_path / name]))
+
+
+# bad input
+
+BAD_LINES = [
+    (b"{broken", corpus.BAD_JSON),
+    (b"[" * 100_000, corpus.BAD_JSON),
+    (b'{"text": "\xff\xfe"}', corpus.BAD_UTF8),
+    (b'{"text": "\\ud800"}', corpus.BAD_UTF8),
+    (b'{"body": "x"}', corpus.NO_FIELD),
+    (b'{"text": 3}', corpus.NOT_TEXT),
+    (b'{"text": null}', corpus.NOT_TEXT),
+    (b'{"text": " "}', corpus.EMPTY),
+    (b"[1]", corpus.NOT_OBJECT),
+]
+
+
+@pytest.mark.parametrize("line, reason", BAD_LINES)
+def test_a_bad_line_is_named_and_skipped_or_refused(tmp_path, capsys, line, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "fine"}')
+    skipped = Counter()
+    assert list(read_documents([path], skipped=skipped)) == ["good", "fine"]
+    assert skipped == {reason: 1}
+    assert f"a.jsonl:3: skipped, {reason}" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"a.jsonl:3: {reason}"):
+        list(read_documents([path], strict=True))
+
+
+def test_only_the_first_bad_lines_are_named(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b"{\n" * 50 + b'{"text": "x"}\n')
+    list(read_documents([tmp_path / "a.jsonl"]))
+    err = capsys.readouterr().err
+    assert err.count("broken JSON") == corpus.REPORTED + 1 and "50 x broken JSON" in err
+
+
+def test_non_utf8_text_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes("fine\n日本".encode() + b"\n" + "日本".encode("euc-jp") + b"\nlast")
+    skipped = Counter()
+    assert list(read_documents([tmp_path / "a.txt"], skipped=skipped)) == ["fine\n日本\nlast"]
+    assert skipped == {corpus.BAD_UTF8: 1}
+
+
+def test_no_line_has_the_text_field(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write(tmp_path / "a.jsonl", ["x", "y"], field="body")
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        with pytest.raises(UserError, match=r"has the field 'text'; fields there: body \(--text_field\)"):
+            tokenize_corpus([tmp_path / name], BYTE, cache_dir=str(tmp_path / "cache"))
+        assert list(read_documents([tmp_path / name], text_field="body"))[0] == "x"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.py"])
+def test_empty_file(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(UserError, match=f"no document in .*{name}: empty"):
+            tokenize_corpus([tmp_path / name], BYTE, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=name):
+        prepare_data(DataConfig([str(tmp_path / name)], cache_dir=str(tmp_path / "cache")), None, 8)
+    write(tmp_path / "b.jsonl", ["x"])
+    assert list(read_documents([tmp_path])) == ["x"]
+
+
+def test_truncated_or_broken_archives(tmp_path):
+    path = write(tmp_path / "cut.jsonl.gz", [os.urandom(4000).hex()])
+    whole = Path(path).read_bytes()
+    for content in (whole[:-9], whole[: len(whole) // 2], b"not gzip", whole[:200] + b"\0" * 99 + whole[300:]):
+        Path(path).write_bytes(content)
+        with pytest.raises(UserError, match="cut.jsonl.gz cannot be read to its end"):
+            tokenize_corpus([path], BYTE, cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 garbage PAR1")
+    with pytest.raises(UserError, match="bad.parquet cannot be read"):
+        tokenize_corpus([tmp_path / "bad.parquet"], BYTE, cache_dir=str(tmp_path / "cache"))
+    Path(path).write_bytes(whole)  # nothing of the failures was kept
+    assert tokenize_corpus([path], BYTE, cache_dir=str(tmp_path / "cache")).n_documents == 1
+
+
+def test_unwritable_cache(tmp_path):
+    (tmp_path / "file").write_text("")
+    write(tmp_path / "a.jsonl", ["x"])
+    with pytest.raises(UserError, match="cache_dir .*file.*--cache_dir"):
+        tokenize_corpus([tmp_path / "a.jsonl"], BYTE, cache_dir=str(tmp_path / "file" / "c"))

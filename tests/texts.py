@@ -1,0 +1,74 @@
+"""Small data files for tests."""
+
+import gzip
+import io
+import itertools
+import json
+
+import torch
+
+from src.corpus import SEPARATOR
+from src.token_store import tokenize_corpus
+from src.tokenizer import ByteLevelTokenizer
+
+BYTE = ByteLevelTokenizer()
+
+
+def write(path, texts, field="text"):
+    """One file of documents, in the format that its name says; returns the path as a string."""
+    name = str(path)
+    if name.endswith(".parquet"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({field: texts, "n": list(range(len(texts)))}), path)
+    elif name.endswith(".txt"):
+        path.write_bytes("".join(f"{text}\n{SEPARATOR}\n" for text in texts).encode())
+    else:
+        lines = "".join(json.dumps({field: text}, ensure_ascii=False) + "\n" for text in texts).encode()
+        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    return name
+
+
+def store_of(tmp_path, texts, **options):
+    """The TokenStore of documents, of one token per byte."""
+    tmp_path.mkdir(exist_ok=True)
+    path = write(tmp_path / "docs.jsonl", texts)
+    return tokenize_corpus([path], BYTE, cache_dir=str(tmp_path / "cache"), **options)
+
+
+def tokens_of(texts):
+    return [i for text in texts for i in [*text.encode(), BYTE.eos_id]]
+
+
+# where a document is a window, so that a batch tells which documents it has
+
+
+def shards_of(tmp_path, n_shards, n_documents, letter="d"):
+    """Files of every format with documents of 7 characters: with EOS just one window of 8 tokens."""
+    kinds = itertools.cycle((".jsonl.gz", ".parquet", ".txt", ".jsonl"))
+    names = (tmp_path / f"{letter}{shard}{kind}" for shard, kind in zip(range(n_shards), kinds))
+    numbers = itertools.count()
+    return [write(path, [f"{letter}{next(numbers):06d}" for _ in range(n_documents)]) for path in names]
+
+
+def documents(batch):
+    """The document of each row."""
+    return [bytes(row[:7]).decode() for row in batch["input_ids"].tolist()]
+
+
+def take(loader, n):
+    """The documents of the next n batches, a list each."""
+    return [documents(next(loader)) for _ in range(n)]
+
+
+def flat(nested):
+    return list(itertools.chain.from_iterable(nested))
+
+
+def saved(state):
+    """A state that went through torch.save and back without pickle."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
