@@ -3,6 +3,7 @@
     python experiments/shakespeare.py --recipe prototypes --seeds 0 1
     python experiments/shakespeare.py --recipe anchor_trm anchor_loop anchor_plain --seeds 0 1
     python experiments/shakespeare.py --recipe anchor_trm --lr 2e-3 --optimizer muon --d_model 160   # change a recipe
+    python experiments/shakespeare.py --recipe choices --seeds 0 1 2 --threads 1
     python experiments/shakespeare.py --table                  # mean and spread of all runs so far
 
 The customary split: the first 90 % of the text to train, the last 10 % to validate; 65 characters; each step takes
@@ -13,11 +14,12 @@ a table per recipe. Any setting of the model and of training is a flag that repl
 
 Recipes: `prototypes` (width 256, 1,500 steps of 32 x 128) repeat figures of a prototype of this design; `anchor` has
 the budget of nanoGPT's CPU setting, 2,000 steps of 12 x 64 and at most 0.8 M parameters, which reaches 1.88 there
-(README of github.com/karpathy/nanoGPT).
+(README of github.com/karpathy/nanoGPT); `choices` compare one training choice at a time, in 600 steps of that size.
 """
 
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
@@ -48,6 +50,8 @@ ANCHOR = PROTOTYPE | {
     **{"optimizer": "muon", "lr": 3e-3, "ema_decay": 0.99},
 }
 TRM = {"recursion": "trm", "latent_steps": 2, "deep_steps": 1, "supervision_steps": 1}
+CHOICES = ANCHOR | TRM | {"supervision_steps": 2, "max_steps": 600}
+DEEPER = CHOICES | {"supervision_steps": 1, "deep_steps": 2}
 # name: (settings of TRMConfig and TrainConfig, the figure to compare with)
 RECIPES = {
     "plain_2": (PROTOTYPE | {"recursion": "none", "norm": "pre"}, 1.570),
@@ -59,10 +63,16 @@ RECIPES = {
     "anchor_plain": (ANCHOR | {"recursion": "none", "norm": "pre"}, 1.88),
     "anchor_loop": (ANCHOR | {"recursion": "loop", "deep_steps": 3, "norm": "pre"}, 1.88),
     "anchor_trm": (ANCHOR | TRM, 1.88),
+    "choice_muon": (CHOICES, None),
+    "choice_adamw": (CHOICES | {"optimizer": "adamw"}, None),
+    "choice_step_per_supervision": (CHOICES | {"optimizer_step": "supervision"}, None),
+    "choice_last_gradient": (DEEPER | {"grad_deep_steps": 1}, None),
+    "choice_full_gradient": (DEEPER | {"full_bptt": True}, None),
 }
 GROUPS = {
-    "prototypes": [name for name in RECIPES if not name.startswith("anchor")],
+    "prototypes": [name for name in RECIPES if name.startswith(("plain", "loop", "trm"))],
     "anchor": [name for name in RECIPES if name.startswith("anchor")],
+    "choices": [name for name in RECIPES if name.startswith("choice")],
 }
 
 
@@ -215,7 +225,7 @@ def print_table(path) -> None:
         minutes = statistics.mean(r["minutes"] for r in records)
         print(
             f"{name:{width}}  {len(records):4}  {records[0]['parameters']:10,}  {columns[0]:17}  {columns[1]:14}  "
-            f"{records[0]['published']:7.3f}  {minutes:7.1f}"
+            f"{records[0]['published'] or math.nan:7.3f}  {minutes:7.1f}"
         )
 
 

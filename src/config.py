@@ -8,7 +8,7 @@ import signal
 import sys
 import typing
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 
 class UserError(Exception):
@@ -40,17 +40,23 @@ def one_line(message):
 
 class _Parser(ArgumentParser):
     def error(self, message, ex=None):
+        if not self.exit_on_error:  # the parser of one item of a section: its parser says where it stands
+            super().error(message, ex)
         print(f"error: {self._plainly(one_line(message))} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
     def _plainly(self, message):
         """The parser's message about a wrong value as flag, value, what is allowed."""
-        wrong = re.match(r'Parser key "(\w+)": .*(?:Given|Got) value: (.*)$', message)
+        item = re.match(r'Parser key "([\w.]+)": Problem with given class_path \S+ (.*)$', message)
+        if item:
+            return f"{item[1]}: {self._plainly(item[2]).removeprefix('--')}"
+        wrong = re.match(r'Parser key "([\w.]+)": .*(?:Given|Got) value: (.*?)(?: Subclass types .*)?$', message)
         if not wrong:
-            return re.sub(r'Parser key "(\w+)":', r"--\1:", message)
+            return re.sub(r'Parser key "([\w.]+)":', r"--\1:", message)
         action = next((a for a in self._actions if a.dest == wrong[1]), None)
-        allowed = str(getattr(action, "_typehint", "another type"))
-        allowed = re.sub(r"typing\.Literal|<class '(\w+)'>", lambda m: m[1] or "one of ", allowed)
+        told = re.search(r"Subtypes: \[(.*?)\]|Expected an? (<.*?>)", message)  # an item's field has no action here
+        allowed = str(getattr(action, "_typehint", told and (told[1] or told[2]) or "another type"))
+        allowed = re.sub(r"typing\.Literal|<class '([\w.]+)'>", lambda m: m[1] or "one of ", allowed)
         return f"--{wrong[1]} {wrong[2]}: expected {allowed}"
 
 
@@ -66,7 +72,7 @@ def parse_flags(description, *classes, argv=None, positional=None):
     parser.add_argument("--config", action="config", help="YAML file of the same names as the flags below")
     for cls in classes:
         parser.add_class_arguments(cls, as_group=True)
-    fields = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
+    fields = {name: field for cls in classes for name, field in _flags(cls)}
     try:
         parsed = parser.parse_args(_normalise(argv, fields, positional))
     except UnicodeDecodeError:
@@ -75,11 +81,23 @@ def parse_flags(description, *classes, argv=None, positional=None):
 
 
 def build(cls, values, where=""):
-    """cls(**values), where a ValueError or TypeError of its own checks becomes a UserError."""
+    """cls(**values) and its sections, where a ValueError or TypeError of their own checks becomes a UserError."""
+    types = {f.name: f.type for f in dataclasses.fields(cls)}
     try:
-        return cls(**values)
+        return cls(**{name: _section(types.get(name), value, where + name) for name, value in values.items()})
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{where}{error}") from None
+
+
+def _section(kind, value, where):
+    """A field's value, made into the dataclass (or the list of them) that its type asks for."""
+    if typing.get_origin(kind) is list and isinstance(value, list):
+        return [_section(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if not dataclasses.is_dataclass(kind) or isinstance(value, kind):
+        return value
+    if not isinstance(value, (dict, Namespace, type(None))):
+        raise UserError(f"{where} is {value!r}: it is a section, give it settings of its own")
+    return build(kind, dict(value or {}), f"{where}: ")
 
 
 def literal_fields(cls) -> dict:
@@ -94,8 +112,17 @@ class _Formatter(DefaultHelpFormatter):
         return "".join(f"{indent}{line}\n" for line in text.strip().splitlines())
 
 
+def _flags(cls, start=""):
+    """(flag, field) of all fields; those of a section (a field that is a dataclass itself) are `section.field`."""
+    for field in dataclasses.fields(cls):
+        yield start + field.name, field
+        if dataclasses.is_dataclass(field.type):
+            yield from _flags(field.type, f"{start}{field.name}.")
+
+
 def _is_list(field):
-    return typing.get_origin(field.type) is list
+    """Whether the field takes a list of words; a list of sections is given as JSON."""
+    return typing.get_origin(field.type) is list and not dataclasses.is_dataclass(typing.get_args(field.type)[0])
 
 
 def _normalise(argv, fields, positional):
@@ -112,7 +139,7 @@ def _normalise(argv, fields, positional):
                 i += 1
             if not values:
                 raise UserError(f"{name} needs one or more values")
-            out.append(_list_flag(field.name, values))
+            out.append(_list_flag(name[2:], values))
         elif field is not None and field.type in (bool, bool | None) and not is_assigned:
             has_value = i < len(argv) and argv[i].lower() in ("true", "false", "yes", "no")
             out.append(f"{name}={argv[i] if has_value else 'true'}")

@@ -69,7 +69,8 @@ def _create_trainer(settings):
         model = checkpoint.load_model(source, trains=True)[0]
     else:
         model = create_model(model_config, tokenizer, config.seed)
-    trainer = Trainer(config, model, tokenizer, train_set, valid_set, runtime, data.num_workers)
+    first = TRMConfig(**newest[1]["first_model"]) if newest else None
+    trainer = Trainer(config, model, tokenizer, train_set, valid_set, runtime, data.num_workers, first)
     if trainer.is_main and not newest:
         of_source = run_folder.model_settings(model.config) if config.init_from else {}
         run_folder.start(folder, settings.flat() | of_source)

@@ -108,8 +108,11 @@ def save_picture(figure, path: str | Path) -> Path:
     path, buffer = Path(path), io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     beside = path.with_name(f".{path.name}.writing")
-    beside.write_bytes(buffer.getvalue())
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(buffer.getvalue())
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"cannot write the picture {path}: {error.strerror}; make room, or name another file") from None
     return path
 
 

@@ -14,7 +14,7 @@ from `src.loader`.
 
 import itertools
 import math
-import signal
+import os
 import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -213,14 +213,15 @@ def create_dataloader(dataset, batch_size, seed=0, shuffle=True, start=0, num_wo
         batch_sampler=RankBatches(sampler, batch_size, rank, world),
         num_workers=num_workers,
         collate_fn=_Collate(pad_id),
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=leave_group,
         generator=torch.Generator().manual_seed(seed),  # so that making an iterator does not touch the global state
     )
 
 
-def ignore_interrupt(worker_id):
-    """In a loading process: Ctrl-C is for the training process, which may want batches until its step is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_group(worker_id):
+    """In a loading process: Ctrl-C, or a signal to the whole group, asks the training process alone to end; it may want
+    more batches until its step is done, and ends its loading processes itself."""
+    os.setpgid(0, 0)
 
 
 class _Collate:

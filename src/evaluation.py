@@ -7,6 +7,8 @@ import torch
 from src.config import UserError
 from src.losses import IGNORE, bits_per_byte, cross_entropy
 from src.runtime import autocast
+from src.sampling import generate
+from src.tokenizer import StreamDecoder
 
 
 @torch.no_grad()
@@ -40,3 +42,15 @@ def evaluate(model, batches, bytes_per_token: float, precision="fp32", limit=Non
         "valid_bits_per_byte": bits_per_byte(loss / tokens, bytes_per_token),
         "valid_accuracy": right / tokens,
     }
+
+
+def sample_text(model, tokenizer, prompt: str, new_tokens: int, seed: int) -> str:
+    """A prompt and what a model writes after it at temperature 0.8, top_p 0.95, up to EOS."""
+    ids = tokenizer.encode(prompt, bos=True)[: model.config.max_seq_len]
+    decoder, text = StreamDecoder(tokenizer), prompt
+    options = {"temperature": 0.8, "top_p": 0.95, "seed": seed, "eos_id": tokenizer.eos_id}
+    with torch.compiler.set_stance("force_eager"):
+        for token in generate(model, torch.tensor([ids], device=model.embed.weight.device), new_tokens, **options):
+            if token.item() != tokenizer.eos_id:
+                text += decoder.push(token.item())
+    return text + decoder.flush()

@@ -7,7 +7,7 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from src.config import UserError
-from src.dataset import create_dataloader, ignore_interrupt
+from src.dataset import create_dataloader, leave_group
 from src.stream import RankStream, StreamingDataset
 
 
@@ -76,7 +76,7 @@ class StreamLoader:
                 batch_size=None,
                 num_workers=num_workers,
                 collate_fn=_unchanged,
-                worker_init_fn=ignore_interrupt,
+                worker_init_fn=leave_group,
                 generator=torch.Generator().manual_seed(seed),  # so that the global state is not touched
             )
 

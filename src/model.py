@@ -54,6 +54,7 @@ class TRMConfig:
         qk_norm: RMSNorm on queries and keys, per head
         dropout: probability of dropping, on attention weights and on each sublayer's output
         tie_embeddings: the output head is the embedding matrix
+        embed_scale: factor of the embedding as it enters; default sqrt(d_model) where tied and recursive, else 1
         recursion: none = plain transformer (Llama), loop = looped transformer, trm = the two-stream recursion
         prelude_layers: untied blocks before the recursion
         coda_layers: untied blocks after it
@@ -89,6 +90,7 @@ class TRMConfig:
     qk_norm: bool = False
     dropout: float = 0.0
     tie_embeddings: bool = False
+    embed_scale: float | None = None
     recursion: Literal["none", "loop", "trm"] = "trm"
     prelude_layers: int = 0
     coda_layers: int = 0
@@ -111,6 +113,8 @@ class TRMConfig:
         self.d_ff = -(-8 * self.d_model // (3 * 64)) * 64 if self.d_ff is None else self.d_ff
         if self.grad_deep_steps is None:
             self.grad_deep_steps = 1 if self.recursion == "trm" and not self.full_bptt else self.deep_steps
+        if self.embed_scale is None:  # a tied matrix is small, as the head needs it; states have unit size
+            self.embed_scale = self.d_model**0.5 if self.tie_embeddings and self.recursion != "none" else 1.0
         for problem, advice in self._problems():
             if problem:
                 raise ValueError(advice)
@@ -132,7 +136,7 @@ class TRMConfig:
         yield odd, f"rotary positions pair channels, but the head size {D // H} is odd: change d_model or n_heads"
         yield not 0 <= self.dropout < 1, f"dropout is {self.dropout}: set it to 0 or more and under 1"
         yield not 0 < self.act_threshold <= 1, f"act_threshold is {self.act_threshold}: set it over 0 and up to 1"
-        for name in ["norm_eps", "rope_theta"] + ["rope_scaling"] * (self.rope_scaling is not None):
+        for name in ["norm_eps", "rope_theta", "embed_scale"] + ["rope_scaling"] * (self.rope_scaling is not None):
             yield not 0 < getattr(self, name) < inf, f"{name} is {getattr(self, name)}: set it over 0"
         pad, V = self.pad_token_id, self.vocab_size
         outside = None not in (pad, V) and not 0 <= pad < V
@@ -165,11 +169,6 @@ class TRMConfig:
     def visits_per_step(self) -> int:
         """Applications of the network in one supervision step."""
         return {"none": 1, "loop": self.deep_steps, "trm": self.deep_steps * (self.latent_steps + 1)}[self.recursion]
-
-    @property
-    def embed_scale(self) -> float:
-        """A tied matrix is small, as the head needs it; the recursion adds x to states of unit size."""
-        return self.d_model**0.5 if self.tie_embeddings and self.recursion != "none" else 1.0
 
 
 class Carry(NamedTuple):

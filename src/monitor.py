@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import statistics
 import threading
 import time
@@ -27,6 +28,8 @@ REPEAT_S = 60.0  # seconds until the same kind of warning may come again
 LONGEST_REPEAT_S = 3600.0  # what that time doubles up to, so that a week of high load does not fill the screen
 DRAWING_SHARE = 0.01  # of a run's time, at most, goes into drawing its learning curve
 MEDIAN_OF, JUDGED_AFTER = 50, 10  # batches; the first ones are slow by nature (compilation, caches)
+SLOW_FROM_S = 1.0  # seconds; of a shorter batch nobody needs to hear, however short the others are
+SAMPLES_FILE = "samples.txt"
 SYSTEM_FIGURES = {"cpu_percent", "memory_percent", "rss_gib", "gpu_memory_percent", "gpu_memory_gib", "batch_s"}
 
 
@@ -38,7 +41,7 @@ class MonitoringConfig:
         cpu_warning_threshold: per cent of all cores; at 100, never: training on a CPU keeps all of them busy
         memory_warning_threshold: per cent of the machine's memory
         gpu_memory_warning_threshold: per cent of the GPU's memory that this process holds
-        slow_batch_threshold: how many times the median of the last 50 batches a batch may take
+        slow_batch_threshold: how many times the median of the last 50 batches a batch may take (told from 1 s up)
         tensorboard: write TensorBoard events
         wandb_project: log to this Weights & Biases project (pip install wandb; WANDB_MODE=offline needs no network)
     """
@@ -53,7 +56,7 @@ class MonitoringConfig:
     def __post_init__(self):
         for name, value in vars(self).items():
             if name.endswith("threshold") and not value >= 0:
-                raise ValueError(f"monitoring.{name} is {value}: set it to 0 or more")
+                raise ValueError(f"{name} is {value}: set it to 0 or more")
 
 
 class TRMTrainingLogger:
@@ -61,7 +64,7 @@ class TRMTrainingLogger:
 
     A line of metrics.jsonl is {"step", "time" (UTC, ISO 8601), the figures given to `log`, the monitor's}; a value that
     is not finite becomes null. Training: epoch, tokens, loss, ce_loss, act_loss (nats per token), bits_per_byte,
-    visits_per_token (mean recursion depth), grad_norm, lr, tokens_per_s, elapsed_s. Evaluations: valid_*; the last one,
+    recursion_depth (mean visits per token), grad_norm, lr, tokens_per_s, elapsed_s. Evaluations: valid_*; the last one,
     on all text: final_valid_*. Each line is written at once, so that a kill loses at most the one it interrupts.
 
     A run's log is continued: resume_step=n first cuts what was logged after step n, so that each step is there once.
@@ -81,6 +84,8 @@ class TRMTrainingLogger:
             self._outputs = [_Lines(self.folder, resume_step)]
             if config.tensorboard:
                 self._outputs.append(_Events(self.folder, resume_step))
+            if resume_step is not None:
+                _cut_samples(self.folder / SAMPLES_FILE, resume_step)
         except OSError as error:
             raise UserError(
                 f"cannot write the log in {folder}: {error.strerror}; make room, or choose another save_dir"
@@ -97,6 +102,14 @@ class TRMTrainingLogger:
         for output in self._outputs:
             output.log(int(step), now, figures)
 
+    def sample(self, text: str) -> None:
+        """Add a text, whose first line is `step N: ...`, to samples.txt."""
+        try:
+            with open(self.folder / SAMPLES_FILE, "a", encoding="utf-8") as file:
+                file.write(f"=== {text}\n")
+        except OSError as error:
+            warn("%s: %s: a sample is lost; the run goes on", self.folder / SAMPLES_FILE, error.strerror)
+
     def draw(self, title: str = "", force: bool = False) -> None:
         """Draw learning_curve.png, unless (a long log takes long to read) that came to over 1 % of the run's time."""
         if not force and time.monotonic() - self._drawn < self._cost / DRAWING_SHARE:
@@ -106,7 +119,7 @@ class TRMTrainingLogger:
         start = time.monotonic()
         try:
             plot_learning_curve(self.folder, title)
-        except (OSError, UserError) as error:
+        except UserError as error:
             warn("the learning curve was not drawn: %s", error)
         self._drawn = time.monotonic()
         self._cost = self._drawn - start
@@ -212,6 +225,15 @@ class _Events(_Appended):
         self.append(buffer.getvalue())
 
 
+def _cut_samples(path: Path, resume_step: int) -> None:
+    """Drop the samples of steps after resume_step."""
+    if path.exists():
+        parts = re.split(r"(?m)^(?==== step \d+: )", path.read_text(encoding="utf-8"))
+        steps = [int(match[1]) if (match := re.match(r"=== step (\d+)", part)) else 0 for part in parts]
+        kept = [part for part, step in zip(parts, steps) if step <= resume_step]
+        path.write_text("".join(kept), encoding="utf-8")
+
+
 class _Wandb:
     """Weights & Biases: a resumed run goes on under its id, and the steps that it has already are dropped there."""
 
@@ -272,11 +294,11 @@ class ResourceMonitor:
     @contextlib.contextmanager
     def batch(self):
         """Around a batch: its time is measured; one that hangs is warned of before it is done."""
-        self._began = began = time.monotonic()
+        self._began = began = time.perf_counter()
         try:
             yield
         finally:
-            seconds, self._began = time.monotonic() - began, None
+            seconds, self._began = time.perf_counter() - began, None
             if len(self._times) >= JUDGED_AFTER:
                 self._slowest = max(self._slowest, seconds)
             self._times.append(seconds)
@@ -292,7 +314,7 @@ class ResourceMonitor:
             figures["gpu_memory_percent"] = round(100 * held / total, 1)
         times = list(self._times)
         if times:
-            figures["batch_s"] = round(statistics.median(times), 6)
+            figures["batch_s"] = statistics.median(times)
         self.figures = figures
         self._judge(figures)
         if len(times) >= JUDGED_AFTER:
@@ -309,8 +331,8 @@ class ResourceMonitor:
     def _judge_batch(self, median):
         slowest, self._slowest, began = self._slowest, 0.0, self._began
         if began is not None:
-            slowest = max(slowest, time.monotonic() - began)
-        if slowest > self.config.slow_batch_threshold * median:
+            slowest = max(slowest, time.perf_counter() - began)
+        if slowest > max(SLOW_FROM_S, self.config.slow_batch_threshold * median):
             self._warn(
                 "slow_batch",
                 f"a batch took {slowest:.2f} s, {slowest / median:.1f} times the median of {median:.2f} s, "

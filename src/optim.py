@@ -1,7 +1,6 @@
 """Optimizers with their parameter groups, learning-rate schedules, the moving average of weights, AdamW to be read."""
 
 import math
-from functools import partial
 from typing import Literal
 
 import torch
@@ -54,9 +53,6 @@ def learning_rate_factor(
         "constant": 1.0,
     }[schedule]
     return warm * (floor + (1 - floor) * height)
-
-
-cosine_schedule = partial(learning_rate_factor, "cosine")
 
 
 class EMA:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from src.checkpoint import load_state, read_weights
+from src.checkpoint import load_state, read_weights, save_checkpoint
 from src.config import UserError
 from src.model import TRMConfig
 
@@ -42,7 +42,8 @@ def check_writable(folder: Path):
 
 def model_settings(config: TRMConfig) -> dict:
     """The model's settings for config.yaml: a value that follows from others is left out, so that it follows again."""
-    derived = [name for name in ("n_kv_heads", "d_ff", "grad_deep_steps") if replace(config, **{name: None}) == config]
+    follows = ("n_kv_heads", "d_ff", "embed_scale", "grad_deep_steps")
+    derived = [name for name in follows if replace(config, **{name: None}) == config]
     return config.to_dict() | dict.fromkeys(derived)
 
 
@@ -81,7 +82,8 @@ def newest_whole(folder: Path):
             print(f"{error}; going back to the checkpoint before", file=sys.stderr)
     if checkpoints:
         raise UserError(
-            f"none of the checkpoints in {folder} can be read: --init_from may still take weights from one; choose another save_dir"
+            f"none of the checkpoints in {folder} can be read: choose another save_dir; perhaps --init_from can still "
+            "take weights from one"
         )
     return None
 
@@ -109,14 +111,19 @@ class RunLock:
         self.file.close()
 
 
-def publish(run_folder, name: str, best: bool, keep: int):
-    """Let `last`, and `best` if it is, lead to a new checkpoint of a run folder, and prune the old ones."""
+def save(folder: Path, name: str, best: bool, keep: int, *checkpoint):
+    """Write a checkpoint of a run, let `last`, and `best` if it is, lead to it, and prune the old ones.
+
+    `checkpoint` as in `save_checkpoint`, after the folder. UserError where it cannot be written."""
+    if not folder.is_dir():  # making it anew would hide what happened
+        raise UserError(f"save_dir {folder} has vanished while the run went on: the checkpoints were in it")
+    save_checkpoint(folder / name, *checkpoint)
     try:
         for link in ("best", "last") if best else ("last",):
-            point(Path(run_folder) / link, name)
-        prune(run_folder, keep)
+            point(folder / link, name)
+        prune(folder, keep)
     except OSError as error:
-        raise UserError(f"cannot write to {run_folder}: {error.strerror}; its checkpoints are whole") from None
+        raise UserError(f"cannot write to {folder}: {error.strerror}; its checkpoints are whole") from None
 
 
 def point(link, target_name: str):

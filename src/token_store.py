@@ -22,9 +22,7 @@ from src.tokenizer import load_tokenizer, train_sentencepiece
 HOLD_BACK = 20  # one document in this many is validation text where no valid_paths are given
 HOLD_BACK_BYTES = 2_000_000  # or fewer, so that it is about this much text at most
 PACKED_RATIO = 3  # a guess of the bytes of text per byte of a compressed file
-MOST_UNEVEN = (
-    1.5  # times its share of the text, the most that one of the processes which share files may have in a file
-)
+MOST_UNEVEN = 1.5  # a file of more than this times a share of the text is not left to one process
 ROWS = 200  # pieces of documents per Arrow chunk and per call of the tokenizer: bounds memory
 CACHE_VERSION = "1"  # raise it when the meaning of cached tokens changes
 ON_THE_SPOT_VOCAB = 4096

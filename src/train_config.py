@@ -1,7 +1,10 @@
 """The settings of a training run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from src.curriculum import CurriculumConfig
+from src.monitor import MonitoringConfig
 
 
 @dataclass
@@ -16,7 +19,7 @@ class TrainConfig:
         max_minutes: end after this time; the learning rate then follows whichever of steps and time is further
         optimizer: adamw, or muon for the matrices inside blocks and adamw for the rest
         optimizer_step: one optimizer step per batch, or per supervision step as in the TRM paper
-        schedule: learning rate after warm-up: cosine, linear = constant with a linear cool-down at the end, constant
+        schedule: learning rate after warm-up: cosine, linear = constant with a linear cooldown at the end, constant
         sample_depth: each step draws its deep_steps between 1 and the model's
         recursion_from: part of the run, 0 to 1, after which the recursion begins; before it, one cycle and one
             supervision step
@@ -37,6 +40,8 @@ class TrainConfig:
         sample_tokens: its length in tokens; 0 = no sample
         compile: torch.compile; by default where a compiler is present
         shard: spread parameters, gradients, optimizer state over the processes (FSDP); else each has all of them (DDP)
+        curriculum: stages of the run, in the --config file
+        monitoring: where figures go and when the run warns about its machine
         seed: seed of weights, order of examples and dropout
         resume: go on from the newest checkpoint of save_dir
         init_from: checkpoint folder that the run starts from: weights, model settings and tokenizer are its own
@@ -69,6 +74,8 @@ class TrainConfig:
     sample_tokens: int = 120
     compile: bool | None = None
     shard: bool = False
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     seed: int = 0
     resume: bool = False
     init_from: str | None = None

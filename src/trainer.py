@@ -11,54 +11,119 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from src import checkpoint, parallel, run_folder
+from src import parallel, run_folder, run_state
 from src.config import UserError
+from src.curriculum import CurriculumScheduler, grow_average, grow_optimizers, grow_width, set_depth
 from src.dataset import create_dataloader
-from src.evaluation import evaluate
+from src.evaluation import evaluate, sample_text
 from src.loader import create_train_loader
 from src.losses import IGNORE, bits_per_byte, step_weights
-from src.metrics import RunLog as TRMTrainingLogger
-from src.metrics import describe_model, plot_learning_curve
-from src.model import TRMModel
+from src.metrics import describe_model
+from src.model import TRMConfig, TRMModel
+from src.monitor import ResourceMonitor, TRMTrainingLogger
 from src.optim import EMA, learning_rate_factor, make_optimizers
 from src.runtime import Interrupt, autocast, choose_compile, choose_device, choose_precision, mix_seed
-from src.sampling import generate
-from src.tokenizer import StreamDecoder
 from src.train_config import TrainConfig
 
 
 class Trainer:
     """One run: `create_trainer(...)` of src/create.py builds it from settings, `train()` runs it."""
 
-    def __init__(self, config: TrainConfig, model: TRMModel, tokenizer, train_set, valid_set, runtime, num_workers=0):
+    def __init__(
+        self, config: TrainConfig, model: TRMModel, tokenizer, train_set, valid_set, runtime, num_workers=0, first=None
+    ):
+        """first: the config of the model that the run began with, where the curriculum has changed it since."""
         self.config, self.tokenizer, self.train_set, self.valid_set = config, tokenizer, train_set, valid_set
-        self._start_processes(runtime)
-        self.raw = model.to(self.device)
-        compiles, why = choose_compile(config.compile, self.device)
-        if compiles:
-            model.compile_parts()
-        self.say(f"{self.device.type}, {self.precision}; {'compiled' if compiles else 'eager'} ({why})")
-        if config.shard:
-            parallel.shard(model, self.device, self.world)
-        optimizers = make_optimizers(model, config.optimizer, config.lr, config.weight_decay, (0.9, config.beta2))
-        self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in optimizers]
-        self.model = model if config.shard else self.accelerator.prepare(model)
-        self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.num_workers, self.folder, self.log, self.lock = num_workers, Path(config.save_dir), None, None
-        self.loader = None if train_set is None else self._train_loader()
+        precision = self._start_processes(runtime)
+        self.compiles, why = choose_compile(config.compile, self.device)
+        devices = f"{self.world} x {self.device.type}" if self.world > 1 else self.device.type
+        self.say(f"{devices}, {precision}; {'compiled' if self.compiles else 'eager'} ({why})")
+        self._take_model(model)
+        self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.step, self.elapsed, self.best, self.grad_norm = 0, 0.0, math.inf, 0.0
         self.time_fraction, self.skipped, self.skipped_in_a_row = 0.0, 0, 0
+        self.stage, self.loader = None, None
+        self._plan(first or model.config)
         self._start_window()
 
+    def _plan(self, first: TRMConfig):
+        """The stages of the run."""
+        c = self.config
+        self.first = first
+        self.curriculum = CurriculumScheduler(c.curriculum.stages, first, c.batch_size, c.max_steps, self._windows)
+        for stage in self.curriculum.stages:
+            if stage.batch_size % (c.grad_accum * self.world):
+                raise UserError(
+                    f"batch_size {stage.batch_size} does not divide into grad_accum {c.grad_accum} x {self.world} "
+                    "processes: make it a multiple of both"
+                )
+        self.enter_stage()
+
+    def _take_model(self, model: TRMModel):
+        """The model on its device, compiled, sharded or wrapped, with its optimizers."""
+        config, self.raw = self.config, model.to(self.device)
+        if self.compiles:
+            model.compile_parts()
+        if config.shard:
+            parallel.shard(model, self.device, self.world)
+        self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in self._make_optimizers(model)]
+        self.model = model if config.shard else self.accelerator.prepare(model)
+
+    def _make_optimizers(self, model):
+        c = self.config
+        return make_optimizers(model, c.optimizer, c.lr, c.weight_decay, (0.9, c.beta2))
+
+    def _windows(self, seq_len: int) -> int:
+        if not hasattr(self.train_set, "__len__"):
+            raise UserError("epochs of a stage need text that is tokenized first: give steps, or streaming false")
+        return len(self.train_set.with_seq_len(seq_len))
+
+    def enter_stage(self):
+        """What the curriculum changes at this step: width, depth, and the batches."""
+        stage = self.curriculum.at(self.step)
+        if stage is self.stage:
+            return
+        if len(self.curriculum.stages) > 1:
+            self.say(str(stage))
+            torch.compiler.reset()  # of each function torch keeps graphs of a few shapes only
+        self.stage, wide = stage, stage.model
+        if (wide.d_model, wide.d_ff) > (self.raw.config.d_model, self.raw.config.d_ff):
+            self._grow(wide)
+        set_depth(self.raw, wide)
+        if self.train_set is None:
+            return
+        position = None if self.loader is None else self.loader.state_dict()
+        text = self.train_set.with_seq_len(stage.seq_len)
+        place = {"rank": self.rank, "world": self.world, "num_workers": self.num_workers}
+        seed, pad_id = self.config.seed, self.tokenizer.pad_id
+        self.loader = create_train_loader(text, stage.batch_size, seed, pad_id=pad_id, **place)
+        if position is not None:
+            self.loader.load_state_dict(position)
+
+    def _grow(self, wide: TRMConfig):
+        if self.world > 1:
+            raise UserError("dim of a stage grows in one process only: leave it out, or start one process")
+        old, optimizers = self.raw, [optimizer.optimizer for optimizer in self.optimizers]
+        new = grow_width(old, wide.d_model, wide.d_ff, mix_seed(self.config.seed, self.stage.index)).to(self.device)
+        states = [o.state_dict() for o in grow_optimizers(old, new, optimizers, self._make_optimizers)]
+        if self.ema is not None:
+            self.ema.average = grow_average(self.ema.average, old, new)
+        self.accelerator.free_memory()  # else accelerate keeps the old model
+        self._take_model(new)
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
     def _start_processes(self, runtime):
-        """This process's device and precision, and its place among the processes that accelerate started."""
+        """This process's device and its place among the processes of the run; returns the precision and why."""
         config, device = self.config, choose_device(runtime.device)
         if device.index:
             raise UserError(
                 f"--device {device}: choose the GPU with CUDA_VISIBLE_DEVICES={device.index} and --device cuda"
             )
-        self.precision, _ = choose_precision(runtime.precision, device)
+        self.precision, why = choose_precision(runtime.precision, device)
         if self.precision == "fp16" and config.optimizer == "muon":
             raise UserError(
                 "--optimizer muon has no loss scaling for fp16: choose --precision fp32 or --optimizer adamw"
@@ -72,13 +137,9 @@ class Trainer:
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.agreement = parallel.Agreement(self.world)
-        if config.batch_size % (config.grad_accum * self.world):
-            raise UserError(
-                f"batch_size {config.batch_size} does not divide into grad_accum {config.grad_accum} x {self.world} "
-                "processes: make it a multiple of both"
-            )
         if config.shard and self.world == 1:
-            raise UserError("--shard spreads over processes and there is one: use accelerate launch --num_processes 2")
+            raise UserError("--shard spreads over processes and there is one: start several, see docs/training.md")
+        return f"{self.precision} ({why})"
 
     def say(self, line: str):
         if self.is_main:
@@ -86,11 +147,12 @@ class Trainer:
 
     def train(self) -> dict:
         """Run to the end (steps, minutes or a signal); returns the figures of the last evaluation."""
-        self.started = time.monotonic() - self.elapsed
-        if self.is_main:
-            self.log = TRMTrainingLogger(self.folder, resume_step=self.step)
+        self.started, monitoring = time.monotonic() - self.elapsed, self.config.monitoring
+        self.monitor = ResourceMonitor(monitoring, self.device)
         try:
-            with Interrupt() as interrupt, self._bar() as bar:
+            if self.is_main:
+                self.log = TRMTrainingLogger(self.folder, self.step, monitoring, self.monitor)
+            with Interrupt() as interrupt, self._bar() as bar, logging_redirect_tqdm():
                 figures = self._run(interrupt, bar)
         except RuntimeError as error:
             if self.world == 1 or not parallel.is_peer_failure(error):
@@ -100,6 +162,7 @@ class Trainer:
                 f"last checkpoint with --resume true --save_dir {self.folder}"
             ) from None
         finally:
+            self.monitor.close()
             if self.log is not None:
                 self.log.close()
             if self.lock:
@@ -112,7 +175,9 @@ class Trainer:
         config, figures = self.config, {}
         over, stopped = self._is_over(interrupt)
         while not over:
-            self.train_step(next(self.loader))
+            self.enter_stage()
+            with self.monitor.batch():
+                self.train_step(next(self.loader))
             bar.update()
             over, stopped = self._is_over(interrupt)
             if self.step % config.log_every == 0 or over:
@@ -139,12 +204,7 @@ class Trainer:
 
     def progress(self) -> float:
         """How much of the run is done, by steps or by time, whichever is further: 0 to 1."""
-        return max(self.step / self.config.max_steps, self.time_fraction)
-
-    def _train_loader(self):
-        options = {"rank": self.rank, "world": self.world, "num_workers": self.num_workers}
-        seed, pad_id = self.config.seed, self.tokenizer.pad_id
-        return create_train_loader(self.train_set, self.config.batch_size, seed, **options, pad_id=pad_id)
+        return max(self.step / self.curriculum.total_steps, self.time_fraction)
 
     def judge(self) -> tuple[dict, bool]:
         """An evaluation on the same batches each time, and whether it is the best so far."""
@@ -161,8 +221,7 @@ class Trainer:
         with self._depth_of_step():
             self._supervise(self._split(batch))
             self.window_visits += self.raw.config.visits_per_step * self.raw.config.train_steps
-        self.step += 1
-        self.window_steps += 1
+        self.step, self.window_steps = self.step + 1, self.window_steps + 1
 
     def _supervise(self, parts):
         config, model = self.config, self.raw.config
@@ -215,6 +274,7 @@ class Trainer:
     def _set_learning_rate(self):
         c = self.config
         factor = learning_rate_factor(c.schedule, self.step, c.warmup_steps, self.progress(), c.min_lr_ratio)
+        factor *= self.stage.lr_factor
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
@@ -245,25 +305,24 @@ class Trainer:
             )
 
     def _bar(self):
-        total = None if self.config.max_minutes else self.config.max_steps
+        total = None if self.config.max_minutes else self.curriculum.total_steps
         every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file wants few lines
-        return tqdm(
-            total=total, initial=self.step, desc="train", unit="step", disable=not self.is_main, mininterval=every
-        )
+        options = {"desc": "train", "unit": "step", "disable": not self.is_main, "mininterval": every}
+        return tqdm(total=total, initial=self.step, **options)
 
     def _start_window(self):
-        self.window_losses, self.window_steps = torch.zeros(3, device=self.device), 0
-        self.window_visits, self.window_start = 0, time.monotonic()
+        self.window_losses, self.window_start = torch.zeros(3, device=self.device), time.monotonic()
+        self.window_steps, self.window_visits = 0, 0
 
     def _log_training(self, bar):
         steps = max(1, self.window_steps)
         loss, ce, act = (self.accelerator.reduce(self.window_losses) / steps).tolist()
         seconds = time.monotonic() - self.window_start
-        tokens = self.config.batch_size * self.train_set.seq_len
+        tokens = self.curriculum.tokens(self.step)
         self.elapsed = time.monotonic() - self.started
         line = {
             "epoch": self.loader.epoch,
-            "tokens": self.step * tokens,
+            "tokens": tokens,
             "loss": loss,
             "ce_loss": ce,
             "act_loss": act,
@@ -272,7 +331,7 @@ class Trainer:
             "grad_norm": self.grad_norm,
             "skipped": self.skipped,
             "lr": self.lr,
-            "tokens_per_s": self.window_steps * tokens / seconds,
+            "tokens_per_s": (tokens - self.curriculum.tokens(self.step - self.window_steps)) / seconds,
             "elapsed_s": self.elapsed,
         }
         left = self.elapsed * (1 / max(self.progress(), 1e-9) - 1) / 60
@@ -292,30 +351,22 @@ class Trainer:
     def evaluate(self, limit: int | None) -> dict:
         """`measure`, written to the log with a sample and the learning curve."""
         started, figures = time.monotonic(), self.measure(limit)
-        with self.averaged_weights():
-            sample = self.sample() if self.is_main or self.config.shard else ""
-        self.window_start += time.monotonic() - started  # its time is none of the training's
+        sample = self.sample() if self.is_main or self.config.shard else ""
         if self.log is not None:
             self.log.log(self.step, **figures)
             loss, bits = figures["valid_loss"], figures["valid_bits_per_byte"]
             text = f"step {self.step}: validation {loss:.4f} nats/token, {bits:.4f} bits/byte\n{sample}\n"
-            with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
-                file.write(f"=== {text}\n")
-            plot_learning_curve(self.folder, f"{self.folder.name}: {describe_model(self.raw)}")
             tqdm.write(text, file=sys.stderr)
+            self.log.sample(text)
+            self.log.draw(f"{self.folder.name}: {describe_model(self.raw)}", force=self.progress() >= 1)
+        self.window_start += time.monotonic() - started  # its time is none of the training's
         return figures
 
     def sample(self) -> str:
-        """A text by the current weights, the same random numbers each time."""
-        ids = self.tokenizer.encode(self.config.sample_prompt, bos=True)[: self.raw.config.max_seq_len]
-        decoder, text = StreamDecoder(self.tokenizer), self.config.sample_prompt
-        options = {"temperature": 0.8, "top_p": 0.95, "seed": self.config.seed, "eos_id": self.tokenizer.eos_id}
-        with torch.compiler.set_stance("force_eager"):
-            prompt = torch.tensor([ids], device=self.device)
-            for token in generate(self.raw, prompt, self.config.sample_tokens, **options):
-                if token.item() != self.tokenizer.eos_id:
-                    text += decoder.push(token.item())
-        return text + decoder.flush()
+        """A text by the averaged weights, the same random numbers each time."""
+        c = self.config
+        with self.averaged_weights():
+            return sample_text(self.raw, self.tokenizer, c.sample_prompt, c.sample_tokens, c.seed)
 
     @contextlib.contextmanager
     def averaged_weights(self):
@@ -333,52 +384,18 @@ class Trainer:
 
     def save(self, best: bool = False):
         """Write the checkpoint of this step; `last`, and `best` if it is, lead to it.  All processes take part."""
-        name, problem = f"step_{self.step:08d}", None
-        weights = parallel.gathered(checkpoint.own_state(self.raw))
-        average = weights | parallel.gathered(self.ema.average) if self.ema is not None else None
-        state = {
-            "step": self.step,
-            "elapsed": time.monotonic() - self.started,
-            "best": self.best,
-            "skipped": self.skipped,
-            "optimizers": parallel.gathered([optimizer.state_dict() for optimizer in self.optimizers]),
-            "ema_updates": self.ema.updates if self.ema is not None else 0,
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-            "loaders": self.agreement.gather(self.loader.state_dict()),
-            "window": {
-                "losses": self.accelerator.reduce(self.window_losses),
-                "steps": self.window_steps,
-                "visits": self.window_visits,
-                "seconds": time.monotonic() - self.window_start,
-            },
-        }
+        weights, average, state = run_state.collect(self)
         info = {"step": self.step, "best_valid_loss": self.best if math.isfinite(self.best) else None}
+        parts, problem = (self.raw, self.tokenizer, average, state, info, weights), None
         if self.is_main:
             try:
-                checkpoint.save_checkpoint(self.folder / name, self.raw, self.tokenizer, average, state, info, weights)
-                run_folder.publish(self.folder, name, best, self.config.keep_checkpoints)
+                run_folder.save(self.folder, f"step_{self.step:08d}", best, self.config.keep_checkpoints, *parts)
             except UserError as error:
                 problem = error
         if self.agreement.sum(problem is not None)[0]:
             raise problem or UserError("process 0 could not write the checkpoint, see its message")
 
-    def load(self, folder, state: dict):
-        """Take weights, optimizer, average and counters from a checkpoint, to go on exactly where it was written."""
-        weights = folder / "model.safetensors"
-        checkpoint.load_weights(self.raw, checkpoint.read_weights(weights), weights)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            parallel.load_optimizer(optimizer, saved)
-        if self.ema is not None:
-            average = checkpoint.read_weights(folder / "ema.safetensors")
-            for name, tensor in self.ema.average.items():
-                tensor.copy_(parallel.placed_like(average[name], tensor))
-            self.ema.updates = state["ema_updates"]
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.elapsed, self.best, self.skipped = (state[k] for k in ("step", "elapsed", "best", "skipped"))
-        self.loader.load_state_dict(state["loaders"][min(self.rank, len(state["loaders"]) - 1)])
-        if self.is_main:
-            self.window_losses.copy_(state["window"]["losses"])  # their sum over the processes
-        self.window_steps, self.window_visits = state["window"]["steps"], state["window"]["visits"]
-        self.window_start = time.monotonic() - state["window"]["seconds"]
+    def load(self, folder: Path, state: dict):
+        """Go on exactly where a checkpoint was written."""
+        run_state.restore(self, folder, state)
         self.say(f"resumed {folder} after step {self.step}")

@@ -68,7 +68,7 @@ class TestOrder:
 
     def test_what_is_written_is_read_back(self, config_file):
         parts = train_trm_lm.parse_args(["--lr", "1e-5", "--train_paths", "京都", "null", "--sample_prompt", "[a: b"])
-        values = {k: v for part in parts for k, v in vars(part).items()}
+        values = {k: v for part in parts for k, v in dataclasses.asdict(part).items()}
         assert train_trm_lm.parse_args(["--config", config_file(yaml.safe_dump(values, allow_unicode=True))]) == parts
 
 
@@ -213,6 +213,15 @@ def test_too_many_words(capsys):
     assert "'b'" in refused(capsys, "a", "b", parse_args=generate.parse_args)
 
 
+def documented(cls, start=""):
+    """(flag, field's name, its class's docstring) of every setting, those of a section as `section.name`."""
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.type):
+            yield from documented(f.type, f"{start}{f.name}.")
+        else:
+            yield start + f.name, f.name, cls.__doc__
+
+
 @pytest.mark.parametrize(
     ("parse_args", "classes"),
     [(train_trm_lm.parse_args, CLASSES), (generate.parse_args, (generate.GenerateConfig,))],
@@ -225,16 +234,12 @@ def test_help_teaches_every_flag(capsys, monkeypatch, parse_args, classes):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     flat = " ".join(text.split())
-    defaults = [(f, getattr(cls(), f.name, None)) for cls in classes for f in dataclasses.fields(cls)]
-    for field, default in defaults:
-        if default is None:  # what a dataclass fills in itself stays open in the help
-            default = "null"
-        entry = re.search(rf" --{field.name} [^ ]+ (.*?\(.*?default: .*?\))(?= --| [A-Z]|$)", flat.split("options:")[1])
-        assert entry, f"--{field.name} is not in the help"
-        doc = next(cls.__doc__ for cls in classes if field in dataclasses.fields(cls))
-        line = re.search(rf"^\s+{field.name}: (.+)$", doc, re.M)
-        assert line and len(line[1]) > 5, f"{field.name} has no line under Args:"
-        assert " ".join(line[1].split()) in entry[1], f"--{field.name}: {entry[1]}"
+    for flag, name, doc in (setting for cls in classes for setting in documented(cls)):
+        entry = re.search(rf" --{flag} [^ ]+ (.*?\(.*?default: .*?\))(?= --| [A-Z]|$)", flat.split("options:")[1])
+        assert entry, f"--{flag} is not in the help"
+        line = re.search(rf"^\s+{name}: (.+)$", doc, re.M)
+        assert line and len(line[1]) > 5, f"{flag} has no line under Args:"
+        assert " ".join(line[1].split()) in entry[1], f"--{flag}: {entry[1]}"
     assert "python " in text  # example commands
 
 

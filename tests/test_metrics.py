@@ -1,23 +1,16 @@
-"""metrics.py: counts against torch's own counters, the log's resume, the learning curve's file."""
-
-import json
+"""metrics.py: counts against torch's own counters."""
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from src.config import UserError
 from src.metrics import (
-    METRICS_FILE,
-    RunLog,
     cache_bytes_per_token,
     count_parameters,
     effective_depth,
     flops_per_token,
     format_params,
-    plot_learning_curve,
-    read_metrics,
 )
 from src.model import TRMConfig, TRMModel
 
@@ -175,86 +168,3 @@ def test_cache_bytes_are_those_of_the_cache(name):
 
 def test_a_model_that_cannot_decode_has_no_cache():
     assert cache_bytes_per_token(TRMConfig(causal=False), 4) == 0
-
-
-def test_log_appends_numbers_and_reads_them_back(tmp_path):
-    with RunLog(tmp_path, tensorboard=False) as log:
-        log.log(1, loss=torch.tensor(2.5), lr=1e-3, tokens=10)
-        log.log(2, valid_loss=float("nan"), absent=None)
-        first, second = read_metrics(tmp_path)  # flushed: readable while the run goes on
-    assert (first["step"], first["loss"], first["lr"], first["tokens"]) == (1, 2.5, 1e-3, 10)
-    assert second["valid_loss"] is None and "absent" not in second
-    assert second["time"] >= first["time"] > 1.6e9
-
-
-def test_a_half_line_is_dropped_and_never_joined_to_the_next(tmp_path):
-    with RunLog(tmp_path, tensorboard=False) as log:
-        log.log(1, loss=1.0)
-    with (tmp_path / METRICS_FILE).open("a") as file:
-        file.write('{"step": 2, "lo')
-    assert [r["step"] for r in read_metrics(tmp_path)] == [1]
-    with RunLog(tmp_path, tensorboard=False) as log:
-        log.log(3, loss=0.5)
-    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 3]
-
-
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
-    (tmp_path / METRICS_FILE).write_text('{"step": 1}\noops\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
-        read_metrics(tmp_path)
-    with pytest.raises(UserError, match="No such file"):
-        read_metrics(tmp_path / "nowhere")
-
-
-def test_resume_drops_later_steps(tmp_path):
-    with RunLog(tmp_path, tensorboard=False) as log:
-        for step in range(1, 6):
-            log.log(step, loss=float(step))
-    with RunLog(tmp_path, tensorboard=False, resume_step=3) as log:
-        log.log(4, loss=40.0)
-    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
-
-
-def test_tensorboard_events_hold_the_values(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with RunLog(tmp_path) as log:
-        log.log(10, loss=2.0)
-        log.log(20, loss=1.0, valid_loss=1.5)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 2.0), (20, 1.0)]
-    assert [e.value for e in events.Scalars("valid/valid_loss")] == [1.5]
-
-
-def write_run(folder, steps, **gaps):
-    lines = []
-    for step in range(1, steps + 1):
-        loss = 2.0 + 7.0 / step
-        lines.append({"step": step, "loss": loss, "bits_per_byte": loss / 2, "lr": 1e-3, "grad_norm": 1.0 / step})
-        if step % 5 == 0:
-            lines.append({"step": step, "valid_loss": loss + 0.1, "valid_bits_per_byte": loss / 2})
-    lines = [{name: value for name, value in line.items() if name not in gaps} for line in lines]
-    (folder / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-@pytest.mark.parametrize(
-    ("steps", "gaps"),
-    [(200, {}), (1, {}), (5, {}), (20, {"bits_per_byte": 0, "valid_loss": 0, "grad_norm": 0, "lr": 0})],
-)
-def test_plot_writes_one_whole_picture(tmp_path, steps, gaps):
-    write_run(tmp_path, steps, **gaps)
-    path = plot_learning_curve(tmp_path, "a run")
-    assert path.read_bytes().startswith(b"\x89PNG") and len(path.read_bytes()) > 10_000
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["learning_curve.png", METRICS_FILE]
-
-
-def test_plot_of_a_diverged_run(tmp_path):
-    lines = [{"step": s, "loss": None if s > 3 else 1.0, "grad_norm": None if s > 3 else 0.0} for s in range(1, 9)]
-    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert plot_learning_curve(tmp_path, "diverged").exists()
-
-
-def test_plot_of_nothing_is_no_picture(tmp_path):
-    (tmp_path / METRICS_FILE).write_text("")
-    assert plot_learning_curve(tmp_path, "empty") is None
-    assert not (tmp_path / "learning_curve.png").exists()

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from training import TINY, during, trainer_of
 
-from src.metrics import read_metrics
+from src.curves import read_metrics
 
 pytest_plugins = "training"  # the fixtures make and corpus
 STEPS = {"lr": 3e-3, "warmup_steps": 5, "eval_every": 25}

@@ -8,7 +8,7 @@ import pytest
 from training import assert_same_checkpoints, during
 
 from src.config import UserError
-from src.metrics import read_metrics
+from src.curves import read_metrics
 
 pytest_plugins = "training"  # the fixtures make and corpus
 

@@ -15,8 +15,8 @@ from training import assert_same_checkpoints, during, same
 import train_trm_lm
 from src.checkpoint import load_model
 from src.config import UserError
+from src.curves import read_metrics
 from src.losses import IGNORE
-from src.metrics import read_metrics
 from src.runtime import RuntimeConfig
 from src.train_config import TrainConfig
 

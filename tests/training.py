@@ -44,7 +44,7 @@ def make(corpus, tmp_path, monkeypatch):
 
     def make(name="run", draws=False, **changes):
         if not draws:
-            monkeypatch.setattr("src.trainer.plot_learning_curve", lambda *args: None)
+            monkeypatch.setattr("src.monitor.plot_learning_curve", lambda *args: None)
         return trainer_of({**TINY, **corpus, "save_dir": str(tmp_path / name), **changes})
 
     return make

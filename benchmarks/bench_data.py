@@ -1,0 +1,278 @@
+"""Data: tokenizing speed, batches per second against what training needs, and memory while a corpus is streamed.
+
+    python benchmarks/bench_data.py                              # some minutes
+    python benchmarks/bench_data.py --paths data/ja_wiki         # on your own text
+    python benchmarks/bench_data.py --need 40                    # batches/s that your training takes
+    python benchmarks/bench_data.py --quick                      # tiny sizes: does it run?
+
+Tokenizing: MB of text (10^6 bytes) per second of `tokenize_corpus`, from .jsonl.gz files to the cache on disk, with 1
+and 2 processes, for as many files as processes and for one file; beside them SentencePiece alone, on the same text in
+memory, in the same rounds. `ratio` is to SentencePiece alone.
+
+Loader: batches per second of the training loader, tokenized before or streamed, with 0 and 2 loading processes. `ratio`
+is to the need: batches/s of the forward and backward passes alone of a model with the default settings, on this machine.
+
+Streaming: resident memory (RSS) of a fresh process that streams the corpus once, and ten times as many files; `added`
+is what streaming added to a process that had already loaded everything, at its peak and at its end. `growth` is of the
+whole. State: bytes of what a checkpoint keeps, and seconds to the next batch of a loader that resumes there.
+
+The text is the standard library's sources where no paths are given. Prints four tables, one JSON line.
+"""
+
+import functools
+import gzip
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from common import CPU, ROOT, interleaved, machine, median, print_json, print_table, seconds
+
+from src.config import UserError, parse_flags, run
+from src.corpus import find_files, read_documents, stdlib_files
+from src.dataset import PackedDataset
+from src.loader import create_train_loader
+from src.runtime import choose_device, peak_rss_bytes
+from src.stream import Shards, StreamingDataset
+from src.token_store import ON_THE_SPOT_BYTES, ON_THE_SPOT_VOCAB, tokenize_corpus
+from src.tokenizer import load_tokenizer, train_sentencepiece
+
+MIB = 1024**2
+N_SHARDS, TIMES = 4, 10
+
+
+@dataclass
+class DataBench:
+    """What to measure.
+
+    Args:
+        paths: text to measure on, files, globs or folders; none = this Python's standard library
+        text_mb: MB of it that are used, again and again where it is less
+        vocab_size: of the SentencePiece model
+        batch_size: windows per batch
+        seq_len: tokens per window
+        shuffle_buffer: windows that a stream shuffles at a time
+        batches: how many are timed per round
+        repeats: rounds; the median is told
+        need: batches/s that training takes; none = measured with a model of the default settings
+        quick: tiny sizes: does it run?
+        child: used by the script itself: the corpus to stream, as JSON
+    """
+
+    paths: list[str] = field(default_factory=list)
+    text_mb: float = 16.0
+    vocab_size: int = ON_THE_SPOT_VOCAB
+    batch_size: int = 32
+    seq_len: int = 256
+    shuffle_buffer: int = 2048
+    batches: int = 100
+    repeats: int = 3
+    need: float | None = None
+    quick: bool = False
+    child: str | None = None
+
+    def __post_init__(self):
+        if self.quick:
+            self.text_mb, self.vocab_size, self.batch_size, self.seq_len = 0.3, 600, 4, 32
+            self.shuffle_buffer, self.batches, self.repeats = 16, 5, 1
+        if min(self.batch_size, self.seq_len, self.batches, self.repeats, self.shuffle_buffer) < 1 or self.text_mb <= 0:
+            raise ValueError(
+                "batch_size, seq_len, shuffle_buffer, batches and repeats must be 1 or more, text_mb over 0"
+            )
+        if self.need is not None and self.need <= 0:
+            raise ValueError(f"need is {self.need}: set it over 0")
+
+
+def parse_args(argv=None) -> DataBench:
+    return parse_flags(__doc__, DataBench, argv=argv)[0]
+
+
+def read_texts(args: DataBench) -> list[str]:
+    """About text_mb MB of documents, the same again where there is less."""
+    files = find_files(args.paths) if args.paths else stdlib_files()[0]
+    texts, left = [], args.text_mb * 1e6
+    for text in itertools.chain.from_iterable(read_documents(files) for _ in itertools.count()):
+        texts.append(text)
+        left -= len(text.encode())
+        if left <= 0:
+            return texts
+
+
+def write_shards(folder: Path, texts: list[str], n_shards: int) -> list[str]:
+    """The texts dealt to .jsonl.gz files."""
+    folder.mkdir()
+    paths = [folder / f"{shard:03d}.jsonl.gz" for shard in range(n_shards)]
+    for shard, path in enumerate(paths):
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[shard::n_shards])
+        path.write_bytes(gzip.compress(lines.encode(), compresslevel=6))
+    return list(map(str, paths))
+
+
+# ---- tokenizing -----------------------------------------------------------------------------------------------------
+
+
+def measure_tokenizing(args: DataBench, texts, tokenizer, folder: Path) -> list[dict]:
+    one, several = (write_shards(folder / name, texts, n) for name, n in (("one", 1), ("several", N_SHARDS)))
+    caches = itertools.count()
+
+    def tokenize(files, num_proc):
+        tokenize_corpus(files, tokenizer, num_proc=num_proc, cache_dir=str(folder / f"cache{next(caches)}"))
+
+    jobs = {"SentencePiece alone": functools.partial(tokenizer.encode_batch, texts)}
+    for name, files in ((f"{N_SHARDS} files", several), ("1 file", one)):
+        jobs |= {f"{name}, {n} process{'es' * (n > 1)}": functools.partial(tokenize, files, n) for n in (1, 2)}
+    jobs["SentencePiece alone"]()  # the first call is slower
+    times = interleaved(jobs, args.repeats)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    alone = median(times["SentencePiece alone"])
+    return [
+        {"job": name, "mb_per_s": megabytes / median(taken), "ratio": alone / median(taken)}
+        for name, taken in times.items()
+    ]
+
+
+# ---- the loader -----------------------------------------------------------------------------------------------------
+
+
+def measure_need(args: DataBench, vocab_size: int) -> float:
+    """Batches/s of forward and backward passes."""
+    from src.model import TRMConfig, TRMModel
+
+    device = choose_device()
+    model = TRMModel(TRMConfig(vocab_size=vocab_size, max_seq_len=args.seq_len)).to(device)
+    ids = torch.randint(0, vocab_size, (args.batch_size, args.seq_len), device=device)
+
+    def step():
+        model.zero_grad()
+        model(ids, ids).loss.backward()
+
+    step()
+    return 1 / median(interleaved({"step": step}, args.repeats, device)["step"])
+
+
+def measure_loader(args: DataBench, sets: dict, need: float) -> list[dict]:
+    loaders = {
+        (name, workers): create_train_loader(data, args.batch_size, num_workers=workers)
+        for name, data in sets.items()
+        for workers in (0, 2)
+    }
+    times = {kind: [] for kind in loaders}
+    for _ in range(args.repeats + 1):  # the first round also starts processes and fills buffers
+        for kind, loader in loaders.items():
+            times[kind].append(seconds(lambda loader=loader: [next(loader) for _ in range(args.batches)], CPU))
+            time.sleep(0.05)
+    rows = []
+    for (name, workers), taken in times.items():
+        speed = args.batches / median(taken[1:])
+        rows.append({"set": name, "workers": workers, "batches_per_s": speed, "ratio": speed / need})
+    return rows
+
+
+def measure_resume(args: DataBench, data, workers: int) -> dict:
+    """Of a stream that has given some batches: bytes of its state, seconds to make one, and to the next batch after."""
+    loader = create_train_loader(data, args.batch_size, num_workers=workers)
+    for _ in range(args.batches):
+        next(loader)
+    file = io.BytesIO()
+    start = time.perf_counter()
+    torch.save(loader.state_dict(), file)
+    saved = time.perf_counter()
+    other = create_train_loader(data, args.batch_size, num_workers=workers)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    again = next(other)
+    done = time.perf_counter()
+    if not torch.equal(again["input_ids"], next(loader)["input_ids"]):
+        raise UserError("a resumed stream gave another batch than the unbroken one")
+    return {"workers": workers, "bytes": len(file.getvalue()), "save_s": saved - start, "resume_s": done - saved}
+
+
+# ---- memory, in a fresh process -------------------------------------------------------------------------------------
+
+
+def stream_here(args: DataBench) -> None:
+    """RSS in bytes: before the first batch, at the peak, and on average over the last quarter of one epoch."""
+    job, process = json.loads(args.child), psutil.Process()
+    data = stream_of(args, job["files"], load_tokenizer(job["tokenizer"]))
+    loader, seen = create_train_loader(data, args.batch_size), []
+    before = process.memory_info().rss
+    while loader.epoch < 1:
+        next(loader)
+        seen.append(process.memory_info().rss)
+    last = seen[-(len(seen) // 4 + 1) :]
+    print(json.dumps({"before": before, "peak": peak_rss_bytes(), "end": sum(last) / len(last), "batches": len(seen)}))
+
+
+def measure_memory(args: DataBench, files, model_file: str) -> list[dict]:
+    rows = []
+    for times, corpus in ((1, files[:1]), (TIMES, files)):
+        job = json.dumps({"files": corpus, "tokenizer": model_file})
+        command = [sys.executable, __file__, "--child", job]
+        for name in ("batch_size", "seq_len", "shuffle_buffer"):
+            command += [f"--{name}", str(getattr(args, name))]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"the process that streams ended with code {done.returncode}: see its message above")
+        facts = json.loads(done.stdout.splitlines()[-1])
+        rows.append({"corpus": times, "file_bytes": sum(map(os.path.getsize, corpus)), **facts})
+    for row in rows:
+        row |= {f"{name}_growth_percent": 100 * (row[name] / rows[0][name] - 1) for name in ("peak", "end")}
+    return rows
+
+
+# ---- all of it ------------------------------------------------------------------------------------------------------
+
+
+def stream_of(args: DataBench, files, tokenizer) -> StreamingDataset:
+    return StreamingDataset(Shards([files]), tokenizer, args.seq_len, shuffle_buffer=args.shuffle_buffer)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    if args.child:
+        return stream_here(args)
+    texts = read_texts(args)
+    sample = texts[:: max(1, round(args.text_mb * 1e6 / ON_THE_SPOT_BYTES))]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = train_sentencepiece(sample, str(folder / "spm"), args.vocab_size)
+        tokenizing = measure_tokenizing(args, texts, tokenizer, folder)
+        print_table(["tokenizing", "MB/s", "ratio"], [list(row.values()) for row in tokenizing])
+
+        shards = write_shards(folder / "shards", texts * TIMES, TIMES)
+        store = tokenize_corpus(shards[:1], tokenizer, cache_dir=str(folder / "cache"))
+        sets = {"tokenized": PackedDataset(store, args.seq_len), "streamed": stream_of(args, shards[:1], tokenizer)}
+        need = args.need or measure_need(args, tokenizer.vocab_size)
+        loading = measure_loader(args, sets, need)
+        print(f"\nneed: {need:.2f} batches/s of {args.batch_size} x {args.seq_len} tokens")
+        print_table(["loader", "workers", "batches/s", "ratio"], [list(row.values()) for row in loading])
+
+        memory = measure_memory(args, shards, str(folder / "spm.model"))
+        lines = [[f"{row['corpus']} x", row["batches"], *_mib(row)] for row in memory]
+        print()
+        header = ["streamed", "batches", "peak MiB", "end MiB", "added: peak", "end", "growth %: peak", "end"]
+        print_table(header, lines)
+
+        resume = [measure_resume(args, sets["streamed"], workers) for workers in (0, 2)]
+        print()
+        print_table(["workers", "state bytes", "save s", "resume s"], [list(row.values()) for row in resume])
+    facts = {"tokenizing": tokenizing, "need": need, "loading": loading, "memory": memory, "resume": resume}
+    print_json("data", {"machine": machine(), **facts})
+
+
+def _mib(row) -> list:
+    sizes = [row[name] / MIB for name in ("peak", "end")]
+    added = [(row[name] - row["before"]) / MIB for name in ("peak", "end")]
+    return sizes + added + [f"{row[f'{name}_growth_percent']:+.1f}" for name in ("peak", "end")]
+
+
+if __name__ == "__main__":
+    run(main)

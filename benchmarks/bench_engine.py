@@ -1,0 +1,123 @@
+"""What the training engine costs: its loop with all its parts against a bare loop of the same steps.
+
+    python benchmarks/bench_engine.py
+    python benchmarks/bench_engine.py --d_model 384 --batch_size 32 --rounds 3
+    python benchmarks/bench_engine.py --quick                  # tiny sizes: does it run?
+
+The bare loop draws a batch, runs the model forward and backward, clips the gradient and updates by AdamW. The engine's
+is `Trainer.train`, run folder and all: moving average, guards, metrics.jsonl and TensorBoard every 10 steps, the
+monitor, a checkpoint every `save_every` steps, tqdm. Both work on windows of the standard library, with equal models,
+in rounds that alternate; the engine's rounds go on where the one before ended. Prints seconds per step of each (medians), then one JSON line. Evaluations are
+left out on both sides: they are work, not overhead.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from common import interleaved, machine, median, print_json, print_table
+
+from src.config import parse_flags, run
+from src.create import Settings, create_trainer
+from src.dataset import DataConfig
+from src.model import TRMConfig
+from src.optim import make_optimizers
+from src.runtime import RuntimeConfig, autocast
+from src.train_config import TrainConfig
+
+
+@dataclass
+class EngineBench:
+    """What to measure.
+
+    Args:
+        rounds: rounds that are measured, after one that is not
+        steps: training steps of a round
+        save_every: steps between checkpoints
+        batch_size: windows per step
+        seq_len: tokens per window
+        d_model: width
+        num_workers: loading processes of both loops
+        threads: CPU threads; default as torch chooses
+        compile: torch.compile; by default where a compiler is present
+        quick: tiny sizes and few steps: does it run?
+    """
+
+    rounds: int = 3
+    steps: int = 200
+    save_every: int = 200
+    batch_size: int = 16
+    seq_len: int = 256
+    d_model: int = 256
+    num_workers: int = 0
+    threads: int | None = None
+    compile: bool | None = None
+    quick: bool = False
+
+    def __post_init__(self):
+        if self.quick:
+            self.rounds, self.steps, self.save_every, self.batch_size, self.seq_len = 1, 4, 2, 2, 16
+            self.d_model, self.compile = 32, False
+        if min(self.rounds, self.steps, self.save_every, self.batch_size) < 1:
+            raise ValueError("rounds, steps, save_every and batch_size must be 1 or more")
+
+
+def make_trainer(args: EngineBench, folder: Path):
+    """A trainer that never evaluates."""
+    train = TrainConfig(
+        save_dir=str(folder), batch_size=args.batch_size, max_steps=args.steps, save_every=args.save_every,
+        sample_tokens=0, compile=args.compile, warmup_steps=1,
+    )  # fmt: skip
+    model = TRMConfig(d_model=args.d_model, max_seq_len=args.seq_len, deep_steps=1, supervision_steps=1)
+    data = DataConfig(tokenizer="byte", num_workers=args.num_workers)
+    trainer = create_trainer(Settings(train=train, data=data, model=model, runtime=RuntimeConfig()))
+    trainer.judge = lambda: ({}, False)
+    return trainer
+
+
+class Bare:
+    """The same steps without the engine, on a trainer's model, precision and windows."""
+
+    def __init__(self, trainer):
+        self.trainer, config = trainer, trainer.config
+        betas = (0.9, config.beta2)
+        (self.optimizer,) = make_optimizers(trainer.raw, config.optimizer, config.lr, config.weight_decay, betas)
+
+    def __call__(self):
+        trainer, model = self.trainer, self.trainer.raw
+        model.train()
+        for _ in range(trainer.config.max_steps):
+            batch = {name: t.to(trainer.device) for name, t in next(trainer.loader).items()}
+            with autocast(trainer.device, trainer.precision):
+                loss = model(**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.config.grad_clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def engine(trainer, steps: int):
+    trainer.config.max_steps = trainer.step + steps
+    trainer.train()
+
+
+def main(argv=None) -> int:
+    (args,) = parse_flags(__doc__, EngineBench, argv=argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = make_trainer(args, Path(folder) / "engine")
+        jobs = {"bare": Bare(make_trainer(args, Path(folder) / "bare")), "engine": lambda: engine(whole, args.steps)}
+        interleaved(jobs, 1)
+        times = {name: median(t) / args.steps for name, t in interleaved(jobs, args.rounds).items()}
+    overhead = times["engine"] / times["bare"] - 1
+    print_table(["loop", "ms per step"], [[name, 1000 * elapsed] for name, elapsed in times.items()])
+    print(f"the engine costs {100 * overhead:.1f} % of the bare loop's time")
+    settings = {name: value for name, value in vars(args).items() if name != "quick"}
+    print_json("engine", {"machine": machine(), **settings, "seconds_per_step": times, "overhead": overhead})
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

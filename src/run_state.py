@@ -1,0 +1,56 @@
+"""What a run needs to go on exactly where a checkpoint was written: collected from a Trainer, and given back to it."""
+
+import time
+from pathlib import Path
+
+from src import checkpoint, parallel
+
+COUNTERS = ("step", "elapsed", "best", "skipped")
+
+
+def collect(trainer) -> tuple[dict, dict | None, dict]:
+    """(weights, averaged weights or None, state) as whole tensors, numbers and containers; all processes take part."""
+    trainer.elapsed = time.monotonic() - trainer.started
+    weights = parallel.gathered(checkpoint.own_state(trainer.raw))
+    average = weights | parallel.gathered(trainer.ema.average) if trainer.ema is not None else None
+    scaler = trainer.accelerator.scaler
+    state = {name: getattr(trainer, name) for name in COUNTERS} | {
+        "first_model": trainer.first.to_dict(),
+        "curriculum": trainer.curriculum.state_dict(),
+        "optimizers": parallel.gathered([optimizer.state_dict() for optimizer in trainer.optimizers]),
+        "ema_updates": trainer.ema.updates if trainer.ema is not None else 0,
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "loaders": trainer.agreement.gather(trainer.loader.state_dict()),  # by rank
+        "window": {  # what the next line of the log is the mean of
+            "losses": trainer.accelerator.reduce(trainer.window_losses),
+            "steps": trainer.window_steps,
+            "visits": trainer.window_visits,
+            "seconds": time.monotonic() - trainer.window_start,
+        },
+    }
+    return weights, average, state
+
+
+def restore(trainer, folder: Path, state: dict):
+    """Give a new Trainer, whose model has the checkpoint's config, the weights and state of a checkpoint folder."""
+    for name in COUNTERS:
+        setattr(trainer, name, state[name])
+    trainer.enter_stage()
+    trainer.curriculum.load_state_dict(state["curriculum"])
+    weights = folder / "model.safetensors"
+    checkpoint.load_weights(trainer.raw, checkpoint.read_weights(weights), weights)
+    for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
+        parallel.load_optimizer(optimizer, saved)
+    if trainer.ema is not None:
+        average = checkpoint.read_weights(folder / "ema.safetensors")
+        for name, tensor in trainer.ema.average.items():
+            tensor.copy_(parallel.placed_like(average[name], tensor))
+        trainer.ema.updates = state["ema_updates"]
+    if trainer.accelerator.scaler is not None:
+        trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    trainer.loader.load_state_dict(state["loaders"][min(trainer.rank, len(state["loaders"]) - 1)])
+    window = state["window"]
+    if trainer.is_main:
+        trainer.window_losses.copy_(window["losses"])  # their sum over the processes
+    trainer.window_steps, trainer.window_visits = window["steps"], window["visits"]
+    trainer.window_start = time.monotonic() - window["seconds"]

@@ -1,0 +1,57 @@
+"""A run that is killed again and again: python kill_runs.py SPEC, a JSON file of {"settings", "kills", "seed"}.
+
+The run is a child that is forked, so that it starts in no time; SIGKILL comes at random moments after its first
+checkpoint, and each new child resumes. Prints how often it was killed while it wrote a checkpoint."""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training import trainer_of
+
+from src.run_folder import newest_whole
+
+
+def start(settings, log):
+    child = os.fork()
+    if child == 0:
+        os.dup2(log.fileno(), 2)
+        try:
+            trainer_of(settings).train()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def main(spec):
+    spec = json.loads(Path(spec).read_text())
+    settings, rng, torn = spec["settings"], random.Random(spec["seed"]), 0
+    folder = Path(settings["save_dir"])
+    with open(folder.with_suffix(".log"), "w") as log:
+        for kill in range(spec["kills"]):
+            child = start(settings | {"resume": kill > 0}, log)
+            lines = (folder / "metrics.jsonl").stat().st_size if kill else 0
+            while not list(folder.glob("step_*")) or (folder / "metrics.jsonl").stat().st_size <= lines:
+                time.sleep(0.01)  # until it has its first checkpoint and, later, until it goes on
+                assert os.waitpid(child, os.WNOHANG)[0] == 0, "the run ended by itself"
+            time.sleep(rng.uniform(0, spec["longest"]))
+            os.kill(child, signal.SIGKILL)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, "it had ended before"
+            torn += bool(list(folder.glob(".step_*")))
+            newest, _ = newest_whole(folder)
+            assert newest == max(folder.glob("step_*")), f"{newest} is not the newest"
+        child = start(settings | {"resume": True}, log)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the last part failed"
+    print(json.dumps({"torn": torn}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
