@@ -86,6 +86,7 @@ class Bare:
 
     def __call__(self):
         trainer, model = self.trainer, self.trainer.raw
+        trainer.enter_stage()
         model.train()
         for _ in range(trainer.config.max_steps):
             batch = {name: t.to(trainer.device) for name, t in next(trainer.loader).items()}

@@ -174,9 +174,9 @@ def train(name: str, seed: int, changes: dict, texts: tuple, runtime: RuntimeCon
     for step in range(1, training.max_steps + 1):
         trainer.train_step(random_batch(train_ids, training.batch_size, config.max_seq_len, generator))
         if step % 250 == 0:
-            loss = trainer.window_losses[1].item() / trainer.window_steps  # cross-entropy
+            loss = trainer.window_losses[1].item() / trainer.window_good  # cross-entropy
             trainer.say(f"  step {step}: training {loss:.4f}, {time.monotonic() - start:.0f} s")
-            trainer.window_losses, trainer.window_steps = torch.zeros_like(trainer.window_losses), 0
+            trainer.start_window()
     minutes = (time.monotonic() - start) / 60
     figures = {
         "valid_loss": valid_loss(trainer, valid_ids),

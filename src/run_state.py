@@ -24,6 +24,7 @@ def collect(trainer) -> tuple[dict, dict | None, dict]:
         "window": {  # what the next line of the log is the mean of
             "losses": trainer.accelerator.reduce(trainer.window_losses),
             "steps": trainer.window_steps,
+            "good": trainer.window_good,
             "visits": trainer.window_visits,
             "seconds": time.monotonic() - trainer.window_start,
         },
@@ -35,7 +36,6 @@ def restore(trainer, folder: Path, state: dict):
     """Give a new Trainer, whose model has the checkpoint's config, the weights and state of a checkpoint folder."""
     for name in COUNTERS:
         setattr(trainer, name, state[name])
-    trainer.enter_stage()
     trainer.curriculum.load_state_dict(state["curriculum"])
     weights = folder / "model.safetensors"
     checkpoint.load_weights(trainer.raw, checkpoint.read_weights(weights), weights)
@@ -48,9 +48,10 @@ def restore(trainer, folder: Path, state: dict):
         trainer.ema.updates = state["ema_updates"]
     if trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
+    trainer.enter_stage()  # now, as a model that grows at this step is still the smaller one in the checkpoint
     trainer.loader.load_state_dict(state["loaders"][min(trainer.rank, len(state["loaders"]) - 1)])
     window = state["window"]
     if trainer.is_main:
         trainer.window_losses.copy_(window["losses"])  # their sum over the processes
-    trainer.window_steps, trainer.window_visits = window["steps"], window["visits"]
+    trainer.window_steps, trainer.window_good, trainer.window_visits = (window[k] for k in ("steps", "good", "visits"))
     trainer.window_start = time.monotonic() - window["seconds"]

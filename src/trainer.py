@@ -47,7 +47,7 @@ class Trainer:
         self.time_fraction, self.skipped, self.skipped_in_a_row = 0.0, 0, 0
         self.stage, self.loader = None, None
         self._plan(first or model.config)
-        self._start_window()
+        self.start_window()
 
     def _plan(self, first: TRMConfig):
         """The stages of the run."""
@@ -60,7 +60,6 @@ class Trainer:
                     f"batch_size {stage.batch_size} does not divide into grad_accum {c.grad_accum} x {self.world} "
                     "processes: make it a multiple of both"
                 )
-        self.enter_stage()
 
     def _take_model(self, model: TRMModel):
         """The model on its device, compiled, sharded or wrapped, with its optimizers."""
@@ -86,10 +85,10 @@ class Trainer:
         stage = self.curriculum.at(self.step)
         if stage is self.stage:
             return
+        self.stage, wide = stage, stage.model
         if len(self.curriculum.stages) > 1:
             self.say(str(stage))
             torch.compiler.reset()  # of each function torch keeps graphs of a few shapes only
-        self.stage, wide = stage, stage.model
         if (wide.d_model, wide.d_ff) > (self.raw.config.d_model, self.raw.config.d_ff):
             self._grow(wide)
         set_depth(self.raw, wide)
@@ -125,9 +124,7 @@ class Trainer:
             )
         self.precision, why = choose_precision(runtime.precision, device)
         if self.precision == "fp16" and config.optimizer == "muon":
-            raise UserError(
-                "--optimizer muon has no loss scaling for fp16: choose --precision fp32 or --optimizer adamw"
-            )
+            raise UserError("--optimizer muon has no loss scaling for fp16: choose --precision fp32, or adamw")
         # accelerate brings the loss scaler that fp16 needs; bf16 autocast is entered around the forward pass alone
         mixed = "fp16" if self.precision == "fp16" else "no"
         # the halting head has no part in the first step's update where its target is read off at the next
@@ -215,6 +212,7 @@ class Trainer:
 
     def train_step(self, batch: dict):
         """One batch, this process's rows of it: supervision steps forward and backward, and the optimizers' steps."""
+        self.enter_stage()
         self._set_learning_rate()
         torch.manual_seed(mix_seed(self.config.seed, self.step, self.rank))  # dropout depends on nothing else
         self.model.train()
@@ -228,7 +226,7 @@ class Trainer:
         at_once = model.full_bptt or model.train_steps == 1
         weights = [1.0] if at_once else step_weights(model.supervision_weights, model.train_steps)
         each = config.optimizer_step == "supervision" and not at_once
-        carries, step_losses = [None] * len(parts), torch.zeros_like(self.window_losses)
+        carries, step_losses, skipped = [None] * len(parts), torch.zeros_like(self.window_losses), self.skipped
         for s, weight in enumerate(weights):
             weight = weight / sum(weights)
             updates = weight > 0 and (each or s == len(weights) - 1)
@@ -245,7 +243,9 @@ class Trainer:
                 del out  # its logits, before the next step makes its own
             if updates:
                 self._update_weights()
-        self.window_losses += step_losses
+        if self.skipped == skipped:
+            self.window_losses += step_losses
+            self.window_good += 1
 
     def _split(self, batch):
         """The rows in grad_accum parts, each with its share of the target tokens of all processes."""
@@ -310,13 +310,12 @@ class Trainer:
         options = {"desc": "train", "unit": "step", "disable": not self.is_main, "mininterval": every}
         return tqdm(total=total, initial=self.step, **options)
 
-    def _start_window(self):
+    def start_window(self):
         self.window_losses, self.window_start = torch.zeros(3, device=self.device), time.monotonic()
-        self.window_steps, self.window_visits = 0, 0
+        self.window_steps, self.window_good, self.window_visits = 0, 0, 0
 
     def _log_training(self, bar):
-        steps = max(1, self.window_steps)
-        loss, ce, act = (self.accelerator.reduce(self.window_losses) / steps).tolist()
+        loss, ce, act = (self.accelerator.reduce(self.window_losses) / (self.window_good or math.nan)).tolist()
         seconds = time.monotonic() - self.window_start
         tokens = self.curriculum.tokens(self.step)
         self.elapsed = time.monotonic() - self.started
@@ -327,7 +326,7 @@ class Trainer:
             "ce_loss": ce,
             "act_loss": act,
             "bits_per_byte": bits_per_byte(ce, self.train_set.bytes_per_token),
-            "recursion_depth": self.window_visits / steps,
+            "recursion_depth": self.window_visits / max(1, self.window_steps),
             "grad_norm": self.grad_norm,
             "skipped": self.skipped,
             "lr": self.lr,
@@ -339,7 +338,7 @@ class Trainer:
         bar.set_postfix_str(f"loss {loss:.3f}, {line['bits_per_byte']:.3f} bits/byte, {speed}", refresh=False)
         if self.log is not None:
             self.log.log(self.step, **line)
-        self._start_window()
+        self.start_window()
 
     def measure(self, limit: int | None) -> dict:
         """Figures of the (averaged) weights on `limit` validation batches (None: all)."""

@@ -43,6 +43,7 @@ class TestNotFinite:
         assert trainer.step == 8 and trainer.skipped == 1
         assert all(t.isfinite().all() for t in read_weights(trainer.folder / "last" / "ema.safetensors").values())
         assert [r["skipped"] for r in read_metrics(trainer.folder) if "skipped" in r] == [0, 0, 0, 1, 1, 1, 1, 1]
+        assert [r["step"] for r in read_metrics(trainer.folder) if r.get("loss", 1) is None] == [4]  # no step, no loss
         assert "step 4: the gradient is not finite, skipped (1 so far)" in capsys.readouterr().err
 
     def test_many_in_a_row_end_the_run(self, make):
