@@ -4,7 +4,7 @@ VENV := .venv/bin/python
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint bench clean
+.PHONY: help venv demo test test-slow test-kill lint bench clean
 
 help:           ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -26,7 +26,10 @@ test: $(INSTALLED)  ## the tests: some minutes
 	$(VENV) -m pytest
 
 test-slow: $(INSTALLED)  ## the tests that take longer
-	$(VENV) -m pytest -m slow
+	$(VENV) -m pytest -m slow -n 0
+
+test-kill: $(INSTALLED)  ## kill a run 25 times, tokenized and streaming: about ten minutes
+	$(VENV) -m pytest -m slow -n 0 tests/test_kill.py
 
 lint: $(INSTALLED)  ## ruff: mistakes and format
 	$(VENV) -m ruff check .
@@ -36,6 +39,8 @@ bench: $(INSTALLED)  ## speed and memory: a table and one JSON line each
 	$(VENV) benchmarks/bench_train.py
 	$(VENV) benchmarks/bench_generate.py
 	$(VENV) benchmarks/bench_memory.py
+	$(VENV) benchmarks/bench_data.py
+	$(VENV) benchmarks/bench_engine.py
 
 clean:          ## remove caches and the demo run; .venv, data and other runs stay
 	rm -rf runs/demo .pytest_cache .ruff_cache .hypothesis

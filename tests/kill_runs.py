@@ -1,7 +1,7 @@
-"""A run that is killed again and again: python kill_runs.py SPEC, a JSON file of {"settings", "kills", "seed"}.
+"""Runs that are killed again and again: python kill_runs.py SPEC, a JSON file of [{"settings", "kills", "longest"}].
 
 The run is a child that is forked, so that it starts in no time; SIGKILL comes at random moments after its first
-checkpoint, and each new child resumes. Prints how often it was killed while it wrote a checkpoint."""
+checkpoint, and each new child resumes. Prints, of each run, how often it was killed while it wrote a checkpoint."""
 
 import json
 import os
@@ -31,9 +31,9 @@ def start(settings, log):
     return child
 
 
-def main(spec):
-    spec = json.loads(Path(spec).read_text())
-    settings, rng, torn = spec["settings"], random.Random(spec["seed"]), 0
+def killed(spec):
+    """One run; how many kills came while a checkpoint was written."""
+    settings, rng, torn = spec["settings"], random.Random(7), 0
     folder = Path(settings["save_dir"])
     with open(folder.with_suffix(".log"), "w") as log:
         for kill in range(spec["kills"]):
@@ -48,10 +48,10 @@ def main(spec):
             torn += bool(list(folder.glob(".step_*")))
             newest, _ = newest_whole(folder)
             assert newest == max(folder.glob("step_*")), f"{newest} is not the newest"
-        child = start(settings | {"resume": True}, log)
+        child = start(settings | {"resume": spec["kills"] > 0}, log)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the last part failed"
-    print(json.dumps({"torn": torn}))
+    return torn
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    print(json.dumps([killed(spec) for spec in json.loads(Path(sys.argv[1]).read_text())]))

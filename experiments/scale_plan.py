@@ -1,0 +1,293 @@
+"""What a training run past this machine needs: memory per process, days, checkpoints, text. Computed, not run.
+
+    python experiments/scale_plan.py --config configs/default.yaml --vocab_size 32000 --devices 8
+    python experiments/scale_plan.py --recursion none --norm pre --n_layers 24 --d_model 2048 --n_heads 32 \
+        --vocab_size 32000 --max_seq_len 2048 --batch_size 512 --grad_accum 4 --devices 64 --tokens 1e12
+
+Parameters and FLOPs are those of src/metrics.py, of a model on the meta device. Memory, in bytes per parameter, as the
+engine holds it, W processes, weights and all that follows from them in fp32:
+
+    DDP     weights 4, gradients 4, buckets in which they are exchanged 4, AdamW's moments 8, average 4
+    shard   the same divided by W, without buckets, and whole weights 4 and gradients 4: one gathering serves every
+            visit; to write a checkpoint all but the gradients is made whole once more, in every process
+
+Activations are simulated: forward and backward pass of one part of a process's batch on fake tensors (shapes without
+numbers), at each operation of which the bytes of all live storages are added up. Eager; a compiled step holds less.
+
+Days are training FLOPs (attention included; with gradient checkpointing a third more, which is an upper bound) over
+devices x peak x utilisation: what exchange, evaluation, checkpoints and waiting for text cost is not in them, and a
+utilisation that was measured on one machine is a guess on another. Exchange of gradients is by rings: each process
+sends 8 (W - 1) / W bytes per parameter and update; sharded, 4 (W - 1) / W for each gathering and for each update.
+AdamW is assumed; Muon holds less. Prints tables, then one JSON line; GB are 10^9 bytes, GiB 1024^3.
+"""
+
+import json
+import math
+import sys
+import weakref
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
+
+from src.config import UserError, parse_flags, run  # noqa: E402
+from src.create import Settings  # noqa: E402
+from src.metrics import count_parameters, flops_per_token, format_params  # noqa: E402
+from src.model import TRMConfig, TRMModel  # noqa: E402
+from src.runtime import GIB, autocast  # noqa: E402
+from src.token_store import ON_THE_SPOT_VOCAB  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class ScalePlan:
+    """What is planned.
+
+    Args:
+        tokens: training tokens, one or more numbers such as 1e9
+        devices: GPUs, one process each
+        peak_tflops: TFLOP/s of a device; 312 is an A100's in bf16, dense, by NVIDIA's data sheet
+        utilisation: part of it that training reaches; 0.29 to 0.39 was measured on a CPU, see docs/RESULTS.md
+        link_gb_per_s: GB/s that a process sends to others; 25 is a 200 Gbit/s network card for each
+        disk_gb_per_s: GB/s at which process 0 writes a checkpoint
+        bytes_per_token: UTF-8 bytes of text per token
+        shard_gb: GB of text in one training file
+        reader_mb_per_s: MB of text that one loading process reads and tokenizes per second
+    """
+
+    tokens: list[float] = field(default_factory=lambda: [1e9, 1e12])
+    devices: int = 8
+    peak_tflops: float = 312.0
+    utilisation: float = 0.3
+    link_gb_per_s: float = 25.0
+    disk_gb_per_s: float = 1.0
+    bytes_per_token: float = 4.0
+    shard_gb: float = 1.0
+    reader_mb_per_s: float = 3.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not all(0 < number < math.inf for number in (value if isinstance(value, list) else [value])):
+                raise ValueError(f"{name} is {value}: set it over 0")
+
+
+def parse_args(argv=None) -> tuple[ScalePlan, Settings]:
+    """The plan's own settings and those of the run; a vocabulary that only the text would tell is assumed."""
+    plan, *parts = parse_flags(__doc__, ScalePlan, *Settings.__annotations__.values(), argv=argv)
+    settings = Settings(*parts)
+    if settings.model.vocab_size is None:
+        print(f"vocab_size is not given: planning with {ON_THE_SPOT_VOCAB:,} tokens", file=sys.stderr)
+        settings = settings._replace(model=replace(settings.model, vocab_size=ON_THE_SPOT_VOCAB))
+    parts = settings.train.grad_accum * plan.devices
+    if settings.train.batch_size % parts:
+        raise UserError(
+            f"batch_size {settings.train.batch_size} does not divide into grad_accum {settings.train.grad_accum} x "
+            f"{plan.devices} devices: make it a multiple of {parts}"
+        )
+    return plan, settings
+
+
+class PeakBytes(TorchDispatchMode):
+    """Inside, `peak` follows the most bytes that all storages alive have held at once: those that operations return,
+    and those that were given to `add`."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._alive = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.add(*tree_leaves((args, kwargs, out)))
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def add(self, *tensors):
+        for tensor in tensors:
+            tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = id(storage)
+                if key not in self._alive:
+                    self._alive[key] = weakref.ref(storage, lambda _, key=key: self._alive.pop(key, None))
+
+    @property
+    def now(self) -> int:
+        """Bytes alive; counted anew, as sharding resizes storages in place."""
+        return sum(storage.nbytes() for ref in list(self._alive.values()) if (storage := ref()) is not None)
+
+
+def activation_bytes(config: TRMConfig, rows: int, precision: str = "bf16") -> int:
+    """Peak of a forward and backward pass over rows x max_seq_len tokens, in bytes beside weights and gradients.
+
+    One supervision step after the other, as in training, or all at once with full_bptt."""
+    with torch.device("meta"):
+        model = TRMModel(config)
+    at_once = config.full_bptt or config.train_steps == 1
+    # the attention kernel that holds no T x T scores, as a GPU's
+    with FakeTensorMode(allow_non_fake_inputs=True), patch("src.attention.MOST_SCORES", 0), PeakBytes() as memory:
+        model.to_empty(device=CPU)
+        ids, carry = torch.zeros(rows, config.max_seq_len, dtype=torch.int64), None
+        for p in model.parameters():
+            p.grad = torch.empty_like(p)
+        before = memory.now
+        for _ in range(1 if at_once else config.train_steps):
+            with autocast(CPU, precision):
+                out = model(ids, ids, supervision_steps=None if at_once else 1, carry=carry)
+            out.loss.backward()
+            carry = out.carry
+            del out
+        return memory.peak - before
+
+
+def plan_memory(parameters: int, settings: Settings, world: int) -> dict:
+    """{"DDP": {what: bytes}, "shard": {...}} of one process."""
+    train, model = settings.train, settings.model
+    rows = train.batch_size // train.grad_accum // world
+    precision = "bf16" if settings.runtime.precision == "auto" else settings.runtime.precision
+    activations = activation_bytes(model, rows, precision)
+    if model.recursion == "trm":  # the other parts' y and z, kept until the next supervision step
+        activations += (train.grad_accum - 1) * 2 * rows * model.max_seq_len * model.d_model * 4
+    average = 4 if train.ema_decay else 0
+
+    def column(held, whole, buckets):
+        sizes = {
+            "weights": 4 / held,
+            "whole weights": whole,
+            "gradients": 4 + whole / held,
+            "exchange": buckets,
+            "moments": 8 / held,
+            "average": average / held,
+        }
+        sizes = {name: size * parameters for name, size in sizes.items()} | {"activations": activations}
+        kept = (12 + average) * parameters
+        return sizes | {"training": sum(sizes.values()), "checkpoint": kept / held + (kept if whole else 0)}
+
+    return {"DDP": column(1, 0, 4 if world > 1 else 0)} | ({"shard": column(world, 4, 0)} if world > 1 else {})
+
+
+def plan_speed(plan: ScalePlan, settings: Settings, parameters: int, flops: float) -> dict:
+    """Seconds of an optimizer step, tokens per second, checkpoints, readers."""
+    train, model, world = settings.train, settings.model, plan.devices
+    tokens = train.batch_size * model.max_seq_len
+    products = tokens * flops / (world * plan.peak_tflops * 1e12 * plan.utilisation)
+    at_once = model.full_bptt or model.train_steps == 1
+    passes = 1 if at_once else model.train_steps
+    updates = passes if train.optimizer_step == "supervision" else 1
+    ring = 4 * parameters * (world - 1) / world / (plan.link_gb_per_s * 1e9)
+    checkpoint = (12 + 4 * bool(train.ema_decay)) * parameters
+    seconds = checkpoint / (plan.disk_gb_per_s * 1e9)
+    readers = math.ceil(tokens / products * plan.bytes_per_token / (plan.reader_mb_per_s * 1e6))
+    return {
+        "step_tokens": tokens,
+        "products_s": products,
+        "exchange_s": {"DDP": 2 * updates * ring, "shard": (passes * train.grad_accum + updates) * ring},
+        "tokens_per_s": tokens / products,
+        "checkpoint_bytes": checkpoint,
+        "checkpoint_s": seconds,
+        "save_every_1_percent": math.ceil(100 * seconds / products),
+        "run_folder_bytes": (train.keep_checkpoints + 2) * checkpoint,  # the best, and the one that is being written
+        "readers": readers,
+        "readers_per_process": math.ceil(readers / world),
+    }
+
+
+def plan_run(plan: ScalePlan, settings: Settings, speed: dict, flops: float, tokens: float) -> dict:
+    """What one number of training tokens takes."""
+    text = tokens * plan.bytes_per_token
+    return {
+        "tokens": tokens,
+        "steps": math.ceil(tokens / speed["step_tokens"]),
+        "train_flops": tokens * flops,
+        "days": tokens / speed["tokens_per_s"] / 86400,
+        "text_bytes": text,
+        "shards": math.ceil(text / (plan.shard_gb * 1e9)),
+        "token_store_bytes": tokens * (2 if settings.model.vocab_size <= 1 << 16 else 4),
+        "tokenize_cpu_hours": text / (plan.reader_mb_per_s * 1e6) / 3600,
+    }
+
+
+def make_plan(plan: ScalePlan, settings: Settings) -> dict:
+    """All figures; bytes, seconds, FLOPs."""
+    with torch.device("meta"):
+        parameters = count_parameters(TRMModel(settings.model))["total"]
+    flops = flops_per_token(settings.model).train
+    hardware_flops = flops * (4 / 3 if settings.model.gradient_checkpointing else 1)
+    speed = plan_speed(plan, settings, parameters, hardware_flops)
+    return {
+        "model": settings.model.to_dict(),
+        "plan": vars(plan),
+        "parameters": parameters,
+        "train_flops_per_token": flops,
+        "memory": plan_memory(parameters, settings, plan.devices),
+        "speed": speed,
+        "runs": [plan_run(plan, settings, speed, hardware_flops, tokens) for tokens in plan.tokens],
+    }
+
+
+def show(plan: ScalePlan, settings: Settings, facts: dict) -> None:
+    """The figures as tables."""
+    model, train, speed, memory = settings.model, settings.train, facts["speed"], facts["memory"]
+    rows = train.batch_size // train.grad_accum // plan.devices
+    print(
+        f"{model.recursion}, {format_params(facts['parameters'])} parameters, "
+        f"{format_params(facts['train_flops_per_token'])} training FLOPs per token; {plan.devices} devices, each with "
+        f"{train.grad_accum} x {rows} windows of {model.max_seq_len} tokens per step"
+    )
+    names = {"weights": "weights, fp32", "exchange": "buckets of the exchange", "moments": "AdamW's moments"}
+    names |= {"training": "sum while training", "checkpoint": "sum while a checkpoint is written"}
+    lines = [
+        [names.get(what, what), *(f"{column[what] / GIB:,.2f}" for column in memory.values())] for what in memory["DDP"]
+    ]
+    table(["memory per process, GiB", *memory], lines)
+    exchange = " or ".join(f"{speed['exchange_s'][kind]:.3g} ({kind})" for kind in memory)
+    table(
+        ["per step", f"{speed['step_tokens']:,} tokens"],
+        [
+            ["matrix products, s", f"{speed['products_s']:.3g}"],
+            ["exchange if nothing hides it, s", exchange],
+            ["tokens/s", f"{speed['tokens_per_s']:,.0f}"],
+            ["loading processes that keep up", f"{speed['readers']:,} ({speed['readers_per_process']:,} per device)"],
+            ["checkpoint, GB", f"{speed['checkpoint_bytes'] / 1e9:,.2f} ({speed['checkpoint_s']:.3g} s)"],
+            ["save_every for 1 % of the time", f"{speed['save_every_1_percent']:,}"],
+            ["run folder, GB", f"{speed['run_folder_bytes'] / 1e9:,.1f}"],
+        ],
+    )
+    figures = {
+        "optimizer steps": lambda r: f"{r['steps']:,}",
+        "training FLOPs": lambda r: f"{r['train_flops']:.2e}",
+        "days": lambda r: f"{r['days']:,.3g}" if r["days"] < 1000 else f"{r['days']:,.0f}",
+        "text, GB": lambda r: f"{r['text_bytes'] / 1e9:,.0f}",
+        f"files of {plan.shard_gb:g} GB": lambda r: f"{r['shards']:,}",
+        "tokens on disk, if tokenized once, GB": lambda r: f"{r['token_store_bytes'] / 1e9:,.0f}",
+        "CPU hours to tokenize": lambda r: f"{r['tokenize_cpu_hours']:,.0f}",
+    }
+    table(
+        ["run", *(f"{format_params(r['tokens'])} tokens" for r in facts["runs"])],
+        [[name, *map(figure, facts["runs"])] for name, figure in figures.items()],
+    )
+
+
+def table(header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    print()
+    for first, *rest in (header, *rows):
+        print("  ".join((first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:])))))
+
+
+def main(argv=None) -> None:
+    plan, settings = parse_args(argv)
+    facts = make_plan(plan, settings)
+    show(plan, settings, facts)
+    print(json.dumps({"experiment": "scale_plan"} | facts))
+
+
+if __name__ == "__main__":
+    run(main)
