@@ -7,8 +7,8 @@
 The bare loop draws a batch, runs the model forward and backward, clips the gradient and updates by AdamW. The engine's
 is `Trainer.train`, run folder and all: moving average, guards, metrics.jsonl and TensorBoard every 10 steps, the
 monitor, a checkpoint every `save_every` steps, tqdm. Both work on windows of the standard library, with equal models,
-in rounds that alternate; the engine's rounds go on where the one before ended. Prints seconds per step of each (medians), then one JSON line. Evaluations are
-left out on both sides: they are work, not overhead.
+in rounds that alternate; the engine's rounds go on where the one before ended. Prints milliseconds per step of each
+(medians), then one JSON line. Evaluations are left out on both sides: they are work, not overhead.
 """
 
 import tempfile

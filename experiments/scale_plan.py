@@ -263,7 +263,7 @@ def show(plan: ScalePlan, settings: Settings, facts: dict) -> None:
     figures = {
         "optimizer steps": lambda r: f"{r['steps']:,}",
         "training FLOPs": lambda r: f"{r['train_flops']:.2e}",
-        "days": lambda r: f"{r['days']:,.3g}" if r["days"] < 1000 else f"{r['days']:,.0f}",
+        "time": lambda r: clock(r["days"]),
         "text, GB": lambda r: f"{r['text_bytes'] / 1e9:,.0f}",
         f"files of {plan.shard_gb:g} GB": lambda r: f"{r['shards']:,}",
         "tokens on disk, if tokenized once, GB": lambda r: f"{r['token_store_bytes'] / 1e9:,.0f}",
@@ -273,6 +273,14 @@ def show(plan: ScalePlan, settings: Settings, facts: dict) -> None:
         ["run", *(f"{format_params(r['tokens'])} tokens" for r in facts["runs"])],
         [[name, *map(figure, facts["runs"])] for name, figure in figures.items()],
     )
+
+
+def clock(days: float) -> str:
+    """14.1 days, 8.2 hours, 12 minutes."""
+    unit, number = next(
+        ((u, days * n) for u, n in (("days", 1), ("hours", 24)) if days * n >= 1), ("minutes", days * 1440)
+    )
+    return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))  # as when they are run as scripts
 
+import bench_engine  # noqa: E402
 import bench_generate  # noqa: E402
 import bench_memory  # noqa: E402
 import bench_train  # noqa: E402
@@ -78,6 +79,18 @@ def test_block_products_count_what_they_multiply():
     for job in products.jobs.values():
         job()
     assert products.ceiling({"forward": 2.0, "grad_input": 3.0, "grad_weight": 1.0}, 2.0) == products.flops * 4 / 8
+
+
+# --- bench_engine -----------------------------------------------------------------------------------------------------
+
+
+def test_bench_engine(capsys):
+    assert bench_engine.main(["--quick"]) == 0
+    out = capsys.readouterr().out
+    row = json.loads(out.splitlines()[-1])
+    each = row["seconds_per_step"]
+    assert row["overhead"] == pytest.approx(each["engine"] / each["bare"] - 1, rel=1e-3) and row["steps"] == 4
+    assert "the engine costs" in out
 
 
 # --- bench_generate ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,177 @@
+"""experiments/scale_plan.py: its memory against what real training steps hold, its figures against sums by hand."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # as when torchrun runs this file
+
+from training import TINY, trainer_of  # noqa: E402
+
+from experiments.scale_plan import PeakBytes, activation_bytes, clock, main, make_plan, parse_args, plan_memory  # noqa: E402
+from src.config import UserError  # noqa: E402
+from src.create import Settings  # noqa: E402
+from src.metrics import flops_per_token  # noqa: E402
+from src.model import TRMConfig  # noqa: E402
+from src.runtime import RuntimeConfig  # noqa: E402
+
+pytest_plugins = "training"  # the fixtures make and corpus
+WIDE = {"d_model": 64, "n_heads": 4, "d_ff": 192, "batch_size": 16}
+PLAIN = "--recursion none --n_layers 1 --d_model 64 --n_heads 4 --vocab_size 100 --max_seq_len 32 --batch_size 16"
+
+
+def held(trainer):
+    """(most bytes that one training step holds, most that writing a checkpoint does), measured."""
+    trainer.started = time.monotonic()
+    trainer.train_step(next_batch(trainer))  # now the optimizers have their state
+    state = [v for o in trainer.optimizers for s in o.state.values() for v in s.values()]
+    with PeakBytes() as memory:
+        memory.add(*trainer.raw.parameters(), *trainer.ema.average.values(), *state)
+        trainer.train_step(next_batch(trainer))
+        step, memory.peak = memory.peak, 0
+        trainer.save()
+        return step, memory.peak
+
+
+def next_batch(trainer):
+    trainer.enter_stage()
+    return next(trainer.loader)
+
+
+def planned(trainer, world=1):
+    settings = Settings(trainer.config, None, trainer.raw.config, RuntimeConfig(precision="fp32"))
+    return plan_memory(sum(p.numel() for p in trainer.raw.parameters()), settings, world)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recursion": "none"},
+        {"supervision_steps": 2, "grad_accum": 2, "tie_embeddings": True},
+        {"full_bptt": True},
+        {"supervision_steps": 1, "n_layers": 2, "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_a_step_holds_what_is_planned(make, changes):
+    """In eager fp32, a sixteenth beside: what the plan leaves out is the batch itself, norms and other small things."""
+    trainer = make(**WIDE, **changes)
+    step, checkpoint = held(trainer)
+    plan = planned(trainer)["DDP"]
+    assert plan["activations"] > plan["training"] / 4
+    assert plan["training"] == pytest.approx(step, rel=1 / 16)
+    assert plan["checkpoint"] == pytest.approx(checkpoint, rel=1 / 16)
+
+
+def test_a_checkpoint_is_as_large_as_planned(make):
+    trainer = make(**WIDE)
+    trainer.train()
+    files = [path for path in (trainer.folder / "last").resolve().rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    assert planned(trainer)["DDP"]["checkpoint"] == pytest.approx(size, rel=0.05)  # the rest is headers, tokenizer
+
+
+class TestActivations:
+    config = TRMConfig(vocab_size=50, d_model=32, n_heads=2, n_layers=1, max_seq_len=32)
+
+    def bytes(self, rows=4, precision="bf16", **changes):
+        return activation_bytes(TRMConfig(**{**vars(self.config), "grad_deep_steps": None, **changes}), rows, precision)
+
+    def test_they_follow_the_batch_and_the_depth_that_carries_gradient(self):
+        assert self.bytes(rows=16) == pytest.approx(4 * self.bytes(), rel=0.05)
+        assert self.bytes(supervision_steps=8) == self.bytes() == self.bytes(deep_steps=8)
+        assert self.bytes(full_bptt=True) > 2.5 * self.bytes()
+        assert self.bytes(latent_steps=5, gradient_checkpointing=True) < 0.6 * self.bytes(latent_steps=5)
+        assert self.bytes() < 0.9 * self.bytes(precision="fp32")
+
+    def test_no_weight_is_made(self):
+        wide = TRMConfig(vocab_size=50, d_model=16384, n_heads=128, n_layers=1, recursion="none", max_seq_len=8)
+        assert activation_bytes(wide, 1) > 8 * 16384 * 4  # its weights would be 13 GB
+
+
+def test_figures_by_hand():
+    facts = make_plan(*parse_args(f"{PLAIN} --devices 4 --grad_accum 2 --tokens 1e9 --bytes_per_token 5".split()))
+    config = TRMConfig(vocab_size=100, d_model=64, n_heads=4, n_layers=1, max_seq_len=32, recursion="none")
+    flops, parameters = flops_per_token(config).train, 2 * 100 * 64 + 4 * 64**2 + 3 * 64 * 192 + 2 * 64
+    assert facts["parameters"] == parameters and facts["train_flops_per_token"] == flops
+    speed, (run,) = facts["speed"], facts["runs"]
+    assert speed["step_tokens"] == 512 and run["steps"] == 1953125
+    assert speed["tokens_per_s"] == pytest.approx(4 * 312e12 * 0.3 / flops)
+    assert run["days"] == pytest.approx(1e9 * flops / (4 * 312e12 * 0.3) / 86400)
+    assert speed["exchange_s"]["DDP"] == pytest.approx(2 * 4 * parameters * 3 / 4 / 25e9)
+    assert speed["exchange_s"]["shard"] == pytest.approx((2 + 1) * 4 * parameters * 3 / 4 / 25e9)
+    assert speed["checkpoint_bytes"] == 16 * parameters and speed["checkpoint_s"] == 16 * parameters / 1e9
+    assert speed["readers"] == -(-speed["tokens_per_s"] * 5 // 3e6)
+    assert (run["text_bytes"], run["shards"], run["token_store_bytes"]) == (5e9, 5, 2e9)
+    assert run["tokenize_cpu_hours"] == pytest.approx(5e9 / 3e6 / 3600)
+    ddp, shard = facts["memory"]["DDP"], facts["memory"]["shard"]
+    assert ddp["training"] - ddp["activations"] == pytest.approx(24 * parameters)
+    assert shard["training"] - shard["activations"] == pytest.approx((8 + 20 / 4) * parameters)
+    assert (ddp["checkpoint"], shard["checkpoint"]) == (16 * parameters, 20 * parameters)
+
+
+def test_settings_change_the_plan():
+    def plan(words=""):
+        return make_plan(*parse_args(f"--vocab_size 100 --d_model 64 --batch_size 16 --devices 2 {words}".split()))
+
+    base = plan()
+    assert plan("--ema_decay 0")["speed"]["checkpoint_bytes"] == 12 * base["parameters"]
+    paper = plan("--optimizer_step supervision")["speed"]["exchange_s"]
+    assert paper["DDP"] == pytest.approx(2 * base["speed"]["exchange_s"]["DDP"])
+    slower = plan("--gradient_checkpointing")["speed"]["products_s"]
+    assert slower == pytest.approx(4 / 3 * base["speed"]["products_s"])
+    assert set(plan("--devices 1")["memory"]) == {"DDP"}
+
+
+def test_tables_and_json(capsys):
+    main(["--config", str(ROOT / "configs" / "small.yaml"), "--devices", "2", "--tokens", "1e9", "1e12"])
+    out = capsys.readouterr().out.splitlines()
+    facts = json.loads(out[-1])
+    assert facts["experiment"] == "scale_plan" and [r["tokens"] for r in facts["runs"]] == [1e9, 1e12]
+    assert sum(line.startswith(("memory per", "per step", "run  ")) for line in out) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--devices 3", "batch_size 32 does not divide into grad_accum 1 x 3 devices: make it a multiple of 3"),
+        ("--tokens 1e9 -1", "tokens is .* over 0"),
+        ("--utilisation 0", "utilisation is 0.0: set it over 0"),
+    ],
+)
+def test_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        parse_args(f"--vocab_size 100 {words}".split())
+
+
+def test_clock():
+    assert [clock(days) for days in (400, 14.13, 0.5, 0.01)] == ["400 days", "14.1 days", "12 hours", "14.4 minutes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_shards_hold_what_is_planned(corpus, tmp_path, world):
+    """Each of several real processes; buckets of DDP are made where nothing here can see them, so shard alone."""
+    values = {**TINY, **corpus, **WIDE, "n_layers": 12, "shard": True, "save_dir": str(tmp_path / "run")}
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps(values))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, __file__, str(spec)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in range(world):
+        step, checkpoint, plan = json.loads(Path(f"{spec}.{rank}").read_text())
+        assert plan["training"] == pytest.approx(step, rel=1 / 8)
+        assert plan["checkpoint"] == pytest.approx(checkpoint, rel=1 / 8)
+
+
+if __name__ == "__main__":
+    trainer = trainer_of(json.loads(Path(sys.argv[1]).read_text()))
+    figures = [*held(trainer), planned(trainer, trainer.world)["shard"]]
+    Path(f"{sys.argv[1]}.{trainer.rank}").write_text(json.dumps(figures))
