@@ -6,11 +6,11 @@
     python benchmarks/bench_data.py --quick                      # tiny sizes: does it run?
 
 Tokenizing: MB of text (10^6 bytes) per second of `tokenize_corpus`, from .jsonl.gz files to the cache on disk, with 1
-and 2 processes, for as many files as processes and for one file; beside them SentencePiece alone, on the same text in
-memory, in the same rounds. `ratio` is to SentencePiece alone.
+and 2 processes, for several files and for one; beside them SentencePiece alone, on the same text in memory, in the same
+rounds. `ratio` is to SentencePiece alone in as many processes.
 
 Loader: batches per second of the training loader, tokenized before or streamed, with 0 and 2 loading processes. `ratio`
-is to the need: batches/s of the forward and backward passes alone of a model with the default settings, on this machine.
+is to the need: by default batches/s of forward and backward passes of a model with the default settings, here.
 
 Streaming: resident memory (RSS) of a fresh process that streams the corpus once, and ten times as many files; `added`
 is what streaming added to a process that had already loaded everything, at its peak and at its end. `growth` is of the
@@ -24,7 +24,9 @@ import gzip
 import io
 import itertools
 import json
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,7 +36,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from common import CPU, ROOT, interleaved, machine, median, print_json, print_table, seconds
+from common import ROOT, interleaved, machine, median, print_json, print_table, seconds
 
 from src.config import UserError, parse_flags, run
 from src.corpus import find_files, read_documents, stdlib_files
@@ -84,9 +86,7 @@ class DataBench:
             self.text_mb, self.vocab_size, self.batch_size, self.seq_len = 0.3, 600, 4, 32
             self.shuffle_buffer, self.batches, self.repeats = 16, 5, 1
         if min(self.batch_size, self.seq_len, self.batches, self.repeats, self.shuffle_buffer) < 1 or self.text_mb <= 0:
-            raise ValueError(
-                "batch_size, seq_len, shuffle_buffer, batches and repeats must be 1 or more, text_mb over 0"
-            )
+            raise ValueError("batch_size, seq_len, batches, repeats, shuffle_buffer must be 1 or more, text_mb over 0")
         if self.need is not None and self.need <= 0:
             raise ValueError(f"need is {self.need}: set it over 0")
 
@@ -107,36 +107,48 @@ def read_texts(args: DataBench) -> list[str]:
 
 
 def write_shards(folder: Path, texts: list[str], n_shards: int) -> list[str]:
-    """The texts dealt to .jsonl.gz files."""
+    """The texts in .jsonl.gz files, about as much in each."""
     folder.mkdir()
-    paths = [folder / f"{shard:03d}.jsonl.gz" for shard in range(n_shards)]
-    for shard, path in enumerate(paths):
+    for shard in range(n_shards):
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[shard::n_shards])
-        path.write_bytes(gzip.compress(lines.encode(), compresslevel=6))
-    return list(map(str, paths))
+        (folder / f"{shard:03d}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), compresslevel=6))
+    return sorted(map(str, folder.iterdir()))
 
 
 # ---- tokenizing -----------------------------------------------------------------------------------------------------
 
 
 def measure_tokenizing(args: DataBench, texts, tokenizer, folder: Path) -> list[dict]:
+    import datasets  # noqa: F401  (so that its import is not timed)
+
     one, several = (write_shards(folder / name, texts, n) for name, n in (("one", 1), ("several", N_SHARDS)))
     caches = itertools.count()
 
     def tokenize(files, num_proc):
         tokenize_corpus(files, tokenizer, num_proc=num_proc, cache_dir=str(folder / f"cache{next(caches)}"))
 
-    jobs = {"SentencePiece alone": functools.partial(tokenizer.encode_batch, texts)}
+    jobs = {("SentencePiece alone", n): functools.partial(encode_alone, tokenizer, texts, n) for n in (1, 2)}
     for name, files in ((f"{N_SHARDS} files", several), ("1 file", one)):
-        jobs |= {f"{name}, {n} process{'es' * (n > 1)}": functools.partial(tokenize, files, n) for n in (1, 2)}
-    jobs["SentencePiece alone"]()  # the first call is slower
-    times = interleaved(jobs, args.repeats)
+        jobs |= {(name, n): functools.partial(tokenize, files, n) for n in (1, 2)}
+    encode_alone(tokenizer, texts, 1)  # the first call is slower
+    times = {job: median(taken) for job, taken in interleaved(jobs, args.repeats).items()}
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    alone = median(times["SentencePiece alone"])
     return [
-        {"job": name, "mb_per_s": megabytes / median(taken), "ratio": alone / median(taken)}
-        for name, taken in times.items()
+        {"job": name, "processes": n, "mb_per_s": megabytes / taken, "ratio": times["SentencePiece alone", n] / taken}
+        for (name, n), taken in times.items()
     ]
+
+
+def encode_alone(tokenizer, texts, n_processes) -> None:
+    """Texts that are in memory to tokens that nobody takes."""
+    if n_processes == 1:
+        return tokenizer.encode_batch(texts)
+    shares = [texts[process::n_processes] for process in range(n_processes)]
+    processes = [multiprocessing.Process(target=tokenizer.encode_batch, args=(share,)) for share in shares]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
 
 
 # ---- the loader -----------------------------------------------------------------------------------------------------
@@ -154,8 +166,8 @@ def measure_need(args: DataBench, vocab_size: int) -> float:
         model.zero_grad()
         model(ids, ids).loss.backward()
 
-    step()
-    return 1 / median(interleaved({"step": step}, args.repeats, device)["step"])
+    step()  # the first one is slower
+    return 1 / seconds(step, device)
 
 
 def measure_loader(args: DataBench, sets: dict, need: float) -> list[dict]:
@@ -167,8 +179,7 @@ def measure_loader(args: DataBench, sets: dict, need: float) -> list[dict]:
     times = {kind: [] for kind in loaders}
     for _ in range(args.repeats + 1):  # the first round also starts processes and fills buffers
         for kind, loader in loaders.items():
-            times[kind].append(seconds(lambda loader=loader: [next(loader) for _ in range(args.batches)], CPU))
-            time.sleep(0.05)
+            times[kind].append(seconds(lambda loader=loader: [next(loader) for _ in range(args.batches)]))
     rows = []
     for (name, workers), taken in times.items():
         speed = args.batches / median(taken[1:])
@@ -245,9 +256,11 @@ def main(argv=None) -> None:
         folder = Path(name)
         tokenizer = train_sentencepiece(sample, str(folder / "spm"), args.vocab_size)
         tokenizing = measure_tokenizing(args, texts, tokenizer, folder)
-        print_table(["tokenizing", "MB/s", "ratio"], [list(row.values()) for row in tokenizing])
+        print_table(["tokenizing", "processes", "MB/s", "ratio"], [list(row.values()) for row in tokenizing])
 
-        shards = write_shards(folder / "shards", texts * TIMES, TIMES)
+        (one,) = write_shards(folder / "shards", texts, 1)
+        shards = [one] + [shutil.copy(one, folder / "shards" / f"{copy:03d}.jsonl.gz") for copy in range(1, TIMES)]
+        shards = list(map(str, shards))
         store = tokenize_corpus(shards[:1], tokenizer, cache_dir=str(folder / "cache"))
         sets = {"tokenized": PackedDataset(store, args.seq_len), "streamed": stream_of(args, shards[:1], tokenizer)}
         need = args.need or measure_need(args, tokenizer.vocab_size)

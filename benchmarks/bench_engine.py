@@ -99,7 +99,7 @@ class Bare:
 
 
 def engine(trainer, steps: int):
-    trainer.config.max_steps = trainer.step + steps
+    trainer.curriculum.total_steps = trainer.step + steps
     trainer.train()
 
 

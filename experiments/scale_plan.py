@@ -96,12 +96,13 @@ def parse_args(argv=None) -> tuple[ScalePlan, Settings]:
 
 
 class PeakBytes(TorchDispatchMode):
-    """Inside, `peak` follows the most bytes that all storages alive have held at once: those that operations return,
-    and those that were given to `add`."""
+    """Inside, `now` and `peak` follow the bytes of all storages alive that operations have taken or given, and of those
+    that were given to `add`. One that is resized counts anew when it is next seen."""
 
     def __init__(self):
         super().__init__()
-        self.peak, self._alive = 0, {}
+        self.now = self.peak = 0
+        self.alive = {}  # id of a storage: (weak reference, bytes)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -114,20 +115,21 @@ class PeakBytes(TorchDispatchMode):
             tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                key = id(storage)
-                if key not in self._alive:
-                    self._alive[key] = weakref.ref(storage, lambda _, key=key: self._alive.pop(key, None))
+                key, size = id(storage), storage.nbytes()
+                ref, before = self.alive.get(key) or (weakref.ref(storage, lambda _, key=key: self._gone(key)), 0)
+                self.alive[key] = ref, size
+                self.now += size - before
 
-    @property
-    def now(self) -> int:
-        """Bytes alive; counted anew, as sharding resizes storages in place."""
-        return sum(storage.nbytes() for ref in list(self._alive.values()) if (storage := ref()) is not None)
+    def _gone(self, key):
+        self.now -= self.alive.pop(key)[1]
 
 
 def activation_bytes(config: TRMConfig, rows: int, precision: str = "bf16") -> int:
-    """Peak of a forward and backward pass over rows x max_seq_len tokens, in bytes beside weights and gradients.
+    """What forward and backward passes over rows x max_seq_len tokens hold at their peak beside weights and gradients.
 
-    One supervision step after the other, as in training, or all at once with full_bptt."""
+    One supervision step after the other, as in training, or all at once with full_bptt. The gradients are there from
+    the start, which is right where several backward passes add to them; a single one makes them as activations go, and
+    may hold less."""
     with torch.device("meta"):
         model = TRMModel(config)
     at_once = config.full_bptt or config.train_steps == 1
@@ -137,14 +139,14 @@ def activation_bytes(config: TRMConfig, rows: int, precision: str = "bf16") -> i
         ids, carry = torch.zeros(rows, config.max_seq_len, dtype=torch.int64), None
         for p in model.parameters():
             p.grad = torch.empty_like(p)
-        before = memory.now
+        beside = memory.now
         for _ in range(1 if at_once else config.train_steps):
             with autocast(CPU, precision):
                 out = model(ids, ids, supervision_steps=None if at_once else 1, carry=carry)
             out.loss.backward()
             carry = out.carry
             del out
-        return memory.peak - before
+        return memory.peak - beside
 
 
 def plan_memory(parameters: int, settings: Settings, world: int) -> dict:
@@ -277,9 +279,8 @@ def show(plan: ScalePlan, settings: Settings, facts: dict) -> None:
 
 def clock(days: float) -> str:
     """14.1 days, 8.2 hours, 12 minutes."""
-    unit, number = next(
-        ((u, days * n) for u, n in (("days", 1), ("hours", 24)) if days * n >= 1), ("minutes", days * 1440)
-    )
+    units = (("days", days), ("hours", 24 * days), ("minutes", 1440 * days))
+    unit, number = next((u for u in units if u[1] >= 1), units[-1])
     return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))  # as when they are run as scripts
 
+import bench_data  # noqa: E402
 import bench_engine  # noqa: E402
 import bench_generate  # noqa: E402
 import bench_memory  # noqa: E402
@@ -90,6 +91,7 @@ def test_bench_engine(capsys):
     row = json.loads(out.splitlines()[-1])
     each = row["seconds_per_step"]
     assert row["overhead"] == pytest.approx(each["engine"] / each["bare"] - 1, rel=1e-3) and row["steps"] == 4
+    assert each["engine"] > 0.3 * each["bare"]  # all its steps were made
     assert "the engine costs" in out
 
 
@@ -152,6 +154,42 @@ def test_bench_memory(capsys):
     assert facts["corpus"]["peak"] < 2**30
 
 
+# --- bench_data -------------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_a_stream(tmp_path, capsys):
+    args = bench_data.parse_args(["--quick"])
+    texts = bench_data.read_texts(args)
+    (file,) = bench_data.write_shards(tmp_path / "shards", texts, 1)
+    job = json.dumps({"files": [file], "tokenizer": "byte"})
+    bench_data.main(["--batch_size", "8", "--seq_len", "64", "--shuffle_buffer", "16", "--child", job])
+    facts = last_json(capsys)
+    assert 2**26 < facts["before"] <= facts["peak"] and facts["end"] <= facts["peak"]
+    tokens = sum(len(text.encode()) + 1 for text in texts)
+    assert facts["batches"] == pytest.approx(tokens / (64 * 8), abs=4)  # the end of an epoch shows a buffer later
+
+
+@pytest.mark.slow
+def test_bench_data(capsys):
+    bench_data.main(["--quick"])
+    facts = last_json(capsys)
+    alone, jobs = facts["tokenizing"][:2], facts["tokenizing"][2:]
+    assert [job["processes"] for job in alone + jobs] == [1, 2] * 3 and [job["ratio"] for job in alone] == [1, 1]
+    for job, speed in zip(jobs, 2 * [row["mb_per_s"] for row in alone]):
+        assert job["ratio"] == pytest.approx(job["mb_per_s"] / speed, rel=1e-3)
+    assert [(row["set"], row["workers"]) for row in facts["loading"]] == [
+        (name, workers) for name in ("tokenized", "streamed") for workers in (0, 2)
+    ]
+    assert all(
+        row["ratio"] == pytest.approx(row["batches_per_s"] / facts["need"], rel=1e-3) for row in facts["loading"]
+    )
+    one, ten = facts["memory"]
+    assert ten["file_bytes"] == 10 * one["file_bytes"] and ten["batches"] == pytest.approx(
+        10 * one["batches"], rel=0.01
+    )
+    assert all(0 < row["bytes"] < 10_000 for row in facts["resume"])
+
+
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +206,8 @@ def test_rounds_alternate():
         (bench_generate, ["--shapes", "9x9"], "9x9"),
         (bench_generate, ["--context", "100"], "context"),
         (bench_memory, ["--corpus_mb", "-1"], "corpus_mb"),
+        (bench_data, ["--paths", "data/nowhere"], "data/nowhere does not exist"),
+        (bench_data, ["--need", "0"], "need"),
         (shakespeare, ["--recipe", "gpt"], "gpt"),
         (shakespeare, [], "recipe is missing"),
         (shakespeare, ["--recipe", "anchor", "--path", "nowhere.txt"], "char-rnn"),

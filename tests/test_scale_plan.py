@@ -26,12 +26,21 @@ WIDE = {"d_model": 64, "n_heads": 4, "d_ff": 192, "batch_size": 16}
 PLAIN = "--recursion none --n_layers 1 --d_model 64 --n_heads 4 --vocab_size 100 --max_seq_len 32 --batch_size 16"
 
 
+class Resizes(PeakBytes):
+    """Looks at every storage at every operation: sharding resizes them where no operation sees it."""
+
+    def add(self, *tensors):
+        super().add(*tensors)
+        self.alive = {key: (ref, ref().nbytes()) for key, (ref, _) in list(self.alive.items()) if ref() is not None}
+        self.now = sum(size for _, size in self.alive.values())
+
+
 def held(trainer):
     """(most bytes that one training step holds, most that writing a checkpoint does), measured."""
     trainer.started = time.monotonic()
     trainer.train_step(next_batch(trainer))  # now the optimizers have their state
     state = [v for o in trainer.optimizers for s in o.state.values() for v in s.values()]
-    with PeakBytes() as memory:
+    with Resizes() as memory:
         memory.add(*trainer.raw.parameters(), *trainer.ema.average.values(), *state)
         trainer.train_step(next_batch(trainer))
         step, memory.peak = memory.peak, 0
@@ -60,13 +69,15 @@ def planned(trainer, world=1):
     ids=str,
 )
 def test_a_step_holds_what_is_planned(make, changes):
-    """In eager fp32, a sixteenth beside: what the plan leaves out is the batch itself, norms and other small things."""
+    """In eager fp32. Left out are the batch itself, norms and other small things; where one backward pass makes the
+    gradients, the plan may count up to their size too much."""
     trainer = make(**WIDE, **changes)
     step, checkpoint = held(trainer)
     plan = planned(trainer)["DDP"]
+    slack = 0 if "grad_accum" in changes else plan["gradients"]
     assert plan["activations"] > plan["training"] / 4
-    assert plan["training"] == pytest.approx(step, rel=1 / 16)
-    assert plan["checkpoint"] == pytest.approx(checkpoint, rel=1 / 16)
+    assert step / 1.04 < plan["training"] < step * 1.04 + slack
+    assert plan["checkpoint"] == pytest.approx(checkpoint, rel=0.04)
 
 
 def test_a_checkpoint_is_as_large_as_planned(make):
@@ -78,17 +89,18 @@ def test_a_checkpoint_is_as_large_as_planned(make):
 
 
 class TestActivations:
-    config = TRMConfig(vocab_size=50, d_model=32, n_heads=2, n_layers=1, max_seq_len=32)
+    config = TRMConfig(vocab_size=50, d_model=32, n_heads=2, n_layers=1, latent_steps=1, max_seq_len=32)
 
     def bytes(self, rows=4, precision="bf16", **changes):
         return activation_bytes(TRMConfig(**{**vars(self.config), "grad_deep_steps": None, **changes}), rows, precision)
 
     def test_they_follow_the_batch_and_the_depth_that_carries_gradient(self):
-        assert self.bytes(rows=16) == pytest.approx(4 * self.bytes(), rel=0.05)
-        assert self.bytes(supervision_steps=8) == self.bytes() == self.bytes(deep_steps=8)
-        assert self.bytes(full_bptt=True) > 2.5 * self.bytes()
-        assert self.bytes(latent_steps=5, gradient_checkpointing=True) < 0.6 * self.bytes(latent_steps=5)
-        assert self.bytes() < 0.9 * self.bytes(precision="fp32")
+        base = self.bytes()
+        assert self.bytes(rows=16) == pytest.approx(4 * base, rel=0.05)
+        assert self.bytes(supervision_steps=3, deep_steps=3) == base
+        assert self.bytes(full_bptt=True) > 2 * base
+        assert self.bytes(gradient_checkpointing=True, latent_steps=4) < 0.6 * self.bytes(latent_steps=4)
+        assert self.bytes(precision="fp32") > 1.2 * base
 
     def test_no_weight_is_made(self):
         wide = TRMConfig(vocab_size=50, d_model=16384, n_heads=128, n_layers=1, recursion="none", max_seq_len=8)
@@ -117,16 +129,18 @@ def test_figures_by_hand():
 
 
 def test_settings_change_the_plan():
-    def plan(words=""):
-        return make_plan(*parse_args(f"--vocab_size 100 --d_model 64 --batch_size 16 --devices 2 {words}".split()))
+    words = "--vocab_size 100 --d_model 64 --n_layers 1 --latent_steps 1 --deep_steps 1 --batch_size 16 --devices 2"
+
+    def plan(*more):
+        return make_plan(*parse_args([*words.split(), *more]))
 
     base = plan()
-    assert plan("--ema_decay 0")["speed"]["checkpoint_bytes"] == 12 * base["parameters"]
-    paper = plan("--optimizer_step supervision")["speed"]["exchange_s"]
+    assert plan("--ema_decay", "0")["speed"]["checkpoint_bytes"] == 12 * base["parameters"]
+    paper = plan("--optimizer_step", "supervision")["speed"]["exchange_s"]
     assert paper["DDP"] == pytest.approx(2 * base["speed"]["exchange_s"]["DDP"])
     slower = plan("--gradient_checkpointing")["speed"]["products_s"]
     assert slower == pytest.approx(4 / 3 * base["speed"]["products_s"])
-    assert set(plan("--devices 1")["memory"]) == {"DDP"}
+    assert set(plan("--devices", "1")["memory"]) == {"DDP"}
 
 
 def test_tables_and_json(capsys):
@@ -158,7 +172,8 @@ def test_clock():
 @pytest.mark.parametrize("world", [2, 4])
 def test_shards_hold_what_is_planned(corpus, tmp_path, world):
     """Each of several real processes; buckets of DDP are made where nothing here can see them, so shard alone."""
-    values = {**TINY, **corpus, **WIDE, "n_layers": 12, "shard": True, "save_dir": str(tmp_path / "run")}
+    values = {**TINY, **corpus, **WIDE, "recursion": "none", "n_layers": 4, "batch_size": 2 * world}
+    values |= {"shard": True, "save_dir": str(tmp_path / "run")}
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps(values))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
@@ -167,8 +182,8 @@ def test_shards_hold_what_is_planned(corpus, tmp_path, world):
     assert done.returncode == 0, done.stderr[-2000:]
     for rank in range(world):
         step, checkpoint, plan = json.loads(Path(f"{spec}.{rank}").read_text())
-        assert plan["training"] == pytest.approx(step, rel=1 / 8)
-        assert plan["checkpoint"] == pytest.approx(checkpoint, rel=1 / 8)
+        assert step / 1.04 < plan["training"] < (step + plan["whole weights"]) * 1.04
+        assert plan["checkpoint"] == pytest.approx(checkpoint, rel=0.04)
 
 
 if __name__ == "__main__":
