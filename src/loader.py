@@ -64,7 +64,10 @@ class IndexLoader:
 
 
 class StreamLoader:
-    """The training loader of a StreamingDataset; batch k of a rank comes from its loading process k % num_workers."""
+    """The training loader of a StreamingDataset; batch k of a rank comes from its loading process k % num_workers.
+
+    Raises UserError for a file that cannot be read on; then it is of no more use, and the last state is to be resumed.
+    """
 
     def __init__(self, train_set, batch_size, seed=0, rank=0, world=1, num_workers=0):
         self.batch_size, self.samples, self.epoch, self._batches = batch_size, 0, 0, None
