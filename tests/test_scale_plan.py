@@ -119,9 +119,9 @@ def test_figures_by_hand():
     assert speed["exchange_s"]["DDP"] == pytest.approx(2 * 4 * parameters * 3 / 4 / 25e9)
     assert speed["exchange_s"]["shard"] == pytest.approx((2 + 1) * 4 * parameters * 3 / 4 / 25e9)
     assert speed["checkpoint_bytes"] == 16 * parameters and speed["checkpoint_s"] == 16 * parameters / 1e9
-    assert speed["readers"] == -(-speed["tokens_per_s"] * 5 // 3e6)
+    assert speed["readers"] == -(-speed["tokens_per_s"] * 5 // 2.5e6)
     assert (run["text_bytes"], run["shards"], run["token_store_bytes"]) == (5e9, 5, 2e9)
-    assert run["tokenize_cpu_hours"] == pytest.approx(5e9 / 3e6 / 3600)
+    assert run["tokenize_cpu_hours"] == pytest.approx(5e9 / 2.5e6 / 3600)
     ddp, shard = facts["memory"]["DDP"], facts["memory"]["shard"]
     assert ddp["training"] - ddp["activations"] == pytest.approx(24 * parameters)
     assert shard["training"] - shard["activations"] == pytest.approx((8 + 20 / 4) * parameters)
