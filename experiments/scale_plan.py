@@ -270,7 +270,7 @@ def show(plan: ScalePlan, settings: Settings, facts: dict) -> None:
         "text, GB": lambda r: f"{r['text_bytes'] / 1e9:,.0f}",
         f"files of {plan.shard_gb:g} GB": lambda r: f"{r['shards']:,}",
         "tokens on disk, if tokenized once, GB": lambda r: f"{r['token_store_bytes'] / 1e9:,.0f}",
-        "CPU hours to tokenize": lambda r: f"{r['tokenize_cpu_hours']:,.0f}",
+        "CPU hours to tokenize": lambda r: f"{r['tokenize_cpu_hours']:,.3g}",
     }
     table(
         ["run", *(f"{format_params(r['tokens'])} tokens" for r in facts["runs"])],
