@@ -4,8 +4,11 @@ import math
 from typing import Literal
 
 import torch
-from torch import nn
-from torch.optim import Muon, Optimizer
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from src.runtime import DTYPES, choose_precision
 
 
 def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float, betas) -> list[Optimizer]:
@@ -26,12 +29,52 @@ def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float,
     groups = [g for g in groups if g["params"]]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)]
     if name == "muon":
-        # match_rms_adamw makes an update as large as AdamW's, so one learning rate suits both
-        optimizers.append(Muon(inner, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(inner, lr, weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon (https://kellerjordan.github.io/posts/muon), its update as large as AdamW's, quicker in two ways.
+
+    Matrices of one shape are orthogonalised together; and in bf16 only where that is hardware: on other CPUs, bf16
+    products take longer than all the rest of a small model's step."""
+
+    def __init__(self, params, lr: float, weight_decay: float):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient; returns the loss of `closure`, where one is given."""
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            params, grads, buffers, same_shape = [], [], [], {}
+            self._init_group(group, params, grads, buffers)
+            for p, grad, buffer in zip(params, grads, buffers):
+                buffer.lerp_(grad, 1 - group["momentum"])
+                same_shape.setdefault((p.shape, p.device), []).append((p, grad.lerp(buffer, group["momentum"])))
+            for (shape, device), pairs in same_shape.items():
+                dtype = DTYPES["bf16" if choose_precision("auto", device).value == "bf16" else "fp32"]
+                updates = torch.stack([update for _, update in pairs]).to(dtype)
+                updates = newton_schulz(updates, group["ns_coefficients"], group["ns_steps"])
+                for (p, _), update in zip(pairs, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-0.2 * group["lr"] * max(shape) ** 0.5)
+        return loss
+
+
+def newton_schulz(g: Float[Tensor, "k m n"], coefficients: tuple, steps: int) -> Float[Tensor, "k m n"]:
+    """Matrices with their singular values s moved near to 1: s = a s + b s^3 + c s^5, `steps` times, from s / |s|."""
+    a, b, c = coefficients
+    x = g.mT if g.shape[1] > g.shape[2] else g
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if g.shape[1] > g.shape[2] else x
 
 
 def learning_rate_factor(

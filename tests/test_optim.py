@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from torch.optim import Muon
 
-from src.optim import EMA, AdamW, learning_rate_factor, make_optimizers
+from src.optim import EMA, AdamW, Muon, learning_rate_factor, make_optimizers, newton_schulz
 
 SHAPES = [
     {"recursion": "trm", "gate": True, "injection": "concat", "positions": "learned", "qk_norm": True},
@@ -52,6 +51,42 @@ class TestGroups:
         model = tiny()
         model.embed.weight.requires_grad_(False)
         assert "embed.weight" not in groups_of(model, "adamw")
+
+
+class TestMuon:
+    def test_it_is_torchs_up_to_bf16(self):
+        """torch orthogonalises in bf16, whose rounding five steps of the iteration carry on; momentum is exact."""
+        torch.manual_seed(0)
+        ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(8, 24), (24, 8), (8, 24), (16, 16)]]
+        theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+        start = [p.detach().clone() for p in ours]
+        a = Muon(ours, lr=0.1, weight_decay=0.05)
+        b = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        for _ in range(3):
+            for p, q in zip(ours, theirs):
+                p.grad = torch.randn(p.shape)
+                q.grad = p.grad.clone()
+            a.step()
+            b.step()
+        for p, q, before in zip(ours, theirs, start):
+            assert torch.equal(a.state[p]["momentum_buffer"], b.state[q]["momentum_buffer"])
+            assert (p - q).norm() < 0.03 * (q - before).norm()
+
+    @pytest.mark.parametrize("shape", [(2, 6, 10), (1, 10, 6), (3, 7, 7)])
+    def test_singular_values_go_through_the_polynomial(self, shape):
+        torch.manual_seed(1)
+        g = torch.randn(shape, dtype=torch.float64)
+        u, s, v = torch.linalg.svd(g, full_matrices=False)
+        s = s / s.norm(dim=-1, keepdim=True)
+        for _ in range(5):
+            s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+        torch.testing.assert_close(newton_schulz(g, (3.4445, -4.775, 2.0315), 5), u * s[:, None] @ v)
+
+    def test_a_matrix_without_gradient_stays(self):
+        still, moves = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+        moves.grad = torch.eye(4)
+        Muon([still, moves], lr=0.1, weight_decay=0.1).step()
+        assert torch.equal(still, torch.ones(4, 4)) and not torch.equal(moves, torch.ones(4, 4))
 
 
 @pytest.mark.parametrize(
