@@ -1,22 +1,27 @@
 """Key/value cache of a looped model: one slot per (visit, layer), as a looped layer is visited many times a token."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from src.exits import visits_per_recursion_step
 
 
 class KVCache:
     """Keys and values of every slot, preallocated.  The caller owns it; the model advances it once per forward call.
 
     Slots: the prelude's layers, then `prelude_layers + visit * n_layers + layer`, then the coda's layers for each
-    supervision step that is read out. `length` counts the columns filled so far, padding included.
+    step that is read out: the last `read_steps` supervision steps, or under an exit rule each of `depth` recursion
+    steps. `length` counts the columns filled so far, padding included.
     """
 
-    def __init__(self, config, batch: int, max_len: int | None, read_steps: int, dtype, device):
+    def __init__(self, config, batch: int, max_len: int | None, read_steps: int, dtype, device, depth=None):
         if not config.causal or config.mixer != "attention":
             raise ValueError("only a causal attention model decodes with a cache")
-        self.config, self.read_steps = config, read_steps
-        slots, max_len = cache_slots(config, read_steps), max_len or config.max_seq_len
+        self.config, self.depth = config, depth
+        self.read_steps, self.steps = (read_steps, config.train_steps) if depth is None else (depth, depth)
+        slots, self.coda = cache_slots(config, self.read_steps, depth), cache_slots(config, 0, depth)
+        max_len = max_len or config.max_seq_len
         shape = (slots, batch, config.n_kv_heads, max_len, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -24,13 +29,14 @@ class KVCache:
             self.slots = [(self.keys[slot], self.values[slot]) for slot in range(slots)]
         self.segments: Tensor | None = None  # (B, max_len) attention_mask of all columns, once one has been given
         self.length = 0
+        self.stopped: Bool[Tensor, "b t"] | None = None  # new tokens that left the recursion before this step
 
     def coda_slot(self, step: int) -> int:
-        """First slot of the coda for a supervision step; ValueError if the cache was not made to read that step out."""
-        nth = step - (self.config.train_steps - self.read_steps)
+        """First slot of the coda for a step that is read out; ValueError if the cache was not made to read it."""
+        nth = step - (self.steps - self.read_steps)
         if not 0 <= nth < self.read_steps:
             raise ValueError(f"the cache reads out the last {self.read_steps} supervision steps, not step {step}")
-        return cache_slots(self.config, nth)
+        return self.coda + nth * self.config.coda_layers
 
     @property
     def nbytes(self) -> int:
@@ -42,11 +48,30 @@ class KVCache:
         return self.keys.shape[3]
 
     def update(self, slot: int, k: Float[Tensor, "b h t e"], v: Float[Tensor, "b h t e"]) -> tuple[Tensor, Tensor]:
-        """Write the new columns of one slot; returns keys and values (B, K, length + T, E) of all columns so far."""
+        """Write the new columns of one slot; returns keys and values (B, K, length + T, E) of all columns so far.
+
+        Tokens that have stopped repeat those of the same phase one recursion step before."""
         (keys, values), new = self.slots[slot], k.shape[2]
+        if self.stopped is not None:
+            before, stopped = self.slots[slot - self._stride(slot)], self.stopped[:, None, :, None]
+            k, v = (torch.where(stopped, old.narrow(2, self.length, new), now) for old, now in zip(before, (k, v)))
         keys.narrow(2, self.length, new).copy_(k)
         values.narrow(2, self.length, new).copy_(v)
         return keys.narrow(2, 0, self.length + new), values.narrow(2, 0, self.length + new)
+
+    def _stride(self, slot):
+        """Slots between one phase of a recursion step and the same phase of the next."""
+        c = self.config
+        return c.coda_layers if slot >= self.coda else visits_per_recursion_step(c) * c.n_layers
+
+    def fill_from(self, step: int, new: int):
+        """All new tokens stopped after a recursion step: at the later ones they repeat its keys and values."""
+        prelude, strides = self.config.prelude_layers, (self._stride(0), self.config.coda_layers)
+        for held in (self.keys, self.values):
+            for part, stride in zip((held[prelude : self.coda], held[self.coda :]), strides):
+                if stride:
+                    columns = part.narrow(3, self.length, new).unflatten(0, (-1, stride))  # (step, phase, B, K, T, E)
+                    columns[step + 1 :] = columns[step]
 
     def extend_mask(self, mask: Int[Tensor, "b t"] | None, batch: int, new: int) -> Tensor | None:
         """The attention mask (B, length + T) over old and new columns; None while every column is a real token.
@@ -67,10 +92,11 @@ class KVCache:
         return self.segments[:, :end]
 
     def advance(self, new: int):
-        self.length += new
+        self.length, self.stopped = self.length + new, None
 
 
-def cache_slots(config, read_steps: int = 1) -> int:
-    """Slots of an exact cache of a TRMConfig's model; read_steps = supervision steps that are read out."""
-    visits = config.visits_per_step * config.train_steps
+def cache_slots(config, read_steps: int = 1, depth: int | None = None) -> int:
+    """Slots of an exact cache of a TRMConfig's model that reads out read_steps supervision steps; or, given a depth,
+    of one under an exit rule, which reads out each of `depth` recursion steps."""
+    visits = config.visits_per_step * config.train_steps if depth is None else visits_per_recursion_step(config) * depth
     return config.prelude_layers + visits * config.n_layers + read_steps * config.coda_layers

@@ -203,7 +203,7 @@ def grown_config(config: TRMConfig, dim: int, d_ff: int | None = None) -> TRMCon
 def grow_width(model: TRMModel, dim: int, d_ff: int | None = None, seed: int = 0) -> TRMModel:
     """A wider model with the same output, on the same device; the new entries are a function of the seed alone.
 
-    Compiled parts are not taken along: call `compile_parts()` on the new model. Raises as `grown_config`."""
+    Compiled parts are not taken along: compile the new model again. Raises as `grown_config`."""
     old = model.config
     with torch.random.fork_rng(devices=[]):  # the run's random numbers stay as they were
         torch.default_generator.manual_seed(seed)

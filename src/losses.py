@@ -47,6 +47,12 @@ def halting_loss(
     return (loss * valid).sum() / valid.sum().clamp(min=1)
 
 
+def kl_divergence(logits: Float[Tensor, "*n v"], before: Float[Tensor, "*n v"]) -> Float[Tensor, "*n"]:
+    """KL(softmax(logits) || softmax(before)) over the last dimension, nats."""
+    log_p, log_q = _wide(logits).log_softmax(-1), _wide(before).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def step_weights(spec: str, steps: int) -> list[float]:
     """Weights of supervision steps 0..steps-1 from `supervision_weights`, not normalised.
 

@@ -12,8 +12,6 @@
 Shapes: B batch, T tokens, D width, H query heads, K key/value heads, E = D/H, V vocabulary.
 """
 
-import contextlib
-import functools
 from dataclasses import asdict, dataclass
 from math import inf
 from typing import Literal, NamedTuple
@@ -27,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from src.cache import KVCache
 from src.config import literal_fields
 from src.decode import run_blocks
+from src.exits import ExitRule, recur, visits_per_recursion_step
 from src.layers import Attention, Context, MLPMixer1D, RMSNorm, SwiGLU, init_weights, make_context
 from src.losses import IGNORE, halting_loss, step_weights, token_loss, valid_weights
 from src.sampling import generate_ids
@@ -176,7 +175,7 @@ class Carry(NamedTuple):
 
     y: Float[Tensor, "b t d"]
     z: Float[Tensor, "b t d"] | None  # trm only
-    steps: int  # supervision steps done
+    steps: int | Tensor  # supervision steps done; under an exit rule the recursion steps of each token, (B, T)
 
 
 class TRMOutput(NamedTuple):
@@ -224,19 +223,24 @@ class TRMModel(nn.Module):
         carry: Carry | None = None,
         return_steps: bool = False,
         cache: KVCache | None = None,
+        exit: ExitRule | None = None,
     ) -> TRMOutput:
         """Run supervision steps from `carry` (default: the initial state, all steps of the config).
 
         attention_mask: None = every token is real; 0 = padding; different numbers 1, 2, ... keep attention inside
         documents packed into one row. target_ids[t] is the token after input_ids[t], IGNORE (-100) has no loss.
+        exit: inference under a rule, from the initial state and without targets; the steps returned are recursion
+        steps, and carry.steps (B, T) has how many each token took.
         """
+        if exit is not None and target_ids is not None:
+            raise ValueError("an exit rule is for inference: it takes no targets")
+        if exit is not None:
+            return TRMOutput(None, None, None, *recur(self, input_ids, attention_mask, cache, exit, return_steps))
         steps = self.config.train_steps if supervision_steps is None else supervision_steps
         x, ctx = self._enter(input_ids, attention_mask, cache)
         y, z, done = carry if carry is not None else self._initial_state(x)
         if steps < 1 or (cache is not None and done + steps > self.config.train_steps):
-            raise ValueError(
-                f"supervision_steps is {steps} after {done}: 1 or more, and within the config's where it caches"
-            )
+            raise ValueError(f"supervision_steps is {steps} after {done}: 1 or more, within the config's with a cache")
         weights = step_weights(self.config.supervision_weights, done + steps)[done:]
         weights = weights if any(weights) else [1.0] * steps  # a step of weight 0, run by itself
         loss = ce_loss = act_loss = None if target_ids is None else x.new_zeros(())
@@ -266,7 +270,7 @@ class TRMModel(nn.Module):
         deep_steps = 1 if self.config.recursion == "none" else self.config.deep_steps  # T in the paper
         for t in range(deep_steps):
             frozen = self.config.recursion != "none" and t < deep_steps - self.config.grad_deep_steps
-            with torch.no_grad() if frozen else contextlib.nullcontext():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
                 y, z = self.cycle(x, y, z, ctx, visit)
             visit += self.config.visits_per_step // deep_steps
         return y, z
@@ -285,9 +289,10 @@ class TRMModel(nn.Module):
 
     @torch.no_grad()
     def _inference_cycle(self, x, carry: Carry, ctx) -> Carry:
-        """One supervision step without gradient and without reading the answer out."""
-        visit = carry.steps * self.config.visits_per_step
-        return Carry(*self.deep_recursion(x, carry.y, carry.z, ctx, visit), carry.steps + 1)
+        """One recursion step without gradient: a supervision step, or a visit of the loop."""
+        cycle = self.cycle if self.config.recursion == "loop" else self.deep_recursion
+        visit = carry.steps * visits_per_recursion_step(self.config)
+        return Carry(*cycle(x, carry.y, carry.z, ctx, visit), carry.steps + 1)
 
     def _visit(self, inputs, ctx, visit, state=-1):
         """One application of the network to its inputs; inputs[state] is the stream that it updates."""
@@ -313,12 +318,16 @@ class TRMModel(nn.Module):
 
     def _read_out(self, y, ctx, step):
         """logits (B, T, V) and halting logits of the answer y (B, T, D) of a supervision step."""
+        return self.head(self._before_head(y, ctx, step)), self._halt(y)
+
+    def _before_head(self, y, ctx, step):
         slot = 0 if ctx.cache is None or not self.coda else ctx.cache.coda_slot(step)
         h = run_blocks(self.coda, y, ctx, slot)
-        logits = self.head(h if self.coda_norm is None else self.coda_norm(h))
-        if self.config.recursion != "trm":
-            return logits, None
-        return logits, self.q_head(y if self.config.causal else y[:, 0]).squeeze(-1)
+        return h if self.coda_norm is None else self.coda_norm(h)
+
+    def _halt(self, y):
+        if self.config.recursion == "trm":
+            return self.q_head(y if self.config.causal else y[:, 0]).squeeze(-1)
 
     def _halting_loss(self, y_before, step, logits, halt, target_ids, right, ctx):
         """Halting BCE of one supervision step; `stable` judges the step before, from the carry (none at step 0)."""
@@ -332,14 +341,10 @@ class TRMModel(nn.Module):
             right, valid = (right | ~valid).all(-1), valid.any(-1)
         return halting_loss(halt, right, valid)
 
-    def new_cache(self, batch: int, max_len: int | None = None, read_steps: int = 1) -> KVCache:
-        """An empty cache of `batch` rows x max_len columns, to read out the last read_steps supervision steps."""
-        return KVCache(self.config, batch, max_len, read_steps, self.embed.weight.dtype, self.embed.weight.device)
-
-    def compile_parts(self):
-        """torch.compile for training: one graph of the blocks serves every visit; shapes are static."""
-        self.net.apply_blocks = torch.compile(self.net.apply_blocks, dynamic=False)
-        self.token_loss = torch.compile(token_loss, dynamic=False)
+    def new_cache(self, batch: int, max_len: int | None = None, read_steps: int = 1, depth=None) -> KVCache:
+        """An empty cache of `batch` rows x max_len columns; for an exit rule, `depth` is `exits.max_depth`."""
+        w = self.embed.weight
+        return KVCache(self.config, batch, max_len, read_steps, w.dtype, w.device, depth)
 
     def generate(self, prompt_ids: Int[Tensor, "b t"], max_new_tokens: int, **options) -> Int[Tensor, "b u"]:
         """(B, T) -> (B, T + max_new_tokens); options as in sampling.generate: temperature=1.0, top_k, top_p,
@@ -361,7 +366,7 @@ class TinyNet(nn.Module):
 
     def forward(self, inputs, ctx: Context, slot: int, state: int = -1) -> Tensor:
         inject = {3: self.inject_z, 2: self.inject_y}.get(len(inputs))
-        h = functools.reduce(torch.add, inputs) if inject is None else inject(torch.cat(inputs, dim=-1))
+        h = sum(inputs[1:], inputs[0]) if inject is None else inject(torch.cat(inputs, dim=-1))
         h = self.apply_blocks(h.to(inputs[0].dtype), ctx, slot)  # autocast narrows the injection, not the stream
         if self.gate is None:
             return h

@@ -142,6 +142,12 @@ def _missing_for_compile(device) -> str:
     return "" if (Path(include) / "Python.h").exists() else f"no Python.h in {include} (install the Python headers)"
 
 
+def compile_parts(model) -> None:
+    """torch.compile a TRMModel for training: one graph of the blocks serves every visit; shapes are static."""
+    model.net.apply_blocks = torch.compile(model.net.apply_blocks, dynamic=False)
+    model.token_loss = torch.compile(model.token_loss, dynamic=False)
+
+
 def mix_seed(*numbers) -> int:
     """One 63-bit seed from several whole numbers."""
     seed = 0

@@ -1,12 +1,23 @@
 """Next-token choice, and the one generator of tokens that every front end shares."""
 
 import secrets
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from src.exits import ExitRule, max_depth
 from src.runtime import mix_seed
+
+
+class Thought(NamedTuple):
+    """What became of one new token of every row while it was found."""
+
+    logits: Float[Tensor, "s b v"]  # after each recursion step
+    halt_logits: Float[Tensor, "s b"] | None  # None without a halting head
+    depth: Int[Tensor, "b"]  # recursion steps taken
+    token: Int[Tensor, "b"]  # the one chosen
 
 
 def filter_logits(
@@ -65,26 +76,32 @@ def generate(
     seed: int | None = None,
     eos_id: int | None = None,
     attention_mask: Int[Tensor, "b t"] | None = None,
+    exit: ExitRule | None = None,
+    thoughts: list[Thought] | None = None,
 ):
     """Yield (B,) ids, one new token of every row at a time, until max_new_tokens or until every row has met EOS.
 
     prompt_ids are left-padded where attention_mask is 0. temperature 0 is greedy. Row i draws from a generator of
     its own, seeded from (seed, i), so a row's text does not depend on the rows beside it. After EOS a row yields
     the config's pad_token_id, or EOS again where it has none. When a row would pass max_seq_len, it keeps its last
-    max_seq_len // 2 tokens and is encoded anew. Raises ValueError for options and prompts that cannot be.
+    max_seq_len // 2 tokens and is encoded anew. `exit` lets each token choose its depth; to `thoughts` a Thought is
+    added for each column. Raises ValueError for options and prompts that cannot be.
     """
     _check(model.config, prompt_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
-    was_training = model.training
+    if thoughts is not None and exit is None:
+        exit = ExitRule()
+    read = {} if exit is None else {"exit": exit.check(model.config), "return_steps": thoughts is not None}
+    was_training, choice = model.training, (temperature, top_k, top_p)
     model.eval()
     try:
         yield from _generate(
-            model, prompt_ids, max_new_tokens, (temperature, top_k, top_p), use_cache, seed, eos_id, attention_mask
+            model, prompt_ids, max_new_tokens, choice, use_cache, seed, eos_id, attention_mask, read, thoughts
         )
     finally:
         model.train(was_training)
 
 
-def _generate(model, ids, max_new_tokens, rule, use_cache, seed, eos_id, mask):
+def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask, read, thoughts):
     max_len, pad = model.config.max_seq_len, model.config.pad_token_id
     seed = secrets.randbits(62) if seed is None else seed
     generators = [torch.Generator().manual_seed(mix_seed(seed, row)) for row in range(len(ids))]
@@ -97,13 +114,20 @@ def _generate(model, ids, max_new_tokens, rule, use_cache, seed, eos_id, mask):
         with torch.inference_mode():  # no bookkeeping for gradients at all
             if cache is not None:
                 real = mask[:, -1:] if bool(finished.any()) else None
-                logits = model(new[:, None], attention_mask=real, cache=cache).logits
+                output = model(new[:, None], attention_mask=real, cache=cache, **read)
             else:
-                cache = model.new_cache(len(ids), max_len) if use_cache else None
-                logits = model(ids, attention_mask=None if bool(mask.all()) else mask, cache=cache).logits
-            new = choose_token(logits[:, -1], *rule, generators)
+                depth = {"depth": max_depth(model.config, read["exit"])} if read else {}
+                cache = model.new_cache(len(ids), max_len, **depth) if use_cache else None
+                output = model(ids, attention_mask=None if bool(mask.all()) else mask, cache=cache, **read)
+            logits = output.logits if thoughts is None else output.logits[-1]
+            new = choose_token(logits[:, -1], *choice, generators)
         new = new.clone()  # an ordinary tensor again
         new = torch.where(finished, eos_id if pad is None else pad, new) if eos_id is not None else new
+        if thoughts is not None:
+            depth = output.carry.steps[:, -1]
+            steps = int(depth.max())  # a prompt's other tokens may have taken more
+            halt = None if output.halt_logits is None else output.halt_logits[:steps, :, -1]
+            thoughts.append(Thought(output.logits[:steps, :, -1], halt, depth, new))
         yield new
         ids = torch.cat((ids, new[:, None]), dim=1)
         mask = torch.cat((mask, (~finished).long()[:, None]), dim=1)

@@ -24,7 +24,7 @@ from src.metrics import describe_model
 from src.model import TRMConfig, TRMModel
 from src.monitor import ResourceMonitor, TRMTrainingLogger
 from src.optim import EMA, learning_rate_factor, make_optimizers
-from src.runtime import Interrupt, autocast, choose_compile, choose_device, choose_precision, mix_seed
+from src.runtime import Interrupt, autocast, choose_compile, choose_device, choose_precision, compile_parts, mix_seed
 from src.train_config import TrainConfig
 
 
@@ -65,7 +65,7 @@ class Trainer:
         """The model on its device, compiled, sharded or wrapped, with its optimizers."""
         config, self.raw = self.config, model.to(self.device)
         if self.compiles:
-            model.compile_parts()
+            compile_parts(model)
         if config.shard:
             parallel.shard(model, self.device, self.world)
         self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in self._make_optimizers(model)]

@@ -100,9 +100,15 @@ class Twin:
             h = old + opening * (h - old)
         return h
 
+    def embedded(self, token, position):
+        c, w = self.c, self.w
+        scale = math.sqrt(c["d_model"]) if c["tie_embeddings"] and c["recursion"] != "none" else 1.0
+        x = w["embed.weight"][token] * scale
+        return (x + w["pos_embed.weight"][position] if c["positions"] == "learned" else x)[None]
+
     def enter(self, ids, segments):
         """One row: x (T, D), its positions (a list) and what each position sees (T, T)."""
-        c, w, length = self.c, self.w, len(ids)
+        c, length = self.c, len(ids)
         positions, real = [], 0
         for segment in segments:
             real += segment != 0
@@ -112,10 +118,7 @@ class Twin:
             for j in range(length):
                 past = j <= i or not c["causal"]
                 visible[i, j] = i == j or (past and segments[j] != 0 and segments[i] == segments[j])
-        scale = math.sqrt(c["d_model"]) if c["tie_embeddings"] and c["recursion"] != "none" else 1.0
-        x = torch.stack([w["embed.weight"][token] * scale for token in ids])
-        if c["positions"] == "learned":
-            x = x + torch.stack([w["pos_embed.weight"][position] for position in positions])
+        x = torch.cat([self.embedded(token, position) for token, position in zip(ids, positions, strict=True)])
         for layer in range(c["prelude_layers"]):
             x = self.block(x, f"prelude.{layer}.", positions, visible)
         return x, positions, visible
@@ -202,6 +205,72 @@ class Twin:
                 elif hits:
                     terms.append(binary_cross_entropy(h[0], all(hits.values())))
         return sum(terms) / len(terms) if terms else torch.zeros((), dtype=read[0][0].dtype)
+
+
+class TokenTwin(Twin):
+    """Adaptive depth, one token after the other: at each layer and phase of its recursion step s a token sees of every
+    earlier token what that one showed there at the same step, or at its last if it had stopped before."""
+
+    def __init__(self, config, weights):
+        super().__init__(config, weights)
+        self.shown = {}  # (layer, phase) -> for every token, for every step that it took: (keys, values) of its heads
+
+    def attention(self, v, name, positions, visible):
+        c, w = self.c, self.w
+        heads, kv_heads, size = c["n_heads"], c["n_kv_heads"], c["d_model"] // c["n_heads"]
+        parts = (v @ w[name + "qkv.weight"].T)[0].reshape(-1, size)
+        q, k, value = parts[:heads], parts[heads : heads + kv_heads], parts[heads + kv_heads :]
+        if c["qk_norm"]:
+            q = rms_norm(q, w[name + "q_norm.weight"], c["norm_eps"])
+            k = rms_norm(k, w[name + "k_norm.weight"], c["norm_eps"])
+        if c["positions"] == "rope":
+            q = torch.cat([rotate(row[None], positions, c["rope_theta"], c["rope_scaling"]) for row in q])
+            k = torch.cat([rotate(row[None], positions, c["rope_theta"], c["rope_scaling"]) for row in k])
+        shown = self.shown.setdefault((name, self.phase), [])
+        if len(shown) == self.token:
+            shown.append([])
+        shown[self.token].append((k, value))
+        seen = [steps[min(self.step, len(steps) - 1)] for steps in shown]
+        outs = []
+        for head in range(heads):
+            kv = head // (heads // kv_heads)
+            scores = torch.stack([q[head] @ keys[kv] for keys, _ in seen]) / math.sqrt(size)
+            outs.append(softmax(scores) @ torch.stack([values[kv] for _, values in seen]))
+        return torch.cat(outs)[None] @ w[name + "out.weight"].T
+
+    def recursion_step(self, x, y, z):
+        c, at = self.c, [self.token]
+        if c["recursion"] == "loop":
+            self.phase = 0
+            return self.net((y,) if c["injection"] == "none" else (x, y), y, at, None), None
+        for t in range(c["deep_steps"]):
+            for i in range(c["latent_steps"]):
+                self.phase = (t, i)
+                z = self.net((x, y, z), z, at, None)
+            self.phase = (t, "y")
+            y = self.net((y, z), y, at, None)
+        return y, z
+
+    def think(self, ids, depth, leaves):
+        """One row of ints: logits (T, V) of every token's last step, and the steps each took.  `leaves(logits, halting
+        logit, logits of the step before or None)` says whether a token stops."""
+        rows, depths = [], []
+        for self.token, token in enumerate(ids):
+            self.step, self.phase, before = 0, "prelude", None
+            x = self.embedded(token, self.token)
+            for layer in range(self.c["prelude_layers"]):
+                x = self.block(x, f"prelude.{layer}.", [self.token], None)
+            y, z = self.initial(x)
+            for self.step in range(depth):
+                y, z = self.recursion_step(x, y, z)
+                self.phase = "coda"
+                logits, halt = self.read_out(y, [self.token], None)
+                if leaves(logits[0], None if halt is None else halt[0], before):
+                    break
+                before = logits[0]
+            rows.append(logits[0])
+            depths.append(self.step + 1)
+        return torch.stack(rows), depths
 
 
 def binary_cross_entropy(logit, is_true):
