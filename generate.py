@@ -4,6 +4,7 @@
     python generate.py runs/trm --prompt "Once upon a time" --temperature 0.7 --top_k 40 --seed 1
     python generate.py runs/trm --prompt_file prompts.txt --num_samples 3 > texts.txt
     python generate.py runs/trm --interactive
+    python generate.py runs/trm --prompt "def " --exit halt --max_recursion_depth 8   # each token its own depth
 
 stdout carries the text alone, a single one as it is made; progress and speed go to stderr.
 """
@@ -17,6 +18,7 @@ import torch
 
 from src.checkpoint import load_model
 from src.config import UserError, parse_flags, run
+from src.exits import ExitRule, max_depth, visits_per_recursion_step
 from src.runtime import DTYPES, choose_device, choose_precision, synchronize
 from src.sampling import generate
 from src.tokenizer import StreamDecoder
@@ -76,8 +78,8 @@ class GenerateConfig:
         return prompts or [""]
 
 
-def parse_args(argv=None) -> GenerateConfig:
-    return parse_flags(__doc__, GenerateConfig, argv=argv, positional="checkpoint")[0]
+def parse_args(argv=None) -> tuple[GenerateConfig, ExitRule]:
+    return tuple(parse_flags(__doc__, GenerateConfig, ExitRule, argv=argv, positional="checkpoint"))
 
 
 def encode_batch(tokenizer, prompts, device):
@@ -89,12 +91,14 @@ def encode_batch(tokenizer, prompts, device):
     return ids, mask
 
 
-def write_texts(model, tokenizer, prompts, config: GenerateConfig):
+def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRule):
     """Continue all prompts as one batch; a single text is printed as it is made, several one after the other."""
     ids, mask = encode_batch(tokenizer, prompts, next(model.parameters()).device)
     decoders, texts, made = [StreamDecoder(tokenizer) for _ in prompts], list(prompts), 0
     streams = len(prompts) == 1
     options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p", "seed")}
+    if rule != ExitRule():
+        options |= {"exit": rule, "depths": []}
     start = time.perf_counter()
     try:
         tokens = generate(
@@ -124,10 +128,15 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig):
     tails = [decoder.flush() for decoder in decoders]
     rest = tails[0] if streams and made else "\n\n".join(text + tail for text, tail in zip(texts, tails))
     print(rest, flush=True)
-    print(f"{made} tokens in {seconds:.2f} s: {made / max(seconds, 1e-9):.1f} tokens/s", file=sys.stderr)
+    speed = f"{made} tokens in {seconds:.2f} s: {made / max(seconds, 1e-9):.1f} tokens/s"
+    if "depths" in options and made:
+        mean = torch.stack(options["depths"]).double().mean().item()
+        visits = mean * visits_per_recursion_step(model.config)
+        speed += f"; {mean:.2f} of {max_depth(model.config, rule)} recursion steps, {visits:.1f} visits a token"
+    print(speed, file=sys.stderr)
 
 
-def converse(model, tokenizer, config):
+def converse(model, tokenizer, config, rule):
     """Continue each line typed, until an end of file."""
     while True:
         try:
@@ -136,21 +145,21 @@ def converse(model, tokenizer, config):
         except EOFError:
             return
         try:
-            write_texts(model, tokenizer, [prompt] * config.num_samples, config)
+            write_texts(model, tokenizer, [prompt] * config.num_samples, config, rule)
         except UserError as error:  # a prompt that is too long should not end the conversation
             print(f"error: {error}", file=sys.stderr)
 
 
 def main(argv=None):
-    config = parse_args(argv)
+    config, rule = parse_args(argv)
     device = choose_device(config.device)
     precision, _ = choose_precision(config.precision, device)
     prompts = [prompt for prompt in config.prompts() for _ in range(config.num_samples)]
     model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision])
     if config.interactive:
-        converse(model, tokenizer, config)
+        converse(model, tokenizer, config, rule)
     for start in range(0, 0 if config.interactive else len(prompts), ROWS):
-        write_texts(model, tokenizer, prompts[start : start + ROWS], config)
+        write_texts(model, tokenizer, prompts[start : start + ROWS], config, rule)
 
 
 if __name__ == "__main__":

@@ -78,30 +78,45 @@ def generate(
     attention_mask: Int[Tensor, "b t"] | None = None,
     exit: ExitRule | None = None,
     thoughts: list[Thought] | None = None,
+    depths: list | None = None,
 ):
     """Yield (B,) ids, one new token of every row at a time, until max_new_tokens or until every row has met EOS.
 
     prompt_ids are left-padded where attention_mask is 0. temperature 0 is greedy. Row i draws from a generator of
     its own, seeded from (seed, i), so a row's text does not depend on the rows beside it. After EOS a row yields
     the config's pad_token_id, or EOS again where it has none. When a row would pass max_seq_len, it keeps its last
-    max_seq_len // 2 tokens and is encoded anew. `exit` lets each token choose its depth; to `thoughts` a Thought is
-    added for each column. Raises ValueError for options and prompts that cannot be.
+    max_seq_len // 2 tokens and is encoded anew. `exit` lets each token choose its depth; of each column the recursion
+    steps taken (B,) are added to `depths`, and a Thought to `thoughts`, where these lists are given. Raises ValueError
+    for options and prompts that cannot be.
     """
     _check(model.config, prompt_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
-    if thoughts is not None and exit is None:
-        exit = ExitRule()
+    exit = ExitRule() if exit is None and (thoughts, depths) != (None, None) else exit
     read = {} if exit is None else {"exit": exit.check(model.config), "return_steps": thoughts is not None}
     was_training, choice = model.training, (temperature, top_k, top_p)
     model.eval()
     try:
-        yield from _generate(
-            model, prompt_ids, max_new_tokens, choice, use_cache, seed, eos_id, attention_mask, read, thoughts
-        )
+        for new, output in _generate(
+            model, prompt_ids, max_new_tokens, choice, use_cache, seed, eos_id, attention_mask, read
+        ):
+            if depths is not None:
+                depths.append(output.carry.steps[:, -1])
+            if thoughts is not None:
+                thoughts.append(_thought(new, output))
+            yield new
     finally:
         model.train(was_training)
 
 
-def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask, read, thoughts):
+def _thought(new, output) -> Thought:
+    """Of the last position; the steps that only others in the prompt have taken are left out."""
+    depth = output.carry.steps[:, -1]
+    steps = int(depth.max())
+    halt = None if output.halt_logits is None else output.halt_logits[:steps, :, -1]
+    return Thought(output.logits[:steps, :, -1], halt, depth, new)
+
+
+def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask, read):
+    """(the new column, the model's output) one after the other."""
     max_len, pad = model.config.max_seq_len, model.config.pad_token_id
     seed = secrets.randbits(62) if seed is None else seed
     generators = [torch.Generator().manual_seed(mix_seed(seed, row)) for row in range(len(ids))]
@@ -119,16 +134,11 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
                 depth = {"depth": max_depth(model.config, read["exit"])} if read else {}
                 cache = model.new_cache(len(ids), max_len, **depth) if use_cache else None
                 output = model(ids, attention_mask=None if bool(mask.all()) else mask, cache=cache, **read)
-            logits = output.logits if thoughts is None else output.logits[-1]
+            logits = output.logits[-1] if read.get("return_steps") else output.logits
             new = choose_token(logits[:, -1], *choice, generators)
         new = new.clone()  # an ordinary tensor again
         new = torch.where(finished, eos_id if pad is None else pad, new) if eos_id is not None else new
-        if thoughts is not None:
-            depth = output.carry.steps[:, -1]
-            steps = int(depth.max())  # a prompt's other tokens may have taken more
-            halt = None if output.halt_logits is None else output.halt_logits[:steps, :, -1]
-            thoughts.append(Thought(output.logits[:steps, :, -1], halt, depth, new))
-        yield new
+        yield new, output
         ids = torch.cat((ids, new[:, None]), dim=1)
         mask = torch.cat((mask, (~finished).long()[:, None]), dim=1)
         if eos_id is not None:

@@ -137,6 +137,19 @@ class TestGenerating:
         code, out, _ = call("generate.py", *words)
         assert code == 0 and out == call("generate.py", *words, "--no_cache")[1]
 
+    def test_each_token_its_own_depth(self, trained, call):
+        words = [trained[0], "--prompt", "def f", "--max_new_tokens", 20, "--temperature", 0]
+        plain = call("generate.py", *words)
+        full = call("generate.py", *words, "--exit", "halt", "--act_threshold", 1)
+        assert full[1] == plain[1] and "; 2.00 of 2 recursion steps, 12.0 visits a token" in full[2]
+        assert "recursion steps" not in plain[2]
+        none = call("generate.py", *words, "--exit", "halt", "--act_threshold", 0, "--max_recursion_depth", 7)
+        assert "; 1.00 of 7 recursion steps, 6.0 visits a token" in none[2]
+        deeper = call("generate.py", *words, "--max_recursion_depth", 3)
+        assert deeper[0] == 0 and "; 3.00 of 3 recursion steps" in deeper[2]
+        assert_one_line(*call("generate.py", *words, "--max_recursion_depth", 0), "max_recursion_depth is 0")
+        assert_one_line(*call("generate.py", *words, "--exit", "soon"), "--exit soon", "fixed", "halt", "kl")
+
     def test_several_texts(self, trained, call):
         words = [trained[0], "--prompt", "def a", "def b", "--num_samples", 2, "--max_new_tokens", 6, "--seed", 3]
         code, out, err = call("generate.py", *words, "--temperature", 1.5)
