@@ -5,6 +5,7 @@
     python generate.py runs/trm --prompt_file prompts.txt --num_samples 3 > texts.txt
     python generate.py runs/trm --interactive
     python generate.py runs/trm --prompt "def " --exit halt --max_recursion_depth 8   # each token its own depth
+    python generate.py runs/trm --prompt "def " --trace out.png    # see it think: a picture, and its data in out.json
 
 stdout carries the text alone, a single one as it is made; progress and speed go to stderr.
 """
@@ -22,6 +23,7 @@ from src.exits import ExitRule, max_depth, visits_per_recursion_step
 from src.runtime import DTYPES, choose_device, choose_precision, synchronize
 from src.sampling import generate
 from src.tokenizer import StreamDecoder
+from src.trace import Trace, check_path, show
 
 __all__ = ["load_model", "main", "parse_args"]
 
@@ -43,6 +45,8 @@ class GenerateConfig:
         top_k: choose among the k likeliest tokens
         top_p: choose among the likeliest tokens that hold this much probability
         seed: the same seed gives the same text; none = a new one each time
+        trace: show how the likeliest next tokens of the first text change over the recursion steps: alone as a table on
+            stderr, with a file (.png, .pdf, .svg) as a picture and its data beside it as .json
         no_cache: encode the whole text again for each token, to compare
         device: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
         precision: of weights and arithmetic
@@ -58,6 +62,7 @@ class GenerateConfig:
     top_k: int | None = None
     top_p: float | None = 0.95
     seed: int | None = None
+    trace: bool | str = False
     no_cache: bool = False
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
@@ -99,6 +104,7 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
     options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p", "seed")}
     if rule != ExitRule():
         options |= {"exit": rule, "depths": []}
+    trace = Trace(tokenizer, limit=max_depth(model.config, rule)) if config.trace else None
     start = time.perf_counter()
     try:
         tokens = generate(
@@ -108,6 +114,7 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
             use_cache=not config.no_cache,
             eos_id=tokenizer.eos_id,
             attention_mask=mask,
+            thoughts=trace,
             **options,
         )
         finished = [False] * len(prompts)
@@ -134,6 +141,8 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
         visits = mean * visits_per_recursion_step(model.config)
         speed += f"; {mean:.2f} of {max_depth(model.config, rule)} recursion steps, {visits:.1f} visits a token"
     print(speed, file=sys.stderr)
+    if trace:
+        show(trace, config.trace, prompts[0])
 
 
 def converse(model, tokenizer, config, rule):
@@ -152,6 +161,8 @@ def converse(model, tokenizer, config, rule):
 
 def main(argv=None):
     config, rule = parse_args(argv)
+    if isinstance(config.trace, str):
+        check_path(config.trace)
     device = choose_device(config.device)
     precision, _ = choose_precision(config.precision, device)
     prompts = [prompt for prompt in config.prompts() for _ in range(config.num_samples)]
@@ -160,6 +171,7 @@ def main(argv=None):
         converse(model, tokenizer, config, rule)
     for start in range(0, 0 if config.interactive else len(prompts), ROWS):
         write_texts(model, tokenizer, prompts[start : start + ROWS], config, rule)
+        config.trace = False  # it is of the first text
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def parse_flags(description, *classes, argv=None, positional=None):
     """Flags and YAML into instances of the dataclasses `classes`, in their order.
 
     Every field is a flag of its own name; its help is its line under `Args:` in the class docstring. A list takes one
-    or more values, a bool takes `--x`, `--x true` or `--x false`. `positional` names a field that needs no flag.
+    or more values, a bool takes `--x`, `--x true` or `--x false`, a `bool | str` also `--x word`. `positional` names a
+    field that needs no flag.
     Raises UserError where a dataclass refuses its values; a wrong flag ends the program with one line and code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -140,9 +141,10 @@ def _normalise(argv, fields, positional):
             if not values:
                 raise UserError(f"{name} needs one or more values")
             out.append(_list_flag(name[2:], values))
-        elif field is not None and field.type in (bool, bool | None) and not is_assigned:
-            has_value = i < len(argv) and argv[i].lower() in ("true", "false", "yes", "no")
-            out.append(f"{name}={argv[i] if has_value else 'true'}")
+        elif field is not None and field.type in (bool, bool | None, bool | str) and not is_assigned:
+            word = argv[i] if i < len(argv) else "-"
+            has_value = word.lower() in ("true", "false", "yes", "no") or field.type == bool | str and word[:1] != "-"
+            out.append(f"{name}={word if has_value else 'true'}")
             i += has_value
         elif not name.startswith("-") and positional:
             free.append(argv[i - 1])

@@ -109,19 +109,19 @@ class TestForms:
     @pytest.mark.parametrize("text", ["", " ", "null", "123", "true", "[x", "{a: b}", "- a", "#", "a: b", "'", "京都"])
     def test_text_stays_text(self, text):
         assert parse("--sample_prompt", text)["sample_prompt"] == text
-        assert generate.parse_args(["--prompt", text]).prompt == [text]
-        assert generate.parse_args(["--prompt", text, text, "--seed", "1"]).prompt == [text, text]
+        assert generate.parse_args(["--prompt", text])[0].prompt == [text]
+        assert generate.parse_args(["--prompt", text, text, "--seed", "1"])[0].prompt == [text, text]
 
     @pytest.mark.parametrize("text", ["[1, 2", "[[京都]]", "[1, 2]", "[a]", "[]"])
     def test_a_prompt_may_look_like_a_list(self, text):
         """Python and wiki text begin with brackets."""
-        assert generate.parse_args(["--prompt", text]).prompt == [text]
+        assert generate.parse_args(["--prompt", text])[0].prompt == [text]
 
     def test_positional(self):
         for words in (["runs/x", "--seed", "3"], ["--seed", "3", "runs/x"], ["--checkpoint", "runs/x", "--seed", "3"]):
-            config = generate.parse_args(words)
+            config = generate.parse_args(words)[0]
             assert (config.checkpoint, config.seed) == ("runs/x", 3)
-        assert generate.parse_args([]).checkpoint is None
+        assert generate.parse_args([])[0].checkpoint is None
 
     def test_a_value_may_look_like_a_flag(self):
         assert parse("--sample_prompt", "--lr")["sample_prompt"] == "--lr"

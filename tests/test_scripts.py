@@ -150,6 +150,18 @@ class TestGenerating:
         assert_one_line(*call("generate.py", *words, "--max_recursion_depth", 0), "max_recursion_depth is 0")
         assert_one_line(*call("generate.py", *words, "--exit", "soon"), "--exit soon", "fixed", "halt", "kl")
 
+    def test_trace(self, trained, call, tmp_path):
+        words = [trained[0], "--prompt", "def f", "--max_new_tokens", 4, "--temperature", 0]
+        plain = call("generate.py", *words)
+        table = call("generate.py", *words, "--trace")
+        assert table[:2] == plain[:2] and "\x1b" not in table[2] and len(table[2]) > len(plain[2])
+        picture = call("generate.py", *words, "--trace", tmp_path / "t.png")
+        assert picture[:2] == plain[:2] and (tmp_path / "t.png").stat().st_size > 1000
+        facts = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
+        assert "def f" + "".join(token["text"] for token in facts["tokens"]) == plain[1].removesuffix("\n")
+        assert_one_line(*call("generate.py", *words, "--trace", tmp_path / "none" / "t.png"), "none")
+        assert_one_line(*call("generate.py", *words, "--trace", tmp_path / "t.doc"), ".png")
+
     def test_several_texts(self, trained, call):
         words = [trained[0], "--prompt", "def a", "def b", "--num_samples", 2, "--max_new_tokens", 6, "--seed", 3]
         code, out, err = call("generate.py", *words, "--temperature", 1.5)

@@ -1,0 +1,116 @@
+"""Llama folders of Hugging Face: config.json, safetensors (also sharded), the tokenizer's files."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from src.checkpoint import read_weights
+from src.config import UserError
+from src.llama import HF, from_llama, plain_config, to_llama
+from src.model import TRMConfig
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def read_hf(folder) -> tuple[TRMConfig, dict[str, Tensor], dict]:
+    """(config, this model's weights, no figures) of a Llama folder.  UserError for what this model has not."""
+    folder = Path(folder)
+    c = _config(read_json(folder / "config.json"), folder / "config.json")
+    tensors = {name: t for name, t in _tensors(folder).items() if not name.endswith("rotary_emb.inv_freq")}
+    return c, from_llama(c, tensors, HF, folder), {}
+
+
+def read_json(path) -> dict:
+    """The object in a JSON file.  UserError where there is none."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            return values
+    except (OSError, ValueError):
+        pass
+    raise UserError(f"{path} is missing or broken: copy the folder again")
+
+
+def _config(values: dict, path) -> TRMConfig:
+    """TRMConfig of Hugging Face's config.json; what is not in it has LlamaConfig's default."""
+    if values.get("model_type") != "llama":
+        raise UserError(f"{path} is of model_type {values.get('model_type')}: only llama can be converted")
+    try:
+        dim, heads = values["hidden_size"], values["num_attention_heads"]
+        rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+        scaling = rope.get("rope_type") or rope.get("type") or "default"
+        unsupported = {
+            "attention_bias": bool(values.get("attention_bias")),
+            "mlp_bias": bool(values.get("mlp_bias")),
+            f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") not in ("silu", "swish"),
+            f"head_dim {values.get('head_dim')}": (values.get("head_dim") or dim // heads) * heads != dim,
+            f"rope scaling {scaling}": scaling not in ("default", "linear"),
+            "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
+            "quantization_config": bool(values.get("quantization_config")),
+        }
+        for what, is_so in unsupported.items():
+            if is_so:
+                raise UserError(f"{path} asks for {what}, which this model has not: it cannot be converted")
+        return plain_config(
+            path, vocab_size=values["vocab_size"], d_model=dim, n_heads=heads,
+            n_kv_heads=values.get("num_key_value_heads") or heads, n_layers=values["num_hidden_layers"],
+            d_ff=values["intermediate_size"], max_seq_len=values.get("max_position_embeddings", 2048),
+            norm_eps=values.get("rms_norm_eps", 1e-6), tie_embeddings=values.get("tie_word_embeddings", False),
+            rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
+            rope_scaling=float(rope["factor"]) if scaling == "linear" else None,
+            pad_token_id=values.get("pad_token_id"),
+        )  # fmt: skip
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error.args[0]}: it is no whole config.json of a Llama") from None
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{path} holds a value of the wrong kind ({error}): correct it") from None
+
+
+def _tensors(folder) -> dict[str, Tensor]:
+    if not (folder / INDEX).is_file():
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(f"{folder} holds no {WEIGHTS}: other weight files may run code, save it as safetensors")
+        return read_weights(folder / WEIGHTS)
+    shards = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):
+        raise UserError(f"{folder / INDEX} has no weight_map of files beside it: copy the folder again")
+    return {n: t for shard in sorted(set(shards.values())) for n, t in read_weights(folder / shard).items()}
+
+
+def write_hf(folder, c: TRMConfig, weights: dict[str, Tensor], tokenizer):
+    """Write a plain model (`src.llama.check_plain`) as a Llama folder that transformers opens."""
+    folder = Path(folder)
+    folder.mkdir()
+    tensors = {name: tensor.clone() for name, tensor in to_llama(c, weights, HF).items()}  # no shared storage
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    tokenizer.save(folder)
+    config = _hf_config(c, weights, tokenizer)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _hf_config(c, weights, tokenizer) -> dict:
+    scaling = None if c.rope_scaling is None else {"rope_type": "linear", "type": "linear", "factor": c.rope_scaling}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "intermediate_size": c.d_ff,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": c.max_seq_len,
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,  # with rope_scaling the form that transformers 4 and 5 both read
+        "rope_scaling": scaling,
+        "tie_word_embeddings": c.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": str(weights["embed.weight"].dtype).removeprefix("torch."),
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": c.pad_token_id,
+    }

@@ -1,0 +1,157 @@
+"""Models into and out of other programs' formats.
+
+| format     | is                                                            | read | written | families |
+|------------|---------------------------------------------------------------|------|---------|----------|
+| checkpoint | a checkpoint folder of this project                           | yes  | yes     | all      |
+| hub        | the same with a model card, for the Hugging Face Hub          | yes  | yes     | all      |
+| hf         | a Llama folder of Hugging Face (`src/hf_llama.py`)            | yes  | yes     | plain    |
+| llama2c    | llama2.c's legacy .bin, and its .pt (`src/llama2c.py`)        | yes  | .bin    | plain    |
+| gguf       | a GGUF of Llama architecture (`src/gguf_reader.py`)           | yes  | no      | plain    |
+
+Nothing in a source is ever run: it is safetensors, arrays of numbers, or a .pt under torch.load's weights_only.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from src.checkpoint import load_config, load_weights, read_weights, resolve, save_checkpoint
+from src.config import UserError
+from src.gguf_reader import MAGIC, read_gguf, read_gguf_tokenizer
+from src.hf_llama import read_hf, read_json, write_hf
+from src.llama import check_plain
+from src.llama2c import is_bin, read_bin, read_pt, write_bin
+from src.model import TRMConfig, TRMModel
+from src.model_card import model_card
+from src.tokenizer import read_tokenizer
+
+
+class Source(NamedTuple):
+    """A model on its way from one format to another."""
+
+    path: Path
+    config: TRMConfig
+    weights: dict[str, Tensor]  # under this model's names, in the dtype of the source
+    tokenizer: Any
+    info: dict  # figures for config.json and the model card
+
+
+class Format(NamedTuple):
+    """How a kind of source is called and read."""
+
+    name: str
+    read: Callable  # path -> (config, weights, info)
+    read_tokenizer: Callable | None  # path -> tokenizer; None: it is in a file of its own
+
+
+def _read_checkpoint(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
+    """(config, weights, info) of a checkpoint or run folder: the averaged weights where they exist."""
+    folder = resolve(path)
+    config, averaged = load_config(folder), folder / "ema.safetensors"
+    path = averaged if averaged.exists() else folder / "model.safetensors"
+    print(f"{folder}: {'EMA' if path is averaged else 'plain'} weights", file=sys.stderr)
+    weights = read_weights(path)
+    with torch.device("meta"):
+        load_weights(TRMModel(config), weights, path)  # which says what does not fit
+    return config, weights, read_json(folder / "config.json").get("info") or {}
+
+
+FORMATS = {
+    "checkpoint": Format("a checkpoint of this project", _read_checkpoint, lambda path: read_tokenizer(resolve(path))),
+    "hf": Format("a Llama folder of Hugging Face", read_hf, read_tokenizer),
+    "gguf": Format("a GGUF", read_gguf, read_gguf_tokenizer),
+    "pt": Format("a .pt checkpoint of llama2.c", read_pt, None),
+    "bin": Format("a legacy .bin of llama2.c", read_bin, None),
+}
+
+
+def recognize(path) -> Format:
+    """The format of a source, judged by what it holds.  UserError where it is none of FORMATS."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"there is no {path}: correct the path of the model")
+    if path.is_dir():
+        is_hf = (path / "config.json").is_file() and "model_type" in read_json(path / "config.json")
+        return FORMATS["hf" if is_hf else "checkpoint"]
+    try:
+        with open(path, "rb") as file:
+            start = file.read(28)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    for kind, is_it in (("gguf", start[:4] == MAGIC), ("pt", start[:4] == b"PK\x03\x04"), ("bin", is_bin(start))):
+        if is_it:
+            return FORMATS[kind]
+    raise UserError(f"{path} is none of: {', '.join(format.name for format in FORMATS.values())}")
+
+
+def read_source(path, tokenizer=None) -> Source:
+    """A model of any format that is read, with the tokenizer of a file (`tokenizer`), else its own.
+
+    Raises UserError for what is missing, broken, not a Llama, or does not fit together."""
+    path, source = Path(path), recognize(path)
+    config, weights, info = source.read(path)
+    if tokenizer is None and source.read_tokenizer is None:
+        raise UserError(f"{path}: llama2.c keeps the tokenizer in a file of its own: give it with --tokenizer")
+    own = read_tokenizer(tokenizer) if tokenizer is not None else source.read_tokenizer(path)
+    if own.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{tokenizer or f'the tokenizer of {path}'} has {own.vocab_size} tokens, the model {config.vocab_size}: "
+            "they do not belong together; give the model's own with --tokenizer"
+        )
+    converted = {} if source is FORMATS["checkpoint"] else {"converted_from": f"{source.name}: {path.name}"}
+    return Source(path, config, weights, own, converted | info)
+
+
+def write(source: Source, dest, to: str = "checkpoint"):
+    """Write a model as `to` (checkpoint, hub, hf or llama2c), whole or not at all.
+
+    Raises UserError where dest exists, and for a model that the format cannot hold."""
+    dest = Path(dest)
+    check_free(dest)
+    if to in ("hf", "llama2c"):
+        check_plain(source.config, source.path, to)
+    beside = dest.with_name(f".{dest.name}.partial")
+    try:
+        _remove(beside)
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        _write(source, beside, to)
+        if to in ("hub", "hf"):
+            card = model_card(dest.name, source.config, source.info, to)
+            (beside / "README.md").write_text(card, encoding="utf-8")
+        os.rename(beside, dest)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {dest}: {getattr(error, 'strerror', None) or error}; choose another") from None
+    finally:
+        _remove(beside)
+
+
+def check_free(dest):
+    """UserError where something is at `dest` already."""
+    if os.path.lexists(dest):
+        raise UserError(f"{dest} exists: choose another place, or remove it first")
+
+
+def _write(source, path, to):
+    _, config, weights, tokenizer, info = source
+    if to == "llama2c":
+        write_bin(path, config, weights, source.path)
+    elif to == "hf":
+        write_hf(path, config, weights, tokenizer)
+    else:
+        with torch.device("meta"):
+            model = TRMModel(config)
+        save_checkpoint(path, model, tokenizer, info=info, weights=weights)
+
+
+def _remove(path):
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()

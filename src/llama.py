@@ -1,0 +1,159 @@
+"""The plain family as a Llama: names and shapes of its weights in other programs' files, and what a Llama is not.
+
+    recursion none, norm pre, positions rope  =  Llama (arXiv:2302.13971)
+
+Queries and keys are rotated in pairs of channels. This model and Hugging Face pair channel i with i + E/2, llama2.c
+and GGUF the adjacent 2i with 2i + 1: the rows of those weights change places on the way, and nothing else does.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from src.config import UserError, build
+from src.model import TRMConfig
+
+
+class Dialect(NamedTuple):
+    """How a file format writes a Llama's weights."""
+
+    blocks: str  # precedes a block's number
+    adjacent: bool  # rotates adjacent channels
+    names: dict[str, str]  # part -> name, without `blocks` and `.weight`
+
+
+ENDS = ("embed", "norm", "head")
+BLOCK = ("attn_norm", "q", "k", "v", "out", "mlp_norm", "gate", "down", "up")
+WHOLE = {"attn_norm": "attn_norm", "attn.out": "out", "mlp_norm": "mlp_norm", "mlp.down": "down"}  # not fused here
+
+
+def _dialect(blocks, adjacent, names):
+    return Dialect(blocks, adjacent, dict(zip(ENDS + BLOCK, names.split())))
+
+
+HF = _dialect(
+    "model.layers",
+    False,
+    """model.embed_tokens model.norm lm_head
+    input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj
+    post_attention_layernorm mlp.gate_proj mlp.down_proj mlp.up_proj""",
+)
+LLAMA2C = _dialect(
+    "layers",
+    True,
+    """tok_embeddings norm output
+    attention_norm attention.wq attention.wk attention.wv attention.wo
+    ffn_norm feed_forward.w1 feed_forward.w2 feed_forward.w3""",
+)
+GGUF = _dialect(
+    "blk",
+    True,
+    """token_embd output_norm output
+    attn_norm attn_q attn_k attn_v attn_output
+    ffn_norm ffn_gate ffn_down ffn_up""",
+)
+
+
+def weight_name(dialect: Dialect, part: str, layer: int | None = None) -> str:
+    """Name of a part's weight; `layer` is the number of its block."""
+    block = "" if layer is None else f"{dialect.blocks}.{layer}."
+    return f"{block}{dialect.names[part]}.weight"
+
+
+def part_shapes(c: TRMConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every part of a Llama: the ends', and those of each of its blocks."""
+    D, F, kv = c.d_model, c.d_ff, c.n_kv_heads * c.head_dim
+    ends = {"embed": (c.vocab_size, D), "norm": (D,), "head": (c.vocab_size, D)}
+    attention = {"attn_norm": (D,), "q": (D, D), "k": (kv, D), "v": (kv, D), "out": (D, D)}
+    return ends | attention | {"mlp_norm": (D,), "gate": (F, D), "down": (D, F), "up": (F, D)}
+
+
+def halves_from_adjacent(weight: Float[Tensor, "n d"], heads: int) -> Float[Tensor, "n d"]:
+    """Rows of a query or key projection, from those that rotate channels (2i, 2i + 1) to those of (i, i + E/2)."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def adjacent_from_halves(weight: Float[Tensor, "n d"], heads: int) -> Float[Tensor, "n d"]:
+    """The inverse of halves_from_adjacent."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def plain_config(where, **settings) -> TRMConfig:
+    """TRMConfig of a Llama with these sizes.  UserError where they cannot be."""
+    return build(TRMConfig, {"recursion": "none", "norm": "pre", **settings}, where=f"{where}: ")
+
+
+def from_llama(c: TRMConfig, tensors: dict[str, Tensor], dialect: Dialect, where) -> dict[str, Tensor]:
+    """This model's weights from a Llama's.  UserError for one that is missing, left over, or of another shape."""
+    head = weight_name(dialect, "head")
+    if c.tie_embeddings and head in tensors:
+        embed = tensors.get(weight_name(dialect, "embed"))
+        if embed is not None and not torch.equal(tensors[head], embed):
+            raise UserError(f"{where}: {head} differs from the embedding, but its settings tie them: correct them")
+        tensors = {name: tensor for name, tensor in tensors.items() if name != head}
+    _check_names(c, tensors, dialect, where)
+
+    def get(part, layer=None):
+        return tensors[weight_name(dialect, part, layer)]
+
+    def rotated(part, layer, heads):
+        return halves_from_adjacent(get(part, layer), heads) if dialect.adjacent else get(part, layer)
+
+    own = {"embed.weight": get("embed"), "net.norm.weight": get("norm")}
+    own |= {} if c.tie_embeddings else {"head.weight": get("head")}
+    for i in range(c.n_layers):
+        q, k = rotated("q", i, c.n_heads), rotated("k", i, c.n_kv_heads)
+        block = {name: get(part, i) for name, part in WHOLE.items()}
+        block["attn.qkv"] = torch.cat((q, k, get("v", i)))
+        block["mlp.gate_up"] = torch.cat((get("gate", i), get("up", i)))
+        own |= {f"net.blocks.{i}.{name}.weight": tensor for name, tensor in block.items()}
+    return own
+
+
+def to_llama(c: TRMConfig, weights: dict[str, Tensor], dialect: Dialect) -> dict[str, Tensor]:
+    """A Llama's weights from this model's; a tied head is left out."""
+    ends = {"embed": weights["embed.weight"], "norm": weights["net.norm.weight"]}
+    ends |= {} if c.tie_embeddings else {"head": weights["head.weight"]}
+    llama = {weight_name(dialect, part): tensor for part, tensor in ends.items()}
+    for i in range(c.n_layers):
+        own = {name: weights[f"net.blocks.{i}.{name}.weight"] for name in (*WHOLE, "attn.qkv", "mlp.gate_up")}
+        block = {part: own[name] for name, part in WHOLE.items()}
+        kv = c.n_kv_heads * c.head_dim
+        block["q"], block["k"], block["v"] = own["attn.qkv"].split((c.d_model, kv, kv))
+        block["gate"], block["up"] = own["mlp.gate_up"].chunk(2)
+        if dialect.adjacent:
+            block["q"] = adjacent_from_halves(block["q"], c.n_heads)
+            block["k"] = adjacent_from_halves(block["k"], c.n_kv_heads)
+        llama |= {weight_name(dialect, part, i): tensor for part, tensor in block.items()}
+    return llama
+
+
+def _check_names(c, tensors, dialect, where):
+    shapes = part_shapes(c)
+    expected = {weight_name(dialect, part): shapes[part] for part in ENDS if part != "head" or not c.tie_embeddings}
+    for layer in range(c.n_layers):
+        expected |= {weight_name(dialect, part, layer): shapes[part] for part in BLOCK}
+    for name in sorted(expected.keys() - tensors.keys()):
+        raise UserError(f"{where} lacks {name}: its settings and its weights are of different models")
+    for name in sorted(tensors.keys() - expected.keys()):
+        raise UserError(f"{where} holds {name}, which a Llama without biases has no place for: it cannot be converted")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            is_shape = list(tensors[name].shape)
+            raise UserError(f"{where}: {name} has shape {is_shape}, by its settings it should be {list(shape)}")
+        if not tensors[name].is_floating_point():
+            raise UserError(f"{where}: {name} is quantized ({tensors[name].dtype}): give the floating-point weights")
+
+
+def check_plain(c: TRMConfig, where, wanted: str):
+    """UserError where a model is no Llama; `wanted` is the format that it was meant for."""
+    if c.recursion != "none":
+        raise UserError(f"{where}: a recursive model (recursion {c.recursion}) is no Llama: choose --to hub")
+    llama = {"norm": "pre", "positions": "rope", "mixer": "attention", "causal": True, "qk_norm": False}
+    llama |= {"prelude_layers": 0, "coda_layers": 0, "embed_scale": 1.0}
+    for name, value in llama.items():
+        if getattr(c, name) != value:
+            has = f"its {name} is {getattr(c, name)}, a Llama's is {value}"
+            raise UserError(f"{where} cannot be written as {wanted}: {has}; choose --to hub")

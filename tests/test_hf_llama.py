@@ -1,0 +1,224 @@
+"""Llama folders of Hugging Face: the same logits as transformers' own model in both directions, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from src.checkpoint import load_model, own_state
+from src.config import UserError
+from src.hf_llama import read_hf, write_hf
+from src.interop import read_source, write
+from src.tokenizer import ByteLevelTokenizer
+
+BYTES = ByteLevelTokenizer()
+V = BYTES.vocab_size
+TOLERANCE = 1e-4  # fp32: the two sum in another order; the logits have a spread of about 1
+CASES = {
+    "plain": {},
+    "tied": {"tie_embeddings": True},
+    "two heads a group": {"n_kv_heads": 2},
+    "one group": {"n_kv_heads": 1, "tie_embeddings": True},
+    "odd sizes": {"d_model": 42, "n_heads": 7, "n_kv_heads": 7, "d_ff": 37, "n_layers": 3},
+    "small base": {"rope_theta": 50.0, "norm_eps": 1e-3},
+    "large base": {"rope_theta": 500000.0, "n_kv_heads": 2, "max_seq_len": 40},
+    "scaled positions": {"rope_scaling": 2.5},
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@pytest.fixture
+def plain(tiny):
+    return lambda **settings: tiny(**({"recursion": "none", "norm": "pre", "vocab_size": V} | settings))
+
+
+@pytest.fixture
+def folder(plain, tmp_path):
+    """A Llama folder, and a function that changes its config.json."""
+    model = plain()
+    write_hf(tmp_path / "llama", model.config, own_state(model), BYTES)
+    return tmp_path / "llama"
+
+
+def change(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def llama(**case):
+    """A random LlamaForCausalLM of the sizes in `case`, with lively weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    case = {"d_model": 16, "n_heads": 4, "d_ff": 24, "n_layers": 2, "rope_theta": 10000.0, "norm_eps": 1e-5} | case
+    rope = {"rope_type": "default", "rope_theta": case["rope_theta"]}
+    if scale := case.get("rope_scaling"):
+        rope |= {"rope_type": "linear", "factor": scale}
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=case["d_model"], intermediate_size=case["d_ff"], num_hidden_layers=case["n_layers"],
+        num_attention_heads=case["n_heads"], num_key_value_heads=case.get("n_kv_heads", case["n_heads"]),
+        rms_norm_eps=case["norm_eps"], rope_parameters=rope, tie_word_embeddings=case.get("tie_embeddings", False),
+        max_position_embeddings=case.get("max_seq_len", 16),
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            is_norm = parameter.dim() == 1
+            parameter.uniform_(0.5, 1.5) if is_norm else parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model
+
+
+@torch.no_grad()
+def assert_same_logits(ours, theirs):
+    ids = torch.randint(0, V, (2, 16), generator=torch.Generator().manual_seed(1))
+    logits, expected = ours(ids).logits, theirs(ids).logits
+    assert expected.std() > 0.3
+    assert (logits - expected).abs().max() < TOLERANCE
+
+
+class TestAgainstTransformers:
+    @each_case
+    def test_read(self, tmp_path, case):
+        theirs = llama(**case)
+        theirs.save_pretrained(tmp_path / "llama")
+        write(read_source(tmp_path / "llama", "byte"), tmp_path / "ours")
+        assert_same_logits(load_model(tmp_path / "ours")[0], theirs)
+
+    @each_case
+    def test_written(self, plain, tmp_path, case):
+        from transformers import LlamaForCausalLM
+
+        ours = plain(**case)
+        write_hf(tmp_path / "llama", ours.config, own_state(ours), BYTES)
+        theirs, loading = LlamaForCausalLM.from_pretrained(tmp_path / "llama", output_loading_info=True)
+        assert not any(loading.values())  # no missing, unexpected or mismatched weight
+        assert_same_logits(ours, theirs.eval())
+
+    def test_in_shards_and_in_bf16(self, tmp_path):
+        theirs = llama(tie_embeddings=True)
+        theirs.to(torch.bfloat16).save_pretrained(tmp_path / "llama", max_shard_size="5KB")
+        assert len(list((tmp_path / "llama").glob("*.safetensors"))) > 2
+        write(read_source(tmp_path / "llama", "byte"), tmp_path / "ours")
+        stored = load_file(tmp_path / "ours" / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+        write(read_source(tmp_path / "ours"), tmp_path / "again", "hf")
+        assert type(theirs).from_pretrained(tmp_path / "again").dtype == torch.bfloat16
+        theirs = type(theirs).from_pretrained(tmp_path / "llama", dtype=torch.float32)  # its angles are fp32 again
+        assert_same_logits(load_model(tmp_path / "ours")[0], theirs)
+
+    def test_the_tokenizer_is_the_same_there(self, plain, tmp_path):
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        from src.tokenizer import HFTokenizer
+
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab = {token: i for i, token in enumerate([*alphabet, "<s>", "</s>", "he"])}
+        tok = Tokenizer(models.BPE(vocab, [("h", "e")]))
+        tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        ours, model = HFTokenizer(tok.to_str().encode(), {}), plain(vocab_size=259)
+        write_hf(tmp_path / "llama", model.config, own_state(model), ours)
+        theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "llama")
+        assert theirs("he said: 1 cafés").input_ids == ours.encode("he said: 1 cafés")
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id) == (256, 257)
+        assert read_source(tmp_path / "llama").tokenizer.fingerprint == ours.fingerprint
+
+
+@each_case
+def test_a_round_trip_loses_nothing(plain, tmp_path, case):
+    model = plain(**case, pad_token_id=3)
+    write_hf(tmp_path / "llama", model.config, own_state(model), BYTES)
+    config, weights, _ = read_hf(tmp_path / "llama")
+    assert config == model.config
+    own = own_state(model)
+    assert weights.keys() == own.keys() and all(torch.equal(tensor, own[name]) for name, tensor in weights.items())
+
+
+REFUSED = {
+    "another architecture": ({"model_type": "gpt2"}, "only llama"),
+    "biases of attention": ({"attention_bias": True}, "attention_bias"),
+    "biases of the MLP": ({"mlp_bias": True}, "mlp_bias"),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act gelu"),
+    "wide heads": ({"head_dim": 8}, "head_dim 8"),
+    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling yarn"),
+    "llama3": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling llama3"),
+    "an old name of it": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling dynamic"),
+    "no factor": ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
+    "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "a word for a number": ({"hidden_size": "many"}, "wrong kind"),
+    "no heads": ({"num_attention_heads": 0}, "wrong kind"),
+    "sizes that cannot be": ({"num_key_value_heads": 3}, "n_kv_heads"),
+    "more layers than weights": ({"num_hidden_layers": 3}, "lacks model.layers.2"),
+    "fewer layers than weights": ({"num_hidden_layers": 1}, "holds model.layers.1"),
+    "another width": ({"intermediate_size": 25}, "has shape"),
+    "tied, but they differ": ({"tie_word_embeddings": True}, "tie them"),
+}
+
+
+@pytest.mark.parametrize(("values", "said"), REFUSED.values(), ids=REFUSED)
+def test_refused(folder, values, said):
+    change(folder, **values)
+    with pytest.raises(UserError, match=said):
+        read_hf(folder)
+
+
+class TestFiles:
+    def test_missing_setting(self, folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "vocab_size"}))
+        with pytest.raises(UserError, match="lacks vocab_size"):
+            read_hf(folder)
+
+    @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+    def test_broken_config(self, folder, text):
+        (folder / "config.json").write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match="config.json is missing or broken"):
+            read_hf(folder)
+
+    def test_weights_that_could_run_code(self, folder):
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        with pytest.raises(UserError, match="may run code"):
+            read_hf(folder)
+
+    def test_cut_short(self, folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(UserError, match="cut short"):
+            read_hf(folder)
+
+    def test_no_embedding(self, folder):
+        change(folder, tie_word_embeddings=True)
+        save_file({"lm_head.weight": torch.ones(V, 16)}, folder / "model.safetensors")
+        with pytest.raises(UserError, match="lacks model.embed_tokens.weight"):
+            read_hf(folder)
+
+    @pytest.mark.parametrize("index", [{}, {"weight_map": {"lm_head.weight": "../model.safetensors"}}])
+    def test_index(self, folder, index):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(UserError, match="weight_map"):
+            read_hf(folder)
+
+    def test_more_weights_than_a_llama_has(self, folder):
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, path)
+        read_hf(folder)  # a table that is computed anyway
+        save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(16)}, path)
+        with pytest.raises(UserError, match="q_proj.bias"):
+            read_hf(folder)
+
+    def test_integers(self, folder):
+        path = folder / "model.safetensors"
+        save_file(load_file(path) | {"lm_head.weight": torch.ones(V, 16, dtype=torch.int8)}, path)
+        with pytest.raises(UserError, match="lm_head.weight is quantized"):
+            read_hf(folder)
+
+    def test_older_settings(self, folder):
+        """What config.json does not say has LlamaConfig's default."""
+        path = folder / "config.json"
+        values = json.loads(path.read_text())
+        for name in ("rope_theta", "rms_norm_eps", "num_key_value_heads", "max_position_embeddings", "hidden_act"):
+            del values[name]
+        path.write_text(json.dumps(values))
+        config = read_hf(folder)[0]
+        assert (config.rope_theta, config.norm_eps, config.n_kv_heads, config.max_seq_len) == (10000.0, 1e-6, 4, 2048)
