@@ -1,0 +1,190 @@
+"""Measure a trained language model on text: loss, bits per byte, bits per character, accuracy, per recursion step.
+
+    python eval_lm.py                                             # the released checkpoint, its validation text
+    python eval_lm.py runs/ja_wiki --paths data/ja_wiki/valid_*.jsonl.gz --max_tokens 100000 --json ja_wiki.json
+    python eval_lm.py runs/trm --exit halt --act_threshold 0.8    # tokens that stop recursing early
+    python eval_lm.py runs/trm --depth_curve curve.png            # what depth buys: bits per byte against visits
+    python eval_lm.py runs/trm --lm_eval capitals --include_path my_tasks    # EleutherAI's lm-evaluation-harness
+
+Every document is scored by itself after BOS; each of its tokens counts once, BOS and EOS do not. A document that is
+longer than the context is scored in windows that advance by --stride tokens. stdout has the tables, stderr the rest.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from src.checkpoint import load_model, resolve
+from src.config import UserError, parse_flags, run
+from src.corpus import read_pieces, stdlib_files
+from src.exits import ExitRule, max_depth
+from src.metrics import describe_model
+from src.runtime import DTYPES, choose_device, choose_precision
+from src.scoring import cheapest_points, choose_stride, depth_curve, draw_depth_curve, full_point, score_corpus
+
+CURVE_TOKENS = 10_000  # of a depth curve, each of whose points is a pass over them
+
+
+@dataclass
+class EvalConfig:
+    """What to measure, and on which text.
+
+    Args:
+        checkpoint: checkpoint or run folder (a run folder means its best); none = the released checkpoint
+        paths: files, globs, folders of .jsonl .jsonl.gz .parquet .txt .py; none = the validation part of this Python's
+            standard library
+        text_field: name of the text field (jsonl) or column (parquet)
+        max_docs: documents that are read at most; with lm_eval, examples per task
+        max_tokens: tokens that are scored at most; the depth curve's default is 10,000
+        stride: tokens by which the windows of a long document advance; default half the context
+        batch_size: windows at a time
+        json: write the figures to this file too
+        depth_curve: draw bits per byte against mean visits per token, for each exit rule, into this .png (and .json)
+        lm_eval: names or YAML files of tasks for the lm-evaluation-harness, instead of text
+        include_path: folder with more tasks for it
+        num_fewshot: solved examples before each question of its tasks; none = as the task says
+        device: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
+        precision: of weights and arithmetic
+    """
+
+    checkpoint: str | None = None
+    paths: list[str] = field(default_factory=list)
+    text_field: str = "text"
+    max_docs: int | None = None
+    max_tokens: int | None = None
+    stride: int | None = None
+    batch_size: int = 8
+    json: str | None = None
+    depth_curve: str | None = None
+    lm_eval: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+
+    def __post_init__(self):
+        for name in ("max_docs", "max_tokens", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
+        if self.depth_curve is not None and not self.depth_curve.endswith(".png"):
+            raise ValueError(f"depth_curve is {self.depth_curve}: name a file that ends in .png")
+        for path in (self.json, self.depth_curve):
+            if path is not None and not Path(path).absolute().parent.is_dir():
+                raise ValueError(f"{path}: there is no such folder; make it first")
+        if self.lm_eval and (self.paths or self.depth_curve):
+            raise ValueError("lm_eval brings its own text: leave out paths and depth_curve")
+
+
+def parse_args(argv=None) -> tuple[EvalConfig, ExitRule]:
+    config, rule = parse_flags(__doc__, EvalConfig, ExitRule, argv=argv, positional="checkpoint")
+    if config.depth_curve is not None and rule != ExitRule(max_recursion_depth=rule.max_recursion_depth):
+        raise UserError("depth_curve goes through all exit rules: leave out exit, act_threshold and kl_threshold")
+    return config, rule
+
+
+def read_text(config):
+    """Pieces of the documents to score."""
+    paths = config.paths
+    if not paths:
+        paths = stdlib_files()[1]
+        print(f"no paths: the validation part of the Python standard library, {len(paths)} files", file=sys.stderr)
+    return read_pieces(paths, config.text_field)
+
+
+def print_table(names, rows):
+    """Columns as wide as their widest cell, right-aligned."""
+    widths = [max(map(len, column)) for column in zip(names, *rows)]
+    for row in (names, *rows):
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+
+
+def measure_text(model, tokenizer, config, rule) -> dict:
+    """Score the text and print: what was read, a row per recursion step, the depth that was used."""
+    bounds = {"max_docs": config.max_docs, "max_tokens": config.max_tokens}
+    options = {"stride": config.stride, "batch_size": config.batch_size, "rule": rule, "per_step": True}
+    pieces = read_text(config)
+    with tqdm(total=config.max_tokens, unit="token", unit_scale=True) as bar:
+        score = score_corpus(model, tokenizer, pieces, **options, **bounds, bar=bar)
+    n = score.size
+    print(f"{n.documents:,} document{'s' * (n.documents != 1)}", end=", ")
+    print(f"{n.tokens:,} tokens, {n.bytes:,} bytes, {n.chars:,} characters\n")
+    names = ["step", "nats/token", "bits/byte", "bits/character", "perplexity", "accuracy"]
+    formats = ("{:.4f}", "{:.4f}", "{:.4f}", "{:,.2f}", "{:.2%}")
+    rows = [[str(i), *(f.format(v) for f, v in zip(formats, step))] for i, step in enumerate(score.steps, 1)]
+    print_table(names, rows)
+    print(f"\nmean recursion depth {score.depth:.2f} of {max_depth(model.config)} trained, ", end="")
+    print(f"{score.visits:.2f} visits per token, {score.saved:.1%} saved")
+    steps = [step._asdict() for step in score.steps]
+    depth = {"depth": score.depth, "visits": score.visits, "saved": score.saved}
+    return {**asdict(score.size), **score.figures._asdict(), **depth, "steps": steps}
+
+
+def print_points(points, full):
+    """A row per point of a depth curve; full = the one that its bits per byte are compared with."""
+    rows = [
+        [p.exit, f"{p.setting:g}", f"{p.depth:.2f}", f"{p.visits:.2f}", f"{p.saved:.1%}", f"{p.bits_per_byte:.4f}"]
+        + [f"{p.bits_per_byte / full.bits_per_byte - 1:+.2%}"]
+        for p in points
+    ]
+    print_table(["exit", "setting", "depth", "visits/token", "saved", "bits/byte", "change"], rows)
+
+
+def draw_curve(model, tokenizer, config, rule) -> dict:
+    """Draw the depth curve and print its points, and the cheapest of each rule within 1 % of the full depth."""
+    bounds = {"max_docs": config.max_docs, "max_tokens": config.max_tokens or CURVE_TOKENS}
+    options = {"stride": config.stride, "batch_size": config.batch_size}
+    pieces, trained = read_text(config), max_depth(model.config)
+    with tqdm(unit="token", unit_scale=True) as bar:
+        points = depth_curve(model, tokenizer, pieces, rule.max_recursion_depth, **options, **bounds, bar=bar)
+    best, full = cheapest_points(points, trained), full_point(points, trained)
+    print_points(points, full)
+    print("\ncheapest within 1 % of the trained depth's bits per byte:\n")
+    print_points(best.values(), full)
+    shallow = min((p for p in points if p.exit == "fixed" and p.setting <= trained), key=lambda p: p.bits_per_byte)
+    if shallow is not full:  # then to leave early is no art
+        print(f"\ndepth {shallow.setting:g} is better than the trained depth {trained}: compare the rules with it")
+    draw_depth_curve(points, trained, config.depth_curve, describe_model(model), str(resolve(config.checkpoint)))
+    found = {"points": [p._asdict() for p in points], "cheapest": {name: p._asdict() for name, p in best.items()}}
+    write_json(Path(config.depth_curve).with_suffix(".json"), found)
+    return found
+
+
+def run_harness(model, tokenizer, config, rule) -> dict:
+    """Run tasks of the lm-evaluation-harness and print its table."""
+    from src.harness import run_tasks
+
+    options = (config.include_path, config.num_fewshot, config.max_docs, config.batch_size, rule)
+    results, table = run_tasks(model, tokenizer, config.lm_eval, *options)
+    print(table)
+    return results
+
+
+def write_json(path, found):
+    try:
+        Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make room, or name another file") from None
+
+
+def main(argv=None):
+    config, rule = parse_args(argv)
+    device = choose_device(config.device)
+    precision, _ = choose_precision(config.precision, device)
+    model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision])
+    choose_stride(model.config, config.stride)
+    try:
+        rule.check(model.config)
+    except ValueError as error:
+        raise UserError(error) from None
+    measure = run_harness if config.lm_eval else draw_curve if config.depth_curve else measure_text
+    found = measure(model, tokenizer, config, rule)
+    if config.json is not None:
+        write_json(config.json, {"checkpoint": str(resolve(config.checkpoint)), "exit": asdict(rule), **found})
+
+
+if __name__ == "__main__":
+    run(main)
