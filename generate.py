@@ -99,7 +99,8 @@ def encode_batch(tokenizer, prompts, device):
 def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRule):
     """Continue all prompts as one batch; a single text is printed as it is made, several one after the other."""
     ids, mask = encode_batch(tokenizer, prompts, next(model.parameters()).device)
-    decoders, texts, made = [StreamDecoder(tokenizer) for _ in prompts], list(prompts), 0
+    decoders = [StreamDecoder(tokenizer, starts_text=not prompt) for prompt in prompts]
+    texts, made = list(prompts), 0
     streams = len(prompts) == 1
     options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p", "seed")}
     if rule != ExitRule():

@@ -11,12 +11,9 @@ import sys
 from dataclasses import dataclass, field
 
 from src.config import UserError, parse_flags, run
-from src.corpus import read_pieces
-from src.tokenizer import train_sentencepiece
+from src.tokenizer_training import hold_back, report_bytes_per_token, train_sentencepiece
 
 VOCAB_SIZE = 16000
-HELD_BACK_BYTES = 1_000_000
-HELD_BACK_SHARE = 0.01
 
 
 @dataclass
@@ -54,20 +51,6 @@ class SPMConfig:
             raise ValueError(f"character_coverage is {self.character_coverage}; allowed is 0.9 to 1.0")
 
 
-def before_tail(pieces, n_bytes, tail):
-    """The text of the first n_bytes of a stream of pieces; the rest is appended to the list `tail`."""
-    left = n_bytes
-    for text, _ in pieces:
-        head = text.encode()[:left].decode(errors="ignore") if left else ""
-        if len(head) < len(text):
-            head = head[: head.rfind("\n") + 1] or head
-            left = 0
-            tail.append(text[len(head) :])
-        left -= len(head.encode()) if left else 0
-        if head:
-            yield head
-
-
 def parse_args(argv=None):
     """Flags -> SPMConfig."""
     (config,) = parse_flags(__doc__, SPMConfig, argv=argv)
@@ -79,10 +62,9 @@ def parse_args(argv=None):
 def main(argv=None):
     """Train, write the two files, measure."""
     config = parse_args(argv)
-    total = sum(len(text.encode()) for text, _ in read_pieces(config.input, config.text_field, report=False))
-    n_train, tail = total - min(HELD_BACK_BYTES, int(total * HELD_BACK_SHARE)), []
+    texts, tail = hold_back(config.input, config.text_field)
     tokenizer = train_sentencepiece(
-        before_tail(read_pieces(config.input, config.text_field), n_train, tail),
+        texts,
         config.model_prefix,
         vocab_size=config.vocab_size,
         model_type=config.model_type,
@@ -94,10 +76,7 @@ def main(argv=None):
         verbose=True,
     )
     print(f"wrote {config.model_prefix}.model and .vocab: {tokenizer.vocab_size} pieces", file=sys.stderr)
-    n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(tail))
-    n_bytes = sum(len(text.encode()) for text in tail)
-    if n_tokens:
-        print(f"held-back text: {n_bytes} bytes, {n_bytes / n_tokens:.3f} bytes per token", file=sys.stderr)
+    report_bytes_per_token(tokenizer, tail)
 
 
 if __name__ == "__main__":

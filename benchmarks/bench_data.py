@@ -45,7 +45,8 @@ from src.loader import create_train_loader
 from src.runtime import choose_device, peak_rss_bytes
 from src.stream import Shards, StreamingDataset
 from src.token_store import ON_THE_SPOT_BYTES, ON_THE_SPOT_VOCAB, tokenize_corpus
-from src.tokenizer import load_tokenizer, train_sentencepiece
+from src.tokenizer import read_tokenizer
+from src.tokenizer_training import train_sentencepiece
 
 MIB = 1024**2
 N_SHARDS, TIMES = 4, 10
@@ -212,7 +213,7 @@ def measure_resume(args: DataBench, data, workers: int) -> dict:
 def stream_here(args: DataBench) -> None:
     """RSS in bytes: before the first batch, at the peak, and on average over the last quarter of one epoch."""
     job, process = json.loads(args.child), psutil.Process()
-    data = stream_of(args, job["files"], load_tokenizer(job["tokenizer"]))
+    data = stream_of(args, job["files"], read_tokenizer(job["tokenizer"]))
     loader, seen = create_train_loader(data, args.batch_size), []
     before = process.memory_info().rss
     while loader.epoch < 1:

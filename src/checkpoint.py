@@ -19,7 +19,7 @@ from src.config import UserError, build
 from src.decode import store_for_decoding
 from src.model import TRMConfig, TRMModel
 from src.parallel import placed_like
-from src.tokenizer import load_tokenizer
+from src.tokenizer import read_tokenizer
 
 RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "stdlib"
 
@@ -130,7 +130,7 @@ def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=
     weights are stored for fast decoding, unless the model `trains` on."""
     folder = resolve(folder)
     config = load_config(folder)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = read_tokenizer(str(folder))
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "

@@ -40,7 +40,7 @@ from src.token_store import (
     sampled,
     tokenize_corpus,
 )
-from src.tokenizer import load_tokenizer
+from src.tokenizer import read_tokenizer
 
 MOST_VALID_TOKENS = 1_000_000  # of the tail that is held back where documents are few
 
@@ -242,7 +242,7 @@ class DataConfig:
         train_paths: files, globs, folders of .jsonl .jsonl.gz .parquet .txt .py; none = this Python's standard library
         valid_paths: validation text, likewise; none = a part of the training text that is held back
         text_field: name of the text field (jsonl) or column (parquet)
-        tokenizer: sentencepiece, byte, or the path of a tokenizer.json, a .model or a checkpoint folder
+        tokenizer: sentencepiece, byte, or the path of a tokenizer.json, a .model, a .bin or a checkpoint folder
         sp_model: SentencePiece .model file (from train_spm.py); none = one is trained on the spot
         document_mask: keep attention inside documents
         packing: cut the joined documents into full windows; false = one document per row, padded
@@ -367,7 +367,7 @@ def _split_stores(store_of, corpora, files, tokenizer, seq_len):
 def _tokenizer_of(data, vocab_size, texts, files=None, part=None):
     """The tokenizer that is asked for; or one trained on `texts`, kept by the content of `files`, else of the texts."""
     if data.sp_model is not None or data.tokenizer != "sentencepiece":
-        return load_tokenizer(data.sp_model or data.tokenizer)
+        return read_tokenizer(data.sp_model or data.tokenizer)
     vocab_size = vocab_size or ON_THE_SPOT_VOCAB
     if files is not None:
         key = content_key(files, "spm", data.text_field, data.strict, part, vocab_size)

@@ -47,7 +47,7 @@ def evaluate(model, batches, bytes_per_token: float, precision="fp32", limit=Non
 def sample_text(model, tokenizer, prompt: str, new_tokens: int, seed: int) -> str:
     """A prompt and what a model writes after it at temperature 0.8, top_p 0.95, up to EOS."""
     ids = tokenizer.encode(prompt, bos=True)[: model.config.max_seq_len]
-    decoder, text = StreamDecoder(tokenizer), prompt
+    decoder, text = StreamDecoder(tokenizer, starts_text=not prompt), prompt
     options = {"temperature": 0.8, "top_p": 0.95, "seed": seed, "eos_id": tokenizer.eos_id}
     with torch.compiler.set_stance("force_eager"):
         for token in generate(model, torch.tensor([ids], device=model.embed.weight.device), new_tokens, **options):

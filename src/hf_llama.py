@@ -12,6 +12,7 @@ from src.llama import HF, from_llama, plain_config, to_llama
 from src.model import TRMConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None}  # none other known
 
 
 def read_hf(folder) -> tuple[TRMConfig, dict[str, Tensor], dict]:
@@ -46,7 +47,8 @@ def _config(values: dict, path) -> TRMConfig:
             "mlp_bias": bool(values.get("mlp_bias")),
             f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") not in ("silu", "swish"),
             f"head_dim {values.get('head_dim')}": (values.get("head_dim") or dim // heads) * heads != dim,
-            f"rope scaling {scaling}": scaling not in ("default", "linear"),
+            f"rope scaling {scaling}": scaling not in ("default", "linear", "yarn"),
+            "YaRN with numbers of its own": scaling == "yarn" and any(rope.get(k) not in (None, YARN[k]) for k in YARN),
             "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
             "quantization_config": bool(values.get("quantization_config")),
         }
@@ -59,7 +61,8 @@ def _config(values: dict, path) -> TRMConfig:
             d_ff=values["intermediate_size"], max_seq_len=values.get("max_position_embeddings", 2048),
             norm_eps=values.get("rms_norm_eps", 1e-6), tie_embeddings=values.get("tie_word_embeddings", False),
             rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
-            rope_scaling=float(rope["factor"]) if scaling == "linear" else None,
+            rope_scaling=float(rope["factor"]) if scaling != "default" else None,
+            rope_trained_len=rope["original_max_position_embeddings"] if scaling == "yarn" else None,
             pad_token_id=values.get("pad_token_id"),
         )  # fmt: skip
     except KeyError as error:
@@ -91,7 +94,10 @@ def write_hf(folder, c: TRMConfig, weights: dict[str, Tensor], tokenizer):
 
 
 def _hf_config(c, weights, tokenizer) -> dict:
-    scaling = None if c.rope_scaling is None else {"rope_type": "linear", "type": "linear", "factor": c.rope_scaling}
+    kind = "linear" if c.rope_trained_len is None else "yarn"
+    scaling = None if c.rope_scaling is None else {"rope_type": kind, "type": kind, "factor": c.rope_scaling}
+    if scaling and kind == "yarn":
+        scaling["original_max_position_embeddings"] = c.rope_trained_len
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

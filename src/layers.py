@@ -1,5 +1,6 @@
 """The parts of a TinyBlock: RMSNorm, rotary positions, grouped-query attention, SwiGLU, the sequence mixer."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,15 +28,41 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(
-    positions: Int[Tensor, "b t"], head_dim: int, theta: float, scaling: float | None, dtype: torch.dtype
+    positions: Int[Tensor, "b t"],
+    head_dim: int,
+    theta: float,
+    scaling: float | None,
+    dtype: torch.dtype,
+    trained_len: int | None = None,
 ) -> tuple[Float[Tensor, "b 1 t e"], Float[Tensor, "b 1 t e"]]:
     """cos and sin of every position and channel, arXiv:2104.09864, made anew from the positions so that no table
-    bounds the length.  `scaling` divides the positions (position interpolation, arXiv:2306.15595)."""
+    bounds the length.  `scaling` divides the positions (position interpolation, arXiv:2306.15595), or acts by YaRN
+    where the context trained on is given."""
     exact = dtype if dtype == torch.float64 else torch.float32  # bf16 cannot hold a position
     channel = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact)
-    angle = (positions.to(exact) / (scaling or 1.0))[..., None] * theta ** (-channel / head_dim)
+    frequency, size = theta ** (-channel / head_dim), 1.0
+    if scaling is not None and trained_len is not None:
+        frequency, size = yarn(frequency, theta, scaling, trained_len)
+    elif scaling is not None:
+        frequency = frequency / scaling
+    angle = positions.to(exact)[..., None] * frequency
     angle = torch.cat((angle, angle), dim=-1)[:, None]  # (B, 1, T, E): rotate-half pairs channel i with i + E/2
-    return angle.cos(), angle.sin()
+    return angle.cos() * size, angle.sin() * size
+
+
+def yarn(frequency: Float[Tensor, "e"], theta: float, scaling: float, trained_len: int) -> tuple[Tensor, float]:
+    """Frequencies of rotary channels in a context `scaling` times as long, and the factor of cos and sin (so that
+    scores grow by its square), arXiv:2309.00071.
+
+    A channel pair that turns more than 32 times in trained_len tokens tells near positions apart and keeps its
+    frequency; one that turns less than once would meet unseen angles and is slowed by `scaling`. Between them the
+    mixture is linear in the channel, as in the authors' code; in the paper it is linear in the number of turns."""
+    channels = len(frequency)
+    first, last = (channels * math.log(trained_len / (turns * 2 * math.pi), theta) for turns in (32, 1))
+    first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * channels - 1)
+    index = torch.arange(channels, device=frequency.device, dtype=frequency.dtype)
+    slowed = ((index - first) / max(last - first, 0.001)).clamp(0, 1)
+    return frequency * (1 - slowed + slowed / scaling), 0.1 * math.log(max(scaling, 1.0)) + 1
 
 
 def apply_rotary_emb(
@@ -85,7 +112,8 @@ def make_context(config, input_ids, attention_mask, cache, dtype) -> tuple[Tenso
     c, T = config, input_ids.shape[1]
     positions, mask = positions_and_mask(input_ids, attention_mask, cache, c.causal)
     is_rotary = c.positions == "rope" and c.mixer == "attention"
-    rotary = rotary_table(positions, c.head_dim, c.rope_theta, c.rope_scaling, dtype) if is_rotary else None
+    rope = c.head_dim, c.rope_theta, c.rope_scaling, dtype, c.rope_trained_len
+    rotary = rotary_table(positions, *rope) if is_rotary else None
     is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(input_ids.device.type)
     decodes = cache is not None and T == 1 and is_plain
     one_token = one_token_context(cache, rotary, mask, dtype) if decodes else None

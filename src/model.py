@@ -47,7 +47,8 @@ class TRMConfig:
         mixer: what mixes tokens; mlp is for fixed-length, non-causal inputs
         positions: rope (rotary), learned (an embedding, part of x), or none
         rope_theta: base of the rotary frequencies
-        rope_scaling: divides the rotary positions, for contexts longer than trained; none = 1
+        rope_scaling: how many times longer than trained the context is: divides the rotary positions; none = 1
+        rope_trained_len: context in tokens that was trained on; where given, rope_scaling acts by YaRN instead
         norm: place of RMSNorm: post as in the TRM paper, pre as in Llama, sandwich = both
         norm_eps: epsilon inside RMSNorm
         qk_norm: RMSNorm on queries and keys, per head
@@ -84,6 +85,7 @@ class TRMConfig:
     positions: Literal["rope", "learned", "none"] = "rope"
     rope_theta: float = 10000.0
     rope_scaling: float | None = None
+    rope_trained_len: int | None = None
     norm: Literal["post", "pre", "sandwich"] = "post"
     norm_eps: float = 1e-5
     qk_norm: bool = False
@@ -121,8 +123,8 @@ class TRMConfig:
     def _problems(self):
         """(is it wrong?, what to change) for every combination that cannot work."""
         sizes = ["d_model", "n_heads", "n_kv_heads", "n_layers", "d_ff", "max_seq_len", "latent_steps", "deep_steps"]
-        sizes += ["supervision_steps", "grad_deep_steps"] + ["vocab_size"] * (self.vocab_size is not None)
-        for name in sizes:
+        optional = [name for name in ("vocab_size", "rope_trained_len") if getattr(self, name) is not None]
+        for name in [*sizes, "supervision_steps", "grad_deep_steps", *optional]:
             yield getattr(self, name) < 1, f"{name} is {getattr(self, name)}: set it to 1 or more"
         for name in ("prelude_layers", "coda_layers", "act_weight"):
             yield not 0 <= getattr(self, name) < inf, f"{name} is {getattr(self, name)}: set it to 0 or more"
@@ -137,9 +139,8 @@ class TRMConfig:
         yield not 0 < self.act_threshold <= 1, f"act_threshold is {self.act_threshold}: set it over 0 and up to 1"
         for name in ["norm_eps", "rope_theta", "embed_scale"] + ["rope_scaling"] * (self.rope_scaling is not None):
             yield not 0 < getattr(self, name) < inf, f"{name} is {getattr(self, name)}: set it over 0"
-        pad, V = self.pad_token_id, self.vocab_size
-        outside = None not in (pad, V) and not 0 <= pad < V
-        yield outside, f"pad_token_id {pad} is outside the vocabulary of {V}: correct it"
+        outside = self.vocab_size is not None and not 0 <= (self.pad_token_id or 0) < self.vocab_size
+        yield outside, f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}: correct it"
         sees_all = self.mixer == "mlp" and self.causal
         yield sees_all, "mixer mlp sees all positions: set causal to false, or mixer to attention"
         is_bare = self.injection == "none"
@@ -147,9 +148,8 @@ class TRMConfig:
         yield self.recursion != "none" and G > T, f"grad_deep_steps {G} is more than deep_steps {T}: lower it"
         cut = is_bare and self.recursion == "loop" and G < T
         yield cut, f"injection none gives the embedding no gradient under grad_deep_steps {G}: set it to deep_steps {T}"
-        problem = f"supervision_weights is {self.supervision_weights!r}"
-        wrong = not valid_weights(self.supervision_weights, self.supervision_steps)
-        yield wrong, f"{problem}: choose equal, linear, last, or such as 0.3,1.0"
+        weights, wrong = self.supervision_weights, not valid_weights(self.supervision_weights, self.supervision_steps)
+        yield wrong, f"supervision_weights is {weights!r}: choose equal, linear, last, or such as 0.3,1.0"
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from src.config import UserError
 from src.corpus import NoDocument, content_hash, find_files, read_pieces
-from src.tokenizer import load_tokenizer, train_sentencepiece
+from src.tokenizer import read_tokenizer
+from src.tokenizer_training import train_sentencepiece
 
 HOLD_BACK = 20  # one document in this many is validation text where no valid_paths are given
 HOLD_BACK_BYTES = 2_000_000  # or fewer, so that it is about this much text at most
@@ -276,7 +277,7 @@ def on_the_spot(texts, key, vocab_size, cache_dir=None):
     if not Path(f"{prefix}.model").exists():
         print(f"training a SentencePiece model of {vocab_size} pieces on the training text", file=sys.stderr)
         train_sentencepiece(texts, prefix, vocab_size)
-    return load_tokenizer(f"{prefix}.model")
+    return read_tokenizer(f"{prefix}.model")
 
 
 def sampled(files, text_field, part):

@@ -24,6 +24,7 @@ CASES = {
     "small base": {"rope_theta": 50.0, "norm_eps": 1e-3},
     "large base": {"rope_theta": 500000.0, "n_kv_heads": 2, "max_seq_len": 40},
     "scaled positions": {"rope_scaling": 2.5},
+    "YaRN": {"rope_scaling": 2.0, "rope_trained_len": 8},
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -54,6 +55,8 @@ def llama(**case):
     rope = {"rope_type": "default", "rope_theta": case["rope_theta"]}
     if scale := case.get("rope_scaling"):
         rope |= {"rope_type": "linear", "factor": scale}
+    if trained := case.get("rope_trained_len"):
+        rope |= {"rope_type": "yarn", "original_max_position_embeddings": trained}
     config = LlamaConfig(
         vocab_size=V, hidden_size=case["d_model"], intermediate_size=case["d_ff"], num_hidden_layers=case["n_layers"],
         num_attention_heads=case["n_heads"], num_key_value_heads=case.get("n_kv_heads", case["n_heads"]),
@@ -140,7 +143,8 @@ REFUSED = {
     "biases of the MLP": ({"mlp_bias": True}, "mlp_bias"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act gelu"),
     "wide heads": ({"head_dim": 8}, "head_dim 8"),
-    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling yarn"),
+    "part of yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "lacks original_max_position_embeddings"),
+    "yarn of its own": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "numbers of its own"),
     "llama3": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling llama3"),
     "an old name of it": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling dynamic"),
     "no factor": ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),

@@ -12,7 +12,7 @@ import extract_texts
 import train_spm
 from src.config import UserError
 from src.corpus import read_documents
-from src.tokenizer import load_tokenizer
+from src.tokenizer import read_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ["one\ntwo\n", "京都は日本の都市。", "  three 😀  "]
@@ -79,22 +79,9 @@ def test_train_spm_writes_a_model_and_measures_it(tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and "spm_train --model_prefix=" in captured.err and "--vocab_size=300" in captured.err
     assert "wrote" in captured.err and "bytes per token" in captured.err
-    assert load_tokenizer(tmp_path / "a.model").vocab_size == 300 and (tmp_path / "a.vocab").exists()
+    assert read_tokenizer(tmp_path / "a.model").vocab_size == 300 and (tmp_path / "a.vocab").exists()
     train_spm.main([*args, str(tmp_path / "b")])
     assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
-
-
-def test_train_spm_does_not_train_on_the_tail():
-    pieces = [("abc", False), ("de\nf", True), ("é", True), ("x", True)]
-    for n_bytes, train, rest in [
-        (7, ["abc", "de\nf"], ["é", "x"]),
-        (6, ["abc", "de\n"], ["f", "é", "x"]),
-        (8, ["abc", "de\nf"], ["é", "x"]),
-        (10, ["abc", "de\nf", "é", "x"], []),
-    ]:
-        tail = []
-        assert list(train_spm.before_tail(iter(pieces), n_bytes, tail)) == train
-        assert tail == rest
 
 
 def test_train_spm_refuses(tmp_path):
@@ -112,9 +99,9 @@ def test_train_spm_refuses(tmp_path):
             train_spm.main(args)
 
 
-@pytest.mark.parametrize("script", ["extract_texts.py", "train_spm.py"])
+@pytest.mark.parametrize("script", ["extract_texts.py", "train_spm.py", "train_tokenizer.py"])
 def test_a_mistake_is_one_line_and_exit_code_2(script, tmp_path):
-    args = {"extract_texts.py": ["missing.txt"], "train_spm.py": ["--input", "missing.txt"]}[script]
+    args = ["missing.txt"] if script == "extract_texts.py" else ["--input", "missing.txt"]
     code, out, err = run_script(script, *args)
     assert (code, out, err) == (2, "", "error: missing.txt does not exist\n")
     code, out, _ = run_script(script, "--help")

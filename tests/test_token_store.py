@@ -13,7 +13,7 @@ from texts import BYTE, store_of, tokens_of, write
 from src import corpus, token_store
 from src.config import UserError
 from src.token_store import tokenize_corpus
-from src.tokenizer import train_sentencepiece
+from src.tokenizer_training import train_sentencepiece
 
 # the store
 

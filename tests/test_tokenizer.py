@@ -1,8 +1,13 @@
 """Tokenizers: round trips, streaming, files, determinism, and what is refused."""
 
+import io
+import itertools
 import pickle
+import struct
+from pathlib import Path
 
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,10 +17,14 @@ from src.tokenizer import (
     HFTokenizer,
     StreamDecoder,
     TokenizerWrapper,
-    frequent_line_breaks,
     load_tokenizer,
-    train_sentencepiece,
+    read_llama2c_tokenizer,
+    read_tokenizer,
 )
+from src.tokenizer_training import train_sentencepiece, train_tokenizer
+
+TRAINED_SIZE = 320
+TOK512 = Path(__file__).parents[2] / "shared" / "data" / "stories260K" / "tok512.bin"
 
 CODE = 'class A:\n    def f(self, x):\n        if x:\n            return  x[10:]  # no\n\n\n    y = "a"\n\n\ttab\t1\r\n'
 TEXTS = [
@@ -58,25 +67,67 @@ def hf_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture(params=["sentencepiece", "byte", "hf"])
-def tokenizer(request, sp, hf_file):
-    return {"sentencepiece": lambda: sp, "byte": ByteLevelTokenizer, "hf": lambda: HFTokenizer(hf_file)}[
-        request.param
-    ]()
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tokenizer.json of each kind that train_tokenizer makes."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "t.txt").write_text("".join(TEXTS))
+    kinds = ("bpe", "unigram")
+    return {k: train_tokenizer(folder / "t.txt", TRAINED_SIZE, folder / f"{k}.json", model_type=k) for k in kinds}
+
+
+@pytest.fixture(scope="module")
+def llama_model():
+    """A SentencePiece model with the settings of Llama's: a space before every text, <unk> <s> </s> and bytes first."""
+    out, options = io.BytesIO(), {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in TEXTS for line in text.split("\n") if line),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        minloglevel=2,
+        **options,
+    )
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def llama2c_file(llama_model, tmp_path_factory):
+    """That model as llama2.c writes it."""
+    model = sentencepiece.SentencePieceProcessor(model_proto=llama_model)
+    names = [model.id_to_piece(i).replace("\u2581", " ") for i in range(400)]
+    names[1:3] = ["\n<s>\n", "\n</s>\n"]
+    parts = [struct.pack("<fi", model.get_score(i), len(n.encode())) + n.encode() for i, n in enumerate(names)]
+    path = tmp_path_factory.mktemp("llama2c") / "tok400.bin"
+    path.write_bytes(struct.pack("<i", max(len(n.encode()) for n in names)) + b"".join(parts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama2c(llama2c_file):
+    return read_llama2c_tokenizer(llama2c_file)
+
+
+@pytest.fixture(params=["sentencepiece", "byte", "hf", "bpe", "unigram", "llama2c"])
+def tokenizer(request, sp, hf_file, trained, llama2c):
+    kinds = {"sentencepiece": sp, "byte": ByteLevelTokenizer(), "hf": HFTokenizer(hf_file), "llama2c": llama2c}
+    return (kinds | trained)[request.param]
 
 
 @pytest.mark.parametrize("text", HARD)
 def test_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.decode_bytes(ids) == (tokenizer.prefix * bool(text) + text).encode()
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=60)
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
-def test_round_trip_of_any_text(text, sp):
-    assert sp.decode(sp.encode(text)) == text
+def test_round_trip_of_any_text(text, sp, trained, llama2c):
+    for tokenizer in (sp, *trained.values(), llama2c):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_batch_and_special_tokens(tokenizer):
@@ -91,10 +142,20 @@ def test_batch_and_special_tokens(tokenizer):
 def test_stream_decoder_gives_whole_characters_and_the_same_text(tokenizer):
     text = "x😀京都é\n" * 2
     ids = tokenizer.encode(text)
-    decoder = StreamDecoder(tokenizer)
-    pieces = [decoder.push(i) for i in ids]
+    decoder = StreamDecoder(tokenizer, starts_text=True)
+    pieces = [decoder.push(i) for i in [tokenizer.bos_id, *ids]]
     assert "".join(pieces) == text and decoder.flush() == ""
     assert not any("\ufffd" in p for p in pieces)
+
+
+def test_a_space_before_every_text_is_the_tokenizers_own(llama2c, hf_file):
+    ids = llama2c.encode("the cat")
+    assert llama2c.prefix == " " and llama2c.decode_bytes(ids) == b" the cat" and llama2c.encode("") == []
+    goes_on = StreamDecoder(llama2c)
+    assert "".join(map(goes_on.push, ids)) == " the cat"
+    twice = StreamDecoder(llama2c, starts_text=True)
+    assert "".join(map(twice.push, ids + ids)) == "the cat the cat"
+    assert HFTokenizer(hf_file).prefix == ByteLevelTokenizer.prefix == ""
 
 
 @settings(deadline=None, max_examples=100)
@@ -113,85 +174,40 @@ def test_byte_fallback_pieces_are_single_bytes(sp):
     assert decoder.push(ids[0]) == "" and decoder.flush() == "\ufffd"
 
 
-def test_line_breaks_and_indentation_are_single_tokens(sp):
-    assert len(sp.encode("\n")) == 1
-    assert len(sp.encode("\n        ")) == 1
-    assert frequent_line_breaks(["a b"]) == ["\n"]
-    assert "\n    " in frequent_line_breaks([CODE])
-    assert [sp.pad_id, sp.unk_id, sp.bos_id, sp.eos_id] == [0, 1, 2, 3]
-
-
-def test_digits_are_split(sp):
-    assert len(sp.encode("1234")) >= 4
-
-
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_training_repeats_byte_for_byte(tmp_path, model_type):
-    a = train_sentencepiece(TEXTS, tmp_path / "a", vocab_size=320, model_type=model_type)
-    b = train_sentencepiece(iter(TEXTS), tmp_path / "deep" / "b", vocab_size=320, model_type=model_type)
-    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "deep" / "b.model").read_bytes()
-    lines = (tmp_path / "a.vocab").read_text().splitlines()
-    assert len(lines) == a.vocab_size == 320 and all(line.count("\t") == 1 for line in lines)
-    assert a.fingerprint == b.fingerprint and len(a.fingerprint) == 64
-
-
-def test_training_from_a_file(tmp_path, sp):
-    path = tmp_path / "t.txt"
-    path.write_bytes("".join(f"{t}\n<|endoftext|>\n" for t in TEXTS).encode())
-    assert train_sentencepiece(path, vocab_size=420).fingerprint == sp.fingerprint
-
-
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_vocabulary_too_large_names_the_largest(model_type):
-    with pytest.raises(UserError, match="largest possible is") as error:
-        train_sentencepiece(TEXTS, vocab_size=50_000, model_type=model_type)
-    largest = int(str(error.value).split()[-1])
-    assert train_sentencepiece(TEXTS, vocab_size=largest, model_type=model_type).vocab_size == largest
-
-
-def test_vocabulary_too_small_names_what_is_needed():
-    with pytest.raises(UserError, match="too small.* need 3[0-9][0-9]"):
-        train_sentencepiece(TEXTS, vocab_size=50)
-    with pytest.raises(UserError, match="no text"):
-        train_sentencepiece([])
-
-
 def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "ckpt")
-    for source in (tmp_path / "ckpt", next((tmp_path / "ckpt").iterdir())):
-        loaded = load_tokenizer(source)
+    for source in (tmp_path / "ckpt", max((tmp_path / "ckpt").iterdir(), key=lambda p: p.stat().st_size)):
+        loaded = read_tokenizer(source)
         assert (loaded.kind, loaded.fingerprint) == (tokenizer.kind, tokenizer.fingerprint)
         assert loaded.encode(CODE) == tokenizer.encode(CODE)
     assert pickle.loads(pickle.dumps(tokenizer)).encode(CODE) == tokenizer.encode(CODE)
 
 
-def test_load_byte_by_name():
-    assert load_tokenizer("byte").vocab_size == 259
+def test_load_gives_size_and_pad_id_and_says_so_where_it_goes_on_with_bytes(tokenizer, tmp_path, capsys):
+    tokenizer.save(tmp_path / "saved")
+    loaded, vocab_size, pad_id = load_tokenizer(tmp_path / "saved")
+    assert (loaded.fingerprint, vocab_size, pad_id) == (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.pad_id)
+    assert load_tokenizer("byte").vocab_size == 259 and capsys.readouterr().err == ""
+    for broken in (tmp_path / "nowhere.model", tmp_path):
+        loaded, vocab_size, pad_id = load_tokenizer(broken)
+        assert (loaded.kind, vocab_size, pad_id) == ("byte", 259, 256)
+        err = capsys.readouterr().err
+        assert str(broken) in err and err.endswith("; going on with bytes\n") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
 def test_missing_and_broken_files(tmp_path, name, sp):
     with pytest.raises(UserError, match=name):
-        load_tokenizer(tmp_path / name)
+        read_tokenizer(tmp_path / name)
     with pytest.raises(UserError, match="holds no tokenizer"):
-        load_tokenizer(tmp_path)
-    for content in (b"", b"{}", b"garbage" * 50, sp._data[:1000]):
+        read_tokenizer(tmp_path)
+    for content in (b"", b"{}", b"garbage" * 50, sp._files["tokenizer.model"][:1000]):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
-            load_tokenizer(tmp_path)
+            read_tokenizer(tmp_path)
 
 
-def test_unwritable_model_prefix(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
-        train_sentencepiece(TEXTS, tmp_path / "file" / "m", vocab_size=400)
-
-
-def test_foreign_model_without_bytes(tmp_path):
-    import io
-
-    import sentencepiece
-
+def test_foreign_model_without_bytes():
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["hello world"] * 20), model_writer=out, vocab_size=12, minloglevel=2
@@ -199,3 +215,162 @@ def test_foreign_model_without_bytes(tmp_path):
     tokenizer = TokenizerWrapper(out.getvalue())
     assert tokenizer.decode(tokenizer.encode("hello world")).strip() == "hello world"
     assert tokenizer.decode(tokenizer.encode("q\u2581q"))
+
+
+# --- tokenizer.json of others -----------------------------------------------------------------------------------------
+
+
+def hf_json(model, special=(), **parts):
+    """A tokenizer.json (bytes) of a model of the `tokenizers` library and what is around it."""
+    from tokenizers import Tokenizer
+
+    tok = Tokenizer(model)
+    for name, part in parts.items():
+        setattr(tok, name, part)
+    tok.add_special_tokens(list(special))
+    return tok.to_str().encode()
+
+
+def byte_level(special, **parts):
+    """A byte-level BPE without merges; its special tokens come after the 256 bytes."""
+    from tokenizers import decoders, models, pre_tokenizers
+
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    vocab = {c: i for i, c in enumerate(sorted(words.alphabet()))}
+    return hf_json(models.BPE(vocab, []), special, pre_tokenizer=words, decoder=decoders.ByteLevel(), **parts)
+
+
+def llama_json(model_file):
+    """The tokenizer.json of a SentencePiece BPE, as Llama folders have it."""
+    from tokenizers import decoders, models, normalizers, processors
+
+    model = sentencepiece.SentencePieceProcessor(model_proto=model_file)
+    vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
+    pairs = [(p[:k], p[k:]) for p in vocab for k in range(1, len(p)) if p[:k] in vocab and p[k:] in vocab]
+    merges = sorted(pairs, key=lambda pair: vocab["".join(pair)])
+    ends = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    return hf_json(
+        models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True),
+        ["<unk>", "<s>", "</s>"],
+        normalizer=normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]),
+        decoder=decoders.Sequence(ends),
+        post_processor=processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]),
+    )
+
+
+def test_a_llama_folder_and_its_sentencepiece_model_give_the_same_ids(llama_model):
+    sp, hf = TokenizerWrapper(llama_model), HFTokenizer(llama_json(llama_model), {})
+    assert hf.prefix == " " and (hf.bos_id, hf.eos_id, hf.unk_id) == (1, 2, 0)
+    for text in [*TEXTS, *HARD]:
+        if "\u2581" not in text:  # which is a space to this file
+            assert hf.encode(text) == sp.encode(text) and hf.decode(hf.encode(text)) == text
+
+
+def test_special_tokens_by_the_file_beside_then_post_processor_then_name(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    names = ["</s>", "<|im_start|>", "<|im_end|>", "[PAD]"]  # 256, 257, 258, 259
+    around = TemplateProcessing(single="<|im_start|> $A <|im_end|>", special_tokens=list(zip(names[1:3], (257, 258))))
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(byte_level(names))
+    found = HFTokenizer(path)
+    assert (found.bos_id, found.eos_id, found.pad_id, found.unk_id) == (256, 256, 259, 256)
+    path.write_bytes(byte_level(names, post_processor=around))
+    found = HFTokenizer(path)
+    assert (found.bos_id, found.eos_id, found.pad_id) == (257, 258, 259)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": {"content": "</s>"}, "x": 1}')
+    found = HFTokenizer(path)
+    assert (found.bos_id, found.eos_id, found.vocab_size) == (257, 256, 260)
+    found.save(tmp_path / "saved")
+    again = read_tokenizer(tmp_path / "saved")
+    assert (again.bos_id, again.eos_id, again.fingerprint) == (257, 256, found.fingerprint)
+    assert again.decode([257, *again.encode("é<|im_end|>"), 258, 259, 256]) == "é<|im_end|>"
+
+
+def test_what_tokenizer_json_needs(tmp_path):
+    from tokenizers import models, pre_tokenizers
+
+    path, beside = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    path.write_bytes(byte_level(["<end>"]))
+    with pytest.raises(UserError, match="no known EOS token: name it in a tokenizer_config.json"):
+        HFTokenizer(path)
+    beside.write_text('{"eos_token": "<end>"}')
+    assert HFTokenizer(path).eos_id == 256
+    for content, message in [
+        ('{"eos_token": "<fin>"}', "names <fin> as eos_token"),
+        ("[1]", "broken"),
+        ("{", "broken"),
+    ]:
+        beside.write_text(content)
+        with pytest.raises(UserError, match=message):
+            HFTokenizer(path)
+    words = models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>")
+    with pytest.raises(UserError, match="loses the spaces"):
+        HFTokenizer(hf_json(words, pre_tokenizer=pre_tokenizers.WhitespaceSplit()), {})
+
+
+def test_no_model_makes_special_tokens_of_text():
+    from tokenizers import decoders, models, normalizers
+
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -2.0) for c in "\u2581</>cnksu")]  # unigram finds names by itself
+    space = normalizers.Replace(" ", "\u2581")
+    model = models.Unigram(pieces, unk_id=0)
+    text = hf_json(model, ["<unk>", "</s>"], normalizer=space, decoder=decoders.Replace("\u2581", " "))
+    tokenizer = HFTokenizer(text, {})
+    assert tokenizer.decode(tokenizer.encode("cut </s> <unk></s>")) == "cut </s> <unk></s>".replace("t", "\ufffd")
+    assert tokenizer.eos_id not in tokenizer.encode("</s></s>")
+    plain = byte_level(["<end>"]).replace(b'"special":true', b'"special":false')  # an added token that is not special
+    assert 256 not in HFTokenizer(plain, {"eos_token": "<end>"}).encode("the <end>")
+
+
+# --- llama2.c ---------------------------------------------------------------------------------------------------------
+
+
+def encoded_by_run_c(path, text):
+    """What run.c of llama2.c does: characters, or bytes + 3, after a space; then the best pair, again and again."""
+    data, at, vocab, scores = path.read_bytes(), 4, {}, []
+    while at < len(data):
+        score, size = struct.unpack_from("<fi", data, at)
+        vocab[data[at + 8 : at + 8 + size]] = len(scores)
+        scores.append(score)
+        at += 8 + size
+    names = list(vocab)
+    ids = [vocab[b" "]] if text else []
+    for c in text:
+        ids += [vocab[c.encode()]] if c.encode() in vocab else [b + 3 for b in c.encode()]
+    while True:
+        pairs = [vocab.get(names[a] + names[b]) for a, b in itertools.pairwise(ids)]
+        if not any(pairs):
+            return ids
+        at = max((i for i, p in enumerate(pairs) if p), key=lambda i: (scores[pairs[i]], -i))
+        ids[at : at + 2] = [pairs[at]]
+
+
+def test_llama2c_file_gives_the_ids_of_run_c(llama2c, llama2c_file):
+    special = [llama2c.unk_id, llama2c.bos_id, llama2c.eos_id, llama2c.pad_id]
+    assert llama2c.vocab_size == 400 and special == [0, 1, 2, 2]
+    for text in [*HARD, *(lines[:60] for lines in TEXTS)]:
+        assert llama2c.encode(text) == encoded_by_run_c(llama2c_file, text)
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(alphabet="abcdehinostw .,\n\té€日<>sx0123/\u2581", max_size=30))
+def test_llama2c_file_gives_the_ids_of_run_c_for_any_text(text, llama2c, llama2c_file):
+    assert llama2c.encode(text) == encoded_by_run_c(llama2c_file, text)
+
+
+def test_broken_llama2c_files(tmp_path, llama2c_file):
+    whole, path = llama2c_file.read_bytes(), tmp_path / "tok.bin"
+    for content in (b"", whole[:4], whole[:-1], whole[:2000], whole + b"\0", b"\0" * 64, whole[4:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="tok.bin is not a whole tokenizer file of llama2.c"):
+            read_tokenizer(path)
+    with pytest.raises(UserError, match="nowhere.bin: No such file"):
+        read_tokenizer(tmp_path / "nowhere.bin")
+
+
+@pytest.mark.skipif(not TOK512.exists(), reason="../shared/data/stories260K is not here")
+def test_tok512():
+    tokenizer, text = read_tokenizer(TOK512), "Once upon a time, there was a little girl named Lily.\n"
+    assert tokenizer.vocab_size == 512 and tokenizer.encode("Once upon a time", bos=True)[:2] == [1, 403]
+    assert tokenizer.encode(text) == encoded_by_run_c(TOK512, text) and tokenizer.decode(tokenizer.encode(text)) == text
