@@ -6,6 +6,7 @@
     python generate.py runs/trm --interactive
     python generate.py runs/trm --prompt "def " --exit halt --max_recursion_depth 8   # each token its own depth
     python generate.py runs/trm --prompt "def " --trace out.png    # see it think: a picture, and its data in out.json
+    python generate.py --onnx onnx/trm --prompt "def "             # an export of export_onnx.py, under ONNX Runtime
 
 stdout carries the text alone, a single one as it is made; progress and speed go to stderr.
 """
@@ -36,6 +37,7 @@ class GenerateConfig:
 
     Args:
         checkpoint: checkpoint or run folder (a run folder means its best); none = the released checkpoint
+        onnx: folder that export_onnx.py wrote, run under ONNX Runtime in the checkpoint's place
         prompt: one or more texts to continue; empty = start from BOS
         prompt_file: file of prompts, one a line
         interactive: read prompts from the terminal, one a line, until an end of file
@@ -53,6 +55,7 @@ class GenerateConfig:
     """
 
     checkpoint: str | None = None
+    onnx: str | None = None
     prompt: list[str] = field(default_factory=list)
     prompt_file: str | None = None
     interactive: bool = False
@@ -70,6 +73,8 @@ class GenerateConfig:
     def __post_init__(self):
         if self.num_samples < 1:
             raise ValueError(f"num_samples is {self.num_samples}: set it to 1 or more")
+        if self.onnx is not None and (self.checkpoint is not None or self.precision != "fp32"):
+            raise ValueError("--onnx brings its own weights and precision: leave out checkpoint and --precision")
 
     def prompts(self) -> list[str]:
         """The prompts of flags and file; a single empty one where there are none."""
@@ -98,7 +103,7 @@ def encode_batch(tokenizer, prompts, device):
 
 def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRule):
     """Continue all prompts as one batch; a single text is printed as it is made, several one after the other."""
-    ids, mask = encode_batch(tokenizer, prompts, next(model.parameters()).device)
+    ids, mask = encode_batch(tokenizer, prompts, next(model.parameters(), torch.empty(0)).device)
     decoders = [StreamDecoder(tokenizer, starts_text=not prompt) for prompt in prompts]
     texts, made = list(prompts), 0
     streams = len(prompts) == 1
@@ -160,14 +165,23 @@ def converse(model, tokenizer, config, rule):
             print(f"error: {error}", file=sys.stderr)
 
 
+def load(config):
+    """The model, or the graph in its place, and the tokenizer."""
+    if config.onnx is not None:
+        from src.onnx_session import load_onnx
+
+        return load_onnx(config.onnx, config.device)
+    device = choose_device(config.device)
+    precision, _ = choose_precision(config.precision, device)
+    return load_model(config.checkpoint, device, DTYPES[precision])
+
+
 def main(argv=None):
     config, rule = parse_args(argv)
     if isinstance(config.trace, str):
         check_path(config.trace)
-    device = choose_device(config.device)
-    precision, _ = choose_precision(config.precision, device)
     prompts = [prompt for prompt in config.prompts() for _ in range(config.num_samples)]
-    model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision])
+    model, tokenizer = load(config)
     if config.interactive:
         converse(model, tokenizer, config, rule)
     for start in range(0, 0 if config.interactive else len(prompts), ROWS):

@@ -1,0 +1,52 @@
+"""Export a checkpoint to ONNX: a folder with graph, settings and tokenizer, which needs no torch model any more.
+
+    python export_onnx.py --output onnx/stdlib                    # the released checkpoint
+    python export_onnx.py runs/trm --output onnx/trm --quantize int8
+    python export_onnx.py runs/trm --output onnx/deep --max_recursion_depth 4
+    python export_onnx.py runs/trm --output onnx/gpu --device cuda
+    python generate.py --onnx onnx/trm --prompt "def main("
+
+The graph is checked against the model before it takes its place: logits of padded rows at once and token by token,
+greedy text beyond the context. stdout has its facts as one JSON line. Exporting takes a second or two for each block
+that is run (visits x layers), as every visit is written out; its weights are stored once.
+
+Needs: pip install onnx==1.23.2 onnxruntime==1.31.1 onnxscript==0.7.2
+"""
+
+import json
+import sys
+
+from src.config import parse_flags, run
+from src.onnx_export import OnnxExport, export_onnx
+
+
+def parse_args(argv=None) -> OnnxExport:
+    return parse_flags(__doc__, OnnxExport, argv=argv, positional="checkpoint")[0]
+
+
+def describe(settings: OnnxExport, facts: dict) -> str:
+    """What came out, for people."""
+    errors = facts["errors"]
+    lines = [
+        f"{settings.output}: opset {facts['opset']}, {facts['precision']}, {facts['attention']} attention, "
+        f"{'with' if facts['cache'] else 'without'} cache, {facts['bytes'] / 2**20:.1f} MiB",
+        f"checked against torch: logits differ by {errors['logits']:.1g} at most, the greedy text is the same",
+    ]
+    if "int8" in errors:
+        e = errors["int8"]
+        lines.append(
+            f"int8 against fp32, on text of the model's own: logits off by {e['rms']:.3g} (rms; they spread "
+            f"{e['deviation']:.3g}), same likeliest token {e['same_likeliest']:.1%}, loss +{e['nats']:.2g} nats a token"
+        )
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    settings = parse_args(argv)
+    facts = export_onnx(settings)
+    print(describe(settings, facts), file=sys.stderr)
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    run(main)

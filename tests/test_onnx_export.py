@@ -1,0 +1,223 @@
+"""Graphs for ONNX: the same logits as the model, before and after export; weights stored once; int8; refusals."""
+
+import functools
+import json
+import shutil
+import sys
+from collections import Counter
+
+import jaxtyping
+import pytest
+import torch
+from conftest import mixtures, name
+
+from src.checkpoint import save_checkpoint
+from src.config import UserError
+from src.exits import ExitRule
+from src.onnx_export import Graph, OnnxExport, at_depth, check, export_onnx, quantization_error, quantize, save, trace
+from src.onnx_session import load_onnx
+from src.sampling import generate_ids
+from src.tokenizer import read_tokenizer
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+BYTES = 259  # tokens of the byte tokenizer
+WIDE = {"vocab_size": BYTES, "d_model": 32, "n_heads": 2, "n_layers": 1, "max_seq_len": 12}  # heads of 16: fused
+AXES = {
+    "norm": ("post", "pre", "sandwich"),
+    "injection": ("sum", "concat"),
+    "gate": (False, True),
+    "prelude_layers": (0, 1),
+    "coda_layers": (0, 1),
+    "n_kv_heads": (4, 2, 1),
+    "positions": ("rope", "learned", "none"),
+    "tie_embeddings": (False, True),
+    "qk_norm": (False, True),
+    "rope_scaling": (None, 2.5),
+    "supervision_steps": (1, 2),
+}
+FORMS = {  # of a graph
+    "fused": {"recursion": "loop", "deep_steps": 2, "n_kv_heads": 1, "tie_embeddings": True},
+    "standard": {"recursion": "trm", "n_heads": 4, "latent_steps": 1, "max_recursion_depth": 1, "coda_layers": 1},
+    "uncached": {"recursion": "none", "norm": "pre", "enable_kv_cache": False},
+}
+FORM_CASES = [pytest.param(form, marks=[] if form == "fused" else pytest.mark.slow) for form in FORMS]
+LEFT_PADDED = torch.tensor([[0] * 3 + [1] * 6, [1] * 9, [0] * 8 + [1]])
+
+
+def tokens(model, rows=3, length=9, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, (rows, length), generator=generator)
+
+
+def export(tiny, folder, checked=False, **settings):
+    """A tiny model's checkpoint and its export; (model, facts, export folder).  The tracer and the checker of
+    annotations do not go together."""
+    options = {key: settings.pop(key) for key in list(settings) if key in OnnxExport.__dataclass_fields__}
+    model = tiny(**(WIDE | settings))
+    save_checkpoint(folder / "checkpoint", model, read_tokenizer("byte"))
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        facts = export_onnx(OnnxExport(str(folder / "checkpoint"), str(folder / "onnx"), **options))
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    return at_depth(model, options.get("max_recursion_depth")), facts, folder / "onnx"
+
+
+@pytest.fixture(scope="module")
+def exports(tiny, tmp_path_factory):
+    """form -> (model, facts, folder), each made once, when it is asked for."""
+    return functools.cache(lambda form: export(tiny, tmp_path_factory.mktemp(form), **FORMS[form]))
+
+
+@pytest.mark.parametrize("case", mixtures(AXES, 24, seed=7), ids=name)
+@torch.no_grad()
+def test_the_standard_form_before_export(tiny, case):
+    """Prompts of different lengths, then one token at a time, in buffers with room to spare and rubbish in them."""
+    model = tiny(dtype=torch.float64, **case)
+    graph, c = Graph(model, fused=False), model.config
+    ids = tokens(model)
+    lengths = LEFT_PADDED[:, :9].sum(1)
+    rows = torch.stack([torch.cat((row[mask == 1], row[mask == 0])) for row, mask in zip(ids, LEFT_PADDED)])
+    slots = model.new_cache(3).keys.shape[0]
+    past = [tuple(torch.full((3, c.n_kv_heads, 14, c.head_dim), 99.0).double() for _ in "kv") for _ in range(slots)]
+    last = (lengths - 1).int()
+    logits, past = graph(rows, last, torch.tensor([9]).int(), torch.arange(27), past)
+    whole = model(ids, attention_mask=LEFT_PADDED).logits
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(logits.view(3, 9, -1)[row, :length], whole[row, -length:], atol=1e-9, rtol=0)
+    new, mask = tokens(model, length=3, seed=6), torch.cat((LEFT_PADDED, torch.ones(3, 3).long()), dim=1)
+    whole = model(torch.cat((ids, new), dim=1), attention_mask=mask).logits
+    for t in range(3):
+        last = last + 1
+        logits, past = graph(new[:, t : t + 1], last, last.max()[None] + 1, torch.arange(3), past)
+        torch.testing.assert_close(logits, whole[:, 9 + t], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("form", FORM_CASES)
+@torch.no_grad()
+def test_an_export_gives_the_logits_of_its_model(exports, form):
+    model, facts, folder = exports(form)
+    graph, tokenizer = load_onnx(folder)
+    assert facts["attention"] == ("standard" if form == "standard" else "fused")
+    assert facts["cache"] == (form != "uncached") and facts["opset"] >= 18 and facts["errors"]["logits"] < 1e-4
+    assert json.loads((folder / "onnx.json").read_text())["opset"] == facts["opset"]
+    assert graph.config == model.config and tokenizer.decode(tokenizer.encode("x = é")) == "x = é"
+    ids, real = tokens(model), LEFT_PADDED == 1
+    whole = model(ids, attention_mask=LEFT_PADDED).logits
+    found = graph(ids, attention_mask=LEFT_PADDED).logits
+    torch.testing.assert_close(found[real], whole[real], atol=1e-4, rtol=0)
+    cache, new = graph.new_cache(3), tokens(model, length=3, seed=6)
+    steps = [graph(ids, attention_mask=LEFT_PADDED, cache=cache).logits]
+    steps += [graph(new[:, t : t + 1], cache=cache).logits for t in range(3)]
+    mask = torch.cat((LEFT_PADDED, torch.ones(3, 3).long()), dim=1)
+    whole = model(torch.cat((ids, new), dim=1), attention_mask=mask).logits
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, 8:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("form", FORM_CASES)
+def test_an_export_writes_the_text_of_its_model(exports, form, use_cache):
+    """30 tokens in a context of 12: every row is cut several times, each at its own moment; rows end at EOS."""
+    model, _, folder = exports(form)
+    graph, ids = load_onnx(folder)[0], tokens(model)
+    for options in ({"temperature": 0}, {"seed": 3}, {"seed": 3, "eos_id": 40, "top_k": 20}):
+        wanted = model.generate(ids, 30, attention_mask=LEFT_PADDED, **options)
+        assert torch.equal(
+            generate_ids(graph, ids, 30, attention_mask=LEFT_PADDED, use_cache=use_cache, **options), wanted
+        )
+    assert torch.equal(generate_ids(graph, ids[:1, 3:], 30, seed=3)[0], model.generate(ids[:1, 3:], 30, seed=3)[0])
+
+
+def test_a_weight_of_several_visits_is_stored_once(exports):
+    model, facts, folder = exports("fused")
+    sizes = [len(tensor.raw_data) for tensor in onnx.load(folder / "model.onnx").graph.initializer]
+    tied = 4 * model.head.weight.numel()  # the head's copy, as the graph multiplies by the transposed embedding
+    weights = sum(4 * p.numel() for p in model.parameters()) + tied
+    assert weights <= sum(sizes) < 1.05 * weights + 4 * 2 * model.config.max_seq_len * model.config.head_dim
+
+
+def test_int8(exports, tmp_path):
+    """Two visits of one network: small errors, its weights once, a row alone as in a batch."""
+    model, _, folder = exports("fused")
+    shutil.copytree(folder, tmp_path / "int8")
+    proto = quantize(onnx.load(folder / "model.onnx"))
+    save(proto, tmp_path / "int8" / "model.onnx")
+    kinds = Counter(node.op_type for node in proto.graph.node)
+    assert kinds["MatMul"] == 0 and kinds["MatMulNBits"] == 2 * 4 + 1
+    packed = [tensor for tensor in proto.graph.initializer if tensor.data_type == onnx.TensorProto.UINT8]
+    assert len(packed) == 4 + 1
+    exact, graph = load_onnx(folder)[0], load_onnx(tmp_path / "int8")[0]
+    error = quantization_error(model, graph)
+    assert 0 < error["rms"] < 0.05 * error["deviation"] and 0 < error["nats"] < 0.01
+    assert error["same_likeliest"] > 0.8 and quantization_error(model, exact)["rms"] < 1e-5
+    ids = tokens(model)
+    batch = graph(ids, attention_mask=LEFT_PADDED).logits
+    torch.testing.assert_close(graph(ids[:1, 3:]).logits, batch[:1, 3:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "recursion, depth, problem",
+    [("trm", 0, "set it to 1 or more"), ("loop", -1, "set it to 1 or more"), ("none", 2, "set it to 1$")],
+)
+def test_depths_that_cannot_be(tiny, recursion, depth, problem):
+    with pytest.raises(UserError, match=f"max_recursion_depth is {depth}.*{problem}"):
+        at_depth(tiny(recursion=recursion), depth)
+
+
+@torch.no_grad()
+def test_depth_is_that_of_the_exit_rule(tiny):
+    for recursion in ("trm", "loop"):
+        model, ids = tiny(recursion=recursion), tokens(tiny())
+        for depth in (1, 3):
+            wanted = model(ids, exit=ExitRule(max_recursion_depth=depth)).logits
+            torch.testing.assert_close(at_depth(model, depth)(ids).logits, wanted)
+        assert torch.equal(at_depth(model)(ids).logits, model(ids).logits)
+
+
+def test_what_is_refused(tiny, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="only a causal model"):
+        at_depth(tiny(causal=False))
+    with pytest.raises(UserError, match="--output is not given"):
+        export_onnx(OnnxExport())
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="exists and is no ONNX export"):
+        export_onnx(OnnxExport(output=str(tmp_path)))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(UserError, match="no checkpoint folder at"):
+        export_onnx(OnnxExport(str(tmp_path / "nothing"), str(tmp_path / "new")))
+    with pytest.raises(UserError, match="opset 99 is unknown"):
+        trace(tiny(recursion="none", n_layers=1), False, opset=99)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match="onnx is not installed: pip install onnx=="):
+        trace(tiny(), False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex"]
+
+
+def test_a_graph_that_does_something_else_is_not_kept(exports, tiny):
+    _, _, folder = exports("fused")
+    other = tiny(seed=1, **(WIDE | FORMS["fused"]))
+    with pytest.raises(UserError, match="logits differ from the model's"):
+        check(other, load_onnx(folder)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [2, 4], ids=["fused", "standard"])
+@pytest.mark.parametrize("case", mixtures(AXES, 6, seed=11), ids=name)
+def test_exports_of_every_kind(tiny, tmp_path, case, heads):
+    """The check of every export is the test."""
+    case = case | {"n_heads": heads, "n_kv_heads": min(heads, case["n_kv_heads"]), "quantize": "int8"}
+    _, facts, _ = export(tiny, tmp_path, **case)
+    assert facts["attention"] == {2: "fused", 4: "standard"}[heads]
+    assert facts["errors"]["logits"] < 1e-4 and facts["errors"]["int8"]["rms"] < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [15, 17, 18, 21, 23])
+@pytest.mark.parametrize("heads", [2, 4], ids=["fused", "standard"])
+def test_opsets(tiny, tmp_path, opset, heads):
+    _, facts, folder = export(tiny, tmp_path, recursion="none", n_heads=heads, opset=opset)
+    assert facts["opset"] == opset and facts["errors"]["logits"] < 1e-4
+    assert opset in [entry.version for entry in onnx.load(folder / "model.onnx").opset_import]

@@ -1,0 +1,140 @@
+"""A graph in a model's place: what loads, what is refused, and how rows are laid out for it."""
+
+import json
+import shutil
+import sys
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+
+from src.checkpoint import save_checkpoint
+from src.config import UserError
+from src.exits import ExitRule
+from src.sampling import generate, generate_ids
+from src.tokenizer import read_tokenizer
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+from src.onnx_export import OnnxExport, export_onnx  # noqa: E402
+from src.onnx_session import aligned, load_onnx, provider  # noqa: E402
+
+BYTES = 259  # tokens of the byte tokenizer
+
+
+@pytest.fixture(scope="module")
+def exported(tiny, tmp_path_factory):
+    """(model, export folder) of a plain transformer of one block."""
+    folder = tmp_path_factory.mktemp("plain")
+    model = tiny(vocab_size=BYTES, d_model=32, n_heads=2, n_layers=1, recursion="none", pad_token_id=1)
+    save_checkpoint(folder / "checkpoint", model, read_tokenizer("byte"))
+    jaxtyping.config.update("jaxtyping_disable", True)  # the tracer and the checker of annotations do not go together
+    export_onnx(OnnxExport(str(folder / "checkpoint"), str(folder / "onnx")))
+    jaxtyping.config.update("jaxtyping_disable", False)
+    return model, folder / "onnx"
+
+
+@pytest.fixture
+def copied(exported, tmp_path):
+    """An export folder of its own."""
+    return shutil.copytree(exported[1], tmp_path / "onnx")
+
+
+def tokens(rows=3, length=6):
+    return torch.randint(0, BYTES, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def test_rows_go_to_the_left_edge():
+    ids, mask = torch.arange(1, 16).view(3, 5), torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [0] * 5])
+    rows, lengths = aligned(ids, mask)
+    assert rows.shape == (3, 3) and lengths.tolist() == [3, 1, 1]
+    assert rows[0].tolist() == [3, 4, 5] and rows[1, 0] == 10
+    rows, lengths = aligned(ids, None)
+    assert np.array_equal(rows, ids.numpy()) and lengths.tolist() == [5, 5, 5]
+    for wrong in ([1, 1, 0, 1, 1], [1, 1, 1, 1, 0], [0, 1, 1, 2, 2]):
+        with pytest.raises(ValueError, match="attention_mask must be 0 on the left and 1"):
+            aligned(ids, torch.tensor([wrong] * 3))
+
+
+def test_it_samples_as_the_model_does(exported):
+    model, folder = exported
+    graph, _ = load_onnx(folder)
+    ids, mask = tokens(), torch.tensor([[1] * 6, [0] * 5 + [1], [0, 0] + [1] * 4])
+    for options in ({"seed": 1}, {"seed": 2, "top_k": 5}, {"seed": 3, "top_p": 0.5, "eos_id": 3, "temperature": 2.0}):
+        wanted = model.generate(ids, 25, attention_mask=mask, **options)
+        assert torch.equal(generate_ids(graph, ids, 25, attention_mask=mask, **options), wanted)
+    with pytest.raises(ValueError, match="the prompt has 17 tokens, the context holds 16"):
+        next(generate(graph, tokens(1, 17), 1))
+
+
+@torch.no_grad()
+def test_a_row_that_has_ended_leaves_the_others_alone(exported):
+    """Its tokens are masked, and do not count as its text."""
+    model, folder = exported
+    graph, ids = load_onnx(folder)[0], tokens()
+    cache, real = graph.new_cache(3), torch.tensor([[1], [0], [1]])
+    graph(ids[:, :3], cache=cache)
+    for t in (3, 4):
+        graph(ids[:, t : t + 1], attention_mask=real, cache=cache)
+    logits = graph(ids[:, 5:], cache=cache).logits[:, 0]
+    whole = model(ids).logits[:, -1]
+    torch.testing.assert_close(logits[[0, 2]], whole[[0, 2]], atol=1e-4, rtol=0)
+    gone = model(ids[1:2, [0, 1, 2, 5]]).logits[:, -1]
+    torch.testing.assert_close(logits[1:2], gone, atol=1e-4, rtol=0)
+
+
+def test_what_a_graph_cannot_do(exported):
+    graph, ids = load_onnx(exported[1])[0], tokens()
+    output = graph(ids, exit=ExitRule())
+    assert output.logits.shape == (3, 6, BYTES) and output.carry.steps.tolist() == [[1] * 6] * 3
+    with pytest.raises(UserError, match="gives every token the same depth: --exit kl"):
+        graph(ids, exit=ExitRule("kl"))
+    with pytest.raises(UserError, match="max_recursion_depth 1: export it again"):
+        graph(ids, exit=ExitRule(max_recursion_depth=2))
+    with pytest.raises(UserError, match="its last recursion step alone"):
+        next(generate(graph, ids, 1, thoughts=[]))
+    with pytest.raises(UserError, match="cannot be trained"):
+        graph.train()
+    assert graph.eval() is graph and graph.train(False) is graph and not graph.training
+    cache = graph.new_cache(3, 7)
+    graph(ids[:, :5], cache=cache)
+    with pytest.raises(ValueError, match="2 tokens a row after the first call"):
+        graph(ids[:, :2], cache=cache)
+    graph(ids[:, :1], cache=cache)
+    graph(ids[:, :1], cache=cache)
+    with pytest.raises(ValueError, match="the cache holds 7 columns, 7 are used and 1 more"):
+        graph(ids[:, :1], cache=cache)
+
+
+def test_folders_that_cannot_be_loaded(copied, exported, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no ONNX export \(no onnx.json\)"):
+        load_onnx(tmp_path / "empty")
+    with pytest.raises(UserError, match="no CUDA provider: pip install onnxruntime-gpu"):
+        load_onnx(copied, "cuda:1")
+    with pytest.raises(UserError, match="--device mps: ONNX Runtime runs on cpu or cuda"):
+        provider("mps")
+    graph = copied / "model.onnx"
+    whole = graph.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"hello"):
+        graph.write_bytes(broken)
+        with pytest.raises(UserError, match="model.onnx is broken or cut short"):
+            load_onnx(copied)
+    graph.unlink()
+    with pytest.raises(UserError, match=r"no ONNX export \(no model.onnx\)"):
+        load_onnx(copied)
+    graph.write_bytes(whole)
+    config = json.loads((copied / "config.json").read_text())
+    config["model"]["vocab_size"] = BYTES + 1
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"tokenizer has {BYTES} tokens, config.json {BYTES + 1}, the graph {BYTES}"):
+        load_onnx(copied)
+    (copied / "onnx.json").write_text("{")
+    with pytest.raises(UserError, match="onnx.json is broken"):
+        load_onnx(copied)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="onnxruntime is not installed: pip install"):
+        load_onnx(exported[1])
