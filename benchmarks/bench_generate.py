@@ -1,39 +1,47 @@
-"""Generation speed: one row, greedy, fp32, beside transformers with the same weights; the loop; the cache.
+"""Generation speed: every path of ours beside transformers with the same weights; looped models; the cache.
 
-    python benchmarks/bench_generate.py
-    python benchmarks/bench_generate.py --shapes 6x384 --repeats 9 --threads 1
+    python benchmarks/bench_generate.py --threads 1
+    python benchmarks/bench_generate.py --shapes 6x384 --batch_sizes 1 --paths fp32 int8 --repeats 9
     python benchmarks/bench_generate.py --quick                # tiny sizes: does it run?
 
-For each shape: new tokens per second, prompt encoding included, of this model's plain family, of transformers'
-LlamaForCausalLM.generate (scaled_dot_product_attention, its own cache, greedy, no EOS) with the same weights, and of a
-looped model of the same FLOPs (2 layers x 3 visits). Rounds run all three, one after the other; figures are medians.
-`same_tokens`: both wrote the same greedy text. Then, for the first shape, cached against uncached decoding: new_tokens
-after a prompt of context - new_tokens, so that the text ends at `context` tokens. Prints tables, then one JSON line;
-exit code 1 where tokens differ.
+For each shape and batch size, greedy, new tokens per second of all rows, prompts included: the plain family in each
+path, transformers' LlamaForCausalLM.generate in fp32 (scaled_dot_product_attention, its own cache, no EOS), and a
+looped model of the same FLOPs in each path (a third of the layers three times, or a quarter four times). Rounds run
+all of them, one after the other; figures are medians. ratio: plain over transformers; loop_ratio: loop over plain.
+The rows of a batch have prompts of different lengths, padded on the left. Paths: fp32, bf16 (weights and arithmetic)
+and int8 (weights, src/quantize.py) in torch; onnx_fp32 and onnx_int8 as export_onnx.py makes them. What is not
+installed is left out with a line on stderr. `same_tokens`, of fp32 paths: both models wrote the text that transformers
+and the fp32 path wrote, or differ where two tokens are as likely up to rounding; exit code 1 where not.
 
-Shapes: 6x384 is 6 layers, width 384, 6 heads, a vocabulary of 4,096 (what training on the spot makes);
-6x288 has a vocabulary of 32,000 and a hidden width of 768, as the Llama models trained on TinyStories have.
+Then, for the first shape, cached against uncached decoding: new_tokens after a prompt of context - new_tokens, so that
+the text ends at `context` tokens. Prints tables, then one JSON line.
+
+Shapes are layers x width: 6x384 has a vocabulary of 4,096 (what training on the spot makes), the others 32,000; 6x288
+has the hidden width of the Llama models that are trained on TinyStories.
 """
 
 import sys
+import tempfile
 from dataclasses import dataclass, field
 
 import torch
 from common import interleaved, machine, median, print_json, print_table
+from generate_peers import EXACT, ONNX, TORCH, Greedy, available, in_precision, ours, transformers_job
 
 from src.config import parse_flags, run
-from src.decode import store_for_decoding
 from src.metrics import count_parameters
 from src.model import TRMConfig, TRMModel
-from tests.reference import llama_with_weights_of
 
 SHAPES = {
     "6x384": {"vocab_size": 4096, "d_model": 384, "n_heads": 6},
     "6x288": {"vocab_size": 32000, "d_model": 288, "n_heads": 6, "d_ff": 768},
+    "8x512": {"vocab_size": 32000, "d_model": 512, "n_heads": 8},
     "tiny": {"vocab_size": 64, "d_model": 32, "n_heads": 2},
 }
 PLAIN = {"recursion": "none", "n_layers": 6, "norm": "pre"}
 LOOP = {"recursion": "loop", "n_layers": 2, "deep_steps": 3, "norm": "pre"}
+DEEPER = {"8x512": ({"n_layers": 8}, {"deep_steps": 4})}
+TIE = 1e-4  # of two logits: the paths sum in different orders
 
 
 @dataclass
@@ -41,20 +49,24 @@ class GenerateBench:
     """What to measure.
 
     Args:
-        shapes: which of 6x384, 6x288, tiny
-        prompt_tokens: length of the prompt
+        shapes: which of 6x384, 6x288, 8x512, tiny
+        batch_sizes: rows that are generated at once; default 1 and 16
+        paths: which of fp32, bf16, int8, onnx_fp32, onnx_int8; default all
+        prompt_tokens: length of the longest prompt
         new_tokens: tokens to generate
         repeats: rounds that are measured, after one that is not
         context: length of the text at the end of the comparison with uncached decoding, in tokens
-        uncached_repeats: rounds of that comparison
+        uncached_repeats: rounds of that comparison; 0 = none
         max_seq_len: context length of the models
         threads: CPU threads; default as torch chooses
-        quick: tiny sizes and few repeats: does it run?
+        quick: tiny sizes, few repeats, and fp32 alone if paths are not given: does it run?
     """
 
-    shapes: list[str] = field(default_factory=lambda: ["6x384", "6x288"])
+    shapes: list[str] = field(default_factory=lambda: ["6x384", "6x288", "8x512"])
+    batch_sizes: list[int] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     prompt_tokens: int = 16
-    new_tokens: int = 200
+    new_tokens: int = 128
     repeats: int = 5
     context: int = 512
     uncached_repeats: int = 3
@@ -63,18 +75,19 @@ class GenerateBench:
     quick: bool = False
 
     def __post_init__(self):
-        for shape in self.shapes:
-            if shape not in SHAPES:
-                raise ValueError(f"shapes {shape}: choose of {', '.join(SHAPES)}")
+        self.batch_sizes = self.batch_sizes or ([1] if self.quick else [1, 16])
+        self.paths = self.paths or (["fp32"] if self.quick else [*TORCH, *ONNX])
+        for name, values, known in (("shapes", self.shapes, SHAPES), ("paths", self.paths, TORCH + ONNX)):
+            for value in values:
+                if value not in known:
+                    raise ValueError(f"{name} {value}: choose of {', '.join(known)}")
         if self.quick:
             self.shapes, self.new_tokens, self.repeats, self.uncached_repeats = ["tiny"], 8, 2, 1
             self.prompt_tokens, self.context, self.max_seq_len = 4, 32, 64
-        if min(self.prompt_tokens, self.new_tokens, self.repeats, self.uncached_repeats) < 1:
-            raise ValueError("prompt_tokens, new_tokens, repeats and uncached_repeats must be 1 or more")
-        if (
-            not self.new_tokens < self.context <= self.max_seq_len
-            or self.prompt_tokens + self.new_tokens > self.max_seq_len
-        ):
+        if min(self.prompt_tokens, self.new_tokens, self.repeats, *self.batch_sizes) < 1 or self.uncached_repeats < 0:
+            raise ValueError("prompt_tokens, new_tokens, repeats and batch_sizes must be 1 or more")
+        longest = self.prompt_tokens + self.new_tokens
+        if not self.new_tokens < self.context <= self.max_seq_len or longest > self.max_seq_len:
             raise ValueError("context must be over new_tokens, and no text longer than max_seq_len")
 
 
@@ -82,71 +95,78 @@ def parse_args(argv=None) -> GenerateBench:
     return parse_flags(__doc__, GenerateBench, argv=argv)[0]
 
 
+def families(shape: str) -> dict[str, dict]:
+    """Settings of the plain and the looped model, which has the same FLOPs."""
+    plain, loop = DEEPER.get(shape, ({}, {}))
+    return {"plain": PLAIN | plain, "loop": LOOP | loop}
+
+
 def make_model(args: GenerateBench, shape: str, family: dict) -> TRMModel:
     torch.manual_seed(0)
-    model = TRMModel(TRMConfig(max_seq_len=args.max_seq_len, **SHAPES[shape], **family)).eval()
-    return store_for_decoding(model)
+    return TRMModel(TRMConfig(max_seq_len=args.max_seq_len, **SHAPES[shape], **family)).eval()
 
 
-def random_prompt(model: TRMModel, length: int) -> torch.Tensor:
-    return torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+def random_prompts(vocab_size: int, rows: int, length: int):
+    """ids (B, T), and for several rows a mask (B, T): they get shorter row by row, down to half the length."""
+    ids = torch.randint(0, vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+    padding = torch.arange(rows) * length // (2 * rows)
+    return ids, (torch.arange(length) >= padding[:, None]).long() if rows > 1 else None
 
 
-class Greedy:
-    """A job that generates greedily and keeps what it wrote."""
+def measure_shape(args: GenerateBench, shape: str) -> list[dict]:
+    """A row for each batch size and path."""
+    models = {name: make_model(args, shape, family) for name, family in families(shape).items()}
+    runs, rows = {}, []
+    for path in available(args.paths):
+        for name, model in models.items():
+            with tempfile.TemporaryDirectory() as folder:
+                runs[path, name] = in_precision(model.config, model.state_dict(), path, folder)
+    for batch_size in args.batch_sizes:
+        prompt, mask = random_prompts(models["plain"].config.vocab_size, batch_size, args.prompt_tokens)
+        jobs = {key: ours(model, prompt, args.new_tokens, mask) for key, model in runs.items()}
+        if available(["transformers"]):
+            jobs["transformers", "plain"] = transformers_job(models["plain"], prompt, args.new_tokens, mask)
+        interleaved(jobs, 1)
+        times = {key: median(t) for key, t in interleaved(jobs, args.repeats).items()}
+        speed = {key: batch_size * args.new_tokens / elapsed for key, elapsed in times.items()}
+        theirs = speed.get(("transformers", "plain"))
+        for path in dict.fromkeys(path for path, _ in runs):
+            ratios = speed[path, "plain"] / theirs if theirs else None, speed[path, "loop"] / speed[path, "plain"]
+            row = {"shape": shape, "batch": batch_size, "path": path}
+            row |= {"parameters": {name: count_parameters(model)["total"] for name, model in models.items()}}
+            row |= {f"{name}_tokens_per_s": speed[path, name] for name in models}
+            row |= {"transformers_tokens_per_s": theirs, "ratio": ratios[0], "loop_ratio": ratios[1]}
+            rows.append(row | {"same_tokens": _same_tokens(jobs, models, path, mask) if path in EXACT else None})
+    return rows
 
-    def __init__(self, generate):
-        self.generate, self.ids = generate, None
 
-    def __call__(self):
-        self.ids = self.generate()
-
-
-def ours(model: TRMModel, prompt, new_tokens: int, use_cache: bool = True) -> Greedy:
-    return Greedy(lambda: model.generate(prompt, new_tokens, temperature=0, use_cache=use_cache))
+def _same_tokens(jobs: dict[tuple, Greedy], models, path, mask) -> bool:
+    """Whether both models wrote in this path what the others write in fp32."""
+    others = ("transformers", "plain"), ("fp32", "plain"), ("fp32", "loop")
+    pairs = [((path, name), (other, name)) for other, name in others if (other, name) in jobs]
+    return all(same_greedy(models[a[1]], jobs[a].ids, jobs[b].ids, mask) for a, b in pairs)
 
 
-def transformers_job(model: TRMModel, prompt, new_tokens: int) -> Greedy:
-    llama = llama_with_weights_of(model)  # it has no EOS, so it stops at max_new_tokens alone
-    assert llama.config._attn_implementation == "sdpa"
-    options = {"max_new_tokens": new_tokens, "do_sample": False, "use_cache": True, "pad_token_id": 0}
-    mask = torch.ones_like(prompt)
-
-    def generate():
-        with torch.inference_mode():
-            return llama.generate(prompt, attention_mask=mask, **options)
-
-    return Greedy(generate)
-
-
-def measure_shape(args: GenerateBench, shape: str) -> dict:
-    """Plain, looped and transformers' tokens/s for one shape."""
-    plain, loop = make_model(args, shape, PLAIN), make_model(args, shape, LOOP)
-    prompt = random_prompt(plain, args.prompt_tokens)
-    jobs = {
-        "plain": ours(plain, prompt, args.new_tokens),
-        "transformers": transformers_job(plain, prompt, args.new_tokens),
-        "loop": ours(loop, prompt, args.new_tokens),
-    }
-    interleaved(jobs, 1)
-    times = {name: median(t) for name, t in interleaved(jobs, args.repeats).items()}
-    return {
-        "shape": shape,
-        **SHAPES[shape],
-        "parameters": count_parameters(plain)["total"],
-        "loop_parameters": count_parameters(loop)["total"],
-        **{f"{name}_tokens_per_s": args.new_tokens / elapsed for name, elapsed in times.items()},
-        "ratio": times["transformers"] / times["plain"],
-        "loop_ratio": times["plain"] / times["loop"],
-        "same_tokens": torch.equal(jobs["plain"].ids, jobs["transformers"].ids),
-    }
+@torch.no_grad()
+def same_greedy(model: TRMModel, ids, others, mask=None) -> bool:
+    """Whether two greedy texts (B, T) agree, up to their first choice between tokens that are equally likely."""
+    start = torch.zeros(len(ids), dtype=torch.long) if mask is None else (mask == 0).sum(1)
+    for row, other, first in zip(ids, others, start.tolist()):
+        differ = (row != other).nonzero()
+        if len(differ):
+            t = differ[0].item()
+            logits = model(row[None, first:t]).logits[0, -1] if t > first else torch.tensor([0.0, 1.0])
+            if t <= first or abs(logits[int(row[t])] - logits[int(other[t])]) > TIE:
+                return False
+    return True
 
 
 def measure_cache(args: GenerateBench, shape: str) -> dict:
     """Cached against uncached decoding of the plain model of one shape."""
-    model = make_model(args, shape, PLAIN)
-    prompt = random_prompt(model, args.context - args.new_tokens)
-    jobs = {name: ours(model, prompt, args.new_tokens, name == "cached") for name in ("cached", "uncached")}
+    model = make_model(args, shape, families(shape)["plain"])
+    fast = in_precision(model.config, model.state_dict(), "fp32", "")
+    prompt, _ = random_prompts(model.config.vocab_size, 1, args.context - args.new_tokens)
+    jobs = {name: ours(fast, prompt, args.new_tokens, use_cache=name == "cached") for name in ("cached", "uncached")}
     jobs["cached"]()
     times = {name: median(t) for name, t in interleaved(jobs, args.uncached_repeats).items()}
     return {
@@ -155,26 +175,34 @@ def measure_cache(args: GenerateBench, shape: str) -> dict:
         "new_tokens": args.new_tokens,
         **{f"{name}_tokens_per_s": args.new_tokens / elapsed for name, elapsed in times.items()},
         "ratio": times["uncached"] / times["cached"],
-        "same_tokens": torch.equal(jobs["cached"].ids, jobs["uncached"].ids),
+        "same_tokens": same_greedy(model, jobs["cached"].ids, jobs["uncached"].ids),
     }
+
+
+def print_rows(rows, first, columns):
+    print_table([*first, *columns], [["-" if row[c] is None else row[c] for c in (*first, *columns)] for row in rows])
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = [measure_shape(args, shape) for shape in args.shapes]
+    rows = []
+    for shape in args.shapes:
+        rows += measure_shape(args, shape)
     columns = "plain_tokens_per_s transformers_tokens_per_s ratio loop_tokens_per_s loop_ratio same_tokens".split()
-    print_table(["shape", *columns], [[row["shape"], *(row[c] for c in columns)] for row in rows])
-    cache = measure_cache(args, args.shapes[0])
-    columns = "prompt_tokens new_tokens cached_tokens_per_s uncached_tokens_per_s ratio same_tokens".split()
-    print()
-    print_table(["cache", *columns], [[cache["shape"], *(cache[c] for c in columns)]])
-    print_json("generate", {"machine": machine(), "precision": "fp32", "rows": rows, "cache": cache})
-    differing = [row["shape"] for row in (*rows, cache) if not row["same_tokens"]]
-    if differing:
-        print(f"warning: greedy tokens differ: {', '.join(differing)}", file=sys.stderr)
-    return 1 if differing else 0
+    print_rows(rows, ("shape", "batch", "path"), columns)
+    cache = measure_cache(args, args.shapes[0]) if args.uncached_repeats else None
+    if cache:
+        columns = "prompt_tokens new_tokens cached_tokens_per_s uncached_tokens_per_s ratio same_tokens".split()
+        print("\nwith the cache, and without\n")
+        print_rows([cache], ("shape",), columns)
+    print_json("generate", {"machine": machine(), "rows": rows, "cache": cache})
+    wrong = [f"{row['shape']} {row['path']}" for row in rows if row["same_tokens"] is False]
+    wrong += ["cache"] * (cache is not None and not cache["same_tokens"])
+    if wrong:
+        print(f"warning: greedy tokens differ: {', '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -37,13 +37,39 @@ def test_is_the_plain_form(tiny, case, mask, monkeypatch):
     torch.testing.assert_close(quick, plain, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_bf16_is_the_plain_form_up_to_rounding(tiny, case):
+    model, ids = tiny(**case).bfloat16(), prompt()
+    quick, plain = (by_tokens(model, ids, LEFT_PADDED, form).float() for form in (False, True))
+    error = (quick - plain)[LEFT_PADDED.bool()].norm() / plain[LEFT_PADDED.bool()].norm()
+    assert error < 0.05  # 8 bits a number, rounded at each of up to 18 visits
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_stored_for_decoding_the_model_is_the_same(tiny, tied):
     model, ids = tiny(recursion="trm", injection="concat", tie_embeddings=tied), prompt()
     before, logits = {n: t.clone() for n, t in model.state_dict().items()}, model(ids).logits
     assert store_for_decoding(model) is model
-    assert model.net.blocks[0].attn.qkv.weight.stride() == (1, before["net.blocks.0.attn.qkv.weight"].shape[0])
+    block = model.net.blocks[0]
+    assert block.attn.qkv.weight.stride() == (1, before["net.blocks.0.attn.qkv.weight"].shape[0])
+    assert block.mlp.down.weight.is_contiguous()  # it narrows
     assert model.head.weight.is_contiguous() == tied and model.embed.weight.is_contiguous()
     torch.testing.assert_close(model(ids).logits, logits, atol=1e-5, rtol=0)
     saved = own_state(model)
     assert all(torch.equal(t, before[n]) for n, t in saved.items())
+
+
+def test_only_fp32_is_stored_otherwise(tiny):
+    model = store_for_decoding(tiny(recursion="loop").bfloat16())
+    assert all(p.is_contiguous() for p in model.parameters())
+
+
+def test_what_was_looked_up_goes_with_its_cache(tiny):
+    model, ids = tiny(recursion="loop"), prompt()[:, :1]
+    with torch.no_grad():
+        before = model(ids, cache=model.new_cache(3)).logits
+        model.net.blocks[0].mlp.down.weight.data = torch.zeros_like(model.net.blocks[0].mlp.down.weight)
+        after = model(ids, cache=model.new_cache(3)).logits
+        torch.testing.assert_close(after, model(ids).logits, atol=1e-5, rtol=0)
+    assert (after - before).norm() > 0.01 * before.norm()
+    assert not decode._looked_up
