@@ -1,21 +1,6 @@
-"""A causal TRMModel as one ONNX graph for prefill and decoding, with the cache as inputs and outputs.
-
-    input_ids (B, T) int64    tokens; every row begins at the left, what follows its last token is ignored
-    last (B,) int32           the column of the cache that each row's last token takes
-    total (1,) int32          columns in use: the largest of `last`, plus 1
-    read (N,) int64           the tokens whose logits are wanted, each as row * T + column
-    past_key_0, past_value_0, ... (B, K, S, E)    every slot of the cache, with room for S columns
-    -> logits (N, V), present_key_0, present_value_0, ...: the same slots with the new columns written
-
-Past and present may be one buffer: nothing is copied then. A call either begins every row or adds one token to each.
-A graph without a cache ends at `read`, and is given the whole text each time.
-
-Two forms of attention, all else the same: `fused` is ONNX Runtime's GroupQueryAttention for CPUs (heads are split,
-rotated, cached and attended in one operator); `standard` is made of ONNX's own operators, for CUDA and other runtimes.
-"""
+"""Checkpoint -> ONNX folder: the graph of `src/onnx_graph.py`, checked against the model, in fp32 or int8."""
 
 import contextlib
-import copy
 import dataclasses
 import json
 import logging
@@ -26,159 +11,22 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim
 
 from src.cache import cache_slots
 from src.checkpoint import load_model
 from src.config import UserError
-from src.layers import Context, apply_rotary_emb, rotary_table
 from src.losses import kl_divergence
 from src.model import TRMModel
+from src.onnx_graph import FUSED_HEAD, Graph
 from src.onnx_session import CUDA, FACTS, GRAPH, load_onnx, need
 from src.sampling import generate_ids
 
-FUSED_HEAD = 16  # GroupQueryAttention rotates heads whose size is a multiple of this
 OLDEST_OPSET = 18  # that the exporter writes by itself
 CHECKED = 48  # tokens a row of the text that a graph is checked on
 TOLERANCE = 1e-3  # of the largest logit: rounding, which many visits multiply
 ONE_FILE = 1 << 30  # bytes of weights up to which graph and weights are one file; the format itself ends at 2 GiB
-
-
-class MatMul(nn.Module):
-    """A linear layer stored as (in, out): the graph multiplies by its weight as it is, which quantization asks for."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(linear.weight.detach().t().contiguous()), linear.bias
-
-    def forward(self, x):
-        return x @ self.weight if self.bias is None else x @ self.weight + self.bias
-
-
-class Norm(nn.Module):
-    """RMSNorm step by step, in the form that ONNX Runtime fuses, at any opset."""
-
-    def __init__(self, norm: nn.Module):
-        super().__init__()
-        self.eps, self.weight = norm.eps, norm.weight
-
-    def forward(self, x):
-        return x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt() * self.weight
-
-
-class GraphAttention(nn.Module):
-    """Attention whose heads and cache are in the hands of ctx.cache.  (B, T, D) -> (B, T, D)."""
-
-    def __init__(self, attention: nn.Module):
-        super().__init__()
-        self.qkv, self.out = attention.qkv, attention.out
-        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-
-    def forward(self, x, ctx, slot):
-        return self.out(ctx.cache.attend(self, self.qkv(x), slot))
-
-
-class StandardSlots:
-    """The cache inside a graph, in ONNX's own operators.  `present`: new keys and values of every slot."""
-
-    def __init__(self, graph: "Graph", last, total, positions, past):
-        self.config, self.past, self.present = graph.config, past, [None] * len(past)
-        length = past[0][0].shape[2] if past else positions.shape[1]
-        is_hidden = torch.arange(length)[None, None] > positions[:, :, None]  # (B, T, S)
-        self.is_hidden, self.columns = is_hidden[:, None, None], positions[:, None, :, None]
-        self.rotary = [table[positions][:, None] for table in graph.rotary]  # cos, sin: (B, 1, T, E)
-
-    def coda_slot(self, step: int) -> int:
-        return cache_slots(self.config, 0)  # only the last step is read out
-
-    def attend(self, attention, qkv, slot) -> Tensor:
-        """qkv (B, T, (H + 2K) E) -> (B, T, D); the new columns go into the slot."""
-        c, (B, T, _) = self.config, qkv.shape
-        H, K = c.n_heads, c.n_kv_heads
-        q, k, v = qkv.view(B, T, H + 2 * K, c.head_dim).transpose(1, 2).split((H, K, K), dim=1)
-        if c.qk_norm:
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        if self.rotary:
-            q, k = apply_rotary_emb(q, *self.rotary), apply_rotary_emb(k, *self.rotary)
-        if self.past:
-            columns = self.columns.expand_as(k)
-            k, v = self.present[slot] = [past.scatter(2, columns, new) for past, new in zip(self.past[slot], (k, v))]
-        q = q.reshape(B, K, H // K, T, c.head_dim)
-        scores = q @ k[:, :, None].transpose(-1, -2) * c.head_dim**-0.5  # (B, K, H/K, T, S)
-        y = scores.masked_fill(self.is_hidden, -torch.inf).softmax(-1) @ v[:, :, None]
-        return y.reshape(B, H, T, -1).transpose(1, 2).reshape(B, T, -1)
-
-
-class FusedSlots(StandardSlots):
-    """The same in ONNX Runtime's GroupQueryAttention, which takes the rows' lengths in place of a mask."""
-
-    def __init__(self, graph, last, total, positions, past):
-        self.config, self.past, self.present = graph.config, past, [None] * len(past)
-        self.last, self.total = last, total
-        self.rotary = [table[:, : graph.config.head_dim // 2] for table in graph.rotary] or [None, None]
-
-    def attend(self, attention, qkv, slot) -> Tensor:
-        c, (B, T, _) = self.config, qkv.shape
-        q, k, v = qkv, None, None  # packed, unless the heads are normalised before
-        if c.qk_norm:
-            q, k, v = qkv.split((c.d_model, *[c.n_kv_heads * c.head_dim] * 2), dim=-1)
-            q, k = (
-                norm(heads.unflatten(-1, (-1, c.head_dim))).flatten(-2)
-                for norm, heads in ((attention.q_norm, q), (attention.k_norm, k))
-            )
-        past = self.past[slot] if self.past else (None, None)
-        shape = past[0].shape if self.past else (B, c.n_kv_heads, T, c.head_dim)
-        y, *present = torch.onnx.ops.symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
-            (q, k, v, *past, self.last, self.total, *self.rotary),
-            {"num_heads": c.n_heads, "kv_num_heads": c.n_kv_heads, "do_rotary": int(c.positions == "rope")},
-            dtypes=[qkv.dtype] * 3,
-            shapes=[(B, T, c.d_model), shape, shape],
-            version=1,
-        )
-        if self.past:
-            self.present[slot] = present
-        return y
-
-
-class Graph(nn.Module):
-    """What is traced: a TRMModel with the linear layers, norms and attention of a graph."""
-
-    def __init__(self, model: TRMModel, fused: bool):
-        super().__init__()
-        self.config, self.slots = model.config, FusedSlots if fused else StandardSlots
-        c = self.config
-        self.model = _rebuilt(copy.deepcopy(model))
-        every = torch.arange(c.max_seq_len)[None]
-        rope = c.head_dim, c.rope_theta, c.rope_scaling, model.embed.weight.dtype, c.rope_trained_len
-        tables = rotary_table(every, *rope)
-        tables = [table[0, 0] for table in tables] if c.positions == "rope" else []  # (max_seq_len, E)
-        self.rotary = nn.ParameterList(nn.Parameter(table, requires_grad=False) for table in tables)
-
-    def forward(self, input_ids, last, total, read, past):
-        m, c, T = self.model, self.config, input_ids.shape[1]
-        start = (last.long() + 1 - T).clamp(min=0)  # a row that begins with this call is no longer than it
-        positions = start[:, None] + torch.arange(T)
-        x = m.embed(input_ids) * c.embed_scale
-        x = x if m.pos_embed is None else x + m.pos_embed(positions)
-        slots = self.slots(self, last, total, positions, past)
-        ctx = Context(None, None, False, slots)
-        for layer, block in enumerate(m.prelude):
-            x = block(x, ctx, layer)
-        y, z, _ = m._initial_state(x)
-        for step in range(c.train_steps):
-            y, z = m.deep_recursion(x, y, z, ctx, step * c.visits_per_step)
-        h = m._before_head(y, ctx, c.train_steps - 1)
-        return m.head(h.flatten(0, 1).index_select(0, read)), slots.present
-
-
-def _rebuilt(module: nn.Module) -> nn.Module:
-    parts = {"Linear": MatMul, "RMSNorm": Norm, "Attention": GraphAttention}
-    for name, child in module.named_children():
-        part = parts.get(type(child).__name__, lambda child: child)
-        setattr(module, name, part(_rebuilt(child)))
-    return module
 
 
 def at_depth(model: TRMModel, depth: int | None = None) -> TRMModel:
@@ -218,11 +66,20 @@ def trace(model: TRMModel, fused: bool, cache: bool = True, opset: int | None = 
                 dynamo=True,
                 verbose=False,
             ).model_proto
-        return proto if opset in (None, opset_of(proto)) else onnx.version_converter.convert_version(proto, opset)
+        return proto if opset in (None, opset_of(proto)) else _older(proto, opset)
     except (RuntimeError, ValueError) as error:
         if opset is None:
             raise
         raise UserError(f"opset {opset} cannot be had ({str(error).splitlines()[0]}): choose another") from None
+
+
+def _older(proto, opset):
+    """Under the exporter's oldest opset, by ONNX's own converter."""
+    proto = need("onnx.version_converter").convert_version(proto, opset)
+    for node in proto.graph.node:  # it leaves an attribute of opset 18, which only says what holds without it
+        for attribute in [a for a in node.attribute if a.name == "noop_with_empty_axes"]:
+            node.attribute.remove(attribute)
+    return proto
 
 
 def opset_of(proto) -> int:

@@ -14,7 +14,8 @@ from conftest import mixtures, name
 from src.checkpoint import save_checkpoint
 from src.config import UserError
 from src.exits import ExitRule
-from src.onnx_export import Graph, OnnxExport, at_depth, check, export_onnx, quantization_error, quantize, save, trace
+from src.onnx_export import OnnxExport, at_depth, check, export_onnx, quantization_error, quantize, save, trace
+from src.onnx_graph import Graph
 from src.onnx_session import load_onnx
 from src.sampling import generate_ids
 from src.tokenizer import read_tokenizer
@@ -36,6 +37,7 @@ AXES = {
     "tie_embeddings": (False, True),
     "qk_norm": (False, True),
     "rope_scaling": (None, 2.5),
+    "rope_trained_len": (None, 4),
     "supervision_steps": (1, 2),
 }
 FORMS = {  # of a graph
@@ -146,9 +148,9 @@ def test_int8(exports, tmp_path):
     proto = quantize(onnx.load(folder / "model.onnx"))
     save(proto, tmp_path / "int8" / "model.onnx")
     kinds = Counter(node.op_type for node in proto.graph.node)
-    assert kinds["MatMul"] == 0 and kinds["MatMulNBits"] == 2 * 4 + 1
+    assert kinds["MatMul"] == 0 and kinds["MatMulNBits"] == 2 * 5 + 1
     packed = [tensor for tensor in proto.graph.initializer if tensor.data_type == onnx.TensorProto.UINT8]
-    assert len(packed) == 4 + 1
+    assert len(packed) == 5 + 1
     exact, graph = load_onnx(folder)[0], load_onnx(tmp_path / "int8")[0]
     error = quantization_error(model, graph)
     assert 0 < error["rms"] < 0.05 * error["deviation"] and 0 < error["nats"] < 0.01
@@ -204,13 +206,13 @@ def test_a_graph_that_does_something_else_is_not_kept(exports, tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heads", [2, 4], ids=["fused", "standard"])
+@pytest.mark.parametrize("heads", [2, 8], ids=["fused", "standard"])
 @pytest.mark.parametrize("case", mixtures(AXES, 6, seed=11), ids=name)
 def test_exports_of_every_kind(tiny, tmp_path, case, heads):
     """The check of every export is the test."""
     case = case | {"n_heads": heads, "n_kv_heads": min(heads, case["n_kv_heads"]), "quantize": "int8"}
     _, facts, _ = export(tiny, tmp_path, **case)
-    assert facts["attention"] == {2: "fused", 4: "standard"}[heads]
+    assert facts["attention"] == {2: "fused", 8: "standard"}[heads]
     assert facts["errors"]["logits"] < 1e-4 and facts["errors"]["int8"]["rms"] < 0.2
 
 
