@@ -103,7 +103,8 @@ def _quietly():
 def quantize(proto):
     """The graph with 8-bit weights, a scale for every block of a column; activations are quantized as it runs, row by
     row, so that a row's text does not depend on its neighbours.  A weight that several visits share stays one."""
-    sizes = {tensor.dims[0] for tensor in proto.graph.initializer if len(tensor.dims) == 2}
+    weights = {node.input[1] for node in proto.graph.node if node.op_type == "MatMul"}
+    sizes = [tensor.dims[0] for tensor in proto.graph.initializer if tensor.name in weights]
     block = next((size for size in (128, 64) if not any(rows % size for rows in sizes)), 32)
     options = {"block_size": block, "is_symmetric": True, "accuracy_level": 4, "bits": 8}  # 4: products in int8
     with _quietly():
@@ -148,7 +149,8 @@ def check(model: TRMModel, graph) -> float:
     error = max((f - w)[r].abs().max().item() for f, w, r in zip(found, wanted, real))
     if not error <= TOLERANCE * max(1.0, whole.abs().max().item()):
         raise UserError(f"the graph's logits differ from the model's by {error:.2g}: not kept, try another opset")
-    prompt = ids[:1].repeat(1, model.config.max_seq_len)[:, : model.config.max_seq_len - 2]
+    length = max(1, model.config.max_seq_len - 2)
+    prompt = ids[:1].repeat(1, length)[:, :length]
     greedy = [generate_ids(runs, prompt, 6, temperature=0).tolist() for runs in (model, graph)]
     if greedy[0] != greedy[1]:
         raise UserError("the graph continues a text otherwise than the model: not kept, try another opset")
