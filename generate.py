@@ -21,6 +21,7 @@ import torch
 from src.checkpoint import load_model
 from src.config import UserError, parse_flags, run
 from src.exits import ExitRule, max_depth, visits_per_recursion_step
+from src.quantize import quantize
 from src.runtime import DTYPES, choose_device, choose_precision, synchronize
 from src.sampling import generate
 from src.tokenizer import StreamDecoder
@@ -51,7 +52,7 @@ class GenerateConfig:
             stderr, with a file (.png, .pdf, .svg) as a picture and its data beside it as .json
         no_cache: encode the whole text again for each token, to compare
         device: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
-        precision: of weights and arithmetic
+        precision: of weights and arithmetic; int8: of weights, on a CPU
     """
 
     checkpoint: str | None = None
@@ -68,7 +69,7 @@ class GenerateConfig:
     trace: bool | str = False
     no_cache: bool = False
     device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "fp32"
 
     def __post_init__(self):
         if self.num_samples < 1:
@@ -171,9 +172,12 @@ def load(config):
         from src.onnx_session import load_onnx
 
         return load_onnx(config.onnx, config.device)
-    device = choose_device(config.device)
-    precision, _ = choose_precision(config.precision, device)
-    return load_model(config.checkpoint, device, DTYPES[precision])
+    device, in_int8 = choose_device(config.device), config.precision == "int8"
+    if in_int8 and device.type != "cpu":
+        raise UserError(f"--precision int8 is for a CPU, not {device.type}: choose --device cpu, or another precision")
+    precision, _ = choose_precision("fp32" if in_int8 else config.precision, device)
+    model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision])
+    return quantize(model) if in_int8 else model, tokenizer
 
 
 def main(argv=None):

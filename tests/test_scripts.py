@@ -150,6 +150,11 @@ class TestGenerating:
         assert_one_line(*call("generate.py", *words, "--max_recursion_depth", 0), "max_recursion_depth is 0")
         assert_one_line(*call("generate.py", *words, "--exit", "soon"), "--exit soon", "fixed", "halt", "kl")
 
+    def test_int8(self, trained, call):
+        words = [trained[0], "--prompt", "def f", "--max_new_tokens", 8, "--temperature", 0, "--precision", "int8"]
+        code, out, _ = call("generate.py", *words)
+        assert code == 0 and out.startswith("def f") and out == call("generate.py", *words)[1]
+
     def test_trace(self, trained, call, tmp_path):
         words = [trained[0], "--prompt", "def f", "--max_new_tokens", 4, "--temperature", 0]
         plain = call("generate.py", *words)
