@@ -64,7 +64,7 @@ RECIPES = {
     "anchor_loop": (ANCHOR | {"recursion": "loop", "deep_steps": 3, "norm": "pre"}, 1.88),
     "anchor_trm": (ANCHOR | TRM, 1.88),
     "choice_muon": (CHOICES, None),
-    "choice_adamw": (CHOICES | {"optimizer": "adamw"}, None),
+    "choice_adamw": (CHOICES | {"optimizer": "adamw", "lr": 1e-3}, None),  # the best of 5e-4, 1e-3, 2e-3, 3e-3
     "choice_step_per_supervision": (CHOICES | {"optimizer_step": "supervision"}, None),
     "choice_last_gradient": (DEEPER | {"grad_deep_steps": 1}, None),
     "choice_full_gradient": (DEEPER | {"full_bptt": True}, None),
