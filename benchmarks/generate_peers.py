@@ -50,7 +50,7 @@ def _onnx_model(model, in_int8, folder):
     from src.onnx_session import GRAPH, OnnxModel, need
 
     runtime = need("onnxruntime")
-    proto = onnx_export.trace(model, fused=model.config.head_dim % onnx_export.FUSED_HEAD == 0)
+    proto = onnx_export.trace(model, fused=onnx_export.fits_fused(model.config))
     onnx_export.save(onnx_export.quantize(proto) if in_int8 else proto, folder / GRAPH)
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3

@@ -1,6 +1,6 @@
 """An exported graph in place of a TRMModel: `sampling.generate` and all that is built on it run under ONNX Runtime.
 
-The folder is all that is needed: model.onnx (its inputs and outputs are told in src/onnx_export.py), config.json, the
+The folder is all that is needed: model.onnx (its inputs and outputs are told in src/onnx_graph.py), config.json, the
 tokenizer's files, and onnx.json with what the graph is. Rows come left-padded, as everywhere here; the graph wants each
 row from its left edge on, which spares it the mask.
 """
@@ -57,17 +57,9 @@ def load_onnx(folder, device: str = "cpu", threads: int | None = None):
         has_cuda = facts["attention"] == "standard" and CUDA in runtime.get_available_providers()
         device = "cuda" if has_cuda else "cpu"
     config, tokenizer = load_config(folder), read_tokenizer(str(folder))
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3  # errors
-    chosen = provider(device)
+    session = _start(runtime, folder, provider(device), threads)
     if device != "cpu" and facts["attention"] == "fused":
         raise UserError(f"{folder} was exported for a CPU: export it with --device cuda, or choose --device cpu")
-    try:
-        session = runtime.InferenceSession(str(folder / GRAPH), options, providers=[chosen])
-    except Exception as error:  # many kinds, which mean one thing to the user
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder / GRAPH} is broken or cut short ({reason}): export again") from None
     if device != "cpu" and CUDA not in session.get_providers():
         raise UserError("the CUDA provider does not start here (CUDA or cuDNN is missing): choose --device cpu")
     sizes = tokenizer.vocab_size, config.vocab_size, session.get_outputs()[0].shape[-1]
@@ -85,9 +77,21 @@ def _read_facts(folder) -> dict:
         if not (folder / name).is_file():
             raise UserError(f"{folder} is no ONNX export (no {name}): make one with export_onnx.py")
     try:
-        return json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    except ValueError:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        return {name: facts[name] for name in ("opset", "precision", "attention", "cache")}
+    except (ValueError, TypeError, KeyError):
         raise UserError(f"{folder / FACTS} is broken: export again") from None
+
+
+def _start(runtime, folder, chosen, threads):
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3  # errors
+    try:
+        return runtime.InferenceSession(str(folder / GRAPH), options, providers=[chosen])
+    except Exception as error:  # many kinds, which mean one thing to the user
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder / GRAPH} is broken or cut short ({reason}): export again") from None
 
 
 class OnnxModel:
@@ -153,7 +157,7 @@ def aligned(ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"] | None) -> tuple[n
 
     ValueError for any other mask."""
     B, T = ids.shape
-    mask = np.ones((B, T), dtype=np.int64) if mask is None else mask.numpy()
+    mask = np.ones((B, T), dtype=np.int64) if mask is None else mask.long().numpy()
     if (np.diff(mask, axis=1) < 0).any() or mask.max() > 1:
         raise ValueError("attention_mask must be 0 on the left and 1 from the first real token on")
     lengths = mask.sum(axis=1).clip(1)
@@ -167,6 +171,8 @@ class OnnxCache:
 
     def __init__(self, model: OnnxModel, batch: int, max_len: int):
         runtime, c = need("onnxruntime"), model.config
+        if max_len > c.max_seq_len:
+            raise ValueError(f"the graph has positions for {c.max_seq_len} tokens, not for {max_len}")
         self.model, self.max_len, self.length = model, max_len, 0  # length counts columns, padding included
         self.lengths = np.zeros(batch, dtype=np.int64)  # real tokens of each row
         self.text = None  # ids and mask, without a cache

@@ -99,6 +99,8 @@ def test_what_a_graph_cannot_do(exported):
     with pytest.raises(UserError, match="cannot be trained"):
         graph.train()
     assert graph.eval() is graph and graph.train(False) is graph and not graph.training
+    with pytest.raises(ValueError, match="positions for 16 tokens, not for 17"):
+        graph(tokens(1, 17))
     cache = graph.new_cache(3, 7)
     graph(ids[:, :5], cache=cache)
     with pytest.raises(ValueError, match="2 tokens a row after the first call"):
@@ -132,9 +134,10 @@ def test_folders_that_cannot_be_loaded(copied, exported, tmp_path, monkeypatch):
     (copied / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"tokenizer has {BYTES} tokens, config.json {BYTES + 1}, the graph {BYTES}"):
         load_onnx(copied)
-    (copied / "onnx.json").write_text("{")
-    with pytest.raises(UserError, match="onnx.json is broken"):
-        load_onnx(copied)
+    for broken in ("{", "[]", '{"opset": 20}'):
+        (copied / "onnx.json").write_text(broken)
+        with pytest.raises(UserError, match="onnx.json is broken"):
+            load_onnx(copied)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="onnxruntime is not installed: pip install"):
         load_onnx(exported[1])
