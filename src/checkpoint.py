@@ -24,20 +24,21 @@ from src.tokenizer import read_tokenizer
 RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "stdlib"
 
 
-def save_checkpoint(folder, model: TRMModel, tokenizer, ema=None, state=None, info=None, weights=None):
+def save_checkpoint(folder, model: TRMModel, tokenizer, ema=None, state=None, info=None, weights=None, more=None):
     """Write a checkpoint folder, whole or not at all.  UserError where it cannot be written.
 
     ema: averaged weights under the model's own names; state: optimizer and counters for resuming (tensors, numbers,
     strings, containers); info: figures that go into config.json beside the model's fields; weights: the model's whole
-    tensors where it holds only a part of them (`own_state`, gathered)."""
+    tensors where it holds only a part of them (`own_state`, gathered); more: {name of another .safetensors file:
+    tensors}."""
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.writing")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         _save_tensors(own_state(model) if weights is None else weights, beside / "model.safetensors")
-        if ema is not None:
-            _save_tensors(ema, beside / "ema.safetensors")
+        for name, tensors in ((more or {}) | ({} if ema is None else {"ema.safetensors": ema})).items():
+            _save_tensors(tensors, beside / name)
         tokenizer.save(beside)
         config = {"model": model.config.to_dict(), "info": info or {}}
         (beside / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")

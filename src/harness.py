@@ -26,7 +26,7 @@ from tqdm import tqdm
 from src.config import UserError
 from src.exits import ExitRule
 from src.sampling import generate
-from src.scoring import score_continuations
+from src.scoring import encode_pair, score_continuations
 from src.tokenizer import StreamDecoder
 
 VERSION = "0.4.13"  # of lm_eval, which this was written for
@@ -45,7 +45,7 @@ class Answers:
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability in nats, is it what greedy decoding writes?) of each (context, continuation)."""
-        pairs = [self._encode_pair(*request.args) for request in requests]
+        pairs = [encode_pair(self.tokenizer, *request.args) for request in requests]
         return [tuple(answer) for answer in self._score(pairs, disable_tqdm)]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -66,14 +66,6 @@ class Answers:
                     texts.update(zip(rows, self._write(contexts, requests[rows[0]].args[1])))
                     bar.update(len(rows))
         return [texts[i] for i in range(len(requests))]
-
-    def _encode_pair(self, context, continuation):
-        """(ids of BOS and the context, ids of the continuation), split where the ids of both together part from the
-        context's own. White space at the context's end belongs to the continuation, as to the tokens of words."""
-        stripped = context.rstrip()
-        ids, own = self.tokenizer.encode(context + continuation), self.tokenizer.encode(stripped)
-        same = next((i for i, (a, b) in enumerate(zip(ids, own)) if a != b), min(len(ids), len(own)))
-        return [self.tokenizer.bos_id] + ids[:same], ids[same:]
 
     def _score(self, pairs, disable_tqdm):
         with tqdm(total=sum(len(ids) for _, ids in pairs), unit="token", disable=disable_tqdm) as bar:

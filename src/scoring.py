@@ -123,6 +123,15 @@ class Continuation(NamedTuple):
     is_greedy: bool  # each of them is the likeliest there
 
 
+def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """(ids of BOS and the context, ids of the continuation), split where the ids of both together part from the
+    context's own. White space at the context's end belongs to the continuation, as to the tokens of words."""
+    stripped = context.rstrip()
+    ids, own = tokenizer.encode(context + continuation), tokenizer.encode(stripped)
+    same = next((i for i, (a, b) in enumerate(zip(ids, own)) if a != b), min(len(ids), len(own)))
+    return [tokenizer.bos_id] + ids[:same], ids[same:]
+
+
 def score_continuations(
     model,
     pairs: Iterable[tuple[list[int], list[int]]],

@@ -12,7 +12,7 @@ from src.config import UserError
 from src.exits import ExitRule
 from src.harness import Answers, read_options, run_tasks
 from src.sampling import generate_ids
-from src.scoring import score_corpus
+from src.scoring import encode_pair, score_corpus
 
 V = BYTE.vocab_size
 
@@ -55,14 +55,14 @@ def test_loglikelihood_knows_what_greedy_decoding_writes(answers, tiny):
 
 
 def test_white_space_before_the_continuation_belongs_to_it(answers):
-    assert answers._encode_pair("a b ", "c") == (BYTE.encode("a b", bos=True), BYTE.encode(" c"))
+    assert encode_pair(BYTE, "a b ", "c") == (BYTE.encode("a b", bos=True), BYTE.encode(" c"))
     assert answers.loglikelihood(requests(("a ", "c")), True) == answers.loglikelihood(requests(("a", " c")), True)
 
 
 def test_a_token_across_the_border_belongs_to_the_continuation(answers):
     pieces = {"ab": [1], "a": [2], "b": [3], "xa": [5, 2], "xab": [5, 1]}
     tokenizer = SimpleNamespace(bos_id=0, encode=pieces.__getitem__)
-    assert Answers(answers.model, tokenizer)._encode_pair("xa", "b") == ([0, 5], [1])
+    assert encode_pair(tokenizer, "xa", "b") == ([0, 5], [1])
 
 
 def test_rolling_is_every_token_from_bos_on(answers):

@@ -1,0 +1,286 @@
+"""Fine-tuning a language model into a classifier: all weights, the classifier's own layer, or LoRA adapters.
+
+A run folder like that of the language model: checkpoints `best` (on the dev set) and `last`, metrics.jsonl, TensorBoard
+events. A checkpoint is the tuned language model, which goes on writing text, with `classifier.safetensors` beside it
+and the names of the labels in config.json. Killed and resumed, a run ends with the weights of an unbroken one.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from src import checkpoint, run_folder
+from src.config import UserError
+from src.dataset import Sample, collate_batch
+from src.losses import IGNORE, step_weights
+from src.monitor import TRMTrainingLogger
+from src.optim import learning_rate_factor
+from src.runtime import Interrupt, autocast, mix_seed
+from src.tasks.classification import Example, LlamaEmbeddingClassifier, encode, predict
+
+CLASSIFIER_FILE = "classifier.safetensors"
+ADAPTED = ["qkv", "out", "gate_up", "down"]  # the linear layers that LoRA adds to
+COUNTERS = ("step", "best", "best_loss")
+SORTED = 16  # batches whose rows are sorted by length together, so that little is padded
+
+
+@dataclass
+class FinetuneConfig:
+    """Fine-tuning.
+
+    Args:
+        save_dir: run folder: config, metrics.jsonl, checkpoints, confusion.png
+        tune: full = all weights, head = the new layer alone, lora = adapters on the linear layers (needs peft)
+        lora_rank: rank of the adapters
+        epochs: times through the training texts; the best epoch on the dev set is kept
+        batch_size: texts per optimizer step
+        lr: peak learning rate, after a warm-up of a tenth of the run; falls to 0 along a cosine
+        head_lr: peak learning rate of the new layer; default ten times lr
+        weight_decay: decoupled weight decay of matrices
+        dropout: probability of dropping, before the new layer and in the blocks
+        grad_clip: largest norm of the gradient; 0 = no clipping
+        balance: every label counts alike in the loss, however rare it is
+        seed: seed of the order of examples and of dropout
+        resume: go on from the newest checkpoint of save_dir
+    """
+
+    save_dir: str = "runs/classifier"
+    tune: Literal["full", "head", "lora"] = "full"
+    lora_rank: int = 8
+    epochs: int = 5
+    batch_size: int = 32
+    lr: float = 3e-4
+    head_lr: float | None = None
+    weight_decay: float = 0.01
+    dropout: float = 0.1
+    grad_clip: float = 1.0
+    balance: bool = False
+    seed: int = 0
+    resume: bool = False
+
+    def __post_init__(self):
+        for name in ("lora_rank", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
+        self.head_lr = 10 * self.lr if self.head_lr is None else self.head_lr
+        if not (self.lr > 0 and self.head_lr > 0 and 0 <= self.dropout < 1):
+            raise ValueError("lr and head_lr must be over 0, dropout 0 or more and under 1: correct them")
+        if not (self.weight_decay >= 0 and self.grad_clip >= 0 and 0 <= self.seed < 2**63):
+            raise ValueError("weight_decay, grad_clip and seed must be 0 or more: correct them")
+
+
+def load_classifier(folder, device="cpu") -> tuple[LlamaEmbeddingClassifier, object]:
+    """(classifier in eval mode, tokenizer) of a fine-tuned checkpoint or run folder.  UserError where it is none."""
+    folder = checkpoint.resolve(folder)
+    if not (folder / CLASSIFIER_FILE).exists():
+        raise UserError(f"{folder} is no classifier (no {CLASSIFIER_FILE}): make one with --option finetune")
+    model, tokenizer = checkpoint.load_model(folder, device, trains=True)
+    names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["info"]["labels"]
+    classifier = LlamaEmbeddingClassifier(model, names).to(device).eval()
+    weights = checkpoint.read_weights(folder / CLASSIFIER_FILE)
+    if weights["weight"].shape != classifier.classifier.weight.shape:
+        raise UserError(f"{folder / CLASSIFIER_FILE} does not fit config.json: copy the folder again")
+    classifier.classifier.load_state_dict(weights)
+    return classifier, tokenizer
+
+
+def add_adapters(model, rank: int):
+    """LoRA (arXiv:2106.09685) on the model's linear layers, in place; all other weights are frozen."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError(f"tune lora needs peft ({error}): pip install peft==0.21.2") from None
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED), model)
+
+
+def language_weights(classifier) -> dict:
+    """The language model's weights under their own names, its head among them, adapters merged."""
+    weights, suffix = checkpoint.own_state(classifier.model), ".base_layer.weight"
+    for name, module in classifier.model.named_modules():
+        if name + suffix in weights:
+            merged = weights.pop(name + suffix) + module.get_delta_weight("default")
+            weights[name + ".weight"] = merged
+    if not classifier.model.config.tie_embeddings:
+        weights["head.weight"] = classifier.head.weight
+    return {name: tensor for name, tensor in weights.items() if ".lora_" not in name}
+
+
+class Finetuner:
+    """One fine-tuning run of a classifier; `train` runs it to its end or to a signal."""
+
+    def __init__(self, config: FinetuneConfig, classifier, tokenizer, train_set, dev_set, precision):
+        self.config, self.classifier, self.tokenizer, self.precision = config, classifier, tokenizer, precision
+        self.train_set, self.dev_set, self.folder = train_set, dev_set, Path(config.save_dir)
+        self.device = classifier.classifier.weight.device
+        self.step, self.best, self.best_loss = 0, -1.0, torch.inf
+        for parameter in classifier.model.parameters():
+            parameter.requires_grad_(config.tune == "full")
+        if config.tune == "lora":
+            add_adapters(classifier.model, config.lora_rank)
+        self.trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
+        self.optimizer = self._make_optimizer()
+        self.epoch_steps = -(-len(train_set) // config.batch_size)
+        self.total_steps = config.epochs * self.epoch_steps
+        self.class_weights = self._weigh_classes()
+
+    def _make_optimizer(self):
+        c, own = self.config, set(self.classifier.classifier.parameters())
+        inner = [p for p in self.trained.values() if p not in own]
+        groups = [
+            {"params": list(own), "peak_lr": c.head_lr, "weight_decay": 0.0},
+            {"params": [p for p in inner if p.ndim > 1], "peak_lr": c.lr, "weight_decay": c.weight_decay},
+            {"params": [p for p in inner if p.ndim < 2], "peak_lr": c.lr, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.98), fused=True)
+
+    def _weigh_classes(self):
+        counts = torch.bincount(labels_of(self.train_set), minlength=len(self.classifier.names))
+        for name, count in zip(self.classifier.names, counts.tolist()):
+            if count == 0:
+                print(f"no training text has the label {name!r}: it will hardly be predicted", file=sys.stderr)
+        if not self.config.balance:
+            return None
+        weights = counts.sum() / counts.clamp(min=1) / (counts > 0).sum()
+        return weights.to(self.device, torch.float32)
+
+    def train(self) -> bool:
+        """Run to the end, which is told by True, or to a signal."""
+        log = TRMTrainingLogger(self.folder, self.step)
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", desc=self.config.tune)
+        with log, bar, Interrupt() as interrupt:
+            while self.step < self.total_steps and not interrupt.requested:
+                for rows in self._batches():
+                    loss = self._train_step(rows, log)
+                    bar.set_postfix_str(f"loss {loss:.3f}" + f", dev {self.best:.3f}" * (self.best >= 0), refresh=False)
+                    bar.update()
+                    if interrupt.requested:
+                        break
+                self._save(is_best=self.step % self.epoch_steps == 0 and self._judge(log))
+        if self.step < self.total_steps:
+            print(
+                f"stopped by {interrupt.signal_name} after step {self.step}: go on with --resume true", file=sys.stderr
+            )
+        return self.step == self.total_steps
+
+    def _batches(self):
+        """What is left of this epoch: lists of samples, alike in length, in an order that depends on (seed, epoch)."""
+        epoch, done = divmod(self.step, self.epoch_steps)
+        draw, size = np.random.default_rng((self.config.seed, epoch)), self.config.batch_size
+        order, batches = draw.permutation(len(self.train_set)).tolist(), []
+        for start in range(0, len(order), SORTED * size):
+            chunk = sorted(order[start : start + SORTED * size], key=lambda i: len(self.train_set[i].input_ids))
+            batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
+        for number in draw.permutation(len(batches))[done:]:
+            yield [self.train_set[i] for i in batches[number]]
+
+    def _train_step(self, rows, log) -> float:
+        c = self.config
+        torch.manual_seed(mix_seed(c.seed, self.step))  # dropout depends on nothing else
+        factor = learning_rate_factor("cosine", self.step, self.total_steps // 10, self.step / self.total_steps, 0.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        self.classifier.train()
+        batch = {name: t.to(self.device) for name, t in collate_batch(rows).items()}
+        labels = batch.pop("target_ids").amax(1)
+        with autocast(self.device, self.precision):
+            logits = self.classifier(**batch)
+        weights = step_weights(self.classifier.model.config.supervision_weights, len(logits))
+        losses = [F.cross_entropy(step.float(), labels, self.class_weights) for step in logits]
+        loss = sum(w * each for w, each in zip(weights, losses)) / sum(weights)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), c.grad_clip or torch.inf)
+        if not norm.isfinite():
+            raise UserError(f"step {self.step + 1}: the gradient is not finite: try a smaller --lr; last is whole")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        accuracy = (logits[-1].argmax(-1) == labels).float().mean()
+        log.log(self.step, loss=loss.detach(), accuracy=accuracy, grad_norm=norm, lr=c.lr * factor)
+        return loss.item()
+
+    def _judge(self, log) -> bool:
+        """Whether this epoch is the best so far on the dev set, by accuracy, then loss; without one, the last is."""
+        epoch = self.step // self.epoch_steps
+        if not self.dev_set:
+            return True
+        logits = predict(self.classifier, self.dev_set, self.config.batch_size, self.precision)
+        right = logits.argmax(-1) == labels_of(self.dev_set)
+        accuracy, loss = right[-1].float().mean().item(), F.cross_entropy(logits[-1], labels_of(self.dev_set)).item()
+        log.log(self.step, epoch=epoch, valid_loss=loss, valid_accuracy=accuracy)
+        tqdm.write(f"epoch {epoch}: dev accuracy {accuracy:.4f}, loss {loss:.4f}", file=sys.stderr)
+        is_best = (accuracy, -loss) > (self.best, -self.best_loss)
+        if is_best:
+            self.best, self.best_loss = accuracy, loss
+        return is_best
+
+    def _save(self, is_best):
+        own = {name: tensor.detach() for name, tensor in self.classifier.classifier.state_dict().items()}
+        state = {name: getattr(self, name) for name in COUNTERS}
+        state |= {"ema_updates": 0, "optimizer": self.optimizer.state_dict(), "trained": dict(self.trained)}
+        info = {"labels": self.classifier.names, "step": self.step}
+        info |= {"dev_accuracy": self.best, "dev_loss": self.best_loss} if self.best >= 0 else {}
+        parts = (self.classifier.model, self.tokenizer, None, state, info, language_weights(self.classifier))
+        name = f"step_{self.step:08d}"
+        run_folder.save(self.folder, name, is_best, 1, *parts, {CLASSIFIER_FILE: own})
+
+    def load(self, state: dict):
+        """Go on exactly where a checkpoint was written."""
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(state["trained"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def labels_of(samples: list[Sample]) -> torch.Tensor:
+    """(N,) labels of samples made by `classification.encode`."""
+    return torch.stack([sample.target_ids[sample.target_ids != IGNORE][0] for sample in samples])
+
+
+def finetune(
+    config: FinetuneConfig, source, train: list[Example], dev: list[Example], names: list[str], device, precision="fp32"
+) -> LlamaEmbeddingClassifier | None:
+    """The best classifier of a run in config.save_dir, new or resumed, from a checkpoint folder of a language model.
+
+    None where a signal ended it early. UserError for a folder that is in use, or holds a run of other settings."""
+    folder, newest = Path(config.save_dir), None
+    settings = asdict(config) | {"checkpoint": str(checkpoint.resolve(source)), "labels": names}
+    settings |= {"train_texts": _digest(train), "dev_texts": _digest(dev)}
+    run_folder.check_writable(folder)
+    if (folder / "config.yaml").exists():
+        run_folder.check_resume(folder, settings, config.resume)
+        newest = run_folder.newest_whole(folder)
+    else:
+        run_folder.start(folder, settings)
+    lock = run_folder.RunLock(folder)
+    try:
+        model, tokenizer = checkpoint.load_model(source, device, trains=True)
+        torch.manual_seed(config.seed)
+        classifier = LlamaEmbeddingClassifier(model, names, config.dropout).to(device)
+        sets = []
+        for examples in (train, dev):
+            samples, cut = encode(examples, tokenizer, model.config.max_seq_len)
+            sets.append(samples)
+            if cut:
+                where = f"longer than the context of {model.config.max_seq_len} tokens"
+                print(f"{cut} of {len(samples)} texts are {where}: their end is kept", file=sys.stderr)
+        run = Finetuner(config, classifier, tokenizer, *sets, precision)
+        if newest:
+            run.load(newest[1])
+            print(f"resumed {newest[0]} after step {run.step}", file=sys.stderr)
+        return load_classifier(folder, device)[0] if run.train() else None
+    finally:
+        lock.release()
+
+
+def _digest(examples):
+    return hashlib.sha256(repr(examples).encode()).hexdigest()[:16]

@@ -1,0 +1,109 @@
+"""train_classifier.py as a user runs it: four options, their files, and one clear line for every mistake."""
+
+import json
+
+import pytest
+import torch
+from texts import BYTE
+
+import train_classifier
+from src.checkpoint import save_checkpoint
+from src.config import run
+from src.sampling import generate_ids
+from src.tasks.classification import LlamaZeroShotClassifier, read_examples
+
+TRAIN = "".join(f"{int(text[-1] == 'a')} ||| {text}\n" for text in "aa ab ba b abba a bb bab abb baa".split())
+
+
+@pytest.fixture
+def model(tiny):
+    return tiny(vocab_size=BYTE.vocab_size, n_layers=1, supervision_steps=2, max_seq_len=48)
+
+
+@pytest.fixture
+def home(tmp_path, model, monkeypatch):
+    save_checkpoint(tmp_path / "trm", model, BYTE)
+    (tmp_path / "train.txt").write_text(TRAIN)
+    (tmp_path / "names.json").write_text('["no", "yes"]')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(*words):
+    return train_classifier.main(["trm", "--device", "cpu", *map(str, words)])
+
+
+def test_generate(home, model, capsys):
+    start("--option", "generate", "--prompt", "ab", "--max_new_tokens", 9)
+    out = capsys.readouterr().out
+    ids = torch.tensor([BYTE.encode("ab", bos=True)])
+    for temperature in (0, 1):
+        row = generate_ids(model, ids, 9, temperature=float(temperature), seed=0, eos_id=BYTE.eos_id)[0].tolist()
+        row = row[: row.index(BYTE.eos_id)] if BYTE.eos_id in row else row
+        text = (home / f"generated-sentence-temp-{temperature}.txt").read_text()
+        assert text == BYTE.decode(row) + "\n" and f"temperature {temperature}: {text}" in out
+
+
+def test_prompt(home, model, capsys):
+    start("--option", "prompt", "--dev", "train.txt", "--label_names", "names.json", "--dev_out", "out.txt")
+    out = capsys.readouterr().out
+    examples = read_examples("train.txt", ["no", "yes"])
+    scores = LlamaZeroShotClassifier(model, BYTE, ["no", "yes"])([example.text for example in examples])
+    answers = [answer.label for answer in read_examples("out.txt", ["no", "yes"])]
+    assert answers == scores.argmax(-1).tolist()
+    right = sum(answer == example.label for answer, example in zip(answers, examples)) / 10
+    assert f"dev: 10 texts, accuracy {right:.4f}" in out and f"{right:.4f}\n" in out.split("by recursion step: ")[1]
+
+
+def test_finetune_then_predict(home, capsys):
+    flags = ["--train", "train.txt", "--dev", "train.txt", "--test", "train.txt", "--label_names", "names.json"]
+    flags += ["--epochs", 12, "--batch_size", 4, "--dropout", 0, "--lr", 3e-3, "--save_dir", "run"]
+    start("--option", "finetune", *flags)
+    out = capsys.readouterr().out
+    assert out.startswith("dev: 10 texts, accuracy 1.0000, macro F1 1.0000\naccuracy by recursion step: ")
+    rows = [line.split() for line in out.splitlines() if line.strip().startswith(("no ", "yes "))]
+    assert rows == [["no", "1.000", "1.000", "1.000", "5", "5"], ["yes", "1.000", "1.000", "1.000", "5", "5"]] * 2
+    folder = home / "run"
+    assert (folder / "dev_out.txt").read_text() == (folder / "test_out.txt").read_text() == TRAIN
+    assert (folder / "dev_confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert list(folder.glob("events.out.tfevents.*"))
+    judged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in judged if "valid_accuracy" in line] == list(range(1, 13))
+    (home / "new.jsonl").write_text('{"label": "yes", "text": "abaa"}\n{"label": 0, "text": "aab"}\n')
+    train_classifier.main(["run", "--option", "predict", "--test", "new.jsonl", "--test_out", "new_out.txt"])
+    assert (home / "new_out.txt").read_text() == "1 ||| abaa\n0 ||| aab\n"
+    assert "test: 2 texts, accuracy 1.0000" in capsys.readouterr().out
+
+
+def test_names_out_of_the_training_texts(home, capsys):
+    start("--option", "finetune", "--train", "train.txt", "--epochs", 1, "--save_dir", "run")
+    assert json.loads((home / "run" / "best" / "config.json").read_text())["info"]["labels"] == ["0", "1"]
+    assert capsys.readouterr().out == ""  # without dev and test there is nothing to tell
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--option", "prompt", "--dev", "train.txt"], "option prompt needs --label_names"),
+        (["--option", "prompt", "--label_names", "names.json"], "needs texts: give --dev or --test"),
+        (["--option", "finetune"], "option finetune needs --train"),
+        (["--option", "finetune", "--train", "none.txt"], "none.txt: No such file"),
+        (["--option", "finetune", "--train", "train.txt", "--label_names", "train.txt"], "train.txt: is no JSON"),
+        (["--option", "finetune", "--train", "train.txt", "--dev", "other.txt"], "line 2: label '7' is none of"),
+        (["--option", "finetune", "--train", "train.txt", "--test", "other.txt"], "line 2: label '7' is none of"),
+        (["--option", "finetune", "--train", "train.txt", "--epochs", "0"], "epochs is 0"),
+        (["--option", "finetune", "--train", "train.txt", "--save_dir", "train.txt/run"], "cannot write to save_dir"),
+        (["--option", "predict", "--test", "train.txt"], "is no classifier (no classifier.safetensors)"),
+        (["--option", "generate", "--prompt", "x" * 60], "the prompt has 61 tokens, the context holds 48"),
+        (["--option", "guess"], "--option guess: expected one of"),
+        (["--option", "generate", "--dev_out", "none/out.txt"], "dev_out none/out.txt: there is no such folder"),
+        (["--epoch", "3"], "did you mean --epochs"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_code_2(home, capsys, words, said):
+    (home / "other.txt").write_text("1 ||| a\n7 ||| b\n")
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: start(*words))
+    err = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and said in err[-1] and err[-1].startswith("error: ")
+    assert not any(line.startswith("Traceback") for line in err)

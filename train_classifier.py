@@ -1,0 +1,190 @@
+"""Classify text with a language model of any family, plain or recursive: zero-shot by prompts, or fine-tuned.
+
+    python train_classifier.py runs/trm --option prompt --label_names names.json --dev dev.txt     # no training at all
+    python train_classifier.py runs/trm --option finetune --train train.txt --dev dev.txt --label_names names.json
+    python train_classifier.py runs/trm --option finetune --train train.tsv --dev dev.tsv --tune lora --lr 1e-3
+    python train_classifier.py runs/classifier --option predict --test new.txt --test_out answers.txt
+    python train_classifier.py runs/trm --option generate --prompt "I saw this movie and"
+
+Data: `label ||| text` a line, .tsv with label and text, or .jsonl with `label` and `text`; a label is its name or its
+number. Answers are written in the same form, in the order of the texts. stdout has the figures, stderr the rest.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from src.checkpoint import load_model
+from src.config import UserError, parse_flags, run
+from src.exits import ExitRule, max_depth
+from src.runtime import choose_device, choose_precision
+from src.sampling import generate_ids
+from src.tasks import classification as task
+from src.tasks.finetune import FinetuneConfig, finetune, load_classifier
+
+
+@dataclass
+class ClassifierConfig:
+    """What to do, with which model, on which texts.
+
+    Args:
+        checkpoint: checkpoint or run folder (a run folder means its best); none = the released checkpoint
+        option: generate = go on from a prompt; prompt = zero-shot; finetune = train; predict = by a trained one
+        train: labelled texts to train on
+        dev: labelled texts that choose the best epoch
+        test: labelled texts to answer at the end
+        label_names: JSON list of the labels' names; none = the labels that train has
+        dev_out: file for the answers on dev; with finetune, by default in save_dir
+        test_out: file for the answers on test; with finetune, by default in save_dir
+        suffix: what follows each text in a zero-shot prompt; {labels} in it becomes the names
+        prompt: start of the text that generate writes
+        max_new_tokens: length of its continuation in tokens
+        generated_sentence_low_temp_out: file for the text written at temperature 0
+        generated_sentence_high_temp_out: file for the text written at temperature 1
+        device: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
+        precision: of the arithmetic, while training and after
+    """
+
+    checkpoint: str | None = None
+    option: Literal["generate", "prompt", "finetune", "predict"] = "prompt"
+    train: str | None = None
+    dev: str | None = None
+    test: str | None = None
+    label_names: str | None = None
+    dev_out: str | None = None
+    test_out: str | None = None
+    suffix: str = task.SUFFIX
+    prompt: str = "I have wanted to see this thriller for a while, and it didn't disappoint. Keanu Reeves, playing"
+    max_new_tokens: int = 75
+    generated_sentence_low_temp_out: str = "generated-sentence-temp-0.txt"
+    generated_sentence_high_temp_out: str = "generated-sentence-temp-1.txt"
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+
+    def __post_init__(self):
+        needs = {"prompt": ("label_names",), "finetune": ("train",)}.get(self.option, ())
+        for name in needs:
+            if getattr(self, name) is None:
+                raise ValueError(f"option {self.option} needs --{name}")
+        if self.option in ("prompt", "predict") and not (self.dev or self.test):
+            raise ValueError(f"option {self.option} needs texts: give --dev or --test")
+        for name in ("dev_out", "test_out", "generated_sentence_low_temp_out", "generated_sentence_high_temp_out"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).absolute().parent.is_dir():
+                raise ValueError(f"{name} {path}: there is no such folder; make it first")
+
+
+def parse_args(argv=None) -> tuple[ClassifierConfig, FinetuneConfig]:
+    return tuple(parse_flags(__doc__, ClassifierConfig, FinetuneConfig, argv=argv, positional="checkpoint"))
+
+
+def write(path, text):
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make room, or name another file") from None
+
+
+def write_sentences(config, device):
+    """Go on from the prompt at temperature 0 and at temperature 1, each into its file."""
+    model, tokenizer = load_model(config.checkpoint, device)
+    ids = torch.tensor([tokenizer.encode(config.prompt, bos=True)], device=device)
+    outs = (config.generated_sentence_low_temp_out, config.generated_sentence_high_temp_out)
+    for temperature, path in enumerate(outs):
+        options = {"temperature": float(temperature), "seed": 0, "eos_id": tokenizer.eos_id}
+        try:
+            row = generate_ids(model, ids, config.max_new_tokens, **options)[0, ids.shape[1] :].tolist()
+        except ValueError as error:
+            raise UserError(error) from None
+        row = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
+        text = tokenizer.decode(ids[0].tolist() + row)
+        print(f"temperature {temperature}: {text}\n")
+        write(path, text + "\n")
+
+
+def zero_shot(config, device):
+    """(names, function from a list of Examples to (S, N, C) scores, one per recursion step)."""
+    names, (model, tokenizer) = task.read_label_names(config.label_names), load_model(config.checkpoint, device)
+
+    def score(examples):
+        steps = []
+        for depth in range(1, max_depth(model.config) + 1):
+            rule = ExitRule("fixed", depth)
+            classifier = task.LlamaZeroShotClassifier(model, tokenizer, names, config.suffix, rule)
+            with tqdm(unit="token", unit_scale=True, desc=f"depth {depth}") as bar:
+                steps.append(classifier([example.text for example in examples], bar=bar))
+        return torch.stack(steps)
+
+    return names, score
+
+
+def tune(config, tuning, device, precision) -> bool:
+    """Train a classifier; False where that was interrupted."""
+    names = task.read_label_names(config.label_names) if config.label_names else task.find_label_names(config.train)
+    parts = (config.train, config.dev, config.test)  # a mistake in the last one is told before the training, too
+    train, dev, _ = (task.read_examples(path, names) if path else [] for path in parts)
+    return finetune(tuning, config.checkpoint, train, dev, names, device, precision) is not None
+
+
+def tuned(folder, batch_size, device, precision):
+    """The same of a trained classifier, by supervision step."""
+    classifier, tokenizer = load_classifier(folder, device)
+
+    def score(examples):
+        samples, _ = task.encode(examples, tokenizer, classifier.model.config.max_seq_len)
+        with tqdm(total=len(samples), unit="text") as bar:
+            return task.predict(classifier, samples, batch_size, precision, bar)
+
+    return classifier.names, score
+
+
+def judge(part, examples, scores, names, out):
+    """Print how good the answers are, write them, and return the report of the last step."""
+    answers, labels = scores.argmax(-1), torch.tensor([example.label for example in examples])
+    found = task.report(answers[-1], labels, len(names))
+    if out is not None:
+        rows = ((answer, " ".join(text.splitlines())) for answer, (text, _) in zip(answers[-1].tolist(), examples))
+        write(out, "".join(f"{answer} ||| {text}\n" for answer, text in rows))
+    print(f"{part}: {len(examples):,} texts, accuracy {found.accuracy:.4f}, macro F1 {found.macro_f1:.4f}")
+    if len(labels.unique()) == 1:
+        print("all of these texts have one label: if the labels are hidden, the figures mean nothing")
+    if len(answers) > 1:
+        by_step = (answers == labels).double().mean(1).tolist()
+        print("accuracy by recursion step: " + ", ".join(f"{accuracy:.4f}" for accuracy in by_step))
+    width = max(len("label"), *map(len, names))
+    print(f"{'label':>{width}}  precision  recall      F1  texts  answers")
+    for i, (name, figures) in enumerate(zip(names, found.per_class)):
+        cells = "  ".join(f"{figure:{size}.3f}" for figure, size in zip(figures, (9, 6, 6)))
+        print(f"{name:>{width}}  {cells}  {found.counts[i].sum():5}  {found.counts[:, i].sum():7}")
+    print()
+    return found
+
+
+def main(argv=None):
+    config, tuning = parse_args(argv)
+    device = choose_device(config.device)
+    precision, _ = choose_precision(config.precision, device)
+    if config.option == "generate":
+        return write_sentences(config, device)
+    folder = Path(tuning.save_dir) if config.option == "finetune" else None
+    if folder and not tune(config, tuning, device, precision):
+        return
+    source = folder or config.checkpoint
+    is_prompt = config.option == "prompt"
+    names, score = zero_shot(config, device) if is_prompt else tuned(source, tuning.batch_size, device, precision)
+    for part in ("dev", "test"):
+        path, out = getattr(config, part), getattr(config, f"{part}_out")
+        if path is not None:
+            out = folder / f"{part}_out.txt" if out is None and folder else out
+            examples = task.read_examples(path, names)
+            found = judge(part, examples, score(examples), names, out)
+            if folder:
+                title = f"{folder.name}: {part}, {len(examples):,} texts"
+                task.draw_confusion(found, names, folder / f"{part}_confusion.png", title)
+
+
+if __name__ == "__main__":
+    run(main)
