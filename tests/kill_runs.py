@@ -1,4 +1,5 @@
-"""Runs that are killed again and again: python kill_runs.py SPEC, a JSON file of [{"settings", "kills", "longest"}].
+"""Runs that are killed again and again: python kill_runs.py SPEC, a JSON file of [{"settings", "kills", "longest",
+"draws"}].
 
 The run is a child that is forked, so that it starts in no time; SIGKILL comes at random moments after its first
 checkpoint, and each new child resumes. Prints, of each run, how often it was killed while it wrote a checkpoint."""
@@ -13,8 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+# what a run imports late: a child that is forked has it already
+import datasets  # noqa: F401
+import tensorboard.backend.event_processing.event_file_loader
+import tensorboard.summary.writer.record_writer  # noqa: F401
+import torch._dynamo  # noqa: F401
 from training import trainer_of
 
+from src import monitor
 from src.run_folder import newest_whole
 
 
@@ -35,6 +42,8 @@ def killed(spec):
     """One run; how many kills came while a checkpoint was written."""
     settings, rng, torn = spec["settings"], random.Random(7), 0
     folder = Path(settings["save_dir"])
+    if not spec["draws"]:
+        monitor.plot_learning_curve = lambda *args: None  # takes longer than a tiny run
     with open(folder.with_suffix(".log"), "w") as log:
         for kill in range(spec["kills"]):
             child = start(settings | {"resume": kill > 0}, log)

@@ -15,11 +15,14 @@ pytest_plugins = "training"  # the fixture corpus
 PATHS = {"tokenized": {}, "streaming": {"streaming": True, "shuffle_buffer": 20}}
 
 
-def kill_again_and_again(tmp_path, corpus, kills, longest, paths, **changes):
+def kill_again_and_again(tmp_path, corpus, kills, longest, draws, paths, **changes):
     """{path: how many kills came while a checkpoint was written}; runs are in tmp_path/straight-PATH, broken-PATH."""
     settings = {**TINY, **corpus, "dropout": 0.2, "num_workers": 2, "save_every": 10, "eval_every": 50, **changes}
     specs = [
-        {"settings": {**settings, **PATHS[path], "save_dir": str(tmp_path / f"{name}-{path}")}, "kills": n, **longest}
+        {
+            **{"settings": {**settings, **PATHS[path], "save_dir": str(tmp_path / f"{name}-{path}")}, "kills": n},
+            **{"longest": longest, "draws": draws},
+        }
         for path in paths
         for name, n in (("straight", 0), ("broken", kills))
     ]
@@ -44,7 +47,8 @@ def assert_same_runs(tmp_path, path, steps):
 
 
 def test_killed_twice(tmp_path, corpus):
-    kill_again_and_again(tmp_path, corpus, 2, {"longest": 0.2}, PATHS, max_steps=80, eval_every=30)
+    small = {"latent_steps": 1, "deep_steps": 1, "max_steps": 80, "eval_every": 40}
+    kill_again_and_again(tmp_path, corpus, 2, 0.08, False, PATHS, **small)
     for path in PATHS:
         assert_same_runs(tmp_path, path, 80)
 
@@ -54,6 +58,6 @@ def test_killed_twice(tmp_path, corpus):
 def test_killed_25_times(tmp_path, corpus, path):
     """A run of at least 30 s (at 100 steps a second, far fewer here); some kills tear a checkpoint that is written."""
     settings = {"max_steps": 3000, "save_every": 3, "keep_checkpoints": 3}
-    torn = kill_again_and_again(tmp_path, corpus, 25, {"longest": 1.0}, [path], **settings)
+    torn = kill_again_and_again(tmp_path, corpus, 25, 1.0, True, [path], **settings)
     assert_same_runs(tmp_path, path, 3000)
     assert torn[path] > 0

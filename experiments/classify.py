@@ -1,0 +1,182 @@
+"""SST-5 and CFIMDB: zero-shot and fine-tuned accuracy of language models, plain and recursive side by side.
+
+    python convert.py data/stories260K/stories260K.bin runs/stories260K --tokenizer data/stories260K/tok512.bin
+    python train_trm_lm.py --config configs/english.yaml
+    python train_trm_lm.py --config configs/english.yaml --recursion none --n_layers 4 --prelude_layers 0 \\
+        --coda_layers 0 --max_steps 2400 --save_dir runs/english_plain
+    python experiments/classify.py --models runs/stories260K runs/english_plain runs/english_trm --seeds 0 1 2
+    python experiments/classify.py --models runs/english_trm --tasks sst --seeds 0 --lr 1e-3 --epochs 8   # a change
+    python experiments/classify.py --table                     # mean and spread of all runs so far
+
+`data` holds sst-train.txt, sst-dev.txt, sst-label-mapping.json, and the same of cfimdb. A fine-tuned figure is the
+accuracy on the dev set of the epoch that is best there, as the published ones are; a seed is that of the order of
+examples and of dropout. Zero-shot has no seed. Every run appends one JSON line to `output`; then comes a table.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
+
+from src.checkpoint import load_config, load_model  # noqa: E402
+from src.config import UserError, parse_flags, run  # noqa: E402
+from src.exits import ExitRule, max_depth  # noqa: E402
+from src.metrics import count_parameters  # noqa: E402
+from src.model import TRMModel  # noqa: E402
+from src.runtime import choose_device, keep_freed_memory  # noqa: E402
+from src.tasks import classification as task  # noqa: E402
+from src.tasks.finetune import FinetuneConfig, finetune  # noqa: E402
+
+# what differs from FinetuneConfig's defaults
+TASKS = {
+    "sst": {"epochs": 5, "batch_size": 32, "lr": 1e-3},
+    "cfimdb": {"epochs": 5, "batch_size": 16, "lr": 1e-3},
+}
+
+
+@dataclass
+class ClassifyConfig:
+    """What to run.
+
+    Args:
+        models: checkpoint or run folders of language models
+        tasks: sst, cfimdb
+        options: prompt (zero-shot), finetune
+        seeds: seeds of fine-tuning; one run each
+        data: folder of the labelled texts
+        output: file that one JSON line per run is appended to
+        table: print the table of `output` and run nothing
+        threads: CPU threads; default as torch chooses
+        device: auto, cpu, cuda, ...
+    """
+
+    models: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=lambda: list(TASKS))
+    options: list[str] = field(default_factory=lambda: ["prompt", "finetune"])
+    seeds: list[int] = field(default_factory=lambda: [0])
+    data: str = "data/reviews"
+    output: str = "runs/classify.jsonl"
+    table: bool = False
+    threads: int | None = None
+    device: str = "auto"
+
+    def __post_init__(self):
+        for name, known in (("tasks", TASKS), ("options", ("prompt", "finetune"))):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise ValueError(f"{name} {value}: choose of {', '.join(known)}")
+        if not (self.models or self.table):
+            raise ValueError("models is missing: give checkpoint or run folders, or --table")
+
+
+TUNED = [f for f in dataclasses.fields(FinetuneConfig) if f.name not in ("save_dir", "seed", "resume")]
+Overrides = dataclasses.make_dataclass("Overrides", [(f.name, f.type | None, None) for f in TUNED])
+Overrides.__doc__ = "Change the fine-tuning (by default as the task says).\n\n    Args:" + (
+    FinetuneConfig.__doc__.split("Args:")[1].rstrip()
+)
+
+
+def parse_args(argv=None) -> tuple[ClassifyConfig, dict]:
+    """The settings of the script, and those that replace a task's."""
+    config, changes = parse_flags(__doc__, ClassifyConfig, Overrides, argv=argv)
+    return config, {name: value for name, value in dataclasses.asdict(changes).items() if value is not None}
+
+
+def zero_shot(folder, names, dev, device) -> list[float]:
+    """Accuracy by recursion step."""
+    model, tokenizer = load_model(folder, device)
+    labels, accuracies = torch.tensor([example.label for example in dev]), []
+    for depth in range(1, max_depth(model.config) + 1):
+        classifier = task.LlamaZeroShotClassifier(model, tokenizer, names, rule=ExitRule("fixed", depth))
+        answers = classifier([example.text for example in dev], batch_size=16).argmax(-1)
+        accuracies.append((answers == labels).double().mean().item())
+    return accuracies
+
+
+def fine_tuned(folder, names, train, dev, device, settings) -> list[float]:
+    """Accuracy of the best epoch by supervision step."""
+    with tempfile.TemporaryDirectory() as save_dir:
+        config = FinetuneConfig(save_dir=f"{save_dir}/run", **settings)
+        best = finetune(config, folder, train, dev, names, device)
+        if best is None:
+            raise KeyboardInterrupt
+        _, tokenizer = load_model(folder, device)
+    samples, _ = task.encode(dev, tokenizer, best.model.config.max_seq_len)
+    labels = torch.tensor([example.label for example in dev])
+    return (task.predict(best, samples).argmax(-1) == labels).double().mean(1).tolist()
+
+
+def measure(config, changes, name, folder, option, seed) -> dict:
+    """One run: its figures, as they are written to `output`."""
+    data, device, start = Path(config.data), choose_device(config.device), time.monotonic()
+    names = task.read_label_names(data / f"{name}-label-mapping.json")
+    train, dev = (task.read_examples(data / f"{name}-{part}.txt", names) for part in ("train", "dev"))
+    settings = TASKS[name] | changes | {"seed": seed} if option == "finetune" else {}
+    if option == "prompt":
+        accuracies = zero_shot(folder, names, dev, device)
+    else:
+        accuracies = fine_tuned(folder, names, train, dev, device, settings)
+    model = load_config(folder)
+    with torch.device("meta"):
+        parameters = count_parameters(TRMModel(model))["total"]
+    return {
+        **{"model": folder, "recursion": model.recursion, "parameters": parameters, "task": name, "option": option},
+        **{"seed": seed, "changes": changes if option == "finetune" else {}, "settings": settings},
+        **{"accuracy": accuracies[-1], "by_step": accuracies, "minutes": round((time.monotonic() - start) / 60, 2)},
+    }
+
+
+def print_table(path) -> None:
+    """Per model, task and option: runs, mean and standard deviation of the accuracy, and the mean of each step.
+
+    Of runs with the same settings and seed, the last counts."""
+    runs = {}
+    try:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            changes = " ".join(f"{k}={v}" for k, v in record["changes"].items())
+            key = (record["task"], record["option"], f"{record['model']} {changes}".strip())
+            runs.setdefault(key, {})[record["seed"]] = record
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--output {path}: no file of runs ({error}); run one first") from None
+    width = max((len(model) for *_, model in runs), default=5)
+    print(f"task    option    {'model':{width}}  parameters  runs  accuracy  sd      minutes  by step")
+    for (name, option, model), seeds in sorted(runs.items()):
+        records = list(seeds.values())
+        values = [record["accuracy"] for record in records]
+        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+        steps = [statistics.mean(step) for step in zip(*(record["by_step"] for record in records))]
+        print(
+            f"{name:6}  {option:8}  {model:{width}}  {records[0]['parameters']:10,}  {len(records):4}  "
+            f"{statistics.mean(values):8.4f}  {deviation:6.4f}  {statistics.mean(r['minutes'] for r in records):7.1f}  "
+            f"{' '.join(f'{step:.4f}' for step in steps)}"
+        )
+
+
+def main(argv=None) -> None:
+    config, changes = parse_args(argv)
+    keep_freed_memory()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    for folder in config.models:
+        for name in config.tasks:
+            for option in config.options:
+                for seed in config.seeds if option == "finetune" else [0]:
+                    record = measure(config, changes, name, folder, option, seed)
+                    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+                    with open(config.output, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(record) + "\n")
+    print_table(config.output)
+
+
+if __name__ == "__main__":
+    run(main)
