@@ -83,7 +83,7 @@ def test_stopped_and_resumed_is_unbroken(source, tmp_path, monkeypatch, capsys, 
     tune(source, tmp_path / "straight", tune=how)
     during(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
     assert tune(source, tmp_path / "broken", tune=how) is None
-    assert "stopped by SIGINT after step 2" in capsys.readouterr().err
+    assert "SIGINT after step 2: go on with --resume true" in capsys.readouterr().err
     during(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGTERM))
     assert tune(source, tmp_path / "broken", tune=how, resume=True) is None
     best = tune(source, tmp_path / "broken", tune=how, resume=True)

@@ -165,9 +165,7 @@ class Finetuner:
                         break
                 self._save(is_best=self.step % self.epoch_steps == 0 and self._judge(log))
         if self.step < self.total_steps:
-            print(
-                f"stopped by {interrupt.signal_name} after step {self.step}: go on with --resume true", file=sys.stderr
-            )
+            print(f"{interrupt.signal_name} after step {self.step}: go on with --resume true", file=sys.stderr)
         return self.step == self.total_steps
 
     def _batches(self):
