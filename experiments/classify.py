@@ -38,8 +38,8 @@ from src.tasks.finetune import FinetuneConfig, finetune  # noqa: E402
 
 # what differs from FinetuneConfig's defaults
 TASKS = {
-    "sst": {"epochs": 5, "batch_size": 32, "lr": 1e-3},
-    "cfimdb": {"epochs": 5, "batch_size": 16, "lr": 1e-3},
+    "sst": {"epochs": 3, "batch_size": 32, "lr": 1e-3},
+    "cfimdb": {"epochs": 3, "batch_size": 16, "lr": 1e-3},
 }
 
 

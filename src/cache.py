@@ -12,13 +12,16 @@ class KVCache:
 
     Slots: the prelude's layers, then `prelude_layers + visit * n_layers + layer`, then the coda's layers for each
     step that is read out: the last `read_steps` supervision steps, or under an exit rule each of `depth` recursion
-    steps. `length` counts the columns filled so far, padding included.
+    steps. `length` counts the columns filled so far, padding included. With `last_only` a forward call gives the
+    logits of its last column alone, (B, 1, V): all that generation reads of a prompt.
     """
 
-    def __init__(self, config, batch: int, max_len: int | None, read_steps: int, dtype, device, depth=None):
+    def __init__(
+        self, config, batch: int, max_len: int | None, read_steps: int, dtype, device, depth=None, last_only=False
+    ):
         if not config.causal or config.mixer != "attention":
             raise ValueError("only a causal attention model decodes with a cache")
-        self.config, self.depth = config, depth
+        self.config, self.depth, self.last_only = config, depth, last_only
         self.read_steps, self.steps = (read_steps, config.train_steps) if depth is None else (depth, depth)
         slots, self.coda = cache_slots(config, self.read_steps, depth), cache_slots(config, 0, depth)
         max_len = max_len or config.max_seq_len
@@ -29,6 +32,7 @@ class KVCache:
             self.slots = [(self.keys[slot], self.values[slot]) for slot in range(slots)]
         self.segments: Tensor | None = None  # (B, max_len) attention_mask of all columns, once one has been given
         self.length = 0
+        self.parts = {}  # what src/decode.py has looked up or made for this text
         self.stopped: Bool[Tensor, "b t"] | None = None  # new tokens that left the recursion before this step
 
     def coda_slot(self, step: int) -> int:

@@ -6,7 +6,6 @@ what a module holds. `decode_block` is TinyBlock in fewer, larger operations, on
 """
 
 import functools
-import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,14 +16,11 @@ from torch import Tensor, nn
 
 from src.cache import KVCache
 
-_looked_up = weakref.WeakKeyDictionary()  # cache -> {block: its Parts, norm: its function}
-
 
 class OneToken(NamedTuple):
     """What every block of one decoding call shares."""
 
     cache: KVCache
-    parts: dict  # of the cache, see above
     rotary: tuple[Tensor, Tensor] | None  # cos, and sin with the sign of rotate-half: (B or 1, 1, 2, E/2)
     mask: Float[Tensor, "b 1 1 s"] | None  # 0 = may attend, -inf = may not
 
@@ -46,19 +42,22 @@ class Parts(NamedTuple):
     down: Callable
 
 
-def one_token_context(cache: KVCache, rotary, mask, dtype) -> OneToken:
-    """From the rotary table (B or 1, 1, 1, E) and the mask (B or 1, 1, 1, S) of a call with one token per row."""
-    if rotary is not None:
-        cos, sin = (t[:, 0].unflatten(-1, (2, -1)) for t in rotary)  # (B, 1, 2, E/2)
-        rotary = cos, torch.cat((-sin[:, :, :1], sin[:, :, 1:]), dim=2)
+def one_token_context(cache: KVCache, positions, mask, rotary_table: Callable | None, dtype) -> OneToken:
+    """Of a call with one token per row: positions (B or 1, 1), mask (B or 1, 1, 1, S) or None, and what makes cos and
+    sin (1, 1, L, E) of positions (1, L), or None.  It is asked once, for all columns of the cache."""
+    if rotary_table is not None and "rotary" not in cache.parts:
+        cos, sin = rotary_table(torch.arange(cache.max_len, device=positions.device)[None])
+        cos, sin = (t.view(-1, 1, 2, cos.shape[-1] // 2) for t in (cos, sin))  # (L, 1, 2, E/2)
+        cache.parts["rotary"] = torch.stack((cos, torch.cat((-sin[:, :, :1], sin[:, :, 1:]), dim=2)), dim=1)
+    rotary = None if rotary_table is None else cache.parts["rotary"].index_select(0, positions[:, 0]).unbind(1)
     if mask is not None:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    return OneToken(cache, _looked_up.setdefault(cache, {}), rotary, mask)
+    return OneToken(cache, rotary, mask)
 
 
 def run_blocks(blocks, h, ctx, slot: int, norm: nn.Module | None = None) -> Float[Tensor, "b t d"]:
     """One block after the other, each with its own slot of the cache, then the norm.  (B, T, D) -> same."""
-    if ctx.one_token is not None and not blocks.training:
+    if ctx.one_token is not None:
         return _decode(blocks, h[:, 0], ctx.one_token, slot, norm)[:, None]
     for layer, block in enumerate(blocks):
         h = block(h, ctx, slot + layer)
@@ -66,13 +65,14 @@ def run_blocks(blocks, h, ctx, slot: int, norm: nn.Module | None = None) -> Floa
 
 
 def _decode(blocks, h, ctx, slot, norm):
+    parts = ctx.cache.parts
     for layer, block in enumerate(blocks):
-        if block not in ctx.parts:
-            ctx.parts[block] = _look_up(block)
-        h = decode_block(ctx.parts[block], h, ctx, slot + layer)
-    if norm not in ctx.parts:
-        ctx.parts[norm] = _norm(norm)
-    return ctx.parts[norm](h)
+        if block not in parts:
+            parts[block] = _look_up(block)
+        h = decode_block(parts[block], h, ctx, slot + layer)
+    if norm not in parts:
+        parts[norm] = _norm(norm)
+    return parts[norm](h)
 
 
 def decode_block(block: Parts, h: Float[Tensor, "b d"], ctx: OneToken, slot: int) -> Float[Tensor, "b d"]:

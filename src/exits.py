@@ -70,6 +70,7 @@ def recur(model, input_ids, attention_mask, cache, rule: ExitRule, return_steps:
     carry.steps is Int (B, T), the recursion steps that each token took. Where tokens may leave and no cache is given,
     one is made for this call, as those that go on look at what the others showed last."""
     depth, adapts = max_depth(model.config, rule.check(model.config)), rule.exit != "fixed"
+    decides_by_logits = rule.exit == "kl"
     if adapts and cache is None:
         cache = model.new_cache(*input_ids.shape, depth=depth)
     x, ctx = model._enter(input_ids, attention_mask, cache)
@@ -85,8 +86,12 @@ def recur(model, input_ids, attention_mask, cache, rule: ExitRule, return_steps:
         is_last = s == depth - 1
         if adapts or return_steps or is_last:
             h = _kept(stopped, h, model._before_head(carry.y, ctx, s))
-        logits = model.head(h) if rule.exit == "kl" or return_steps or is_last else None
-        read += [(logits, model._halt(carry.y))] if return_steps else []
+        logits = None
+        if decides_by_logits:
+            logits = model.head(h)
+        elif return_steps or is_last:
+            logits = model.head(ctx.read(h))
+        read += [(ctx.read(logits), model._halt(carry.y))] if return_steps else []
         if adapts and not is_last:
             leaves = padding | _leaves(model, rule, carry.y, logits, logits_before)
             stopped = leaves if stopped is None else stopped | leaves
@@ -96,10 +101,10 @@ def recur(model, input_ids, attention_mask, cache, rule: ExitRule, return_steps:
             cache.stopped = stopped = stopped if bool(stopped.any()) else None
     if cache is not None:
         cache.advance(input_ids.shape[1])
-    halt = model._halt(carry.y)
+    logits, halt = model.head(ctx.read(h)) if logits is None else ctx.read(logits), model._halt(carry.y)
     if return_steps:
         logits, halt = (None if part[0] is None else torch.stack(part) for part in zip(*read))
-    return model.head(h) if logits is None else logits, halt, carry._replace(steps=steps)
+    return logits, halt, carry._replace(steps=steps)
 
 
 def _kept(stopped, old, new):

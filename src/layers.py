@@ -82,6 +82,10 @@ class Context(NamedTuple):
     cache: KVCache | None
     one_token: OneToken | None = None  # set where src.decode takes the blocks' place
 
+    def read(self, h: Tensor) -> Tensor:
+        """Of states or logits (B, T, ...), those of the columns whose logits the caller wants."""
+        return h[:, -1:] if self.cache is not None and self.cache.last_only else h
+
 
 def positions_and_mask(
     input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"] | None, cache: KVCache | None, causal: bool
@@ -93,10 +97,10 @@ def positions_and_mask(
     past = 0 if cache is None else cache.length
     index = torch.arange(past + T, device=input_ids.device)
     segments = attention_mask if cache is None else cache.extend_mask(attention_mask, B, T)
-    is_past = index[past:, None] >= index[None, :]  # (T, S)
     if segments is None:
         is_later_chunk = causal and past > 0 and T > 1
-        return index[None, past:], is_past[None, None] if is_later_chunk else None
+        return index[None, past:], (index[past:, None] >= index)[None, None] if is_later_chunk else None
+    is_past = index[past:, None] >= index[None, :]  # (T, S)
     real = (segments != 0).cumsum(-1) - 1
     document = segments.gather(-1, torch.where(segments != 0, index, 0).cummax(-1).values)  # padding: the one before
     begins = document.diff(dim=-1, prepend=torch.zeros_like(segments[:, :1])) != 0
@@ -107,17 +111,18 @@ def positions_and_mask(
     return positions, mask[:, None]
 
 
-def make_context(config, input_ids, attention_mask, cache, dtype) -> tuple[Tensor, Context]:
+def make_context(config, input_ids, attention_mask, cache, dtype, training) -> tuple[Tensor, Context]:
     """positions (B or 1, T) and the Context of one forward call of a TRMConfig's model."""
     c, T = config, input_ids.shape[1]
     positions, mask = positions_and_mask(input_ids, attention_mask, cache, c.causal)
     is_rotary = c.positions == "rope" and c.mixer == "attention"
     rope = c.head_dim, c.rope_theta, c.rope_scaling, dtype, c.rope_trained_len
-    rotary = rotary_table(positions, *rope) if is_rotary else None
-    is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled(input_ids.device.type)
-    decodes = cache is not None and T == 1 and is_plain
-    one_token = one_token_context(cache, rotary, mask, dtype) if decodes else None
-    return positions, Context(rotary, mask, c.causal and mask is None and T > 1, cache, one_token)
+    table = (lambda positions: rotary_table(positions, *rope)) if is_rotary else None
+    is_plain = not training and not torch.is_grad_enabled() and not torch.is_autocast_enabled(input_ids.device.type)
+    if cache is not None and T == 1 and is_plain:
+        return positions, Context(None, None, False, cache, one_token_context(cache, positions, mask, table, dtype))
+    rotary = None if table is None else table(positions)
+    return positions, Context(rotary, mask, c.causal and mask is None and T > 1, cache)
 
 
 class Attention(nn.Module):

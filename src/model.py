@@ -306,7 +306,7 @@ class TRMModel(nn.Module):
         """Embedding and prelude: x (B, T, D), and what all attention layers share."""
         c = self.config
         x = self.embed(input_ids) * c.embed_scale
-        positions, ctx = make_context(c, input_ids, attention_mask, cache, x.dtype)
+        positions, ctx = make_context(c, input_ids, attention_mask, cache, x.dtype, self.training)
         if self.pos_embed is not None:
             x = x + self.pos_embed(positions)
         return run_blocks(self.prelude, x, ctx, 0), ctx
@@ -318,12 +318,11 @@ class TRMModel(nn.Module):
 
     def _read_out(self, y, ctx, step):
         """logits (B, T, V) and halting logits of the answer y (B, T, D) of a supervision step."""
-        return self.head(self._before_head(y, ctx, step)), self._halt(y)
+        return self.head(ctx.read(self._before_head(y, ctx, step))), self._halt(y)
 
     def _before_head(self, y, ctx, step):
         slot = 0 if ctx.cache is None or not self.coda else ctx.cache.coda_slot(step)
-        h = run_blocks(self.coda, y, ctx, slot)
-        return h if self.coda_norm is None else self.coda_norm(h)
+        return run_blocks(self.coda, y, ctx, slot, self.coda_norm)
 
     def _halt(self, y):
         if self.config.recursion == "trm":
@@ -341,10 +340,10 @@ class TRMModel(nn.Module):
             right, valid = (right | ~valid).all(-1), valid.any(-1)
         return halting_loss(halt, right, valid)
 
-    def new_cache(self, batch: int, max_len: int | None = None, read_steps: int = 1, depth=None) -> KVCache:
+    def new_cache(self, batch: int, max_len: int | None = None, read_steps=1, depth=None, last_only=False) -> KVCache:
         """An empty cache of `batch` rows x max_len columns; for an exit rule, `depth` is `exits.max_depth`."""
         w = self.embed.weight
-        return KVCache(self.config, batch, max_len, read_steps, w.dtype, w.device, depth)
+        return KVCache(self.config, batch, max_len, read_steps, w.dtype, w.device, depth, last_only)
 
     def generate(self, prompt_ids: Int[Tensor, "b t"], max_new_tokens: int, **options) -> Int[Tensor, "b u"]:
         """(B, T) -> (B, T + max_new_tokens); options as in sampling.generate: temperature=1.0, top_k, top_p,
@@ -374,8 +373,7 @@ class TinyNet(nn.Module):
         return torch.lerp(old, h, torch.sigmoid(self.gate(torch.cat((old, h), dim=-1))).to(h.dtype))
 
     def apply_blocks(self, h, ctx, slot):
-        h = run_blocks(self.blocks, h, ctx, slot)
-        return h if self.norm is None else self.norm(h)
+        return run_blocks(self.blocks, h, ctx, slot, self.norm)
 
 
 class TinyBlock(nn.Module):

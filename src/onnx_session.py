@@ -114,8 +114,9 @@ class OnnxModel:
         """None: they are in the graph, which takes its ids from the CPU wherever it runs."""
         return iter(())
 
-    def new_cache(self, batch: int, max_len: int | None = None, depth: int | None = None) -> "OnnxCache":
-        """An empty cache of `batch` rows x max_len columns; depth must be the graph's own."""
+    def new_cache(self, batch: int, max_len: int | None = None, depth=None, last_only=True) -> "OnnxCache":
+        """An empty cache of `batch` rows x max_len columns; depth must be the graph's own, and last columns alone are
+        read out in any case."""
         return OnnxCache(self, batch, max_len or self.config.max_seq_len)
 
     def __call__(

@@ -123,7 +123,7 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     mask = torch.ones_like(ids) if mask is None else mask.long()
     cache, new = None, None
-    for _ in range(max_new_tokens):
+    for made in range(max_new_tokens):
         if ids.shape[1] > max_len or cache is None and not bool(mask[:, 0].any()):
             (ids, mask), cache = fit_window(ids, mask, max_len, finished.tolist()), None
         with torch.inference_mode():  # no bookkeeping for gradients at all
@@ -131,8 +131,9 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
                 real = mask[:, -1:] if bool(finished.any()) else None
                 output = model(new[:, None], attention_mask=real, cache=cache, **read)
             else:
-                depth = {"depth": max_depth(model.config, read["exit"])} if read else {}
-                cache = model.new_cache(len(ids), max_len, **depth) if use_cache else None
+                depth = max_depth(model.config, read["exit"]) if read else None
+                room = min(max_len, ids.shape[1] + max_new_tokens - made)
+                cache = model.new_cache(len(ids), room, depth=depth, last_only=True) if use_cache else None
                 output = model(ids, attention_mask=None if bool(mask.all()) else mask, cache=cache, **read)
             logits = output.logits[-1] if read.get("return_steps") else output.logits
             new = choose_token(logits[:, -1], *choice, generators)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.cache import KVCache, cache_slots
+from src.exits import ExitRule
 from src.sampling import generate
 
 CASES = [
@@ -131,39 +132,43 @@ def test_a_full_prompt_and_a_padded_prompt_wider_than_the_context(tiny):
 
 
 @st.composite
-def situations(draw):
-    recursion = draw(st.sampled_from(["none", "loop", "trm"]))
-    config = {
+def configurations(draw, families=("none", "loop", "trm")):
+    """Settings of a tiny model that decodes, for its fixture `tiny`."""
+    recursion = draw(st.sampled_from(families))
+    return {
         "recursion": recursion,
         "norm": draw(st.sampled_from(["post", "pre", "sandwich"])),
         "injection": draw(st.sampled_from(["sum", "concat"] + ["none"] * (recursion == "loop"))),
         "positions": draw(st.sampled_from(["rope", "learned", "none"])),
         "n_kv_heads": draw(st.sampled_from([1, 2, 4])),
-        "n_layers": draw(st.integers(1, 2)),
-        "prelude_layers": draw(st.integers(0, 1)),
-        "coda_layers": draw(st.integers(0, 1)),
-        "gate": draw(st.booleans()),
-        "deep_steps": draw(st.integers(1, 2)),
-        "max_seq_len": draw(st.integers(4, 9)),
+        **{key: draw(st.integers(1, 2)) for key in ("n_layers", "deep_steps")},
+        **{key: draw(st.integers(0, 1)) for key in ("prelude_layers", "coda_layers")},
+        **{key: draw(st.booleans()) for key in ("gate", "qk_norm", "tie_embeddings")},
         "seed": draw(st.integers(0, 99)),
     }
-    lengths = draw(st.lists(st.integers(1, config["max_seq_len"]), min_size=1, max_size=3))
-    return config, lengths, draw(st.sampled_from([None, 0, 1])), draw(st.integers(1, 12))
+
+
+@st.composite
+def padded_prompts(draw, most):
+    """ids (B, T) of up to 3 rows with 1 to `most` tokens each, and the mask (B, T) of their padding on the left."""
+    lengths = draw(st.lists(st.integers(1, most), min_size=1, max_size=3))
+    width = max(lengths)
+    mask = torch.tensor([[0] * (width - length) + [1] * length for length in lengths])
+    return prompt(*mask.shape, seed=draw(st.integers(0, 99))), mask
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(situation=situations())
-def test_cached_is_uncached_whatever_the_situation(tiny, situation):
-    config, lengths, eos, number = situation
-    model, width = tiny(**config), max(lengths)
-    ids = prompt(len(lengths), width)
-    mask = torch.stack([(torch.arange(width) >= width - n).long() for n in lengths])
+@given(data=st.data())
+def test_cached_is_uncached_whatever_the_situation(tiny, data):
+    model = tiny(**data.draw(configurations()), max_seq_len=data.draw(st.integers(4, 9)))
+    ids, mask = data.draw(padded_prompts(model.config.max_seq_len))
+    number, eos = data.draw(st.integers(1, 12)), data.draw(st.sampled_from([None, 0, 1]))
     options = {"attention_mask": mask, "eos_id": eos}
     cached = decode(model, ids, number, **options)
     assert torch.equal(cached, decode(model, ids, number, use_cache=False, **options))
     if eos is None:
-        for row, n in enumerate(lengths):
-            assert cached[row].tolist() == greedy_by_hand(model, ids[row, width - n :].tolist(), number)
+        for row, tokens, real in zip(cached, ids, mask.bool()):
+            assert row.tolist() == greedy_by_hand(model, tokens[real].tolist(), number)
 
 
 @pytest.mark.parametrize("coda_layers", [0, 1])
@@ -228,6 +233,36 @@ def test_a_cache_needs_a_causal_attention_model(tiny):
     for wrong in ({"causal": False}, {"causal": False, "mixer": "mlp"}):
         with pytest.raises(ValueError, match="causal"):
             tiny(**wrong).new_cache(1)
+
+
+@pytest.mark.parametrize("rule", [None, "fixed", "halt", "kl"])
+@torch.no_grad()
+def test_the_last_column_alone_is_read(tiny, rule):
+    """The same logits as of a cache that reads all, of which the head computes no others, except for kl."""
+    model, ids = tiny(coda_layers=1), prompt()
+    options = {} if rule is None else {"exit": ExitRule(rule, act_threshold=0.6, kl_threshold=0.3)}
+    depth, columns = None if rule is None else 2, []
+    model.head.register_forward_pre_hook(lambda head, inputs: columns.append(inputs[0].shape[1]))
+    for steps in (False, True) if rule else (False,):
+        whole, short = (model.new_cache(3, depth=depth, last_only=last_only) for last_only in (False, True))
+        for part in (slice(0, 7), slice(7, 8), slice(8, 10)):
+            wanted = model(ids[:, part], cache=whole, return_steps=steps, **options).logits
+            columns.clear()
+            found = model(ids[:, part], cache=short, return_steps=steps, **options).logits
+            assert set(columns) == {ids[:, part].shape[1] if rule == "kl" else 1}
+            torch.testing.assert_close(found, wanted[..., -1:, :], atol=1e-5, rtol=0)
+
+
+def test_generation_reads_last_columns_and_takes_no_more_room_than_its_text(tiny):
+    model, ids = tiny(), prompt()
+    read, rooms, new_cache = [], [], model.new_cache
+    model.head.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0].shape[1]))
+    model.new_cache = lambda rows, room, **options: rooms.append(room) or new_cache(rows, room, **options)
+    text = decode(model, ids, 4)
+    assert rooms == [10 + 4] and read == [1] * 4
+    decode(model, ids, 12)  # the first 7 fill the context, of which half is kept
+    assert rooms[1:] == [M, M // 2 + 12 - 7]
+    assert torch.equal(text, decode(model, ids, 4, use_cache=False))
 
 
 class RecordingCache(KVCache):

@@ -1,10 +1,12 @@
 """The decoding form of a block against the plain form, which runs wherever gradients are recorded."""
 
+import weakref
+
 import pytest
 import torch
-from test_cache import CASES, LEFT_PADDED, name, prompt
+from test_cache import CASES, LEFT_PADDED, chunked, name, prompt
 
-from src import decode
+from src import decode, layers
 from src.cache import cache_slots
 from src.checkpoint import own_state
 from src.decode import store_for_decoding
@@ -65,11 +67,35 @@ def test_only_fp32_is_stored_otherwise(tiny):
 
 
 def test_what_was_looked_up_goes_with_its_cache(tiny):
-    model, ids = tiny(recursion="loop"), prompt()[:, :1]
-    with torch.no_grad():
-        before = model(ids, cache=model.new_cache(3)).logits
+    model, ids, logits = tiny(recursion="loop"), prompt()[:, :1], []
+    for _ in range(2):
+        cache = model.new_cache(3)
+        with torch.no_grad():
+            logits.append(model(ids, cache=cache).logits)
+            torch.testing.assert_close(logits[-1], model(ids).logits, atol=1e-5, rtol=0)
+        assert set(model.net.blocks) < set(cache.parts)
+        held, cache = weakref.ref(cache), None
+        assert held() is None
         model.net.blocks[0].mlp.down.weight.data = torch.zeros_like(model.net.blocks[0].mlp.down.weight)
-        after = model(ids, cache=model.new_cache(3)).logits
-        torch.testing.assert_close(after, model(ids).logits, atol=1e-5, rtol=0)
-    assert (after - before).norm() > 0.01 * before.norm()
-    assert not decode._looked_up
+    assert (logits[1] - logits[0]).norm() > 0.01 * logits[0].norm()
+
+
+@torch.no_grad()
+def test_rotary_positions_are_made_once_a_text(tiny, monkeypatch):
+    model, asked, rotary_table = tiny(), [], layers.rotary_table
+    monkeypatch.setattr(layers, "rotary_table", lambda p, *rope: asked.append(p.tolist()) or rotary_table(p, *rope))
+    by_tokens(model, prompt(), LEFT_PADDED, False)
+    assert asked == [(LEFT_PADDED[:, :4].cumsum(1) - 1).clamp(min=0).tolist(), [list(range(16))]]
+
+
+@torch.no_grad()
+def test_in_training_the_plain_form_runs(tiny):
+    """With its dropout, and with its rotary positions."""
+    model, ids = tiny(dropout=0.5).train(), prompt()
+    cache = model.new_cache(3)
+    model(ids[:, :4], cache=cache)
+    first = model(ids[:, 4:5], cache=cache).logits
+    cache.length -= 1
+    assert not torch.equal(model(ids[:, 4:5], cache=cache).logits, first) and not cache.parts
+    model = tiny().train()
+    torch.testing.assert_close(chunked(model, ids, [4] + [1] * 6), model(ids).logits, atol=1e-5, rtol=0)

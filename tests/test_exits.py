@@ -6,6 +6,7 @@ from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import TokenTwin
+from test_cache import configurations, padded_prompts
 
 from src.exits import ExitRule, max_depth, visits_per_recursion_step
 from src.losses import kl_divergence
@@ -184,34 +185,24 @@ def test_one_row_that_stops_is_not_visited_again(tiny):
 def test_any_model_prompt_padding_and_rule(tiny, data):
     """Cached is uncached, a row alone is the row in its batch, prefill is token by token."""
     draw = data.draw
-    family = draw(st.sampled_from(["trm", "loop"]))
-    case = {
-        "recursion": family,
-        "norm": draw(st.sampled_from(["post", "pre", "sandwich"])),
-        "injection": draw(st.sampled_from(["sum", "concat"] + ["none"] * (family == "loop"))),
-        "positions": draw(st.sampled_from(["rope", "learned", "none"])),
-        "n_kv_heads": draw(st.sampled_from([4, 2, 1])),
-        "deep_steps": draw(st.integers(1, 3)),
-        **{key: draw(st.integers(low, 2)) for key, low in [("n_layers", 1), ("prelude_layers", 0), ("coda_layers", 0)]},
-        **{key: draw(st.booleans()) for key in ("gate", "qk_norm", "tie_embeddings")},
-        **{key: draw(st.integers(1, 3)) for key in ("latent_steps", "supervision_steps")},
+    case = draw(configurations(["trm", "loop"])) | {
+        **{key: draw(st.integers(0, 2)) for key in ("prelude_layers", "coda_layers")},
+        **{key: draw(st.integers(1, 3)) for key in ("deep_steps", "latent_steps", "supervision_steps")},
     }
-    model = tiny(**case, seed=draw(st.integers(0, 99)), dtype=torch.float64)
-    exit = draw(st.sampled_from(["fixed", "kl"] + ["halt"] * (family == "trm")))
+    model = tiny(**case, dtype=torch.float64)
+    exit = draw(st.sampled_from(["fixed", "kl"] + ["halt"] * (case["recursion"] == "trm")))
     depth = draw(st.none() | st.integers(1, 4))
     threshold = draw(st.floats(0.05, 0.95))
     rule = ExitRule(exit, depth, act_threshold=threshold, kl_threshold=threshold)
-    lengths = draw(st.lists(st.integers(1, 8), min_size=1, max_size=3))
-    width = max(lengths)
-    ids = prompt(len(lengths), width, seed=draw(st.integers(0, 99)))
-    mask = torch.tensor([[0] * (width - length) + [1] * length for length in lengths])
+    ids, mask = draw(padded_prompts(8))
+    width = ids.shape[1]
     with torch.no_grad():
         whole = model(ids, attention_mask=mask, exit=rule)
         cache = model.new_cache(len(ids), depth=max_depth(model.config, rule))
         singles = [
             model(ids[:, t : t + 1], attention_mask=mask[:, t : t + 1], cache=cache, exit=rule) for t in range(width)
         ]
-    for row, length in enumerate(lengths):
+    for row, length in enumerate(mask.sum(1).tolist()):
         with torch.no_grad():
             alone = model(ids[row : row + 1, width - length :], exit=rule)
         for other in (alone.logits[0], torch.stack([s.logits[row, 0] for s in singles[width - length :]])):

@@ -10,18 +10,31 @@ import jaxtyping
 import pytest
 import torch
 from conftest import mixtures, name
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cache import configurations, padded_prompts
 
 from src.checkpoint import save_checkpoint
 from src.config import UserError
 from src.exits import ExitRule
-from src.onnx_export import OnnxExport, at_depth, check, export_onnx, quantization_error, quantize, save, trace
+from src.onnx_export import (
+    OnnxExport,
+    at_depth,
+    check,
+    export_onnx,
+    fits_fused,
+    quantization_error,
+    quantize,
+    save,
+    trace,
+)
 from src.onnx_graph import Graph
-from src.onnx_session import load_onnx
+from src.onnx_session import OnnxModel, load_onnx
 from src.sampling import generate_ids
 from src.tokenizer import read_tokenizer
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 BYTES = 259  # tokens of the byte tokenizer
@@ -131,6 +144,48 @@ def test_an_export_writes_the_text_of_its_model(exports, form, use_cache):
             generate_ids(graph, ids, 30, attention_mask=LEFT_PADDED, use_cache=use_cache, **options), wanted
         )
     assert torch.equal(generate_ids(graph, ids[:1, 3:], 30, seed=3)[0], model.generate(ids[:1, 3:], 30, seed=3)[0])
+
+
+@torch.no_grad()
+def check_any(tiny, data, **small):
+    """Prefill of padded prompts, then token by token with the cache, against the eager model."""
+    draw = data.draw
+    case = draw(configurations()) | {"d_model": 32, "n_heads": draw(st.sampled_from([2, 8]))} | small
+    model = tiny(**case | {"n_kv_heads": min(case["n_kv_heads"], case["n_heads"])})
+    (ids, mask), new = draw(padded_prompts(8)), draw(st.integers(1, 4))
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        proto = trace(model, fits_fused(model.config))
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    graph, real = OnnxModel(session, model.config, {"cache": True}, "cpu"), mask.bool()
+    torch.testing.assert_close(
+        graph(ids, attention_mask=mask).logits[real], model(ids, attention_mask=mask).logits[real], atol=1e-4, rtol=1e-4
+    )
+    more, cache = tokens(model, len(ids), new), graph.new_cache(len(ids), ids.shape[1] + new)
+    steps = [graph(ids, attention_mask=mask, cache=cache).logits]
+    steps += [graph(more[:, t : t + 1], cache=cache).logits for t in range(new)]
+    mask = torch.cat((mask, torch.ones_like(more)), dim=1)
+    whole = model(torch.cat((ids, more), dim=1), attention_mask=mask).logits[:, ids.shape[1] - 1 :]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-4, rtol=1e-4)
+
+
+ONE_STEP = {"latent_steps": 1, "supervision_steps": 1}  # tracing takes seconds a block
+
+
+@settings(max_examples=2, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_small_graph_is_its_model(tiny, data):
+    small = {"n_heads": 2, "n_layers": 1, "deep_steps": 1, "prelude_layers": 0, "coda_layers": 0}
+    check_any(tiny, data, **small, **ONE_STEP)
+
+
+@pytest.mark.slow
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_any_graph_is_its_model(tiny, data):
+    check_any(tiny, data, **ONE_STEP)
 
 
 def test_a_weight_of_several_visits_is_stored_once(exports):
