@@ -95,7 +95,7 @@ def test_chunks_inside_documents(tiny, positions):
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_greedy_with_and_without_cache_across_the_context(tiny, case):
+def test_greedy_with_and_without_cache_across_the_context(unchecked, tiny, case):
     """More than max_seq_len new tokens, so that every row is cut at least twice, at different moments."""
     model, ids, number = tiny(**case), prompt(), M + 9
     cached = decode(model, ids, number, attention_mask=LEFT_PADDED)

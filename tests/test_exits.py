@@ -132,7 +132,7 @@ def test_chunks_with_left_padding(tiny, case, sizes):
 
 
 @pytest.mark.parametrize("case", CASES[2:5], ids=name)
-def test_text_with_and_without_cache_across_the_context(tiny, case):
+def test_text_with_and_without_cache_across_the_context(unchecked, tiny, case):
     model, ids, number = tiny(**case, dtype=torch.float64), prompt(), M - 2  # all rows but the shortest are cut
     for rule in rules(model, ids):
         options = {"seed": 1, "exit": rule, "attention_mask": LEFT_PADDED}

@@ -11,6 +11,7 @@ from src.config import UserError
 from src.curves import read_metrics
 
 pytest_plugins = "training"  # the fixtures make and corpus
+pytestmark = pytest.mark.usefixtures("unchecked")  # whole runs; the tests of the parts check annotations
 
 
 class TestResume:

@@ -14,6 +14,7 @@ from src.curriculum import CurriculumConfig, CurriculumStage
 from src.curves import read_metrics
 
 pytest_plugins = "training"  # the fixtures make and corpus
+pytestmark = pytest.mark.usefixtures("unchecked")  # whole runs; the tests of the parts check annotations
 STAGES = [
     {"steps": 3, "seq_len": 8, "batch_size": 16, "latent_steps": 1, "supervision_steps": 1},
     {"steps": 4, "latent_steps": 2, "dim": 32},

@@ -21,6 +21,7 @@ from src.runtime import RuntimeConfig
 from src.train_config import TrainConfig
 
 pytest_plugins = "training"  # the fixtures make and corpus
+pytestmark = pytest.mark.usefixtures("unchecked")  # whole runs; the tests of the parts check annotations
 
 
 @pytest.mark.parametrize("family", ["none", "loop", "trm"])
