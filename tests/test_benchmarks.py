@@ -19,7 +19,7 @@ import bench_memory  # noqa: E402
 import bench_train  # noqa: E402
 import common  # noqa: E402
 
-from experiments import release, shakespeare  # noqa: E402
+from experiments import classify, release, shakespeare  # noqa: E402
 from src.checkpoint import load_model, save_checkpoint  # noqa: E402
 from src.config import UserError, build  # noqa: E402
 from src.metrics import flops_per_token  # noqa: E402
@@ -317,3 +317,27 @@ def test_release_overwrites_nothing_but_a_checkpoint(finished_run, tmp_path):
     with pytest.raises(UserError, match="itself"):
         release.main([str(run), str(run / "best"), "--valid_paths", str(text)])
     assert (tmp_path / "papers" / "thesis.txt").exists() and (run / "best" / "ema.safetensors").exists()
+
+
+# --- experiments/classify.py ------------------------------------------------------------------------------------------
+
+
+def test_classifications_are_kept_and_tabled(finished_run, tmp_path, capsys):
+    run, output = finished_run[0], tmp_path / "out" / "runs.jsonl"
+    for task, names in (("sst", ["no", "yes", "perhaps"]), ("cfimdb", ["no", "yes"])):
+        (tmp_path / f"{task}-label-mapping.json").write_text(json.dumps(names))
+        for part in ("train", "dev"):
+            lines = "".join(f"{i % len(names)} ||| text {i}\n" for i in range(6))
+            (tmp_path / f"{task}-{part}.txt").write_text(lines)
+    where = ["--models", str(run), "--data", str(tmp_path), "--output", str(output), "--device", "cpu"]
+    classify.main([*where, "--seeds", "0", "1", "--epochs", "1"])
+    runs = [json.loads(line) for line in output.read_text().splitlines()]
+    kinds = [("prompt", 0), ("finetune", 0), ("finetune", 1)]
+    assert [(r["task"], r["option"], r["seed"]) for r in runs] == [(t, *k) for t in ("sst", "cfimdb") for k in kinds]
+    assert all(r["accuracy"] == r["by_step"][-1] and len(r["by_step"]) == 2 for r in runs)  # a TRM of two steps
+    assert runs[1]["settings"] == classify.TASKS["sst"] | {"epochs": 1, "seed": 0}
+    capsys.readouterr()
+    classify.main(["--table", "--output", str(output)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[:2] for row in rows] == [[t, o] for t in ("cfimdb", "sst") for o in ("finetune", "prompt")]
+    assert f"{(runs[1]['accuracy'] + runs[2]['accuracy']) / 2:.4f}" in rows[2]
