@@ -19,7 +19,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from src.checkpoint import load_model, resolve
-from src.config import UserError, parse_flags, run
+from src.config import UserError, parse_flags, run, write_text
 from src.corpus import read_pieces, stdlib_files
 from src.exits import ExitRule, max_depth
 from src.metrics import describe_model
@@ -164,10 +164,7 @@ def run_harness(model, tokenizer, config, rule) -> dict:
 
 
 def write_json(path, found):
-    try:
-        Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room, or name another file") from None
+    write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def main(argv=None):

@@ -18,8 +18,7 @@ import torch
 from tqdm import tqdm
 
 from src.checkpoint import load_model
-from src.config import UserError, parse_flags, run
-from src.exits import ExitRule, max_depth
+from src.config import UserError, parse_flags, run, write_text
 from src.runtime import choose_device, choose_precision
 from src.sampling import generate_ids
 from src.tasks import classification as task
@@ -81,13 +80,6 @@ def parse_args(argv=None) -> tuple[ClassifierConfig, FinetuneConfig]:
     return tuple(parse_flags(__doc__, ClassifierConfig, FinetuneConfig, argv=argv, positional="checkpoint"))
 
 
-def write(path, text):
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room, or name another file") from None
-
-
 def write_sentences(config, device):
     """Go on from the prompt at temperature 0 and at temperature 1, each into its file."""
     model, tokenizer = load_model(config.checkpoint, device)
@@ -102,58 +94,62 @@ def write_sentences(config, device):
         row = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
         text = tokenizer.decode(ids[0].tolist() + row)
         print(f"temperature {temperature}: {text}\n")
-        write(path, text + "\n")
+        write_text(path, text + "\n")
+
+
+def read_examples(config, names, *parts) -> dict:
+    """{part: its examples} of those of the parts that are given."""
+    paths = {part: getattr(config, part) for part in parts}
+    return {part: task.read_examples(path, names) for part, path in paths.items() if path}
 
 
 def zero_shot(config, device):
-    """(names, function from a list of Examples to (S, N, C) scores, one per recursion step)."""
-    names, (model, tokenizer) = task.read_label_names(config.label_names), load_model(config.checkpoint, device)
+    """(examples by part, names, function from a list of them to (S, N, C) scores, one per recursion step)."""
+    names = task.read_label_names(config.label_names)
+    classifier = task.LlamaZeroShotClassifier(*load_model(config.checkpoint, device), names, config.suffix)
 
     def score(examples):
-        steps = []
-        for depth in range(1, max_depth(model.config) + 1):
-            rule = ExitRule("fixed", depth)
-            classifier = task.LlamaZeroShotClassifier(model, tokenizer, names, config.suffix, rule)
-            with tqdm(unit="token", unit_scale=True, desc=f"depth {depth}") as bar:
-                steps.append(classifier([example.text for example in examples], bar=bar))
-        return torch.stack(steps)
+        with tqdm(unit="token", unit_scale=True) as bar:
+            return classifier.by_depth([example.text for example in examples], bar=bar)
 
-    return names, score
+    return read_examples(config, names, "dev", "test"), names, score
 
 
-def tune(config, tuning, device, precision) -> bool:
-    """Train a classifier; False where that was interrupted."""
-    names = task.read_label_names(config.label_names) if config.label_names else task.find_label_names(config.train)
-    parts = (config.train, config.dev, config.test)  # a mistake in the last one is told before the training, too
-    train, dev, _ = (task.read_examples(path, names) if path else [] for path in parts)
-    return finetune(tuning, config.checkpoint, train, dev, names, device, precision) is not None
-
-
-def tuned(folder, batch_size, device, precision):
-    """The same of a trained classifier, by supervision step."""
-    classifier, tokenizer = load_classifier(folder, device)
+def tuned(config, tuning, device, precision):
+    """The same of a fine-tuned classifier, which option finetune makes first; None where that was interrupted."""
+    if config.option == "finetune":
+        names = task.read_label_names(config.label_names) if config.label_names else task.find_label_names(config.train)
+        examples = read_examples(config, names, "train", "dev", "test")  # a mistake is told before the training
+        train, dev = examples["train"], examples.get("dev", [])
+        made = finetune(tuning, config.checkpoint, train, dev, names, device, precision)
+        if made is None:
+            return None
+        classifier, tokenizer = made
+    else:
+        classifier, tokenizer = load_classifier(config.checkpoint, device)
+        examples = read_examples(config, classifier.names, "dev", "test")
 
     def score(examples):
         samples, _ = task.encode(examples, tokenizer, classifier.model.config.max_seq_len)
         with tqdm(total=len(samples), unit="text") as bar:
-            return task.predict(classifier, samples, batch_size, precision, bar)
+            return task.predict(classifier, samples, tuning.batch_size, precision, bar)
 
-    return classifier.names, score
+    return examples, classifier.names, score
 
 
 def judge(part, examples, scores, names, out):
     """Print how good the answers are, write them, and return the report of the last step."""
-    answers, labels = scores.argmax(-1), torch.tensor([example.label for example in examples])
+    answers, labels = scores.argmax(-1), task.labels_of(examples)
     found = task.report(answers[-1], labels, len(names))
     if out is not None:
         rows = ((answer, " ".join(text.splitlines())) for answer, (text, _) in zip(answers[-1].tolist(), examples))
-        write(out, "".join(f"{answer} ||| {text}\n" for answer, text in rows))
+        write_text(out, "".join(f"{answer} ||| {text}\n" for answer, text in rows))
     print(f"{part}: {len(examples):,} texts, accuracy {found.accuracy:.4f}, macro F1 {found.macro_f1:.4f}")
     if len(labels.unique()) == 1:
         print("all of these texts have one label: if the labels are hidden, the figures mean nothing")
     if len(answers) > 1:
-        by_step = (answers == labels).double().mean(1).tolist()
-        print("accuracy by recursion step: " + ", ".join(f"{accuracy:.4f}" for accuracy in by_step))
+        by_step = (f"{accuracy:.4f}" for accuracy in task.accuracies(scores, examples))
+        print("accuracy by recursion step: " + ", ".join(by_step))
     width = max(len("label"), *map(len, names))
     print(f"{'label':>{width}}  precision  recall      F1  texts  answers")
     for i, (name, figures) in enumerate(zip(names, found.per_class)):
@@ -170,19 +166,16 @@ def main(argv=None):
     if config.option == "generate":
         return write_sentences(config, device)
     folder = Path(tuning.save_dir) if config.option == "finetune" else None
-    if folder and not tune(config, tuning, device, precision):
+    made = zero_shot(config, device) if config.option == "prompt" else tuned(config, tuning, device, precision)
+    if made is None:
         return
-    source = folder or config.checkpoint
-    is_prompt = config.option == "prompt"
-    names, score = zero_shot(config, device) if is_prompt else tuned(source, tuning.batch_size, device, precision)
-    for part in ("dev", "test"):
-        path, out = getattr(config, part), getattr(config, f"{part}_out")
-        if path is not None:
+    examples, names, score = made
+    for part, out in (("dev", config.dev_out), ("test", config.test_out)):
+        if part in examples:
             out = folder / f"{part}_out.txt" if out is None and folder else out
-            examples = task.read_examples(path, names)
-            found = judge(part, examples, score(examples), names, out)
+            found = judge(part, examples[part], score(examples[part]), names, out)
             if folder:
-                title = f"{folder.name}: {part}, {len(examples):,} texts"
+                title = f"{folder.name}: {part}, {len(examples[part]):,} texts"
                 task.draw_confusion(found, names, folder / f"{part}_confusion.png", title)
 
 

@@ -14,7 +14,6 @@ examples and of dropout. Zero-shot has no seed. Every run appends one JSON line 
 """
 
 import dataclasses
-import json
 import math
 import statistics
 import sys
@@ -27,9 +26,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
 
+from experiments import records  # noqa: E402
 from src.checkpoint import load_config, load_model  # noqa: E402
-from src.config import UserError, parse_flags, run  # noqa: E402
-from src.exits import ExitRule, max_depth  # noqa: E402
+from src.config import parse_flags, run  # noqa: E402
 from src.metrics import count_parameters  # noqa: E402
 from src.model import TRMModel  # noqa: E402
 from src.runtime import choose_device, keep_freed_memory  # noqa: E402
@@ -79,40 +78,32 @@ class ClassifyConfig:
 
 
 TUNED = [f for f in dataclasses.fields(FinetuneConfig) if f.name not in ("save_dir", "seed", "resume")]
-Overrides = dataclasses.make_dataclass("Overrides", [(f.name, f.type | None, None) for f in TUNED])
-Overrides.__doc__ = "Change the fine-tuning (by default as the task says).\n\n    Args:" + (
-    FinetuneConfig.__doc__.split("Args:")[1].rstrip()
-)
+Overrides = records.overrides("Change the fine-tuning (by default as the task says).", TUNED, FinetuneConfig)
 
 
 def parse_args(argv=None) -> tuple[ClassifyConfig, dict]:
     """The settings of the script, and those that replace a task's."""
     config, changes = parse_flags(__doc__, ClassifyConfig, Overrides, argv=argv)
-    return config, {name: value for name, value in dataclasses.asdict(changes).items() if value is not None}
+    return config, records.given(changes)
 
 
 def zero_shot(folder, names, dev, device) -> list[float]:
     """Accuracy by recursion step."""
-    model, tokenizer = load_model(folder, device)
-    labels, accuracies = torch.tensor([example.label for example in dev]), []
-    for depth in range(1, max_depth(model.config) + 1):
-        classifier = task.LlamaZeroShotClassifier(model, tokenizer, names, rule=ExitRule("fixed", depth))
-        answers = classifier([example.text for example in dev], batch_size=16).argmax(-1)
-        accuracies.append((answers == labels).double().mean().item())
-    return accuracies
+    classifier = task.LlamaZeroShotClassifier(*load_model(folder, device), names)
+    scores = classifier.by_depth([example.text for example in dev], batch_size=16)
+    return task.accuracies(scores, dev)
 
 
 def fine_tuned(folder, names, train, dev, device, settings) -> list[float]:
     """Accuracy of the best epoch by supervision step."""
     with tempfile.TemporaryDirectory() as save_dir:
         config = FinetuneConfig(save_dir=f"{save_dir}/run", **settings)
-        best = finetune(config, folder, train, dev, names, device)
-        if best is None:
-            raise KeyboardInterrupt
-        _, tokenizer = load_model(folder, device)
+        made = finetune(config, folder, train, dev, names, device)
+    if made is None:
+        raise KeyboardInterrupt
+    best, tokenizer = made
     samples, _ = task.encode(dev, tokenizer, best.model.config.max_seq_len)
-    labels = torch.tensor([example.label for example in dev])
-    return (task.predict(best, samples).argmax(-1) == labels).double().mean(1).tolist()
+    return task.accuracies(task.predict(best, samples), dev)
 
 
 def measure(config, changes, name, folder, option, seed) -> dict:
@@ -139,25 +130,16 @@ def print_table(path) -> None:
     """Per model, task and option: runs, mean and standard deviation of the accuracy, and the mean of each step.
 
     Of runs with the same settings and seed, the last counts."""
-    runs = {}
-    try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            changes = " ".join(f"{k}={v}" for k, v in record["changes"].items())
-            key = (record["task"], record["option"], f"{record['model']} {changes}".strip())
-            runs.setdefault(key, {})[record["seed"]] = record
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--output {path}: no file of runs ({error}); run one first") from None
+    runs = records.by_seed(path, "task", "option", name="model")
     width = max((len(model) for *_, model in runs), default=5)
     print(f"task    option    {'model':{width}}  parameters  runs  accuracy  sd      minutes  by step")
     for (name, option, model), seeds in sorted(runs.items()):
-        records = list(seeds.values())
-        values = [record["accuracy"] for record in records]
+        values = [record["accuracy"] for record in seeds]
         deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-        steps = [statistics.mean(step) for step in zip(*(record["by_step"] for record in records))]
+        steps = [statistics.mean(step) for step in zip(*(record["by_step"] for record in seeds))]
         print(
-            f"{name:6}  {option:8}  {model:{width}}  {records[0]['parameters']:10,}  {len(records):4}  "
-            f"{statistics.mean(values):8.4f}  {deviation:6.4f}  {statistics.mean(r['minutes'] for r in records):7.1f}  "
+            f"{name:6}  {option:8}  {model:{width}}  {seeds[0]['parameters']:10,}  {len(seeds):4}  "
+            f"{statistics.mean(values):8.4f}  {deviation:6.4f}  {statistics.mean(r['minutes'] for r in seeds):7.1f}  "
             f"{' '.join(f'{step:.4f}' for step in steps)}"
         )
 
@@ -171,10 +153,7 @@ def main(argv=None) -> None:
         for name in config.tasks:
             for option in config.options:
                 for seed in config.seeds if option == "finetune" else [0]:
-                    record = measure(config, changes, name, folder, option, seed)
-                    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-                    with open(config.output, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(record) + "\n")
+                    records.keep(config.output, measure(config, changes, name, folder, option, seed))
     print_table(config.output)
 
 

@@ -18,7 +18,6 @@ the budget of nanoGPT's CPU setting, 2,000 steps of 12 x 64 and at most 0.8 M pa
 """
 
 import dataclasses
-import json
 import math
 import statistics
 import sys
@@ -31,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
 
+from experiments import records  # noqa: E402
 from src.config import UserError, build, parse_flags, run  # noqa: E402
 from src.evaluation import evaluate  # noqa: E402
 from src.losses import IGNORE  # noqa: E402
@@ -108,18 +108,15 @@ class ShakespeareConfig:
 MODEL = {f.name: f for f in dataclasses.fields(TRMConfig) if f.name not in ("vocab_size", "pad_token_id")}
 TRAIN = {f.name: f for f in dataclasses.fields(TrainConfig)}
 TRAIN = {name: TRAIN[name] for name in PROTOTYPE.keys() & TRAIN.keys() | {"optimizer", "optimizer_step", "compile"}}
-Overrides = dataclasses.make_dataclass(
-    "Overrides", [(f.name, f.type | None, None) for f in (*TRAIN.values(), *MODEL.values())]
-)
-Overrides.__doc__ = "Change the recipe (by default as it says).\n\n    Args:" + "".join(
-    cls.__doc__.split("Args:")[1].rstrip() for cls in (TrainConfig, TRMConfig)
+Overrides = records.overrides(
+    "Change the recipe (by default as it says).", (*TRAIN.values(), *MODEL.values()), TrainConfig, TRMConfig
 )
 
 
 def parse_args(argv=None) -> tuple[ShakespeareConfig, dict, RuntimeConfig]:
     """The settings of the script, those that replace a recipe's, and the device's."""
     config, changes, runtime = parse_flags(__doc__, ShakespeareConfig, Overrides, RuntimeConfig, argv=argv)
-    return config, {k: v for k, v in dataclasses.asdict(changes).items() if v is not None}, runtime
+    return config, records.given(changes), runtime
 
 
 def load_text(path) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -209,23 +206,15 @@ def print_table(path) -> None:
     """Per recipe: runs, parameters, mean and spread (largest less smallest) of the losses, the figure to compare with.
 
     Of runs with the same settings and seed, the last counts."""
-    runs = {}
-    try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            changes = " ".join(f"{k}={v}" for k, v in record["changes"].items())
-            runs.setdefault(f"{record['recipe']} {changes}".strip(), {})[record["seed"]] = record
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--output {path}: no file of runs ({error}); run a recipe first") from None
+    runs = {name: seeds for (name,), seeds in records.by_seed(path, name="recipe").items()}
     width = max(map(len, runs), default=6)
     print(f"{'recipe':{width}}  runs  parameters  nats/char  spread  EMA     spread  compare  minutes")
     for name, seeds in runs.items():
-        records = list(seeds.values())
-        columns = [spread([r[key] for r in records]) for key in ("valid_loss", "valid_loss_ema")]
-        minutes = statistics.mean(r["minutes"] for r in records)
+        columns = [spread([r[key] for r in seeds]) for key in ("valid_loss", "valid_loss_ema")]
+        minutes = statistics.mean(r["minutes"] for r in seeds)
         print(
-            f"{name:{width}}  {len(records):4}  {records[0]['parameters']:10,}  {columns[0]:17}  {columns[1]:14}  "
-            f"{records[0]['published'] or math.nan:7.3f}  {minutes:7.1f}"
+            f"{name:{width}}  {len(seeds):4}  {seeds[0]['parameters']:10,}  {columns[0]:17}  {columns[1]:14}  "
+            f"{seeds[0]['published'] or math.nan:7.3f}  {minutes:7.1f}"
         )
 
 
@@ -243,10 +232,7 @@ def main(argv=None) -> None:
     texts = load_text(config.path) if config.recipe else None
     for name in config.recipe:
         for seed in config.seeds:
-            record = train(name, seed, changes, texts, runtime)
-            Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-            with open(config.output, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            records.keep(config.output, train(name, seed, changes, texts, runtime))
     print_table(config.output)
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import typing
+from pathlib import Path
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
@@ -32,6 +33,14 @@ def run(main):
     except BrokenPipeError:  # the reader of stdout went away (`| head`): not a mistake
         sys.stderr.close()
         sys.exit(0)
+
+
+def write_text(path, text: str):
+    """Write a file of UTF-8 text.  UserError where it cannot be written."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make room, or name another file") from None
 
 
 def one_line(message):

@@ -132,10 +132,12 @@ def test_zero_shot_alone_and_in_a_batch(tiny):
 
 
 def test_zero_shot_by_depth(tiny):
-    model = model_of(tiny, supervision_steps=3)
-    one, three = (LlamaZeroShotClassifier(model, BYTE, NAMES, rule=ExitRule("fixed", depth))(TEXTS) for depth in (1, 3))
-    torch.testing.assert_close(three, LlamaZeroShotClassifier(model, BYTE, NAMES)(TEXTS))
+    classifier = LlamaZeroShotClassifier(model_of(tiny, supervision_steps=3), BYTE, NAMES)
+    one, three = (classifier(TEXTS, rule=ExitRule("fixed", depth)) for depth in (1, 3))
+    torch.testing.assert_close(three, classifier(TEXTS))
     assert (one - three).abs().min() > 1e-4
+    by_depth = classifier.by_depth(TEXTS)
+    assert by_depth.shape == (3, 4, 2) and torch.equal(by_depth[0], one) and torch.equal(by_depth[2], three)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -33,7 +33,8 @@ def source(tiny, tmp_path_factory):
 
 def tune(source, folder, family="trm", train=TRAIN, dev=DEV, **settings):
     settings = {"epochs": 2, "batch_size": 4, "dropout": 0.2, "lr": 1e-2, "save_dir": str(folder)} | settings
-    return finetune(FinetuneConfig(**settings), source / family, train, dev, NAMES, torch.device("cpu"))
+    made = finetune(FinetuneConfig(**settings), source / family, train, dev, NAMES, torch.device("cpu"))
+    return made and made[0]
 
 
 def during(monkeypatch, step, action):
@@ -64,6 +65,14 @@ def accuracy(classifier, examples):
     samples, _ = encode(examples, BYTE, classifier.model.config.max_seq_len)
     labels = torch.tensor([example.label for example in examples])
     return (predict(classifier, samples)[-1].argmax(-1) == labels).float().mean().item()
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The Finetuners that a test makes."""
+    made, original = [], Finetuner.__init__
+    monkeypatch.setattr(Finetuner, "__init__", lambda run, *args: (made.append(run), original(run, *args))[0])
+    return made
 
 
 @pytest.mark.parametrize(("family", "how"), [("trm", "full"), ("none", "full"), ("trm", "lora"), ("none", "lora")])
@@ -121,11 +130,9 @@ def test_head_alone(source, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["trm", "none"])
-def test_adapters_are_merged(source, tmp_path, monkeypatch, family):
+def test_adapters_are_merged(source, tmp_path, runs, family):
     """The checkpoint, which has no adapters, answers like the model that was trained with them."""
     pytest.importorskip("peft")
-    runs, original = [], Finetuner.__init__
-    monkeypatch.setattr(Finetuner, "__init__", lambda run, *args: (runs.append(run), original(run, *args))[0])
     saved = tune(source, tmp_path / "run", family, tune="lora", dev=[])
     samples, _ = encode(TRAIN, BYTE, 16)
     torch.testing.assert_close(predict(saved, samples), predict(runs[0].classifier, samples), atol=1e-5, rtol=1e-5)
@@ -167,14 +174,10 @@ def test_every_text_once_an_epoch(source, tmp_path, monkeypatch):
     assert sorted(map(len, seen)) == [1, 1] + [3] * 6
 
 
-def test_balance_makes_labels_count_alike(source, tmp_path, monkeypatch, capsys):
+def test_balance_makes_labels_count_alike(source, tmp_path, runs, capsys):
     def weights(balance, train):
-        runs, original = [], Finetuner.__init__
-        with monkeypatch.context() as patch:
-            patch.setattr(Finetuner, "__init__", lambda run, *args: (runs.append(run), original(run, *args))[0])
-            folder = tmp_path / f"{balance}{len(train)}"
-            tune(source, folder, train=train, dev=[], balance=balance, epochs=1)
-        return runs[0].class_weights
+        tune(source, tmp_path / f"{balance}{len(train)}", train=train, dev=[], balance=balance, epochs=1)
+        return runs[-1].class_weights
 
     rare = [Example("a", 1), *[Example("b", 0)] * 3]
     assert weights(False, rare) is None

@@ -9,7 +9,7 @@ from collections import Counter
 import jaxtyping
 import pytest
 import torch
-from conftest import mixtures, name
+from conftest import AXES, mixtures, name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cache import configurations, padded_prompts
@@ -39,16 +39,7 @@ pytest.importorskip("onnxscript")
 
 BYTES = 259  # tokens of the byte tokenizer
 WIDE = {"vocab_size": BYTES, "d_model": 32, "n_heads": 2, "n_layers": 1, "max_seq_len": 12}  # heads of 16: fused
-AXES = {
-    "norm": ("post", "pre", "sandwich"),
-    "injection": ("sum", "concat"),
-    "gate": (False, True),
-    "prelude_layers": (0, 1),
-    "coda_layers": (0, 1),
-    "n_kv_heads": (4, 2, 1),
-    "positions": ("rope", "learned", "none"),
-    "tie_embeddings": (False, True),
-    "qk_norm": (False, True),
+GRAPH_AXES = AXES | {
     "rope_scaling": (None, 2.5),
     "rope_trained_len": (None, 4),
     "supervision_steps": (1, 2),
@@ -87,7 +78,7 @@ def exports(tiny, tmp_path_factory):
     return functools.cache(lambda form: export(tiny, tmp_path_factory.mktemp(form), **FORMS[form]))
 
 
-@pytest.mark.parametrize("case", mixtures(AXES, 24, seed=7), ids=name)
+@pytest.mark.parametrize("case", mixtures(GRAPH_AXES, 24, seed=7), ids=name)
 @torch.no_grad()
 def test_the_standard_form_before_export(tiny, case):
     """Prompts of different lengths, then one token at a time, in buffers with room to spare and rubbish in them."""
@@ -262,7 +253,7 @@ def test_a_graph_that_does_something_else_is_not_kept(exports, tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("heads", [2, 8], ids=["fused", "standard"])
-@pytest.mark.parametrize("case", mixtures(AXES, 6, seed=11), ids=name)
+@pytest.mark.parametrize("case", mixtures(GRAPH_AXES, 6, seed=11), ids=name)
 def test_exports_of_every_kind(tiny, tmp_path, case, heads):
     """The check of every export is the test."""
     case = case | {"n_heads": heads, "n_kv_heads": min(heads, case["n_kv_heads"]), "quantize": "int8"}

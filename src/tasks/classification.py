@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from src.config import UserError
 from src.curves import GREY, INK, add_title, new_figure, save_picture
 from src.dataset import Sample, collate_batch
-from src.exits import ExitRule
+from src.exits import ExitRule, max_depth
 from src.layers import Attention
 from src.losses import IGNORE
 from src.runtime import autocast
@@ -130,17 +130,26 @@ class LlamaZeroShotClassifier:
     """Texts -> log-probabilities of label names as they would go on after text + suffix, without any training.
 
     suffix: what follows each text; `{labels}` in it becomes the names, joined. A name of several tokens is scored
-    whole; of a text that is too long the end is kept. rule: when a token stops recursing."""
+    whole; of a text that is too long the end is kept."""
 
-    def __init__(self, model, tokenizer, names: list[str], suffix: str = SUFFIX, rule: ExitRule | None = None):
-        self.model, self.tokenizer, self.names, self.rule = model, tokenizer, names, rule
+    def __init__(self, model, tokenizer, names: list[str], suffix: str = SUFFIX):
+        self.model, self.tokenizer, self.names = model, tokenizer, names
         self.suffix = suffix.replace("{labels}", " or ".join(names) if len(names) == 2 else ", ".join(names))
 
-    def __call__(self, texts: Iterable[str], batch_size: int = 8, bar=None) -> Float[Tensor, "n c"]:
-        """(N, C) log-probabilities in nats, not normalised over the names; bar counts tokens."""
+    def __call__(
+        self, texts: Iterable[str], batch_size: int = 8, rule: ExitRule | None = None, bar=None
+    ) -> Float[Tensor, "n c"]:
+        """(N, C) log-probabilities in nats, not normalised over the names.
+
+        rule: when a token stops recursing, default the trained depth; bar counts tokens."""
         pairs = [encode_pair(self.tokenizer, text + self.suffix, name) for text in texts for name in self.names]
-        scores = score_continuations(self.model, pairs, None, batch_size, self.rule, bar)
+        scores = score_continuations(self.model, pairs, None, batch_size, rule, bar)
         return torch.tensor([score.logprob for score in scores]).view(-1, len(self.names))
+
+    def by_depth(self, texts: list[str], batch_size: int = 8, bar=None) -> Float[Tensor, "s n c"]:
+        """The same where every token takes 1, 2, ... recursion steps, up to the trained depth."""
+        rules = (ExitRule("fixed", depth) for depth in range(1, max_depth(self.model.config) + 1))
+        return torch.stack([self(texts, batch_size, rule, bar) for rule in rules])
 
 
 class LlamaEmbeddingClassifier(nn.Module):
@@ -210,6 +219,15 @@ class Report(NamedTuple):
     macro_f1: float  # mean of the F1 of the labels that occur
     counts: Int[Tensor, "c c"]
     per_class: list[tuple[float, float, float]]  # precision, recall, F1; nan where there is nothing to divide by
+
+
+def labels_of(examples: Iterable[Example]) -> Int[Tensor, "n"]:
+    return torch.tensor([example.label for example in examples])
+
+
+def accuracies(scores: Float[Tensor, "s n c"], examples: Iterable[Example]) -> list[float]:
+    """Share of right answers by recursion step."""
+    return (scores.argmax(-1) == labels_of(examples)).double().mean(1).tolist()
 
 
 def report(predicted: Int[Tensor, "n"], labels: Int[Tensor, "n"], n_classes: int) -> Report:

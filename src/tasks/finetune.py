@@ -5,7 +5,6 @@ events. A checkpoint is the tuned language model, which goes on writing text, wi
 and the names of the labels in config.json. Killed and resumed, a run ends with the weights of an unbroken one.
 """
 
-import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -19,8 +18,9 @@ from tqdm import tqdm
 
 from src import checkpoint, run_folder
 from src.config import UserError
+from src.corpus import content_hash
 from src.dataset import Sample, collate_batch
-from src.losses import IGNORE, step_weights
+from src.losses import step_weights
 from src.monitor import TRMTrainingLogger
 from src.optim import learning_rate_factor
 from src.runtime import Interrupt, autocast, mix_seed
@@ -209,9 +209,9 @@ class Finetuner:
         epoch = self.step // self.epoch_steps
         if not self.dev_set:
             return True
-        logits = predict(self.classifier, self.dev_set, self.config.batch_size, self.precision)
-        right = logits.argmax(-1) == labels_of(self.dev_set)
-        accuracy, loss = right[-1].float().mean().item(), F.cross_entropy(logits[-1], labels_of(self.dev_set)).item()
+        logits = predict(self.classifier, self.dev_set, self.config.batch_size, self.precision)[-1]
+        labels = labels_of(self.dev_set)
+        accuracy, loss = (logits.argmax(-1) == labels).float().mean().item(), F.cross_entropy(logits, labels).item()
         log.log(self.step, epoch=epoch, valid_loss=loss, valid_accuracy=accuracy)
         tqdm.write(f"epoch {epoch}: dev accuracy {accuracy:.4f}, loss {loss:.4f}", file=sys.stderr)
         is_best = (accuracy, -loss) > (self.best, -self.best_loss)
@@ -241,13 +241,14 @@ class Finetuner:
 
 def labels_of(samples: list[Sample]) -> torch.Tensor:
     """(N,) labels of samples made by `classification.encode`."""
-    return torch.stack([sample.target_ids[sample.target_ids != IGNORE][0] for sample in samples])
+    return torch.stack([sample.target_ids[-1] for sample in samples])
 
 
 def finetune(
     config: FinetuneConfig, source, train: list[Example], dev: list[Example], names: list[str], device, precision="fp32"
-) -> LlamaEmbeddingClassifier | None:
-    """The best classifier of a run in config.save_dir, new or resumed, from a checkpoint folder of a language model.
+) -> tuple[LlamaEmbeddingClassifier, object] | None:
+    """The best classifier of a run in config.save_dir, new or resumed, from a checkpoint folder of a language model;
+    and the tokenizer.
 
     None where a signal ended it early. UserError for a folder that is in use, or holds a run of other settings."""
     folder, newest = Path(config.save_dir), None
@@ -275,10 +276,10 @@ def finetune(
         if newest:
             run.load(newest[1])
             print(f"resumed {newest[0]} after step {run.step}", file=sys.stderr)
-        return load_classifier(folder, device)[0] if run.train() else None
+        return load_classifier(folder, device) if run.train() else None
     finally:
         lock.release()
 
 
 def _digest(examples):
-    return hashlib.sha256(repr(examples).encode()).hexdigest()[:16]
+    return f"{content_hash(repr(examples).encode()):016x}"
