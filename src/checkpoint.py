@@ -124,13 +124,15 @@ def load_weights(model: TRMModel, weights: dict, path):
             own[name].copy_(placed_like(tensor, own[name]))
 
 
-def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=False):
+def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=False, config=None):
     """(model in eval mode, tokenizer) of a checkpoint or run folder; default: the released one.
 
     Averaged (EMA) weights are used where they exist, and a line on stderr says which weights these are. On a CPU the
-    weights are stored for fast decoding, unless the model `trains` on."""
+    weights are stored for fast decoding, unless the model `trains` on. `config` replaces the folder's own, such as by
+    one of more recursion steps; UserError where the weights are of another shape."""
     folder = resolve(folder)
-    config = load_config(folder)
+    own = load_config(folder)
+    config = own if config is None else config
     tokenizer = read_tokenizer(str(folder))
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
@@ -141,7 +143,15 @@ def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=
     path = path if ema and path.exists() else folder / "model.safetensors"
     weights = read_weights(path)
     model = TRMModel(config)
-    load_weights(model, weights, path)
+    try:
+        load_weights(model, weights, path)
+    except UserError:
+        changed = [name for name, value in vars(config).items() if value != getattr(own, name)]
+        if not changed:
+            raise
+        raise UserError(
+            f"{path} does not fit a model of other {', '.join(changed)}: change only what leaves weights as they are"
+        ) from None
     print(f"{folder}: {'EMA' if path.name.startswith('ema') else 'plain'} weights", file=sys.stderr)
     model = model.to(device=device, dtype=dtype).eval()
     decodes = torch.device(device).type == "cpu" and not trains

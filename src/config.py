@@ -69,12 +69,12 @@ class _Parser(ArgumentParser):
         return f"--{wrong[1]} {wrong[2]}: expected {allowed}"
 
 
-def parse_flags(description, *classes, argv=None, positional=None):
+def parse_flags(description, *classes, argv=None, positional=None, defaults=None):
     """Flags and YAML into instances of the dataclasses `classes`, in their order.
 
     Every field is a flag of its own name; its help is its line under `Args:` in the class docstring. A list takes one
     or more values, a bool takes `--x`, `--x true` or `--x false`, a `bool | str` also `--x word`. `positional` names a
-    field that needs no flag.
+    field that needs no flag; `defaults(parsed)` gives {name: value} that replace defaults of the classes.
     Raises UserError where a dataclass refuses its values; a wrong flag ends the program with one line and code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -85,6 +85,9 @@ def parse_flags(description, *classes, argv=None, positional=None):
     fields = {name: field for cls in classes for name, field in _flags(cls)}
     try:
         parsed = parser.parse_args(_normalise(argv, fields, positional))
+        if defaults is not None and (others := defaults(parsed)):
+            parser.set_defaults(others)
+            parsed = parser.parse_args(_normalise(argv, fields, positional))
     except UnicodeDecodeError:
         raise UserError("the --config file is not UTF-8 text: correct it") from None
     return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls)}) for cls in classes)

@@ -25,15 +25,29 @@ class Settings(NamedTuple):
     runtime: RuntimeConfig
 
     def flat(self) -> dict:
-        """{flag: value} of all, as config.yaml has them; without the model's where another folder has them."""
+        """{flag: value} of all, as config.yaml has them."""
         parts = (self.train, self.data, self.runtime)
         flat = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
-        return flat if self.train.init_from else flat | run_folder.model_settings(self.model)
+        return flat | run_folder.model_settings(self.model)
 
 
 def read_settings(argv=None, description=None) -> Settings:
-    """Settings from flags, such as ["--config", "configs/small.yaml", "--lr", "3e-3"]; None = the command line's."""
-    return Settings(*parse_flags(description, *Settings.__annotations__.values(), argv=argv))
+    """Settings from flags, such as ["--config", "configs/small.yaml", "--lr", "3e-3"]; None = the command line's.
+
+    With init_from the model's settings that are not given are those of the checkpoint."""
+    return Settings(*parse_flags(description, *Settings.__annotations__.values(), argv=argv, defaults=_model_of_source))
+
+
+def _model_of_source(parsed) -> dict:
+    """The model's settings of the checkpoint that a run starts from, or of the run itself once it has begun."""
+    if parsed.init_from is None:
+        return {}
+    begun = run_folder.settings_of(Path(parsed.save_dir))
+    if begun:
+        return {field.name: begun[field.name] for field in dataclasses.fields(TRMConfig) if field.name in begun}
+    source = checkpoint.load_config(parsed.init_from)
+    follows = run_folder.model_settings(source)["grad_deep_steps"]  # sizes stay as the weights have them
+    return source.to_dict() | {"grad_deep_steps": follows}
 
 
 def create_model(config: TRMConfig, tokenizer, seed: int = 0) -> TRMModel:
@@ -60,20 +74,21 @@ def _create_trainer(settings):
         lock = parallel.is_main() and run_folder.RunLock(folder)
         newest = run_folder.newest_whole(folder)
     source = newest[0] if newest else checkpoint.resolve(config.init_from) if config.init_from else None
-    if source:
+    if newest:
         model_config = checkpoint.load_config(source)
+    if source:
         data = dataclasses.replace(data, tokenizer=str(source), sp_model=None)
     choose_device(runtime.device)  # a wrong device is told before minutes of data preparation
     tokenizer, train_set, valid_set = prepare_data(data, model_config.vocab_size, model_config.max_seq_len)
     if config.init_from and not newest:
-        model = checkpoint.load_model(source, trains=True)[0]
+        model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
+        model = checkpoint.load_model(source, trains=True, config=model_config)[0]
     else:
         model = create_model(model_config, tokenizer, config.seed)
     first = TRMConfig(**newest[1]["first_model"]) if newest else None
     trainer = Trainer(config, model, tokenizer, train_set, valid_set, runtime, data.num_workers, first)
     if trainer.is_main and not newest:
-        of_source = run_folder.model_settings(model.config) if config.init_from else {}
-        run_folder.start(folder, settings.flat() | of_source)
+        run_folder.start(folder, settings.flat())
     trainer.lock = lock or (trainer.is_main and run_folder.RunLock(folder))
     if newest:
         trainer.load(*newest)

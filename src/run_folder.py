@@ -47,14 +47,21 @@ def model_settings(config: TRMConfig) -> dict:
     return config.to_dict() | dict.fromkeys(derived)
 
 
+def settings_of(folder: Path) -> dict:
+    """The settings in a run folder's config.yaml; none where no run has begun.  UserError where it is broken."""
+    try:
+        return dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        raise UserError(f"{folder}/config.yaml is broken: mend it, or choose another save_dir") from None
+
+
 def check_resume(folder: Path, settings: dict, resume: bool):
     """Whether the run in a folder may go on with these settings: UserError where not, a line for each that changed."""
     if not resume:
         raise UserError(f"save_dir {folder} holds a run: go on with --resume true, or choose another folder")
-    try:
-        before = dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
-        raise UserError(f"{folder}/config.yaml is broken: mend it, or choose another save_dir") from None
+    before = settings_of(folder)
     for name, new in settings.items():
         old = before.get(name)
         if old != new and name not in _FREE_ON_RESUME:

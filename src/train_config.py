@@ -44,7 +44,8 @@ class TrainConfig:
         monitoring: where figures go and when the run warns about its machine
         seed: seed of weights, order of examples and dropout
         resume: go on from the newest checkpoint of save_dir
-        init_from: checkpoint folder that the run starts from: weights, model settings and tokenizer are its own
+        init_from: checkpoint folder that the run starts from: its weights and tokenizer, and its model settings where
+            none are given (recursion steps, context length, losses may change, shapes may not)
     """
 
     save_dir: str = "runs/trm"

@@ -20,9 +20,7 @@ import torch  # noqa: E402
 
 from src.model import TRMConfig, TRMModel  # noqa: E402
 
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes several seconds")
+pytest.register_assert_rewrite("scripts", "training")  # fixtures that several files share
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""train_trm_lm.py and generate.py as a user runs them: texts, signals, and one clear line for every mistake.
+"""train_trm_lm.py and generate.py as a user runs them: texts, and one clear line for every mistake.
 
 Most calls are in process, a few in a process of their own, because each of those costs the seconds of an import."""
 
@@ -7,53 +7,18 @@ import io
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import ROOT, SMALL, run_script, start
 
 import generate
 import train_trm_lm
-from src.checkpoint import load_model, load_state
+from src.checkpoint import load_model
 from src.config import run
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--d_model 16 --n_heads 2 --n_layers 1 --max_seq_len 32 --batch_size 4 --warmup_steps 2 --compile false".split()
-SMALL += "--tokenizer byte --precision fp32 --device cpu --sample_tokens 4 --eval_batches 2".split()
+pytest_plugins = "scripts"  # the fixtures home and data
 SCRIPTS = {"train_trm_lm.py": train_trm_lm.main, "generate.py": generate.main}
-
-
-def start(*words, **options):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, **pipes, **options)
-
-
-def run_script(*words, stdin=None):
-    """(exit code, stdout, stderr) of a script in a process of its own."""
-    child = start(*words, stdin=subprocess.PIPE)
-    out, err = child.communicate(stdin, timeout=300)
-    return child.returncode, out, err
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("scripts")
-
-
-@pytest.fixture(scope="module")
-def data(home):
-    """Flags that name a small corpus and a cache."""
-    for name, numbers in (("train", range(100)), ("valid", range(100, 130))):
-        lines = (json.dumps({"text": f"def f{n}(x):\n    return x{' + x' * (n % 7)}\n"}) + "\n" for n in numbers)
-        (home / f"{name}.jsonl").write_text("".join(lines))
-    return [
-        *("--train_paths", str(home / "train.jsonl"), "--valid_paths", str(home / "valid.jsonl")),
-        *("--cache_dir", str(home / "cache")),
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -355,67 +320,6 @@ class TestMistakesOfTraining:
     def test_in_a_process(self, trained, data):
         words = ["train_trm_lm.py", *SMALL, *data, "--save_dir", trained[0]]
         assert_one_line(*run_script(*words), f"save_dir {trained[0]} holds a run")
-
-
-def until(condition, child, seconds=240):
-    """Wait until the condition holds or the child is gone."""
-    end = time.monotonic() + seconds
-    while not condition() and child.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
-
-
-def lines_of(folder):
-    path = folder / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-MOMENTS = {
-    "a checkpoint a step": (["--save_every", 1, "--eval_every", 1000], lambda f: (f / "last").exists()),
-    "an evaluation a step": (["--save_every", 7, "--eval_every", 1], lambda f: lines_of(f) > 12),
-    "workers": (["--num_workers", 1, "--save_every", 3, "--log_every", 1], lambda f: lines_of(f) > 20),
-}
-
-
-class TestInterrupted:
-    @pytest.mark.parametrize(
-        ("moment", "number"),
-        [
-            ("a checkpoint a step", signal.SIGINT),
-            pytest.param("a checkpoint a step", signal.SIGTERM, marks=pytest.mark.slow),
-            pytest.param("an evaluation a step", signal.SIGINT, marks=pytest.mark.slow),
-            ("an evaluation a step", signal.SIGTERM),
-            pytest.param("workers", signal.SIGINT, marks=pytest.mark.slow),
-            pytest.param("workers", signal.SIGTERM, marks=pytest.mark.slow),
-        ],
-        ids=str,
-    )
-    def test_ends_with_a_checkpoint(self, data, tmp_path, moment, number):
-        """The signal goes to the whole group, as Ctrl-C in a terminal does."""
-        more, ready = MOMENTS[moment]
-        words = ["train_trm_lm.py", *SMALL, *data, "--save_dir", tmp_path / "run", "--max_steps", 10**6, *more]
-        child = start(*words, start_new_session=True)
-        until(lambda: ready(tmp_path / "run"), child)
-        os.killpg(child.pid, number)
-        out, err = child.communicate(timeout=120)
-        assert child.returncode == 0 and out == "" and "Traceback" not in err, err[-2000:]
-        told = next(line for line in err.replace("\r", "\n").splitlines() if line.startswith("stopped by"))
-        step = load_state(tmp_path / "run" / "last")["step"]
-        assert f"stopped by {signal.Signals(number).name} after step {step}" in told
-        load_model(tmp_path / "run" / "last")
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("wait", [0.5, 2.0, 3.5, 5.0])
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-    def test_at_any_moment(self, data, tmp_path, wait, number):
-        """Also while it imports, reads and builds: afterwards there is no checkpoint, or a whole one."""
-        words = ["train_trm_lm.py", *SMALL, *data, "--save_dir", tmp_path / "run", "--max_steps", 10**6]
-        child = start(*words, "--save_every", 1, "--keep_checkpoints", 1)
-        time.sleep(wait)
-        child.send_signal(number)
-        child.communicate(timeout=120)
-        if (tmp_path / "run" / "last").is_symlink():
-            load_model(tmp_path / "run" / "last")
-            load_state(tmp_path / "run" / "last")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import time
 
@@ -10,13 +11,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training import assert_same_checkpoints, during, same
+from training import TINY, assert_same_checkpoints, during, same
 
 import train_trm_lm
 from src.checkpoint import load_model
 from src.config import UserError
+from src.create import create_trainer, read_settings
 from src.curves import read_metrics
 from src.losses import IGNORE
+from src.model import TRMConfig
 from src.runtime import RuntimeConfig
 from src.train_config import TrainConfig
 
@@ -187,6 +190,16 @@ class TestRepeating:
 
 
 class TestInitFrom:
+    @pytest.fixture
+    def from_first(self, corpus, tmp_path):
+        """from_first(*flags): settings of a run in tmp_path/second that starts from the one in tmp_path/first."""
+        folders = {"init_from": str(tmp_path / "first"), "save_dir": str(tmp_path / "second")}
+        model = {field.name for field in dataclasses.fields(TRMConfig)}
+        own = {name: value for name, value in TINY.items() if name not in model}
+        path = tmp_path / "second.yaml"
+        path.write_text(yaml.safe_dump(own | corpus | folders | {"max_steps": 4}))
+        return lambda *flags: read_settings(["--config", str(path), *flags])
+
     def test_starts_from_the_averaged_weights(self, make, tmp_path):
         make("first", ema_decay=0.5).train()
         source = tmp_path / "first"
@@ -197,12 +210,37 @@ class TestInitFrom:
         again = make("second", init_from=str(source), lr=1e-4, resume=True)
         assert again.step == 8
 
-    def test_config_yaml_tells_the_model_that_runs(self, make, tmp_path):
-        make("first").train()
-        default = {"d_model": 256, "n_heads": 4, "d_ff": None}
-        trainer = make("second", init_from=str(tmp_path / "first"), **default)
+    def test_model_settings_are_those_of_the_checkpoint_where_none_are_given(self, make, from_first, tmp_path):
+        make("first", gate=True, supervision_steps=1).train()
+        trainer = create_trainer(from_first("--supervision_steps", "3", "--full_bptt"))
+        config = trainer.raw.config
+        assert (config.d_model, config.gate, config.supervision_steps, config.full_bptt) == (16, True, 3, True)
+        weights = load_file(tmp_path / "first" / "best" / "ema.safetensors")
+        assert same(dict(trainer.raw.state_dict()), weights)
         written = yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())
-        assert trainer.raw.config.d_model == 16 and written["d_model"] == 16
+        assert (written["d_model"], written["gate"], written["supervision_steps"]) == (16, True, 3)
+
+    def test_resumes_with_the_same_flags_and_without_the_source(self, make, from_first, tmp_path):
+        make("first", supervision_steps=1).train()
+        create_trainer(from_first("--supervision_steps", "3")).train()
+        shutil.rmtree(tmp_path / "first")
+        assert create_trainer(from_first("--supervision_steps", "3", "--resume")).raw.config.supervision_steps == 3
+        assert create_trainer(from_first("--resume")).step == 4
+        with pytest.raises(UserError, match="--supervision_steps is 2, but the run in .* has 3"):
+            create_trainer(from_first("--supervision_steps", "2", "--resume"))
+
+    def test_weights_keep_their_shapes(self, make, from_first):
+        make("first").train()
+        with pytest.raises(UserError, match=r"ema.safetensors does not fit a model of other d_model: change only"):
+            create_trainer(from_first("--d_model", "32"))
+
+    def test_a_plain_transformer_becomes_the_block_of_a_loop(self, make, from_first):
+        plain = make("first", recursion="none", norm="pre", tie_embeddings=True)
+        plain.train()
+        loop = create_trainer(from_first("--recursion", "loop", "--injection", "none", "--deep_steps", "1"))
+        ids = torch.arange(32).view(2, 16)
+        with plain.averaged_weights(), torch.no_grad():
+            assert torch.equal(plain.raw.eval()(ids).logits, loop.raw.eval()(ids).logits)
 
 
 class TestSettings:
