@@ -1,6 +1,7 @@
 """Scripts in processes of their own, for tests: how to start one, small settings, a small corpus."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ SMALL += "--tokenizer byte --precision fp32 --device cpu --sample_tokens 4 --eva
 
 
 def start(*words, **options):
+    """A script in a process of its own, which Ctrl-C ends even where the tests run in the background."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background jobs inherit it, and hand it on
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, **pipes, **options)
 

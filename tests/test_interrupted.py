@@ -51,7 +51,10 @@ class TestInterrupted:
         child = start(*words, start_new_session=True)
         until(lambda: ready(tmp_path / "run"), child)
         os.killpg(child.pid, number)
-        out, err = child.communicate(timeout=120)
+        try:
+            out, err = child.communicate(timeout=120)
+        finally:
+            child.kill()
         assert child.returncode == 0 and out == "" and "Traceback" not in err, err[-2000:]
         told = next(line for line in err.replace("\r", "\n").splitlines() if line.startswith("stopped by"))
         step = load_state(tmp_path / "run" / "last")["step"]
@@ -67,7 +70,10 @@ class TestInterrupted:
         child = start(*words, "--save_every", 1, "--keep_checkpoints", 1)
         time.sleep(wait)
         child.send_signal(number)
-        child.communicate(timeout=120)
+        try:
+            child.communicate(timeout=120)
+        finally:
+            child.kill()
         if (tmp_path / "run" / "last").is_symlink():
             load_model(tmp_path / "run" / "last")
             load_state(tmp_path / "run" / "last")
