@@ -19,7 +19,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from src.checkpoint import load_model, resolve
-from src.config import UserError, parse_flags, run, write_text
+from src.config import UserError, check_writable, parse_flags, run, write_text
 from src.corpus import read_pieces, stdlib_files
 from src.exits import ExitRule, max_depth
 from src.metrics import describe_model
@@ -43,7 +43,8 @@ class EvalConfig:
         stride: tokens by which the windows of a long document advance; default half the context
         batch_size: windows at a time
         json: write the figures to this file too
-        depth_curve: draw bits per byte against mean visits per token, for each exit rule, into this .png (and .json)
+        depth_curve: draw bits per byte against mean visits per token, for each exit rule, into this .png (and .json);
+            up to the trained depth, or a larger max_recursion_depth
         lm_eval: names or YAML files of tasks for the lm-evaluation-harness, instead of text
         include_path: folder with more tasks for it
         num_fewshot: solved examples before each question of its tasks; none = as the task says
@@ -72,18 +73,25 @@ class EvalConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
         if self.depth_curve is not None and not self.depth_curve.endswith(".png"):
             raise ValueError(f"depth_curve is {self.depth_curve}: name a file that ends in .png")
-        for path in (self.json, self.depth_curve):
-            if path is not None and not Path(path).absolute().parent.is_dir():
-                raise ValueError(f"{path}: there is no such folder; make it first")
-        if self.lm_eval and (self.paths or self.depth_curve):
-            raise ValueError("lm_eval brings its own text: leave out paths and depth_curve")
+        if self.lm_eval and (self.paths or self.depth_curve or self.stride or self.max_tokens):
+            raise ValueError("lm_eval brings its own text: leave out paths, depth_curve, stride and max_tokens")
+        if not self.lm_eval and (self.include_path is not None or self.num_fewshot is not None):
+            raise ValueError("include_path and num_fewshot are for lm_eval: name its tasks, or leave them out")
 
 
 def parse_args(argv=None) -> tuple[EvalConfig, ExitRule]:
     config, rule = parse_flags(__doc__, EvalConfig, ExitRule, argv=argv, positional="checkpoint")
     if config.depth_curve is not None and rule != ExitRule(max_recursion_depth=rule.max_recursion_depth):
         raise UserError("depth_curve goes through all exit rules: leave out exit, act_threshold and kl_threshold")
+    for path in (config.json, config.depth_curve, curve_json(config)):
+        if path is not None:
+            check_writable(path)
     return config, rule
+
+
+def curve_json(config) -> Path | None:
+    """The data of the depth curve stand beside its picture."""
+    return None if config.depth_curve is None else Path(config.depth_curve).with_suffix(".json")
 
 
 def read_text(config):
@@ -149,7 +157,7 @@ def draw_curve(model, tokenizer, config, rule) -> dict:
         print(f"\ndepth {shallow.setting:g} is better than the trained depth {trained}: compare the rules with it")
     draw_depth_curve(points, trained, config.depth_curve, describe_model(model), str(resolve(config.checkpoint)))
     found = {"points": [p._asdict() for p in points], "cheapest": {name: p._asdict() for name, p in best.items()}}
-    write_json(Path(config.depth_curve).with_suffix(".json"), found)
+    write_json(curve_json(config), found)
     return found
 
 

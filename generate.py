@@ -11,6 +11,7 @@
 stdout carries the text alone, a single one as it is made; progress and speed go to stderr.
 """
 
+import io
 import sys
 import time
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from src.checkpoint import load_model
 from src.config import UserError, parse_flags, run
 from src.exits import ExitRule, max_depth, visits_per_recursion_step
 from src.quantize import quantize
-from src.runtime import DTYPES, choose_device, choose_precision, synchronize
+from src.runtime import DTYPES, choose_device, choose_precision, mix_seed, synchronize
 from src.sampling import generate
 from src.tokenizer import StreamDecoder
 from src.trace import Trace, check_path, show
@@ -76,14 +77,18 @@ class GenerateConfig:
             raise ValueError(f"num_samples is {self.num_samples}: set it to 1 or more")
         if self.onnx is not None and (self.checkpoint is not None or self.precision != "fp32"):
             raise ValueError("--onnx brings its own weights and precision: leave out checkpoint and --precision")
+        if self.interactive and (self.prompt or self.prompt_file is not None):
+            raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt and --prompt_file")
+        if self.trace and self.max_new_tokens == 0:
+            raise ValueError("--trace shows how tokens are chosen: set max_new_tokens to 1 or more")
 
     def prompts(self) -> list[str]:
         """The prompts of flags and file; a single empty one where there are none."""
         prompts = list(self.prompt)
         if self.prompt_file is not None:
             try:
-                with open(self.prompt_file, encoding="utf-8") as file:
-                    prompts += file.read().splitlines()
+                with open(self.prompt_file, encoding="utf-8-sig") as file:
+                    prompts += file.read().removesuffix("\n").split("\n")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"cannot read --prompt_file {self.prompt_file}: {error}") from None
         return prompts or [""]
@@ -154,6 +159,8 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
 
 def converse(model, tokenizer, config, rule):
     """Continue each line typed, until an end of file."""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a wrong byte is a mistake in one line, not the end
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     while True:
         try:
             print("prompt> ", end="", file=sys.stderr, flush=True)
@@ -161,8 +168,10 @@ def converse(model, tokenizer, config, rule):
         except EOFError:
             return
         try:
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise UserError("the prompt is not UTF-8 text: type it again")
             write_texts(model, tokenizer, [prompt] * config.num_samples, config, rule)
-        except UserError as error:  # a prompt that is too long should not end the conversation
+        except UserError as error:  # a wrong prompt should not end the conversation
             print(f"error: {error}", file=sys.stderr)
 
 
@@ -188,9 +197,12 @@ def main(argv=None):
     model, tokenizer = load(config)
     if config.interactive:
         converse(model, tokenizer, config, rule)
+    seed = config.seed
     for start in range(0, 0 if config.interactive else len(prompts), ROWS):
+        if start:  # texts go on as if there were one batch: a blank line between them, other random numbers
+            print()
+            config.trace, config.seed = False, None if config.seed is None else mix_seed(seed, start)
         write_texts(model, tokenizer, prompts[start : start + ROWS], config, rule)
-        config.trace = False  # it is of the first text
 
 
 if __name__ == "__main__":

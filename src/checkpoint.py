@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -132,30 +132,40 @@ def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=
     one of more recursion steps; UserError where the weights are of another shape."""
     folder = resolve(folder)
     own = load_config(folder)
-    config = own if config is None else config
     tokenizer = read_tokenizer(str(folder))
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size != own.vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {own.vocab_size}: "
             "they are of different models; copy the folder again"
         )
     path = folder / "ema.safetensors"
     path = path if ema and path.exists() else folder / "model.safetensors"
     weights = read_weights(path)
-    model = TRMModel(config)
-    try:
-        load_weights(model, weights, path)
-    except UserError:
-        changed = [name for name, value in vars(config).items() if value != getattr(own, name)]
-        if not changed:
-            raise
+    if config is not None and _shapes(config) != _shapes(own):
+        changed = [name for name in vars(own) if _changes_shapes(own, config, name)]
         raise UserError(
             f"{path} does not fit a model of other {', '.join(changed)}: change only what leaves weights as they are"
-        ) from None
+        )
+    model = TRMModel(own if config is None else config)
+    load_weights(model, weights, path)
     print(f"{folder}: {'EMA' if path.name.startswith('ema') else 'plain'} weights", file=sys.stderr)
     model = model.to(device=device, dtype=dtype).eval()
     decodes = torch.device(device).type == "cpu" and not trains
     return store_for_decoding(model) if decodes else model, tokenizer
+
+
+def _shapes(config) -> dict:
+    """{name: shape} of a model's tensors, without making them."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in own_state(TRMModel(config)).items()}
+
+
+def _changes_shapes(own, config, name) -> bool:
+    """Whether one setting of `config` put into `own` makes other tensors, or no model at all."""
+    try:
+        return _shapes(replace(own, **{name: getattr(config, name)})) != _shapes(own)
+    except ValueError:
+        return True
 
 
 def load_state(folder) -> dict:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import errno
 import json
+import os
 import re
 import signal
 import sys
@@ -33,6 +35,12 @@ def run(main):
     except BrokenPipeError:  # the reader of stdout went away (`| head`): not a mistake
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: {one_line(error)}: make room, and try again", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written to stdout would fail once more
+        sys.exit(2)
 
 
 def write_text(path, text: str):
@@ -41,6 +49,18 @@ def write_text(path, text: str):
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; make room, or name another file") from None
+
+
+def check_writable(path):
+    """UserError where a file cannot be written: asked before long work, not after."""
+    path = Path(path)
+    is_new = not path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make room, or name another file") from None
+    if is_new:
+        path.unlink()
 
 
 def one_line(message):

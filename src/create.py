@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from src import checkpoint, parallel, run_folder
-from src.config import parse_flags
+from src.config import UserError, parse_flags
 from src.dataset import DataConfig, prepare_data
 from src.metrics import describe_model
 from src.model import TRMConfig, TRMModel
@@ -76,12 +76,17 @@ def _create_trainer(settings):
     source = newest[0] if newest else checkpoint.resolve(config.init_from) if config.init_from else None
     if newest:
         model_config = checkpoint.load_config(source)
+    elif source and (data.sp_model or data.tokenizer not in ("sentencepiece", "byte", str(config.init_from))):
+        raise UserError("--init_from brings its own tokenizer: leave out --tokenizer and --sp_model")
+    if not model_config.causal:
+        raise UserError("causal false is for puzzles: a language model learns the next token, leave --causal out")
     if source:
         data = dataclasses.replace(data, tokenizer=str(source), sp_model=None)
     choose_device(runtime.device)  # a wrong device is told before minutes of data preparation
     tokenizer, train_set, valid_set = prepare_data(data, model_config.vocab_size, model_config.max_seq_len)
     if config.init_from and not newest:
-        model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
+        if model_config.vocab_size is None:
+            model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
         model = checkpoint.load_model(source, trains=True, config=model_config)[0]
     else:
         model = create_model(model_config, tokenizer, config.seed)

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from src.losses import kl_divergence
 
+KL_THRESHOLD = 0.01  # nats
+DEEPEST = 1000  # recursion steps, each with a cache of its own
+
 
 @dataclass(frozen=True)
 class ExitRule:
@@ -25,28 +28,32 @@ class ExitRule:
             next-token distribution changes by less than kl_threshold
         max_recursion_depth: most recursion steps of a token, also more than trained; default as trained
         act_threshold: halt: stop over this halting probability; default the model's own
-        kl_threshold: kl: stop where KL(after the step || before it) is under this, in nats
+        kl_threshold: kl: stop where KL(after the step || before it) is under this, in nats; default 0.01
     """
 
     exit: Literal["fixed", "halt", "kl"] = "fixed"
     max_recursion_depth: int | None = None
     act_threshold: float | None = None
-    kl_threshold: float = 0.01
+    kl_threshold: float | None = None
 
     def __post_init__(self):
-        if self.max_recursion_depth is not None and self.max_recursion_depth < 1:
-            raise ValueError(f"max_recursion_depth is {self.max_recursion_depth}: set it to 1 or more")
+        depth = self.max_recursion_depth
+        if depth is not None and not 1 <= depth <= DEEPEST:
+            raise ValueError(f"max_recursion_depth is {depth}: set it to 1 or more, up to {DEEPEST}")
         if self.act_threshold is not None and not 0 <= self.act_threshold <= 1:
             raise ValueError(f"act_threshold is {self.act_threshold}: set it from 0 to 1")
-        if not self.kl_threshold >= 0:
+        if self.kl_threshold is not None and not self.kl_threshold >= 0:
             raise ValueError(f"kl_threshold is {self.kl_threshold}: set it to 0 or more")
+        for name, exit in (("act_threshold", "halt"), ("kl_threshold", "kl")):
+            if getattr(self, name) is not None and self.exit != exit:
+                raise ValueError(f"{name} is for --exit {exit}: choose that, or leave it out")
 
     def check(self, config) -> "ExitRule":
         """The rule itself; ValueError where a TRMConfig's model cannot obey it."""
-        if self.exit == "halt" and config.recursion != "trm":
-            raise ValueError(f"recursion {config.recursion} has no halting head: choose exit kl or fixed")
         if config.recursion == "none" and (self.exit != "fixed" or (self.max_recursion_depth or 1) > 1):
             raise ValueError("recursion none is one visit, there is nothing to leave or to repeat: choose exit fixed")
+        if self.exit == "halt" and config.recursion != "trm":
+            raise ValueError(f"recursion {config.recursion} has no halting head: choose exit kl or fixed")
         if self.exit != "fixed" and not (config.causal and config.mixer == "attention"):
             raise ValueError("tokens leave one by one in a causal attention model alone: choose exit fixed")
         return self
@@ -119,4 +126,4 @@ def _leaves(model, rule, y, logits, logits_before) -> Bool[Tensor, "b t"]:
         return model._halt(y).sigmoid() > threshold
     if logits_before is None:
         return torch.zeros(y.shape[:2], dtype=torch.bool, device=y.device)
-    return kl_divergence(logits, logits_before) < rule.kl_threshold
+    return kl_divergence(logits, logits_before) < (KL_THRESHOLD if rule.kl_threshold is None else rule.kl_threshold)

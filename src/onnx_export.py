@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
+from src import run_folder
 from src.cache import cache_slots
 from src.checkpoint import load_model
 from src.config import UserError
@@ -203,6 +204,7 @@ def export_onnx(settings: OnnxExport) -> dict:
     folder = Path(settings.output)
     if folder.exists() and not (folder / FACTS).is_file():
         raise UserError(f"{folder} exists and is no ONNX export: choose another --output, or remove it")
+    run_folder.check_writable(folder, "--output")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         need(package)
     trained, tokenizer = load_model(settings.checkpoint)
@@ -250,7 +252,13 @@ def _write_graph(proto, model, folder, settings) -> dict:
         print("no CUDA provider here: the graph is checked on the CPU", file=sys.stderr)
         device = "cpu"
     save(proto, folder / GRAPH)
-    errors = {"logits": check(model, load_onnx(folder, device)[0])}
+    try:
+        graph, _ = load_onnx(folder, device)
+    except UserError as error:
+        if settings.opset is None:
+            raise
+        raise UserError(f"opset {settings.opset} does not run here: choose another ({error})") from None
+    errors = {"logits": check(model, graph)}
     if settings.quantize == "int8":
         save(quantize(proto), folder / GRAPH)
         errors["int8"] = quantization_error(model, load_onnx(folder, device)[0])

@@ -146,24 +146,24 @@ class OnnxModel:
             raise UserError(f"this ONNX graph has max_recursion_depth {depth}: export it again for another")
 
     def _whole(self, ids, mask) -> Float[Tensor, "b t v"]:
-        """A text at once, all logits; those of padding are its row's first."""
-        (B, T), (rows, lengths) = ids.shape, aligned(ids, mask)
-        column = (np.arange(T) - (T - lengths)[:, None]).clip(0)
+        """A text at once, all logits; those of padding are those of the real token beside it."""
+        (B, T), (rows, lengths, first) = ids.shape, aligned(ids, mask)
+        column = (np.arange(T) - first[:, None]).clip(0, lengths[:, None] - 1)
         read = np.arange(B)[:, None] * rows.shape[1] + column
         return OnnxCache(self, B, T).run(rows, lengths, read.ravel()).view(B, T, -1)
 
 
-def aligned(ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Left-padded rows moved to the left edge, (B, U) of the longest row's length U, and their lengths (B,).
+def aligned(ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows moved to the left edge, (B, U) of the longest row's length U, their lengths (B,), and where they began (B,).
 
-    ValueError for any other mask."""
+    Padding is on the left, and on the right of rows that have ended.  ValueError for any other mask."""
     B, T = ids.shape
     mask = np.ones((B, T), dtype=np.int64) if mask is None else mask.long().numpy()
-    if (np.diff(mask, axis=1) < 0).any() or mask.max() > 1:
-        raise ValueError("attention_mask must be 0 on the left and 1 from the first real token on")
-    lengths = mask.sum(axis=1).clip(1)
-    column = np.arange(lengths.max()) + (T - lengths)[:, None]
-    return np.take_along_axis(ids.numpy(), column.clip(max=T - 1), axis=1), lengths
+    if (np.diff(mask, axis=1, prepend=0) > 0).sum(axis=1).max() > 1 or mask.max() > 1:
+        raise ValueError("attention_mask must be 1 from the first real token of a row to its last, and 0 elsewhere")
+    lengths, first = mask.sum(axis=1).clip(1), np.where(mask.any(axis=1), mask.argmax(axis=1), T - 1)
+    column = np.arange(lengths.max()) + first[:, None]
+    return np.take_along_axis(ids.numpy(), column.clip(max=T - 1), axis=1), lengths, first
 
 
 class OnnxCache:
@@ -198,7 +198,7 @@ class OnnxCache:
             self.text = new if self.text is None else [torch.cat(pair, dim=1) for pair in zip(self.text, new)]
             logits = self.model._whole(*self.text)[:, -1:]
         elif self.length == 0:
-            rows, self.lengths = aligned(ids, mask)
+            rows, self.lengths, _ = aligned(ids, mask)
             logits = self.run(rows, self.lengths, np.arange(B) * rows.shape[1] + self.lengths - 1)[:, None]
         else:  # the next token overwrites one that is not real
             logits = self.run(ids.numpy(), self.lengths + 1, np.arange(B))[:, None]

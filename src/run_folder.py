@@ -33,11 +33,11 @@ def start(folder: Path, settings: dict):
         raise UserError(f"cannot write to save_dir {folder}: {error.strerror}; choose another folder") from None
 
 
-def check_writable(folder: Path):
+def check_writable(folder: Path, flag: str = "save_dir"):
     """UserError where a run folder could not be made; makes nothing, as there may be other mistakes to tell first."""
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write to save_dir {folder}: {parent} is no writable folder; choose another folder")
+        raise UserError(f"cannot write to {flag} {folder}: {parent} is no writable folder; choose another folder")
 
 
 def model_settings(config: TRMConfig) -> dict:

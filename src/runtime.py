@@ -85,7 +85,7 @@ def choose_precision(wanted: str, device: torch.device) -> Choice:
     if wanted not in DTYPES:
         raise UserError(f"--precision {wanted}: unknown; choose auto, {', '.join(DTYPES)}")
     if wanted == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16: too narrow to train with on a CPU; use bf16, fp32 or auto")
+        raise UserError("--precision fp16 is for GPUs: on a CPU choose bf16, fp32 or auto")
     slow = wanted == "bf16" and best.value != "bf16" and device.type != "mps"
     return Choice(wanted, "as asked; there is no bf16 hardware here, so expect it to be slow" if slow else "as asked")
 

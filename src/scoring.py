@@ -307,6 +307,8 @@ def depth_curve(
     if config.recursion == "none":
         raise UserError("recursion none is one visit: there is no depth to draw a curve over")
     deepest = max(max_depth(config), max_recursion_depth or 0)
+    if deepest == 1:
+        raise UserError("one recursion step is no depth to draw a curve over: add --max_recursion_depth 4")
     samples = list(corpus_windows(config, tokenizer, documents, size, stride, max_docs, max_tokens))
     rules = [ExitRule("halt", deepest, act_threshold=a) for a in act_thresholds if config.recursion == "trm"]
     rules += [ExitRule("kl", deepest, kl_threshold=k) for k in kl_thresholds if deepest > 2]  # it needs two steps

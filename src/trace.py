@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from src.config import UserError
+from src.config import UserError, check_writable
 from src.exits import kl_divergence
 from src.sampling import Thought
 from src.tokenizer import REPLACEMENT
@@ -97,7 +97,7 @@ def summary(trace: list[dict]) -> str:
     n, deepest = len(trace), max(token["depth"] for token in trace)
     tokens, steps = (f"{k:,} {what}{'s' * (k > 1)}" for k, what in ((n, "token"), (deepest, "recursion step")))
     if is_single(trace):
-        return f"{tokens}, one recursion step; --max_recursion_depth 4 takes more"
+        return f"{tokens}, one recursion step; a recursive model takes more with --max_recursion_depth 4"
     mean = sum(token["depth"] for token in trace) / n
     depth = steps if mean == deepest else f"{mean:.2f} recursion steps on average, {deepest} at most"
     return f"{tokens}, {depth}; {sum(any(changes_of_mind(token)) for token in trace):,} changed on the way"
@@ -164,13 +164,7 @@ def check_path(path: str):
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--trace {path}: name a file that ends in {', '.join(FORMATS)}; a checkpoint goes before it")
     for file in (path, path.with_suffix(".json")):
-        is_new = not file.exists()
-        try:
-            file.open("ab").close()
-        except OSError as error:
-            raise UserError(f"--trace: cannot write {file}: {error.strerror}; name another file") from None
-        if is_new:
-            file.unlink()
+        check_writable(file)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

@@ -240,7 +240,17 @@ def test_a_cache_needs_a_causal_attention_model(tiny):
 def test_the_last_column_alone_is_read(tiny, rule):
     """The same logits as of a cache that reads all, of which the head computes no others, except for kl."""
     model, ids = tiny(coda_layers=1), prompt()
-    options = {} if rule is None else {"exit": ExitRule(rule, act_threshold=0.6, kl_threshold=0.3)}
+    options = (
+        {}
+        if rule is None
+        else {
+            "exit": {
+                "fixed": ExitRule(),
+                "halt": ExitRule("halt", act_threshold=0.6),
+                "kl": ExitRule("kl", kl_threshold=0.3),
+            }[rule]
+        }
+    )
     depth, columns = None if rule is None else 2, []
     model.head.register_forward_pre_hook(lambda head, inputs: columns.append(inputs[0].shape[1]))
     for steps in (False, True) if rule else (False,):

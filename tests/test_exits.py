@@ -193,7 +193,8 @@ def test_any_model_prompt_padding_and_rule(tiny, data):
     exit = draw(st.sampled_from(["fixed", "kl"] + ["halt"] * (case["recursion"] == "trm")))
     depth = draw(st.none() | st.integers(1, 4))
     threshold = draw(st.floats(0.05, 0.95))
-    rule = ExitRule(exit, depth, act_threshold=threshold, kl_threshold=threshold)
+    thresholds = {"halt": {"act_threshold": threshold}, "kl": {"kl_threshold": threshold}}
+    rule = ExitRule(exit, depth, **thresholds.get(exit, {}))
     ids, mask = draw(padded_prompts(8))
     width = ids.shape[1]
     with torch.no_grad():

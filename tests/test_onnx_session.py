@@ -49,13 +49,16 @@ def tokens(rows=3, length=6):
 
 def test_rows_go_to_the_left_edge():
     ids, mask = torch.arange(1, 16).view(3, 5), torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [0] * 5])
-    rows, lengths = aligned(ids, mask)
-    assert rows.shape == (3, 3) and lengths.tolist() == [3, 1, 1]
+    rows, lengths, first = aligned(ids, mask)
+    assert rows.shape == (3, 3) and lengths.tolist() == [3, 1, 1] and first.tolist() == [2, 4, 4]
     assert rows[0].tolist() == [3, 4, 5] and rows[1, 0] == 10
-    rows, lengths = aligned(ids, None)
-    assert np.array_equal(rows, ids.numpy()) and lengths.tolist() == [5, 5, 5]
-    for wrong in ([1, 1, 0, 1, 1], [1, 1, 1, 1, 0], [0, 1, 1, 2, 2]):
-        with pytest.raises(ValueError, match="attention_mask must be 0 on the left and 1"):
+    rows, lengths, first = aligned(ids, None)
+    assert np.array_equal(rows, ids.numpy()) and lengths.tolist() == [5, 5, 5] and first.tolist() == [0, 0, 0]
+    ended = torch.tensor([[0, 1, 1, 0, 0], [1] * 5, [1, 0, 0, 0, 0]])
+    rows, lengths, first = aligned(ids, ended)
+    assert lengths.tolist() == [2, 5, 1] and first.tolist() == [1, 0, 0] and rows[0, :2].tolist() == [2, 3]
+    for wrong in ([1, 1, 0, 1, 1], [0, 1, 1, 2, 2]):
+        with pytest.raises(ValueError, match="attention_mask must be 1 from the first real token"):
             aligned(ids, torch.tensor([wrong] * 3))
 
 
@@ -68,6 +71,18 @@ def test_it_samples_as_the_model_does(exported):
         assert torch.equal(generate_ids(graph, ids, 25, attention_mask=mask, **options), wanted)
     with pytest.raises(ValueError, match="the prompt has 17 tokens, the context holds 16"):
         next(generate(graph, tokens(1, 17), 1))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_rows_end_one_by_one(exported, use_cache):
+    """Past the end of the context too, for those that go on."""
+    model, graph, ids = exported[0], load_onnx(exported[1])[0], tokens()
+    options = {"attention_mask": torch.tensor([[1] * 6, [0] * 5 + [1], [0, 0] + [1] * 4]), "seed": 4}
+    free = model.generate(ids, 25, **options)
+    eos = next(token for token in free[0, 8:].tolist() if not (free[1:, 6:] == token).any())
+    wanted = model.generate(ids, 25, eos_id=eos, **options)
+    assert torch.equal(wanted[1:], free[1:]) and not torch.equal(wanted[0], free[0])  # the others never choose it
+    assert torch.equal(generate_ids(graph, ids, 25, eos_id=eos, use_cache=use_cache, **options), wanted)
 
 
 @torch.no_grad()

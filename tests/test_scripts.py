@@ -7,6 +7,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -140,6 +142,13 @@ class TestGenerating:
         assert [t.removeprefix("def ")[0] for t in texts] == ["a", "a", "b", "b"] and texts[0] != texts[1]
         assert "tokens/s" in err
 
+    def test_more_texts_than_are_written_at_once(self, trained, call):
+        words = [trained[0], "--prompt", "def a", "--num_samples", 18, "--max_new_tokens", 12, "--seed", 3]
+        code, out, _ = call("generate.py", *words, "--temperature", 2)
+        texts = out.removesuffix("\n").split("\n\ndef a")
+        assert code == 0 and len(texts) == len(set(texts)) == 18
+        assert out == call("generate.py", *words, "--temperature", 2)[1]
+
     def test_a_text_does_not_depend_on_those_beside_it(self, trained, call):
         words = ["--max_new_tokens", 8, "--temperature", 0]
         alone = call("generate.py", trained[0], "--prompt", "def f1", *words)[1]
@@ -147,9 +156,9 @@ class TestGenerating:
         assert beside.startswith(alone)
 
     def test_prompt_file(self, trained, call, tmp_path):
-        (tmp_path / "p.txt").write_text("def one\ndef two\r\n京都\n", encoding="utf-8")
+        (tmp_path / "p.txt").write_text("\ufeffdef one\ndef two\r\n京\x0b都\n", encoding="utf-8")
         code, out, _ = call("generate.py", trained[0], "--prompt_file", tmp_path / "p.txt", "--max_new_tokens", 0)
-        assert code == 0 and out == "def one\n\ndef two\n\n京都\n"
+        assert code == 0 and out == "def one\n\ndef two\n\n京\x0b都\n"
 
     @pytest.mark.parametrize("words", [["--prompt", ""], []], ids=str)
     def test_empty_prompt_starts_from_bos(self, trained, call, words):
@@ -167,10 +176,12 @@ class TestGenerating:
 
     def test_interactive(self, trained, call, monkeypatch):
         long = "x" * 99
-        monkeypatch.setattr("sys.stdin", io.StringIO(f"def a\n{long}\n\ndef b\n"))
+        lines = io.BytesIO(f"def a\n{long}\n\n".encode() + b"caf\xe9\ndef b\n")
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, encoding="ascii"))
         code, out, err = call("generate.py", trained[0], "--interactive", "--max_new_tokens", 0)
         assert code == 0 and out == "def a\n\ndef b\n"
-        assert err.count("prompt> ") == 5 and err.count("error: the prompt has 100 tokens") == 1
+        assert err.count("prompt> ") == 6 and err.count("error: the prompt has 100 tokens") == 1
+        assert err.count("error: the prompt is not UTF-8 text") == 1
 
     def test_reader_that_goes_away(self, trained):
         """`generate.py ... | head -c 1` is no error."""
@@ -180,6 +191,14 @@ class TestGenerating:
         child.stdout.close()
         err = child.stderr.read()
         assert child.wait(timeout=120) in (0, 120) and "Traceback" not in err and "BrokenPipe" not in err
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+    def test_a_full_disk(self, trained):
+        words = ["generate.py", trained[0], "--prompt", "def", "--max_new_tokens", 3]
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, *map(str, words)], stdout=full, stderr=subprocess.PIPE, cwd=ROOT)
+        assert done.returncode == 2 and b"Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith(b"error: [Errno 28] No space left on device")
 
     def test_the_released_checkpoint(self, call):
         if not (ROOT / "checkpoints" / "stdlib").exists():
@@ -231,6 +250,11 @@ class TestMistakesOfGenerating:
             (["--top_p", "1.5"], "top_p"),
             (["--max_new_tokens", "-1"], "max_new_tokens"),
             (["--num_samples", "0"], "num_samples"),
+            (["--interactive", "--prompt", "x"], "leave out --prompt"),
+            (["--trace", "--max_new_tokens", "0"], "set max_new_tokens to 1"),
+            (["--act_threshold", "0.5"], "act_threshold is for --exit halt"),
+            (["--exit", "halt", "--kl_threshold", "0.5"], "kl_threshold is for --exit kl"),
+            (["--max_recursion_depth", 10**8], "max_recursion_depth is 100000000"),
             (["--device", "tpu"], "--device tpu"),
             (["--precision", "fp16", "--device", "cpu"], "--precision fp16"),
             (["--prompts", "x"], "--prompts"),
@@ -307,12 +331,14 @@ class TestMistakesOfTraining:
             (["--save_dir", tmp_path / "file" / "run"], "save_dir"),
             (["--save_dir", tmp_path / "file"], "save_dir"),
             (["--seed", 1 << 70], "seed"),
+            (["--causal", "false"], "causal false is for puzzles"),
             (["--weight_decay", -1], "weight_decay"),
             (["--sample_tokens", -1], "sample_tokens"),
             (["--sample_prompt", "\udcff"], "sample_prompt"),
         ]:
             words = [*SMALL, *data, "--save_dir", tmp_path / "run", "--max_steps", 2, *words]
             assert_one_line(*call("train_trm_lm.py", *words), said)
+            assert not (tmp_path / "run").exists(), words
         if not torch.cuda.is_available():
             words = [*SMALL, *data, "--save_dir", tmp_path / "run", "--device", "cuda"]
             assert_one_line(*call("train_trm_lm.py", *words), "--device cuda")

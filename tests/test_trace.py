@@ -177,7 +177,7 @@ class TestPicture:
         steps = {"$": 0.5, "a": 0.25, "\\": 0.125}
         figure = draw_trace(traced(thought("a", steps)), tmp_path / "out.png", "$x^$")
         told = " ".join(text.get_text() for text in figure.texts)
-        assert "$x^$" in told and "one recursion step; --max_recursion_depth" in told
+        assert "$x^$" in told and "one recursion step; a recursive model" in told
         names = self.texts(figure.axes[0])
         assert [name for name in names if name in steps] == ["a", "$", "a", "\\"] and "likeliest" in names
         bars = [(path.vertices[:, 0].max() - picture.LEFT) / picture.BAR for path in self.bars(figure.axes[0])]
@@ -268,7 +268,7 @@ class TestTable:
         head, line, *end = self.table(traced(thought("b", {"a": 0.5, "b": 0.25, "c": 0.125})))
         assert head.split()[2:] == ["likeliest", "2nd", "3rd", "4th"]  # as many as fit
         assert line.split()[:8] == ["b", "1", "a", "50%", "b", "25%", "c", "12%"]
-        assert end == ["1 token, one recursion step; --max_recursion_depth 4 takes more"]
+        assert end == ["1 token, one recursion step; a recursive model takes more with --max_recursion_depth 4"]
 
     def test_the_halt_is_marked(self):
         lines = self.table(traced(thought("a", {"a": 0.9}, {"a": 0.9}, depth=1), thought("b", {"a": 0.9}, {"b": 0.9})))

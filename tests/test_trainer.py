@@ -231,8 +231,15 @@ class TestInitFrom:
 
     def test_weights_keep_their_shapes(self, make, from_first):
         make("first").train()
-        with pytest.raises(UserError, match=r"ema.safetensors does not fit a model of other d_model: change only"):
-            create_trainer(from_first("--d_model", "32"))
+        for name, value in (("d_model", "32"), ("vocab_size", "300")):
+            with pytest.raises(UserError, match=rf"ema.safetensors does not fit a model of other {name}: change only"):
+                create_trainer(from_first(f"--{name}", value, "--supervision_steps", "3"))
+
+    def test_keeps_its_tokenizer(self, make, from_first):
+        make("first").train()
+        for flags in (["--tokenizer", "other.json"], ["--tokenizer", "sentencepiece", "--sp_model", "other.model"]):
+            with pytest.raises(UserError, match="--init_from brings its own tokenizer"):
+                create_trainer(from_first(*flags))
 
     def test_a_plain_transformer_becomes_the_block_of_a_loop(self, make, from_first):
         plain = make("first", recursion="none", norm="pre", tie_embeddings=True)
