@@ -126,9 +126,10 @@ def test_inference_keeps_nothing_for_backward():
 
 
 CHILD = """
-import json, resource, sys
+import json, sys
 import torch
 from src.model import TRMConfig, TRMModel
+from src.runtime import peak_rss_bytes
 
 settings, at_once = json.loads(sys.argv[1]), sys.argv[2] == "at_once"
 torch.set_num_threads(1)
@@ -144,9 +145,9 @@ def step(rows, times=1):
         out.loss.backward()
 
 step(1)  # libraries, gradients and thread pools are in the baseline
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_rss_bytes()
 step(40)
-print(json.dumps({"MiB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+print(json.dumps({"MiB": (peak_rss_bytes() - before) / 2**20}))
 """
 
 
