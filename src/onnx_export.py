@@ -204,7 +204,7 @@ def export_onnx(settings: OnnxExport) -> dict:
     folder = Path(settings.output)
     if folder.exists() and not (folder / FACTS).is_file():
         raise UserError(f"{folder} exists and is no ONNX export: choose another --output, or remove it")
-    run_folder.check_writable(folder, "--output")
+    run_folder.check_writable(folder, "output")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         need(package)
     trained, tokenizer = load_model(settings.checkpoint)
