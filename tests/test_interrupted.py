@@ -26,7 +26,7 @@ def lines_of(folder):
 
 MOMENTS = {
     "a checkpoint a step": (["--save_every", 1, "--eval_every", 1000], lambda f: (f / "last").exists()),
-    "an evaluation a step": (["--save_every", 7, "--eval_every", 1], lambda f: lines_of(f) > 12),
+    "an evaluation a step": (["--save_every", 7, "--eval_every", 1], lambda f: lines_of(f) > 6),
     "workers": (["--num_workers", 1, "--save_every", 3, "--log_every", 1], lambda f: lines_of(f) > 20),
 }
 

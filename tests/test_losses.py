@@ -118,7 +118,7 @@ def memorise(norm, noise=0, steps=140):
     return model.eval(), ids, targets
 
 
-@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("norm", ["post", pytest.param("pre", marks=pytest.mark.slow)])
 def test_twenty_sequences_are_memorised_and_the_halting_head_fires(unchecked, norm):
     model, ids, targets = memorise(norm)
     out = model(ids, targets)

@@ -343,6 +343,7 @@ class TestMistakesOfTraining:
             words = [*SMALL, *data, "--save_dir", tmp_path / "run", "--device", "cuda"]
             assert_one_line(*call("train_trm_lm.py", *words), "--device cuda")
 
+    @pytest.mark.slow
     def test_in_a_process(self, trained, data):
         words = ["train_trm_lm.py", *SMALL, *data, "--save_dir", trained[0]]
         assert_one_line(*run_script(*words), f"save_dir {trained[0]} holds a run")

@@ -70,7 +70,7 @@ def test_a_mistake_is_one_line_and_code_2(words, said, capsys):
     assert said in out.err and out.err.startswith("error: ") and out.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["checkTorch.py", "count_params.py"])
+@pytest.mark.parametrize("script", ["checkTorch.py", pytest.param("count_params.py", marks=pytest.mark.slow)])
 def test_a_mistake_in_a_process_of_its_own(script):
     done = run_script(script, "--device_", "x")
     assert done.returncode == 2 and done.stdout == ""

@@ -39,7 +39,7 @@ def test_stages_are_entered_and_logged(make, optimizer, capsys):
     assert load_file(trainer.folder / "last" / "model.safetensors")["embed.weight"].shape[1] == 48
 
 
-@pytest.mark.parametrize("stop", [2, 3, 5, 7, 9])
+@pytest.mark.parametrize("stop", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5, 9)), 3, 7])
 def test_a_run_goes_on_in_its_stage(make, stop):
     """Also where it stopped at the very step at which a stage ends."""
     settings = {"curriculum": curriculum(*STAGES), "dropout": 0.1}

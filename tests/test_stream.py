@@ -129,6 +129,7 @@ def test_a_resumed_stream_gives_the_batches_of_the_unbroken_one(tmp_path, num_wo
             assert batch.keys() == again.keys() and all(torch.equal(batch[name], again[name]) for name in batch)
 
 
+@pytest.mark.slow
 def test_a_resumed_stream_in_a_fresh_process(tmp_path):
     files = shards_of(tmp_path, 2, 30)
     (loader,) = loaders(stream_of(files, shuffle_buffer=8), 2, num_workers=2)
