@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 
 from src.checkpoint import load_model
-from src.config import UserError, parse_flags, run
+from src.config import UserError, is_utf8, parse_flags, run
 from src.exits import ExitRule, max_depth, visits_per_recursion_step
 from src.quantize import quantize
 from src.runtime import DTYPES, choose_device, choose_precision, mix_seed, synchronize
@@ -168,7 +168,7 @@ def converse(model, tokenizer, config, rule):
         except EOFError:
             return
         try:
-            if any("\ud800" <= character <= "\udfff" for character in prompt):
+            if not is_utf8(prompt):
                 raise UserError("the prompt is not UTF-8 text: type it again")
             write_texts(model, tokenizer, [prompt] * config.num_samples, config, rule)
         except UserError as error:  # a wrong prompt should not end the conversation

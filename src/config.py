@@ -63,6 +63,11 @@ def check_writable(path):
         path.unlink()
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written: wrong bytes of a terminal arrive as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def one_line(message):
     return " ".join(str(message).split())
 
@@ -104,10 +109,11 @@ def parse_flags(description, *classes, argv=None, positional=None, defaults=None
         parser.add_class_arguments(cls, as_group=True)
     fields = {name: field for cls in classes for name, field in _flags(cls)}
     try:
-        parsed = parser.parse_args(_normalise(argv, fields, positional))
+        words = _normalise(argv, fields, positional)
+        parsed = parser.parse_args(words)
         if defaults is not None and (others := defaults(parsed)):
             parser.set_defaults(others)
-            parsed = parser.parse_args(_normalise(argv, fields, positional))
+            parsed = parser.parse_args(words)
     except UnicodeDecodeError:
         raise UserError("the --config file is not UTF-8 text: correct it") from None
     return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls)}) for cls in classes)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from src.config import is_utf8
 from src.curriculum import CurriculumConfig
 from src.monitor import MonitoringConfig
 
@@ -97,7 +98,7 @@ class TrainConfig:
             raise ValueError(f"recursion_from is {self.recursion_from}: set it between 0 and 1")
         if self.shard and self.optimizer == "muon":
             raise ValueError("optimizer muon needs whole matrices, and shard spreads them: choose one of the two")
-        if any("\ud800" <= character <= "\udfff" for character in self.sample_prompt):
+        if not is_utf8(self.sample_prompt):
             raise ValueError("sample_prompt is not valid UTF-8 text: correct it")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes is {self.max_minutes}: set it over 0, or leave it out")

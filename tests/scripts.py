@@ -18,7 +18,7 @@ def start(*words, **options):
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background jobs inherit it, and hand it on
         signal.signal(signal.SIGINT, signal.default_int_handler)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, **pipes, **options)
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, **(pipes | options))
 
 
 def run_script(*words, stdin=None):
