@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from src.config import UserError, parse_flags, run
+from src.config import parse_flags, run
+from src.errors import UserError
 from src.runtime import (
     DTYPES,
     choose_compile,

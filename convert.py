@@ -15,7 +15,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from src.config import UserError, parse_flags, run
+from src.config import parse_flags, run
+from src.errors import UserError
 from src.interop import check_free, read_source, recognize, write
 from src.metrics import format_params
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from src.checkpoint import load_config
-from src.config import UserError, parse_flags, run
+from src.config import parse_flags, run
+from src.errors import UserError
 from src.metrics import cache_bytes_per_token, count_parameters, effective_depth, flops_per_token, format_params
 from src.model import TRMConfig, TRMModel
 

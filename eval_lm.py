@@ -19,8 +19,9 @@ from typing import Literal
 from tqdm import tqdm
 
 from src.checkpoint import load_model, resolve
-from src.config import UserError, check_writable, parse_flags, run, write_text
+from src.config import check_writable, parse_flags, run, write_text
 from src.corpus import read_pieces, stdlib_files
+from src.errors import UserError
 from src.exits import ExitRule, max_depth
 from src.metrics import describe_model
 from src.runtime import DTYPES, choose_device, choose_precision

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from src.config import UserError, parse_flags, run
+from src.config import parse_flags, run
 from src.corpus import SEPARATOR, find_files, read_pieces
+from src.errors import UserError
 
 
 @dataclass

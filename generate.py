@@ -20,7 +20,8 @@ from typing import Literal
 import torch
 
 from src.checkpoint import load_model
-from src.config import UserError, is_utf8, parse_flags, run
+from src.config import is_utf8, parse_flags, run
+from src.errors import UserError
 from src.exits import ExitRule, max_depth, visits_per_recursion_step
 from src.quantize import quantize
 from src.runtime import DTYPES, choose_device, choose_precision, mix_seed, synchronize

@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from src.checkpoint import load_model
-from src.config import UserError, parse_flags, run, write_text
+from src.config import parse_flags, run, write_text
+from src.errors import UserError
 from src.runtime import choose_device, choose_precision
 from src.sampling import generate_ids
 from src.tasks import classification as task

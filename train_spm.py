@@ -10,7 +10,8 @@ the text, at most 1 MB, is not trained on; bytes per token are measured there an
 import sys
 from dataclasses import dataclass, field
 
-from src.config import UserError, parse_flags, run
+from src.config import parse_flags, run
+from src.errors import UserError
 from src.tokenizer_training import hold_back, report_bytes_per_token, train_sentencepiece
 
 VOCAB_SIZE = 16000

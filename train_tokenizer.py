@@ -12,7 +12,8 @@ on stderr.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from src.config import UserError, parse_flags, run
+from src.config import parse_flags, run
+from src.errors import UserError
 from src.tokenizer_training import MAX_BYTES, train_tokenizer
 
 VOCAB_SIZE = 16000

@@ -38,9 +38,10 @@ import psutil
 import torch
 from common import ROOT, interleaved, machine, median, print_json, print_table, seconds
 
-from src.config import UserError, parse_flags, run
+from src.config import parse_flags, run
 from src.corpus import find_files, read_documents, stdlib_files
 from src.dataset import PackedDataset
+from src.errors import UserError
 from src.loader import create_train_loader
 from src.runtime import choose_device, peak_rss_bytes
 from src.stream import Shards, StreamingDataset

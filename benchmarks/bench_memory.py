@@ -27,7 +27,8 @@ import psutil
 import torch
 from common import ROOT, machine, print_json, print_table
 
-from src.config import UserError, parse_flags, run
+from src.config import parse_flags, run
+from src.errors import UserError
 from src.runtime import GIB, RuntimeConfig, peak_rss_bytes
 
 MIB = 1024**2

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 import torch
 from common import interleaved, machine, median, print_json, print_table, seconds
 
-from src.config import UserError, build, parse_flags, run
+from src.config import build, parse_flags, run
+from src.errors import UserError
 from src.metrics import count_parameters, flops_per_token
 from src.model import TRMConfig, TRMModel
 from src.runtime import DTYPES, RuntimeConfig, keep_freed_memory  # noqa: E402

@@ -7,8 +7,8 @@ import common  # noqa: F401 - the repository root on sys.path
 import torch
 from torch import nn
 
-from src.config import UserError
 from src.decode import store_for_decoding
+from src.errors import UserError
 from src.model import TRMModel
 from src.quantize import quantize
 from src.sampling import generate_ids

@@ -19,7 +19,7 @@ from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
 
-from src.config import UserError, parse_flags, run  # noqa: E402
+from src.config import parse_flags, run  # noqa: E402
 from src.curves import (  # noqa: E402
     AMBER,
     BLUE,
@@ -40,6 +40,7 @@ from src.curves import (  # noqa: E402
     set_limits,
     style_axes,
 )
+from src.errors import UserError
 from src.metrics import format_params  # noqa: E402
 
 COLORS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY, INK)

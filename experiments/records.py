@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from src.config import UserError
+from src.errors import UserError
 
 
 def keep(output, record: dict) -> None:

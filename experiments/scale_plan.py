@@ -37,8 +37,9 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
 
-from src.config import UserError, parse_flags, run  # noqa: E402
+from src.config import parse_flags, run  # noqa: E402
 from src.create import Settings  # noqa: E402
+from src.errors import UserError
 from src.metrics import count_parameters, flops_per_token, format_params  # noqa: E402
 from src.model import TRMConfig, TRMModel  # noqa: E402
 from src.runtime import GIB, autocast  # noqa: E402

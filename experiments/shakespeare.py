@@ -31,7 +31,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
 
 from experiments import records  # noqa: E402
-from src.config import UserError, build, parse_flags, run  # noqa: E402
+from src.config import build, parse_flags, run  # noqa: E402
+from src.errors import UserError
 from src.evaluation import evaluate  # noqa: E402
 from src.losses import IGNORE  # noqa: E402
 from src.metrics import count_parameters, flops_per_token  # noqa: E402

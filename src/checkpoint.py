@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from src.config import UserError, build
+from src.config import build
 from src.decode import store_for_decoding
+from src.errors import UserError
 from src.model import TRMConfig, TRMModel
 from src.parallel import placed_like
 from src.tokenizer import read_tokenizer

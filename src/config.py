@@ -13,9 +13,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-
-class UserError(Exception):
-    """A mistake of the user's, told in one line: what, where, what to do.  Scripts exit with code 2."""
+from src.errors import UserError, one_line
 
 
 def run(main):
@@ -66,10 +64,6 @@ def check_writable(path):
 def is_utf8(text: str) -> bool:
     """Whether a text can be written: wrong bytes of a terminal arrive as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def one_line(message):
-    return " ".join(str(message).split())
 
 
 class _Parser(ArgumentParser):

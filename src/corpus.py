@@ -18,7 +18,7 @@ import sysconfig
 import zlib
 from collections import Counter
 
-from src.config import UserError
+from src.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".py")
 SEPARATOR = "<|endoftext|>"

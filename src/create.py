@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 
 from src import checkpoint, parallel, run_folder
-from src.config import UserError, parse_flags
+from src.config import parse_flags
 from src.dataset import DataConfig, prepare_data
+from src.errors import UserError
 from src.metrics import describe_model
 from src.model import TRMConfig, TRMModel
 from src.runtime import RuntimeConfig, choose_device, keep_freed_memory

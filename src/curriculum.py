@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from src.config import UserError
+from src.errors import UserError
 from src.model import TRMConfig, TRMModel
 
 DEPTH = ("latent_steps", "deep_steps", "supervision_steps")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from src.config import UserError
+from src.errors import UserError
 from src.metrics import format_params
 
 METRICS_FILE = "metrics.jsonl"

@@ -25,8 +25,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from src.config import UserError
 from src.corpus import NoDocument, content_hash, find_files, stdlib_files
+from src.errors import UserError
 from src.losses import IGNORE
 from src.order import EndlessSampler, MixtureSampler, RankBatches
 from src.token_store import (

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from src.config import UserError
+from src.errors import UserError
 from src.losses import IGNORE, bits_per_byte, cross_entropy
 from src.runtime import autocast
 from src.sampling import generate

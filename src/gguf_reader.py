@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from src.config import UserError
+from src.errors import UserError
 from src.llama import GGUF, from_llama, plain_config
 from src.model import TRMConfig
 from src.tokenizer import HFTokenizer, TokenizerWrapper

@@ -23,7 +23,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from src.config import UserError
+from src.errors import UserError
 from src.exits import ExitRule
 from src.sampling import generate
 from src.scoring import encode_pair, score_continuations

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from src.checkpoint import read_weights
-from src.config import UserError
+from src.errors import UserError
 from src.llama import HF, from_llama, plain_config, to_llama
 from src.model import TRMConfig
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from src.checkpoint import load_config, load_weights, read_weights, resolve, save_checkpoint
-from src.config import UserError
+from src.errors import UserError
 from src.gguf_reader import MAGIC, read_gguf, read_gguf_tokenizer
 from src.hf_llama import read_hf, read_json, write_hf
 from src.llama import check_plain

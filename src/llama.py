@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from src.config import UserError, build
+from src.config import build
+from src.errors import UserError
 from src.model import TRMConfig
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.config import UserError
+from src.errors import UserError
 from src.llama import BLOCK, LLAMA2C, from_llama, part_shapes, plain_config, to_llama, weight_name
 from src.model import TRMConfig
 

@@ -6,8 +6,8 @@ import warnings
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from src.config import UserError
 from src.dataset import create_dataloader, leave_group
+from src.errors import UserError
 from src.stream import RankStream, StreamingDataset
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from src.config import UserError
 from src.curves import METRICS_FILE, plot_learning_curve, read_settings, scan_metrics
+from src.errors import UserError
 from src.runtime import GIB
 
 warn = logging.getLogger(__name__).warning

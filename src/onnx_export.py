@@ -17,7 +17,7 @@ from torch.export import Dim
 from src import run_folder
 from src.cache import cache_slots
 from src.checkpoint import load_model
-from src.config import UserError
+from src.errors import UserError
 from src.losses import kl_divergence
 from src.model import TRMModel
 from src.onnx_graph import FUSED_HEAD, Graph

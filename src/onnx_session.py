@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from src.checkpoint import load_config
-from src.config import UserError
+from src.errors import UserError
 from src.exits import ExitRule, max_depth
 from src.model import Carry, TRMOutput
 from src.tokenizer import read_tokenizer

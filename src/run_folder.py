@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from src.checkpoint import load_state, read_weights, save_checkpoint
-from src.config import UserError
+from src.errors import UserError
 from src.model import TRMConfig
 
 # settings that may differ between a run and its continuation

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from src.config import UserError
+from src.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 1024**3

@@ -21,10 +21,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from src.config import UserError
 from src.corpus import cut
 from src.curves import BLUE, GREEN, GREY, INK, ORANGE, add_title, label_ends, new_figure, save_picture, style_axes
 from src.dataset import Sample, collate_batch
+from src.errors import UserError
 from src.exits import ExitRule, max_depth, visits_per_recursion_step
 from src.losses import IGNORE, bits_per_byte
 

@@ -22,9 +22,9 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from src.config import UserError
 from src.corpus import NoDocument, read_pieces
 from src.dataset import collate_batch, window_sample
+from src.errors import UserError
 from src.order import mixture_order
 from src.runtime import mix_seed
 from src.token_store import held_back, hold_back_share

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from src.config import UserError
 from src.corpus import NoDocument, content_hash, find_files, read_pieces
+from src.errors import UserError
 from src.tokenizer import read_tokenizer
 from src.tokenizer_training import train_sentencepiece
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import sentencepiece as spm
 
-from src.config import UserError
+from src.errors import UserError
 
 SPACE = "\u2581"  # SentencePiece writes a space inside a piece as this character
 MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import sentencepiece as spm
 
-from src.config import UserError
 from src.corpus import read_documents, read_pieces
+from src.errors import UserError
 from src.tokenizer import JSON_FILE, MODEL_FILE, SPACE, HFTokenizer, TokenizerWrapper
 
 SAMPLE_CHARS = 4_000_000  # as much text as the line-break pieces are counted on

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from src.config import UserError, check_writable
+from src.config import check_writable
+from src.errors import UserError
 from src.exits import kl_divergence
 from src.sampling import Thought
 from src.tokenizer import REPLACEMENT

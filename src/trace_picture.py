@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from src.config import UserError
 from src.curves import BLUE, GREEN, GREY, INK
+from src.errors import UserError
 from src.trace import changes_of_mind, clip, is_single, likeliest, summary, text_width, visible
 
 MONO = "DejaVu Sans Mono"  # comes with matplotlib

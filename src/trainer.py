@@ -14,9 +14,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from src import parallel, run_folder, run_state
-from src.config import UserError
 from src.curriculum import CurriculumScheduler, grow_average, grow_optimizers, grow_width, set_depth
 from src.dataset import create_dataloader
+from src.errors import UserError
 from src.evaluation import evaluate, sample_text
 from src.loader import create_train_loader
 from src.losses import IGNORE, bits_per_byte, step_weights

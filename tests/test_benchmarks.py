@@ -21,7 +21,8 @@ import common  # noqa: E402
 
 from experiments import classify, release, shakespeare  # noqa: E402
 from src.checkpoint import load_model, save_checkpoint  # noqa: E402
-from src.config import UserError, build  # noqa: E402
+from src.config import build  # noqa: E402
+from src.errors import UserError  # noqa: E402
 from src.metrics import flops_per_token  # noqa: E402
 from src.model import TRMConfig, TRMModel  # noqa: E402
 from src.tokenizer import ByteLevelTokenizer  # noqa: E402

@@ -14,7 +14,7 @@ import torch
 
 from src import checkpoint
 from src.checkpoint import load_config, load_model, load_state, read_weights, resolve, save_checkpoint
-from src.config import UserError
+from src.errors import UserError
 from src.model import TRMConfig, TRMModel
 from src.run_folder import point, prune
 from src.tokenizer import ByteLevelTokenizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from texts import BYTE
 
-from src.config import UserError
+from src.errors import UserError
 from src.exits import ExitRule
 from src.tasks.classification import (
     Example,

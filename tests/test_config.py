@@ -8,8 +8,9 @@ import yaml
 
 import generate
 import train_trm_lm
-from src.config import UserError, parse_flags, run
+from src.config import parse_flags, run
 from src.dataset import DataConfig
+from src.errors import UserError
 from src.model import TRMConfig
 from src.runtime import RuntimeConfig
 from src.train_config import TrainConfig

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from texts import BYTE, write
 
 from src import corpus
-from src.config import UserError
 from src.corpus import find_files, read_documents, read_pieces, stdlib_files
 from src.dataset import DataConfig, prepare_data
+from src.errors import UserError
 from src.token_store import tokenize_corpus
 
 # files

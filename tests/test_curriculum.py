@@ -8,7 +8,7 @@ import torch
 import yaml
 from conftest import AXES, TINY, batch, mixtures, name, singles
 
-from src.config import UserError, parse_flags
+from src.config import parse_flags
 from src.curriculum import (
     CurriculumConfig,
     CurriculumScheduler,
@@ -20,6 +20,7 @@ from src.curriculum import (
     place,
     set_depth,
 )
+from src.errors import UserError
 from src.model import TRMConfig, TRMModel
 from src.optim import EMA, make_optimizers
 

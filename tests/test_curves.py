@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments import compare_runs
 from src import curves
-from src.config import UserError, run
+from src.config import run
 from src.curves import (
     METRICS_FILE,
     label_ends,
@@ -22,6 +22,7 @@ from src.curves import (
     smooth,
     thin,
 )
+from src.errors import UserError
 
 
 def write(folder, *records, settings=None):

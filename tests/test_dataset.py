@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from texts import BYTE, store_of, tokens_of, write
 
-from src.config import UserError
 from src.corpus import read_documents
 from src.dataset import (
     IGNORE,
@@ -25,6 +24,7 @@ from src.dataset import (
     create_dataloader,
     prepare_data,
 )
+from src.errors import UserError
 from src.tokenizer import ByteLevelTokenizer
 
 KYOTO = Path(__file__).parents[2] / "shared" / "data" / "ja_wiki_kyoto"

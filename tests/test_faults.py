@@ -13,8 +13,8 @@ import torch
 from training import TINY, during, same
 
 from src.checkpoint import load_model, load_state, own_state, read_weights
-from src.config import UserError
 from src.curves import read_metrics
+from src.errors import UserError
 
 pytest_plugins = "training"  # the fixtures make and corpus
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,8 @@ import torch
 from texts import BYTE
 
 from src import checkpoint
-from src.config import UserError
 from src.curves import read_metrics
+from src.errors import UserError
 from src.run_folder import RunLock
 from src.tasks.classification import Example, LlamaEmbeddingClassifier, encode, predict
 from src.tasks.finetune import CLASSIFIER_FILE, FinetuneConfig, Finetuner, finetune, load_classifier

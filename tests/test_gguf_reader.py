@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from src.checkpoint import load_model, own_state
-from src.config import UserError
+from src.errors import UserError
 from src.gguf_reader import read_gguf, read_gguf_tokenizer
 from src.interop import read_source, write
 from src.llama import HF, to_llama

@@ -8,7 +8,7 @@ import pytest
 import torch
 from texts import BYTE
 
-from src.config import UserError
+from src.errors import UserError
 from src.exits import ExitRule
 from src.harness import Answers, read_options, run_tasks
 from src.sampling import generate_ids

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from src.checkpoint import load_model, own_state
-from src.config import UserError
+from src.errors import UserError
 from src.hf_llama import read_hf, write_hf
 from src.interop import read_source, write
 from src.tokenizer import ByteLevelTokenizer

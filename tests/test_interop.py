@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from src.checkpoint import load_model, own_state, save_checkpoint
-from src.config import UserError
+from src.errors import UserError
 from src.interop import read_source, recognize, write
 from src.model_card import model_card
 from src.tokenizer import ByteLevelTokenizer

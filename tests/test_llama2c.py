@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.checkpoint import load_model, own_state
-from src.config import UserError
+from src.errors import UserError
 from src.interop import read_source, write
 from src.llama import adjacent_from_halves, halves_from_adjacent, plain_config
 from src.llama2c import is_bin, read_bin, read_pt, rotary_tables, write_bin

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_cache import configurations, padded_prompts
 
 from src.checkpoint import save_checkpoint
-from src.config import UserError
+from src.errors import UserError
 from src.exits import ExitRule
 from src.onnx_export import (
     OnnxExport,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from src.checkpoint import save_checkpoint
-from src.config import UserError
+from src.errors import UserError
 from src.exits import ExitRule
 from src.sampling import generate, generate_ids
 from src.tokenizer import read_tokenizer

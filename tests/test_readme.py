@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.config import UserError
+from src.errors import UserError
 from src.metrics import count_parameters, format_params
 from src.model import TRMConfig, TRMModel
 

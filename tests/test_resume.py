@@ -7,8 +7,8 @@ import time
 import pytest
 from training import assert_same_checkpoints, during
 
-from src.config import UserError
 from src.curves import read_metrics
+from src.errors import UserError
 
 pytest_plugins = "training"  # the fixtures make and corpus
 pytestmark = pytest.mark.usefixtures("unchecked")  # whole runs; the tests of the parts check annotations

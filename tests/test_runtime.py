@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from src import runtime
-from src.config import UserError, parse_flags
+from src.config import parse_flags
+from src.errors import UserError
 from src.runtime import (
     Interrupt,
     RuntimeConfig,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from texts import BYTE, write
 
-from src.config import UserError
 from src.corpus import read_pieces
+from src.errors import UserError
 from src.exits import ExitRule
 from src.losses import IGNORE
 from src.scoring import (

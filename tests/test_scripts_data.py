@@ -10,8 +10,8 @@ import pytest
 
 import extract_texts
 import train_spm
-from src.config import UserError
 from src.corpus import read_documents
+from src.errors import UserError
 from src.tokenizer import read_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,8 @@ import torch
 
 import checkTorch
 import count_params
-from src.config import UserError, run
+from src.config import run
+from src.errors import UserError
 from src.model import TRMConfig, TRMModel
 from src.runtime import Choice
 

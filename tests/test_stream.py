@@ -12,9 +12,9 @@ import torch
 from texts import BYTE, flat, saved, shards_of, take, write
 
 from src import corpus, order, stream
-from src.config import UserError
 from src.corpus import NoDocument
 from src.dataset import DataConfig, PackedDataset, prepare_data, tokenize_corpus
+from src.errors import UserError
 from src.loader import create_train_loader
 from src.stream import Shards, StreamingDataset, share_of
 

@@ -11,7 +11,7 @@ import pytest
 from texts import BYTE, store_of, tokens_of, write
 
 from src import corpus, token_store
-from src.config import UserError
+from src.errors import UserError
 from src.token_store import tokenize_corpus
 from src.tokenizer_training import train_sentencepiece
 

@@ -11,7 +11,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.config import UserError
+from src.errors import UserError
 from src.tokenizer import (
     ByteLevelTokenizer,
     HFTokenizer,

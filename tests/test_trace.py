@@ -11,7 +11,7 @@ from matplotlib import font_manager, image
 
 from src import trace as t
 from src import trace_picture as picture
-from src.config import UserError
+from src.errors import UserError
 from src.exits import ExitRule
 from src.sampling import Thought, generate
 from src.tokenizer import ByteLevelTokenizer

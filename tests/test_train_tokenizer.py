@@ -7,7 +7,7 @@ import json
 import pytest
 
 import train_tokenizer as script
-from src.config import UserError
+from src.errors import UserError
 from src.tokenizer import HFTokenizer, read_tokenizer
 from src.tokenizer_training import (
     _drawn,

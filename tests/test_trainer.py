@@ -15,9 +15,9 @@ from training import TINY, assert_same_checkpoints, during, same
 
 import train_trm_lm
 from src.checkpoint import load_model
-from src.config import UserError
 from src.create import create_trainer, read_settings
 from src.curves import read_metrics
+from src.errors import UserError
 from src.losses import IGNORE
 from src.model import TRMConfig
 from src.runtime import RuntimeConfig

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from src import monitor
-from src.config import UserError
 from src.curves import METRICS_FILE, read_metrics
+from src.errors import UserError
 from src.monitor import MonitoringConfig, ResourceMonitor, TRMTrainingLogger
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from src.config import UserError
 from src.curves import GREY, INK, add_title, new_figure, save_picture
 from src.dataset import Sample, collate_batch
+from src.errors import UserError
 from src.exits import ExitRule, max_depth
 from src.layers import Attention
 from src.losses import IGNORE

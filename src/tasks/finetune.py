@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from src import checkpoint, run_folder
-from src.config import UserError
 from src.corpus import content_hash
 from src.dataset import Sample, collate_batch
+from src.errors import UserError
 from src.losses import step_weights
 from src.monitor import TRMTrainingLogger
 from src.optim import learning_rate_factor
