@@ -17,17 +17,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
-from src.checkpoint import load_model
-from src.config import is_utf8, parse_flags, run
+from src.config import before_torch, is_utf8, parse_flags, run
 from src.errors import UserError
-from src.exits import ExitRule, max_depth, visits_per_recursion_step
-from src.quantize import quantize
-from src.runtime import DTYPES, choose_device, choose_precision, mix_seed, synchronize
-from src.sampling import generate
-from src.tokenizer import StreamDecoder
-from src.trace import Trace, check_path, show
+from src.model_config import ExitRule
 
 __all__ = ["load_model", "main", "parse_args"]
 
@@ -95,8 +87,20 @@ class GenerateConfig:
         return prompts or [""]
 
 
+@before_torch
 def parse_args(argv=None) -> tuple[GenerateConfig, ExitRule]:
     return tuple(parse_flags(__doc__, GenerateConfig, ExitRule, argv=argv, positional="checkpoint"))
+
+
+import torch
+
+from src.checkpoint import load_model
+from src.exits import max_depth, visits_per_recursion_step
+from src.quantize import quantize
+from src.runtime import DTYPES, choose_device, choose_precision, mix_seed, synchronize
+from src.sampling import generate
+from src.tokenizer import StreamDecoder
+from src.trace import Trace, check_path, show
 
 
 def encode_batch(tokenizer, prompts, device):
