@@ -73,6 +73,11 @@ class EvalConfig:
             raise ValueError("include_path and num_fewshot are for lm_eval: name its tasks, or leave them out")
 
 
+def curve_json(config) -> Path | None:
+    """The data of the depth curve stand beside its picture."""
+    return None if config.depth_curve is None else Path(config.depth_curve).with_suffix(".json")
+
+
 @before_torch
 def parse_args(argv=None) -> tuple[EvalConfig, ExitRule]:
     config, rule = parse_flags(__doc__, EvalConfig, ExitRule, argv=argv, positional="checkpoint")
@@ -92,11 +97,6 @@ from src.exits import max_depth
 from src.metrics import describe_model
 from src.runtime import DTYPES, choose_device, choose_precision
 from src.scoring import cheapest_points, choose_stride, depth_curve, draw_depth_curve, full_point, score_corpus
-
-
-def curve_json(config) -> Path | None:
-    """The data of the depth curve stand beside its picture."""
-    return None if config.depth_curve is None else Path(config.depth_curve).with_suffix(".json")
 
 
 def read_text(config):
