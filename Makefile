@@ -1,7 +1,8 @@
 # Every target makes the .venv that it needs; PYTHON=python3.12 make test chooses the interpreter it is made with.
 PYTHON ?= python3
 VENV := .venv/bin/python
-INSTALLED := .venv/.installed
+CORE := .venv/.installed
+DEV := .venv/.installed-dev
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-kill lint bench clean
@@ -9,33 +10,41 @@ INSTALLED := .venv/.installed
 help:           ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
-venv: $(INSTALLED)  ## .venv with everything in requirements.txt
+venv: $(DEV)     ## .venv with all packages: requirements-dev.txt, which includes requirements.txt
 
-$(INSTALLED): requirements.txt
-	@echo "installing requirements.txt into .venv" >&2
-	@test -x $(VENV) || $(PYTHON) -m venv .venv
-	@$(VENV) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+$(CORE): requirements.txt
+	@$(call install,requirements.txt)
 	@touch $@
 
-demo: $(INSTALLED)  ## train a small model on Python's standard library, and let it write: about five minutes
+$(DEV): requirements.txt requirements-dev.txt
+	@$(call install,requirements-dev.txt)
+	@touch $(CORE) $@
+
+define install
+echo "installing $(1) into .venv: a minute or two" >&2
+test -x $(VENV) || $(PYTHON) -m venv .venv
+$(VENV) -m pip install --quiet --disable-pip-version-check -r $(1)
+endef
+
+demo: $(CORE)  ## train a small model on Python's standard library, and let it write: about five minutes
 	rm -rf runs/demo
 	$(VENV) train_trm_lm.py --config configs/demo.yaml --save_dir runs/demo
 	$(VENV) generate.py runs/demo --prompt "def main(" "class Reader:" --max_new_tokens 150 --seed 1
 
-test: $(INSTALLED)  ## the tests: some minutes
+test: $(DEV)  ## the tests: some minutes
 	$(VENV) -m pytest
 
-test-slow: $(INSTALLED)  ## the tests that take longer
+test-slow: $(DEV)  ## the tests that take longer
 	$(VENV) -m pytest -m slow -n 0
 
-test-kill: $(INSTALLED)  ## kill a run 25 times, tokenized and streaming: about ten minutes
+test-kill: $(DEV)  ## kill a run 25 times, tokenized and streaming: about ten minutes
 	$(VENV) -m pytest -m slow -n 0 tests/test_kill.py
 
-lint: $(INSTALLED)  ## ruff: mistakes and format
+lint: $(DEV)  ## ruff: mistakes and format
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
 
-bench: $(INSTALLED)  ## speed and memory: a table and one JSON line each
+bench: $(DEV)  ## speed and memory: a table and one JSON line each
 	$(VENV) benchmarks/bench_train.py
 	$(VENV) benchmarks/bench_generate.py
 	$(VENV) benchmarks/bench_memory.py

@@ -14,20 +14,8 @@ import sys
 import time
 from dataclasses import dataclass
 
-import torch
-
-from src.config import parse_flags, run
+from src.config import before_torch, parse_flags, run
 from src.errors import UserError
-from src.runtime import (
-    DTYPES,
-    choose_compile,
-    choose_device,
-    choose_precision,
-    cpu_features,
-    describe,
-    find_compiler,
-    synchronize,
-)
 
 # Relative error (Frobenius) that rounding alone explains: a product's inputs are exact, its sum is wider than its
 # result, so the result's own rounding is left: 2^-9 for bf16, 2^-12 for fp16. fp32 may run as TF32 on a GPU.
@@ -49,11 +37,26 @@ class CheckConfig:
     json: bool = False
 
 
+@before_torch
 def parse_args(argv=None) -> CheckConfig:
     (args,) = parse_flags(__doc__, CheckConfig, argv=argv)
     if not args.seconds > 0:
         raise UserError(f"--seconds {args.seconds}: set it over 0")
     return args
+
+
+import torch
+
+from src.runtime import (
+    DTYPES,
+    choose_compile,
+    choose_device,
+    choose_precision,
+    cpu_features,
+    describe,
+    find_compiler,
+    synchronize,
+)
 
 
 def matmul_check(device: torch.device, precision: str, seconds: float) -> dict:

@@ -15,10 +15,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from src.config import parse_flags, run
+from src.config import before_torch, parse_flags, run
 from src.errors import UserError
-from src.interop import check_free, read_source, recognize, write
-from src.metrics import format_params
 
 
 @dataclass
@@ -38,11 +36,16 @@ class ConvertConfig:
     to: Literal["checkpoint", "hub", "hf", "llama2c"] = "checkpoint"
 
 
+@before_torch
 def parse_args(argv=None) -> ConvertConfig:
     (config,) = parse_flags(__doc__, ConvertConfig, argv=argv, positional="paths")
     if len(config.paths) != 2:
         raise UserError(f"{len(config.paths)} paths given: name the model and where it goes, SOURCE DEST")
     return config
+
+
+from src.interop import check_free, read_source, recognize, write
+from src.metrics import format_params
 
 
 def main(argv=None):

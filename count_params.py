@@ -12,13 +12,10 @@ import json
 import sys
 from dataclasses import dataclass, field, replace
 
-import torch
-
-from src.checkpoint import load_config
-from src.config import parse_flags, run
+from src.config import before_torch, parse_flags, run
 from src.errors import UserError
-from src.metrics import cache_bytes_per_token, count_parameters, effective_depth, flops_per_token, format_params
-from src.model import TRMConfig, TRMModel
+from src.model_config import TRMConfig
+from src.train_config import DataConfig, RuntimeConfig, TrainConfig
 
 DEFAULT_VOCAB = 16000  # that of train_spm.py
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
@@ -37,15 +34,12 @@ class CountConfig:
     json: bool = False
 
 
+@before_torch
 def parse_args(argv=None) -> tuple[CountConfig, TRMConfig]:
     """What to print, and the model to count.  Raises UserError where both a checkpoint and a model are given."""
     argv = list(sys.argv[1:] if argv is None else argv)
     classes = [CountConfig, TRMConfig]
     if any(word.partition("=")[0] == "--config" for word in argv):  # a recipe holds all settings of a training run
-        from src.dataset import DataConfig
-        from src.runtime import RuntimeConfig
-        from src.train_config import TrainConfig
-
         classes += [DataConfig, TrainConfig, RuntimeConfig]
     args, config, *_ = parse_flags(__doc__, *classes, argv=argv, positional="checkpoint")
     if len(args.checkpoint) > 1:
@@ -53,11 +47,19 @@ def parse_args(argv=None) -> tuple[CountConfig, TRMConfig]:
     if args.checkpoint and config != TRMConfig():
         raise UserError(f"{args.checkpoint[0]} brings its own model settings: leave out --config and the model flags")
     if args.checkpoint:
+        from src.checkpoint import load_config  # here, as it imports torch
+
         config = load_config(args.checkpoint[0])
     if config.vocab_size is None:
         print(f"vocab_size is not given: counting with {DEFAULT_VOCAB:,} tokens", file=sys.stderr)
         config = replace(config, vocab_size=DEFAULT_VOCAB)
     return args, config
+
+
+import torch
+
+from src.metrics import cache_bytes_per_token, count_parameters, effective_depth, flops_per_token, format_params
+from src.model import TRMModel
 
 
 def count(config: TRMConfig) -> dict:

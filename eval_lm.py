@@ -16,16 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
-from src.checkpoint import load_model, resolve
-from src.config import check_writable, parse_flags, run, write_text
-from src.corpus import read_pieces, stdlib_files
+from src.config import before_torch, check_writable, parse_flags, run, write_text
 from src.errors import UserError
-from src.exits import ExitRule, max_depth
-from src.metrics import describe_model
-from src.runtime import DTYPES, choose_device, choose_precision
-from src.scoring import cheapest_points, choose_stride, depth_curve, draw_depth_curve, full_point, score_corpus
+from src.model_config import ExitRule
 
 CURVE_TOKENS = 10_000  # of a depth curve, each of whose points is a pass over them
 
@@ -80,6 +73,12 @@ class EvalConfig:
             raise ValueError("include_path and num_fewshot are for lm_eval: name its tasks, or leave them out")
 
 
+def curve_json(config) -> Path | None:
+    """The data of the depth curve stand beside its picture."""
+    return None if config.depth_curve is None else Path(config.depth_curve).with_suffix(".json")
+
+
+@before_torch
 def parse_args(argv=None) -> tuple[EvalConfig, ExitRule]:
     config, rule = parse_flags(__doc__, EvalConfig, ExitRule, argv=argv, positional="checkpoint")
     if config.depth_curve is not None and rule != ExitRule(max_recursion_depth=rule.max_recursion_depth):
@@ -90,9 +89,14 @@ def parse_args(argv=None) -> tuple[EvalConfig, ExitRule]:
     return config, rule
 
 
-def curve_json(config) -> Path | None:
-    """The data of the depth curve stand beside its picture."""
-    return None if config.depth_curve is None else Path(config.depth_curve).with_suffix(".json")
+from tqdm import tqdm
+
+from src.checkpoint import load_model, resolve
+from src.corpus import read_pieces, stdlib_files
+from src.exits import max_depth
+from src.metrics import describe_model
+from src.runtime import DTYPES, choose_device, choose_precision
+from src.scoring import cheapest_points, choose_stride, depth_curve, draw_depth_curve, full_point, score_corpus
 
 
 def read_text(config):

@@ -16,12 +16,16 @@ Needs: pip install onnx==1.23.2 onnxruntime==1.31.1 onnxscript==0.7.2
 import json
 import sys
 
-from src.config import parse_flags, run
-from src.onnx_export import OnnxExport, export_onnx
+from src.config import before_torch, parse_flags, run
+from src.onnx_config import OnnxExport
 
 
+@before_torch
 def parse_args(argv=None) -> OnnxExport:
     return parse_flags(__doc__, OnnxExport, argv=argv, positional="checkpoint")[0]
+
+
+from src.onnx_export import export_onnx
 
 
 def describe(settings: OnnxExport, facts: dict) -> str:

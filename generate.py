@@ -12,22 +12,16 @@ stdout carries the text alone, a single one as it is made; progress and speed go
 """
 
 import io
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-import torch
-
-from src.checkpoint import load_model
-from src.config import is_utf8, parse_flags, run
+from src.config import before_torch, is_utf8, parse_flags, run
 from src.errors import UserError
-from src.exits import ExitRule, max_depth, visits_per_recursion_step
-from src.quantize import quantize
-from src.runtime import DTYPES, choose_device, choose_precision, mix_seed, synchronize
-from src.sampling import generate
-from src.tokenizer import StreamDecoder
-from src.trace import Trace, check_path, show
+from src.model_config import ExitRule
 
 __all__ = ["load_model", "main", "parse_args"]
 
@@ -95,59 +89,46 @@ class GenerateConfig:
         return prompts or [""]
 
 
+@before_torch
 def parse_args(argv=None) -> tuple[GenerateConfig, ExitRule]:
-    return tuple(parse_flags(__doc__, GenerateConfig, ExitRule, argv=argv, positional="checkpoint"))
+    config, rule = parse_flags(__doc__, GenerateConfig, ExitRule, argv=argv, positional="checkpoint")
+    if config.checkpoint is not None and not Path(config.checkpoint).is_dir():
+        raise UserError(
+            f"no checkpoint folder at {config.checkpoint}: train one with train_trm_lm.py, correct the path, "
+            f"or did you mean --prompt {shlex.quote(config.checkpoint)}?"
+        )
+    return config, rule
 
 
-def encode_batch(tokenizer, prompts, device):
-    """Left-padded ids (B, T) with BOS, and their attention mask (B, T)."""
-    rows = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    width = max(map(len, rows))
-    ids = torch.tensor([[tokenizer.pad_id] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+import torch
+
+from src.checkpoint import load_model
+from src.exits import max_depth, visits_per_recursion_step
+from src.language_model import continue_texts
+from src.quantize import quantize
+from src.runtime import DTYPES, choose_device, choose_precision, mix_seed
+from src.trace import Trace, check_path, show
 
 
 def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRule):
     """Continue all prompts as one batch; a single text is printed as it is made, several one after the other."""
-    ids, mask = encode_batch(tokenizer, prompts, next(model.parameters(), torch.empty(0)).device)
-    decoders = [StreamDecoder(tokenizer, starts_text=not prompt) for prompt in prompts]
-    texts, made = list(prompts), 0
-    streams = len(prompts) == 1
+    texts, made, shown, streams = list(prompts), 0, 0, len(prompts) == 1
     options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p", "seed")}
     if rule != ExitRule():
         options |= {"exit": rule, "depths": []}
     trace = Trace(tokenizer, limit=max_depth(model.config, rule)) if config.trace else None
+    options |= {"use_cache": not config.no_cache, "thoughts": trace}
     start = time.perf_counter()
     try:
-        tokens = generate(
-            model,
-            ids,
-            config.max_new_tokens,
-            use_cache=not config.no_cache,
-            eos_id=tokenizer.eos_id,
-            attention_mask=mask,
-            thoughts=trace,
-            **options,
-        )
-        finished = [False] * len(prompts)
-        for i, token in enumerate(tokens):
-            if streams and i == 0:  # not before the prompt is accepted
-                print(texts[0], end="")
-            for row, index in enumerate(token.tolist()):
-                made += not finished[row]
-                finished[row] = finished[row] or index == tokenizer.eos_id
-                if not finished[row]:
-                    piece = decoders[row].push(index)
-                    texts[row] += piece
-                    print(piece if streams else "", end="", flush=streams)
+        for pieces, tokens in continue_texts(model, tokenizer, prompts, config.max_new_tokens, **options):
+            texts, made = [text + piece for text, piece in zip(texts, pieces)], made + tokens
+            if streams:  # the prompt with the first piece, not before it is accepted
+                print(texts[0][shown:], end="", flush=True)
+                shown = len(texts[0])
     except ValueError as error:
         raise UserError(error) from None
-    synchronize(ids.device)
     seconds = time.perf_counter() - start
-    tails = [decoder.flush() for decoder in decoders]
-    rest = tails[0] if streams and made else "\n\n".join(text + tail for text, tail in zip(texts, tails))
-    print(rest, flush=True)
+    print("" if streams else "\n\n".join(texts), flush=True)
     speed = f"{made} tokens in {seconds:.2f} s: {made / max(seconds, 1e-9):.1f} tokens/s"
     if "depths" in options and made:
         mean = torch.stack(options["depths"]).double().mean().item()

@@ -14,16 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from tqdm import tqdm
-
-from src.checkpoint import load_model
-from src.config import parse_flags, run, write_text
+from src.config import before_torch, parse_flags, run, write_text
 from src.errors import UserError
-from src.runtime import choose_device, choose_precision
-from src.sampling import generate_ids
-from src.tasks import classification as task
-from src.tasks.finetune import FinetuneConfig, finetune, load_classifier
+from src.tasks.config import SUFFIX, FinetuneConfig
 
 
 @dataclass
@@ -56,7 +49,7 @@ class ClassifierConfig:
     label_names: str | None = None
     dev_out: str | None = None
     test_out: str | None = None
-    suffix: str = task.SUFFIX
+    suffix: str = SUFFIX
     prompt: str = "I have wanted to see this thriller for a while, and it didn't disappoint. Keanu Reeves, playing"
     max_new_tokens: int = 75
     generated_sentence_low_temp_out: str = "generated-sentence-temp-0.txt"
@@ -77,8 +70,19 @@ class ClassifierConfig:
                 raise ValueError(f"{name} {path}: there is no such folder; make it first")
 
 
+@before_torch
 def parse_args(argv=None) -> tuple[ClassifierConfig, FinetuneConfig]:
     return tuple(parse_flags(__doc__, ClassifierConfig, FinetuneConfig, argv=argv, positional="checkpoint"))
+
+
+import torch
+from tqdm import tqdm
+
+from src.checkpoint import load_model
+from src.runtime import choose_device, choose_precision
+from src.sampling import generate_ids
+from src.tasks import classification as task
+from src.tasks.finetune import finetune, load_classifier
 
 
 def write_sentences(config, device):

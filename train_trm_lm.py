@@ -12,16 +12,20 @@ checkpoints step_NNNNNNNN/ with the links last and best. Ctrl-C ends a run with 
 
 import sys
 
-from src.checkpoint import save_checkpoint
-from src.config import run
-from src.create import Settings, create_model, create_trainer, read_settings
-from src.evaluation import evaluate
+from src.config import before_torch, run
+from src.train_config import Settings, read_settings
 
 __all__ = ["create_model", "create_trainer", "evaluate", "main", "parse_args", "save_checkpoint"]
 
 
+@before_torch
 def parse_args(argv=None) -> Settings:
     return read_settings(argv, __doc__)
+
+
+from src.checkpoint import save_checkpoint
+from src.create import create_model, create_trainer
+from src.evaluation import evaluate
 
 
 def main(argv=None):

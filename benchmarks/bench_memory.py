@@ -29,7 +29,8 @@ from common import ROOT, machine, print_json, print_table
 
 from src.config import parse_flags, run
 from src.errors import UserError
-from src.runtime import GIB, RuntimeConfig, peak_rss_bytes
+from src.runtime import GIB, peak_rss_bytes
+from src.train_config import RuntimeConfig
 
 MIB = 1024**2
 

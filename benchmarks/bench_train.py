@@ -27,8 +27,8 @@ from src.config import build, parse_flags, run
 from src.errors import UserError
 from src.metrics import count_parameters, flops_per_token
 from src.model import TRMConfig, TRMModel
-from src.runtime import DTYPES, RuntimeConfig, keep_freed_memory  # noqa: E402
-from src.train_config import TrainConfig
+from src.runtime import DTYPES, keep_freed_memory  # noqa: E402
+from src.train_config import RuntimeConfig, TrainConfig  # noqa: E402
 from src.trainer import Trainer
 
 FAMILIES = {

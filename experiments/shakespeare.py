@@ -37,8 +37,8 @@ from src.evaluation import evaluate  # noqa: E402
 from src.losses import IGNORE  # noqa: E402
 from src.metrics import count_parameters, flops_per_token  # noqa: E402
 from src.model import TRMConfig, TRMModel  # noqa: E402
-from src.runtime import RuntimeConfig, keep_freed_memory  # noqa: E402
-from src.train_config import TrainConfig  # noqa: E402
+from src.runtime import keep_freed_memory  # noqa: E402
+from src.train_config import RuntimeConfig, TrainConfig  # noqa: E402
 from src.trainer import Trainer  # noqa: E402
 
 PROTOTYPE = {

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from src.config import build
 from src.decode import store_for_decoding
 from src.errors import UserError
+from src.language_model import LanguageModel
 from src.model import TRMConfig, TRMModel
 from src.parallel import placed_like
 from src.tokenizer import read_tokenizer
@@ -125,7 +126,7 @@ def load_weights(model: TRMModel, weights: dict, path):
             own[name].copy_(placed_like(tensor, own[name]))
 
 
-def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=False, config=None):
+def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=False, config=None) -> LanguageModel:
     """(model in eval mode, tokenizer) of a checkpoint or run folder; default: the released one.
 
     Averaged (EMA) weights are used where they exist, and a line on stderr says which weights these are. On a CPU the
@@ -152,7 +153,7 @@ def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=
     print(f"{folder}: {'EMA' if path.name.startswith('ema') else 'plain'} weights", file=sys.stderr)
     model = model.to(device=device, dtype=dtype).eval()
     decodes = torch.device(device).type == "cpu" and not trains
-    return store_for_decoding(model) if decodes else model, tokenizer
+    return LanguageModel(store_for_decoding(model) if decodes else model, tokenizer)
 
 
 def _shapes(config) -> dict:

@@ -17,10 +17,26 @@ from src.errors import UserError, one_line
 
 
 def run(main):
-    """Run a script's main(): a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a script's main() and end with its exit code: a UserError is one line on stderr and 2, Ctrl-C is 130."""
+    sys.exit(_guarded(main))
+
+
+def before_torch(parse_args):
+    """Decorator of a script's parse_args: where the script is what runs, the command line is read here and now, so that
+    --help and a wrong flag are answered before the script goes on to import torch, which takes seconds."""
+    if parse_args.__module__ != "__main__":
+        return parse_args
+    parsed = _guarded(parse_args)
+    return lambda argv=None: parsed if argv is None else parse_args(argv)
+
+
+def _guarded(function):
+    """What a function of a script returns; mistakes of the user's are told in one line and end the program."""
+    _prepare_streams()
     try:
-        sys.stdout.reconfigure(encoding="utf-8")  # text in any language, whatever the terminal's locale
-        sys.exit(main())
+        result = function()
+        sys.stdout.flush()
+        return result
     except UnicodeEncodeError:
         print("error: a flag's text is not valid UTF-8: correct it", file=sys.stderr)
         sys.exit(2)
@@ -31,14 +47,29 @@ def run(main):
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of stdout went away (`| head`): not a mistake
-        sys.stderr.close()
+        _drop_stdout()
         sys.exit(0)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         print(f"error: {one_line(error)}: make room, and try again", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written to stdout would fail once more
+        _drop_stdout()
         sys.exit(2)
+
+
+def _prepare_streams():
+    """UTF-8, whatever the locale; a stream that was closed (`>&-`) is an empty one; a notebook's cannot change."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (it takes the closed number)
+    for stream, errors in ((sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+def _drop_stdout():
+    """What is still to be written to stdout would fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def write_text(path, text: str):
@@ -194,6 +225,7 @@ def _normalise(argv, fields, positional):
         if free:
             raise UserError(
                 f"{free[0]!r} is one word too many: {positional} is a single path; quote values with spaces"
+                + ("; did you mean --prompt?" if "prompt" in fields else "")
             )
     return files + out + ([_list_flag(positional, free)] if free else [])
 

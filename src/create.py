@@ -2,53 +2,17 @@
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from src import checkpoint, parallel, run_folder
-from src.config import parse_flags
-from src.dataset import DataConfig, prepare_data
+from src.dataset import prepare_data
 from src.errors import UserError
 from src.metrics import describe_model
 from src.model import TRMConfig, TRMModel
-from src.runtime import RuntimeConfig, choose_device, keep_freed_memory
-from src.train_config import TrainConfig
+from src.runtime import choose_device, keep_freed_memory
+from src.train_config import Settings
 from src.trainer import Trainer
-
-
-class Settings(NamedTuple):
-    """All settings of a run, a dataclass per concern."""
-
-    train: TrainConfig
-    data: DataConfig
-    model: TRMConfig
-    runtime: RuntimeConfig
-
-    def flat(self) -> dict:
-        """{flag: value} of all, as config.yaml has them."""
-        parts = (self.train, self.data, self.runtime)
-        flat = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
-        return flat | run_folder.model_settings(self.model)
-
-
-def read_settings(argv=None, description=None) -> Settings:
-    """Settings from flags, such as ["--config", "configs/small.yaml", "--lr", "3e-3"]; None = the command line's.
-
-    With init_from the model's settings that are not given are those of the checkpoint."""
-    return Settings(*parse_flags(description, *Settings.__annotations__.values(), argv=argv, defaults=_model_of_source))
-
-
-def _model_of_source(parsed) -> dict:
-    """The model's settings of the checkpoint that a run starts from, or of the run itself once it has begun."""
-    if parsed.init_from is None:
-        return {}
-    begun = run_folder.settings_of(Path(parsed.save_dir))
-    if begun:
-        return {field.name: begun[field.name] for field in dataclasses.fields(TRMConfig) if field.name in begun}
-    source = checkpoint.load_config(parsed.init_from)
-    follows = run_folder.model_settings(source)["grad_deep_steps"]  # sizes stay as the weights have them
-    return source.to_dict() | {"grad_deep_steps": follows}
 
 
 def create_model(config: TRMConfig, tokenizer, seed: int = 0) -> TRMModel:

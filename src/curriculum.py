@@ -21,7 +21,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,56 +29,9 @@ from torch.optim import Optimizer
 
 from src.errors import UserError
 from src.model import TRMConfig, TRMModel
+from src.train_config import CurriculumStage
 
 DEPTH = ("latent_steps", "deep_steps", "supervision_steps")
-
-
-@dataclass
-class CurriculumStage:
-    """What a stage changes; a setting that is left out stays as it was in the stage before.
-
-    Args:
-        steps: its optimizer steps; or else epochs
-        epochs: its passes over the training windows, such as 0.5; or else steps
-        seq_len: tokens of a window, up to max_seq_len
-        batch_size: windows per optimizer step
-        latent_steps: n of the recursion
-        deep_steps: T of the recursion
-        supervision_steps: N_sup of the recursion
-        dim: d_model, which may grow: heads of the same size are added
-        d_ff: hidden width of SwiGLU; by default it grows with dim, rounded up to 64
-        lr_factor: factor of the learning rate
-    """
-
-    steps: int | None = None
-    epochs: float | None = None
-    seq_len: int | None = None
-    batch_size: int | None = None
-    latent_steps: int | None = None
-    deep_steps: int | None = None
-    supervision_steps: int | None = None
-    dim: int | None = None
-    d_ff: int | None = None
-    lr_factor: float | None = None
-
-    def __post_init__(self):
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("a stage lasts either steps or epochs: give one of them")
-        for name, value in vars(self).items():
-            least = "over 0" if name in ("epochs", "lr_factor") else "to 1 or more"
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}: set it {least}, or leave it out")
-
-
-@dataclass
-class CurriculumConfig:
-    """The section `curriculum` of the settings.
-
-    Args:
-        stages: stages of the run, in their order; none = one stage of max_steps
-    """
-
-    stages: list[CurriculumStage] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

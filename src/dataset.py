@@ -13,10 +13,8 @@ from `src.loader`.
 """
 
 import itertools
-import math
 import os
 import sys
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +39,7 @@ from src.token_store import (
     tokenize_corpus,
 )
 from src.tokenizer import read_tokenizer
+from src.train_config import DataConfig
 
 MOST_VALID_TOKENS = 1_000_000  # of the tail that is held back where documents are few
 
@@ -234,61 +233,7 @@ class _Collate:
         return collate_batch(samples, self.pad_id)
 
 
-@dataclass
-class DataConfig:
-    """What is read, and how it becomes windows of tokens.
-
-    Args:
-        train_paths: files, globs, folders of .jsonl .jsonl.gz .parquet .txt .py; none = this Python's standard library
-        valid_paths: validation text, likewise; none = a part of the training text that is held back
-        text_field: name of the text field (jsonl) or column (parquet)
-        tokenizer: sentencepiece, byte, or the path of a tokenizer.json, a .model, a .bin or a checkpoint folder
-        sp_model: SentencePiece .model file (from train_spm.py); none = one is trained on the spot
-        document_mask: keep attention inside documents
-        packing: cut the joined documents into full windows; false = one document per row, padded
-        strict: a bad line of a data file is an error, not skipped
-        mixture: weights of the train_paths, one each: their shares of the windows; none = by size, as one corpus
-        streaming: read and tokenize the training files while training, instead of once before it
-        shuffle_buffer: windows that streaming shuffles at a time, per loading process and corpus
-        num_workers: processes that load batches; 0 = the training process itself
-        num_proc: processes that tokenize before training
-        cache_dir: folder for tokenized text; none = $HF_DATASETS_CACHE or ~/.cache/generative-trm
-    """
-
-    train_paths: list[str] = field(default_factory=list)
-    valid_paths: list[str] = field(default_factory=list)
-    text_field: str = "text"
-    tokenizer: str = "sentencepiece"
-    sp_model: str | None = None
-    document_mask: bool = False
-    packing: bool = True
-    strict: bool = False
-    mixture: list[float] = field(default_factory=list)
-    streaming: bool = False
-    shuffle_buffer: int = 2048
-    num_workers: int = 0
-    num_proc: int = 1
-    cache_dir: str | None = None
-
-    def __post_init__(self):
-        if self.sp_model is not None and self.tokenizer != "sentencepiece":
-            raise ValueError(f"sp_model is for tokenizer sentencepiece, not {self.tokenizer}: leave out one of the two")
-        if self.num_workers < 0 or self.num_proc < 1:
-            raise ValueError("num_workers must be 0 or more, num_proc 1 or more")
-        if self.shuffle_buffer < 1:
-            raise ValueError("shuffle_buffer must be 1 or more; 1 does not shuffle")
-        if not self.packing and (self.document_mask or self.streaming):
-            name = "document_mask" if self.document_mask else "streaming"
-            raise ValueError(f"{name} needs packing: with packing false a row holds one document")
-        if self.mixture and len(self.mixture) != len(self.train_paths):
-            raise ValueError(
-                f"mixture has {len(self.mixture)} weights for {len(self.train_paths)} train_paths: give one each"
-            )
-        if not all(0 < weight < math.inf for weight in self.mixture):
-            raise ValueError("mixture: every weight must be a number over 0; leave out a path that is not wanted")
-
-
-def prepare_data(data, vocab_size, seq_len, save_dir=None):
+def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None):
     """(tokenizer, train_set, valid_set) of a DataConfig; windows or rows of `seq_len` tokens.
 
     vocab_size is the size of a SentencePiece model that is trained on the spot (None = ON_THE_SPOT_VOCAB); the

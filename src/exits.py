@@ -6,57 +6,14 @@ answer, and at every later step it shows the others the keys and values of its l
 So a token's depth depends neither on the rows beside it nor on whether the text came at once or token by token.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from src.losses import kl_divergence
+from src.model_config import ExitRule
 
 KL_THRESHOLD = 0.01  # nats
-DEEPEST = 1000  # recursion steps, each with a cache of its own
-
-
-@dataclass(frozen=True)
-class ExitRule:
-    """When a token stops recursing.
-
-    Args:
-        exit: fixed = after max_recursion_depth steps, halt = when its halting head says so (trm), kl = when its
-            next-token distribution changes by less than kl_threshold
-        max_recursion_depth: most recursion steps of a token, also more than trained; default as trained
-        act_threshold: halt: stop over this halting probability; default the model's own
-        kl_threshold: kl: stop where KL(after the step || before it) is under this, in nats; default 0.01
-    """
-
-    exit: Literal["fixed", "halt", "kl"] = "fixed"
-    max_recursion_depth: int | None = None
-    act_threshold: float | None = None
-    kl_threshold: float | None = None
-
-    def __post_init__(self):
-        depth = self.max_recursion_depth
-        if depth is not None and not 1 <= depth <= DEEPEST:
-            raise ValueError(f"max_recursion_depth is {depth}: set it to 1 or more, up to {DEEPEST}")
-        if self.act_threshold is not None and not 0 <= self.act_threshold <= 1:
-            raise ValueError(f"act_threshold is {self.act_threshold}: set it from 0 to 1")
-        if self.kl_threshold is not None and not self.kl_threshold >= 0:
-            raise ValueError(f"kl_threshold is {self.kl_threshold}: set it to 0 or more")
-        for name, exit in (("act_threshold", "halt"), ("kl_threshold", "kl")):
-            if getattr(self, name) is not None and self.exit != exit:
-                raise ValueError(f"{name} is for --exit {exit}: choose that, or leave it out")
-
-    def check(self, config) -> "ExitRule":
-        """The rule itself; ValueError where a TRMConfig's model cannot obey it."""
-        if config.recursion == "none" and (self.exit != "fixed" or (self.max_recursion_depth or 1) > 1):
-            raise ValueError("recursion none is one visit, there is nothing to leave or to repeat: choose exit fixed")
-        if self.exit == "halt" and config.recursion != "trm":
-            raise ValueError(f"recursion {config.recursion} has no halting head: choose exit kl or fixed")
-        if self.exit != "fixed" and not (config.causal and config.mixer == "attention"):
-            raise ValueError("tokens leave one by one in a causal attention model alone: choose exit fixed")
-        return self
 
 
 def max_depth(config, rule: ExitRule | None = None) -> int:

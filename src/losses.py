@@ -53,29 +53,6 @@ def kl_divergence(logits: Float[Tensor, "*n v"], before: Float[Tensor, "*n v"]) 
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def step_weights(spec: str, steps: int) -> list[float]:
-    """Weights of supervision steps 0..steps-1 from `supervision_weights`, not normalised.
-
-    `equal`, `linear` (step s counts s + 1), `last`, or numbers such as `0.3,1.0`, the last of which is repeated."""
-    if spec == "equal":
-        return [1.0] * steps
-    if spec == "linear":
-        return [s + 1.0 for s in range(steps)]
-    if spec == "last":
-        return [0.0] * (steps - 1) + [1.0]
-    numbers = [float(part) for part in spec.split(",")]
-    return (numbers + [numbers[-1]] * steps)[:steps]
-
-
-def valid_weights(spec: str, steps: int) -> bool:
-    """Whether `step_weights` takes this: none negative or infinite, that of the last step positive."""
-    try:
-        weights = step_weights(spec, steps)
-    except ValueError:
-        return False
-    return all(0 <= weight < math.inf for weight in weights) and weights[-1] > 0
-
-
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     """Cross-entropy in bits per UTF-8 byte: the figure that models with different tokenizers share."""
     return nats_per_token / math.log(2) / bytes_per_token

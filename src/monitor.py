@@ -11,7 +11,6 @@ import statistics
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import torch
 from src.curves import METRICS_FILE, plot_learning_curve, read_settings, scan_metrics
 from src.errors import UserError
 from src.runtime import GIB
+from src.train_config import MonitoringConfig
 
 warn = logging.getLogger(__name__).warning
 
@@ -31,32 +31,6 @@ MEDIAN_OF, JUDGED_AFTER = 50, 10  # batches; the first ones are slow by nature (
 SLOW_FROM_S = 1.0  # seconds; of a shorter batch nobody needs to hear, however short the others are
 SAMPLES_FILE = "samples.txt"
 SYSTEM_FIGURES = {"cpu_percent", "memory_percent", "rss_gib", "gpu_memory_percent", "gpu_memory_gib", "batch_s"}
-
-
-@dataclass
-class MonitoringConfig:
-    """Where a run's figures go, and when it warns about its machine: section `monitoring` of the YAML.
-
-    Args:
-        cpu_warning_threshold: per cent of all cores; at 100, never: training on a CPU keeps all of them busy
-        memory_warning_threshold: per cent of the machine's memory
-        gpu_memory_warning_threshold: per cent of the GPU's memory that this process holds
-        slow_batch_threshold: how many times the median of the last 50 batches a batch may take (told from 1 s up)
-        tensorboard: write TensorBoard events
-        wandb_project: log to this Weights & Biases project (pip install wandb; WANDB_MODE=offline needs no network)
-    """
-
-    cpu_warning_threshold: float = 100.0
-    memory_warning_threshold: float = 90.0
-    gpu_memory_warning_threshold: float = 95.0
-    slow_batch_threshold: float = 4.0
-    tensorboard: bool = True
-    wandb_project: str | None = None
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if name.endswith("threshold") and not value >= 0:
-                raise ValueError(f"{name} is {value}: set it to 0 or more")
 
 
 class TRMTrainingLogger:

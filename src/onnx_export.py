@@ -8,7 +8,6 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from src.checkpoint import load_model
 from src.errors import UserError
 from src.losses import kl_divergence
 from src.model import TRMModel
+from src.onnx_config import OnnxExport
 from src.onnx_graph import FUSED_HEAD, Graph
 from src.onnx_session import CUDA, FACTS, GRAPH, load_onnx, need
 from src.sampling import generate_ids
@@ -170,29 +170,6 @@ def quantization_error(model: TRMModel, graph) -> dict:
         "same_likeliest": (found.argmax(-1) == wanted.argmax(-1)).double().mean().item(),
         "nats": kl_divergence(wanted, found).mean().item(),
     }
-
-
-@dataclasses.dataclass
-class OnnxExport:
-    """What to export, and for whom.
-
-    Args:
-        checkpoint: checkpoint or run folder (a run folder means its best); none = the released checkpoint
-        output: folder to write; it then holds all that generate.py --onnx needs
-        enable_kv_cache: keys and values go in and out; false = the whole text is encoded again for each token
-        quantize: int8 = 8-bit weights and products; the embedding stays as it is
-        opset: version of ONNX's operators, older for older providers; none = the exporter's own
-        device: who shall run it: cpu, or cuda, ONNX Runtime's CUDA provider
-        max_recursion_depth: recursion steps of every token, fixed in the graph; none = as trained
-    """
-
-    checkpoint: str | None = None
-    output: str | None = None
-    enable_kv_cache: bool = True
-    quantize: Literal["none", "int8"] = "none"
-    opset: int | None = None
-    device: Literal["cpu", "cuda"] = "cpu"
-    max_recursion_depth: int | None = None
 
 
 def export_onnx(settings: OnnxExport) -> dict:

@@ -11,9 +11,6 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 
@@ -60,6 +57,9 @@ class Agreement:
 
 def shard(model: torch.nn.Module, device: torch.device, world: int):
     """Spread a model's parameters, gradients and what optimizers keep of them over all processes, in place."""
+    from torch.distributed.device_mesh import init_device_mesh  # here, as FSDP takes a second to import
+    from torch.distributed.fsdp import fully_shard
+
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of views: the detached carry, which nobody writes to
     fully_shard(model, mesh=init_device_mesh(device.type, (world,)))
 
@@ -72,13 +72,20 @@ def reshard(model: torch.nn.Module):
 
 def gathered(tree):
     """The nest of tensors with whole tensors in the place of sharded ones; all processes must call it."""
-    return tree_map_only(DTensor, DTensor.full_tensor, tree)
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.full_tensor() if is_sharded(tensor) else tensor, tree)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, whose module takes a while to import where nothing is sharded."""
+    return hasattr(tensor, "device_mesh")
 
 
 def placed_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A whole tensor, the same in all processes, sharded as `like` is; as it is where `like` is whole."""
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 

@@ -4,14 +4,12 @@ import fcntl
 import os
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from src.checkpoint import load_state, read_weights, save_checkpoint
 from src.errors import UserError
-from src.model import TRMConfig
 
 # settings that may differ between a run and its continuation
 _FREE_ON_RESUME = {
@@ -38,13 +36,6 @@ def check_writable(folder: Path, flag: str = "save_dir"):
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"cannot write to {flag} {folder}: {parent} is no writable folder; choose another folder")
-
-
-def model_settings(config: TRMConfig) -> dict:
-    """The model's settings for config.yaml: a value that follows from others is left out, so that it follows again."""
-    follows = ("n_kv_heads", "d_ff", "embed_scale", "grad_deep_steps")
-    derived = [name for name in follows if replace(config, **{name: None}) == config]
-    return config.to_dict() | dict.fromkeys(derived)
 
 
 def settings_of(folder: Path) -> dict:

@@ -9,9 +9,8 @@ import signal
 import sys
 import sysconfig
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -20,19 +19,6 @@ from src.errors import UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 1024**3
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
-
-
-@dataclass
-class RuntimeConfig:
-    """Where the tensors live and how they are multiplied.
-
-    Args:
-        device: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
-        precision: fp32, bf16, fp16, or auto = bf16 where it is hardware, fp16 on older GPUs, else fp32
-    """
-
-    device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
 
 class Choice(NamedTuple):

@@ -1,11 +1,154 @@
-"""The settings of a training run."""
+"""The settings of a training run, a dataclass per concern, which scripts read before they import torch."""
 
+import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
-from src.config import is_utf8
-from src.curriculum import CurriculumConfig
-from src.monitor import MonitoringConfig
+from src.config import is_utf8, parse_flags
+from src.model_config import TRMConfig, model_settings
+
+
+@dataclass
+class RuntimeConfig:
+    """Where the tensors live and how they are multiplied.
+
+    Args:
+        device: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
+        precision: fp32, bf16, fp16, or auto = bf16 where it is hardware, fp16 on older GPUs, else fp32
+    """
+
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+
+@dataclass
+class DataConfig:
+    """What is read, and how it becomes windows of tokens.
+
+    Args:
+        train_paths: files, globs, folders of .jsonl .jsonl.gz .parquet .txt .py; none = this Python's standard library
+        valid_paths: validation text, likewise; none = a part of the training text that is held back
+        text_field: name of the text field (jsonl) or column (parquet)
+        tokenizer: sentencepiece, byte, or the path of a tokenizer.json, a .model, a .bin or a checkpoint folder
+        sp_model: SentencePiece .model file (from train_spm.py); none = one is trained on the spot
+        document_mask: keep attention inside documents
+        packing: cut the joined documents into full windows; false = one document per row, padded
+        strict: a bad line of a data file is an error, not skipped
+        mixture: weights of the train_paths, one each: their shares of the windows; none = by size, as one corpus
+        streaming: read and tokenize the training files while training, instead of once before it
+        shuffle_buffer: windows that streaming shuffles at a time, per loading process and corpus
+        num_workers: processes that load batches; 0 = the training process itself
+        num_proc: processes that tokenize before training
+        cache_dir: folder for tokenized text; none = $HF_DATASETS_CACHE or ~/.cache/generative-trm
+    """
+
+    train_paths: list[str] = field(default_factory=list)
+    valid_paths: list[str] = field(default_factory=list)
+    text_field: str = "text"
+    tokenizer: str = "sentencepiece"
+    sp_model: str | None = None
+    document_mask: bool = False
+    packing: bool = True
+    strict: bool = False
+    mixture: list[float] = field(default_factory=list)
+    streaming: bool = False
+    shuffle_buffer: int = 2048
+    num_workers: int = 0
+    num_proc: int = 1
+    cache_dir: str | None = None
+
+    def __post_init__(self):
+        if self.sp_model is not None and self.tokenizer != "sentencepiece":
+            raise ValueError(f"sp_model is for tokenizer sentencepiece, not {self.tokenizer}: leave out one of the two")
+        if self.num_workers < 0 or self.num_proc < 1:
+            raise ValueError("num_workers must be 0 or more, num_proc 1 or more")
+        if self.shuffle_buffer < 1:
+            raise ValueError("shuffle_buffer must be 1 or more; 1 does not shuffle")
+        if not self.packing and (self.document_mask or self.streaming):
+            name = "document_mask" if self.document_mask else "streaming"
+            raise ValueError(f"{name} needs packing: with packing false a row holds one document")
+        if self.mixture and len(self.mixture) != len(self.train_paths):
+            raise ValueError(
+                f"mixture has {len(self.mixture)} weights for {len(self.train_paths)} train_paths: give one each"
+            )
+        if not all(0 < weight < math.inf for weight in self.mixture):
+            raise ValueError("mixture: every weight must be a number over 0; leave out a path that is not wanted")
+
+
+@dataclass
+class CurriculumStage:
+    """What a stage changes; a setting that is left out stays as it was in the stage before.
+
+    Args:
+        steps: its optimizer steps; or else epochs
+        epochs: its passes over the training windows, such as 0.5; or else steps
+        seq_len: tokens of a window, up to max_seq_len
+        batch_size: windows per optimizer step
+        latent_steps: n of the recursion
+        deep_steps: T of the recursion
+        supervision_steps: N_sup of the recursion
+        dim: d_model, which may grow: heads of the same size are added
+        d_ff: hidden width of SwiGLU; by default it grows with dim, rounded up to 64
+        lr_factor: factor of the learning rate
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    seq_len: int | None = None
+    batch_size: int | None = None
+    latent_steps: int | None = None
+    deep_steps: int | None = None
+    supervision_steps: int | None = None
+    dim: int | None = None
+    d_ff: int | None = None
+    lr_factor: float | None = None
+
+    def __post_init__(self):
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("a stage lasts either steps or epochs: give one of them")
+        for name, value in vars(self).items():
+            least = "over 0" if name in ("epochs", "lr_factor") else "to 1 or more"
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}: set it {least}, or leave it out")
+
+
+@dataclass
+class CurriculumConfig:
+    """The section `curriculum` of the settings.
+
+    Args:
+        stages: stages of the run, in their order; none = one stage of max_steps
+    """
+
+    stages: list[CurriculumStage] = field(default_factory=list)
+
+
+@dataclass
+class MonitoringConfig:
+    """Where a run's figures go, and when it warns about its machine: section `monitoring` of the YAML.
+
+    Args:
+        cpu_warning_threshold: per cent of all cores; at 100, never: training on a CPU keeps all of them busy
+        memory_warning_threshold: per cent of the machine's memory
+        gpu_memory_warning_threshold: per cent of the GPU's memory that this process holds
+        slow_batch_threshold: how many times the median of the last 50 batches a batch may take (told from 1 s up)
+        tensorboard: write TensorBoard events
+        wandb_project: log to this Weights & Biases project (pip install wandb; WANDB_MODE=offline needs no network)
+    """
+
+    cpu_warning_threshold: float = 100.0
+    memory_warning_threshold: float = 90.0
+    gpu_memory_warning_threshold: float = 95.0
+    slow_batch_threshold: float = 4.0
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name.endswith("threshold") and not value >= 0:
+                raise ValueError(f"{name} is {value}: set it to 0 or more")
 
 
 @dataclass
@@ -102,3 +245,39 @@ class TrainConfig:
             raise ValueError("sample_prompt is not valid UTF-8 text: correct it")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes is {self.max_minutes}: set it over 0, or leave it out")
+
+
+class Settings(NamedTuple):
+    """All settings of a run, a dataclass per concern."""
+
+    train: TrainConfig
+    data: DataConfig
+    model: TRMConfig
+    runtime: RuntimeConfig
+
+    def flat(self) -> dict:
+        """{flag: value} of all, as config.yaml has them."""
+        parts = (self.train, self.data, self.runtime)
+        flat = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+        return flat | model_settings(self.model)
+
+
+def read_settings(argv=None, description=None) -> Settings:
+    """Settings from flags, such as ["--config", "configs/small.yaml", "--lr", "3e-3"]; None = the command line's.
+
+    With init_from the model's settings that are not given are those of the checkpoint."""
+    return Settings(*parse_flags(description, *Settings.__annotations__.values(), argv=argv, defaults=_model_of_source))
+
+
+def _model_of_source(parsed) -> dict:
+    """The model's settings of the checkpoint that a run starts from, or of the run itself once it has begun."""
+    if parsed.init_from is None:
+        return {}
+    from src import checkpoint, run_folder  # here, as they import torch
+
+    begun = run_folder.settings_of(Path(parsed.save_dir))
+    if begun:
+        return {field.name: begun[field.name] for field in dataclasses.fields(TRMConfig) if field.name in begun}
+    source = checkpoint.load_config(parsed.init_from)
+    follows = model_settings(source)["grad_deep_steps"]  # sizes stay as the weights have them
+    return source.to_dict() | {"grad_deep_steps": follows}

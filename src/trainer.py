@@ -19,9 +19,10 @@ from src.dataset import create_dataloader
 from src.errors import UserError
 from src.evaluation import evaluate, sample_text
 from src.loader import create_train_loader
-from src.losses import IGNORE, bits_per_byte, step_weights
+from src.losses import IGNORE, bits_per_byte
 from src.metrics import describe_model
 from src.model import TRMConfig, TRMModel
+from src.model_config import step_weights
 from src.monitor import ResourceMonitor, TRMTrainingLogger
 from src.optim import EMA, learning_rate_factor, make_optimizers
 from src.runtime import Interrupt, autocast, choose_compile, choose_device, choose_precision, compile_parts, mix_seed

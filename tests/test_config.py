@@ -12,8 +12,7 @@ from src.config import parse_flags, run
 from src.dataset import DataConfig
 from src.errors import UserError
 from src.model import TRMConfig
-from src.runtime import RuntimeConfig
-from src.train_config import TrainConfig
+from src.train_config import RuntimeConfig, TrainConfig
 
 CLASSES = (TrainConfig, DataConfig, TRMConfig, RuntimeConfig)
 

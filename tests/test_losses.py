@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import TINY
 
-from src.losses import IGNORE, bits_per_byte, cross_entropy, halting_loss, stablemax_cross_entropy, step_weights
+from src.losses import IGNORE, bits_per_byte, cross_entropy, halting_loss, stablemax_cross_entropy
 from src.model import TRMConfig, TRMModel
+from src.model_config import step_weights
 
 
 def by_token(logits, targets, transform):

@@ -14,7 +14,7 @@ import torch
 from conftest import TINY, build
 from torch.autograd.graph import saved_tensors_hooks
 
-from src.losses import step_weights
+from src.model_config import step_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 

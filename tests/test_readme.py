@@ -257,7 +257,14 @@ class TestMakefile:
         for program, words in found:
             check(program, words)
 
-    def test_requirements_are_pinned(self):
-        lines = (ROOT / "requirements.txt").read_text().splitlines()
+    @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+    def test_requirements_are_pinned(self, name):
+        lines = (ROOT / name).read_text().splitlines()
         names = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
-        assert not [name for name in names if not re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.+]+", name)]
+        assert ("-r requirements.txt" in names) == (name == "requirements-dev.txt")
+        loose = [name for name in names if not re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.+]+", name)]
+        assert loose in ([], ["-r requirements.txt"])
+
+    def test_each_target_installs_only_what_it_needs(self):
+        needs = dict(re.findall(r"^([\w-]+): \$\((\w+)\)", self.text, re.M))
+        assert needs["demo"] == "CORE" and needs["test"] == needs["lint"] == needs["bench"] == "DEV"

@@ -26,10 +26,10 @@ from experiments.scale_plan import (  # noqa: E402
     plan_speed,
 )
 from src.config import UserError  # noqa: E402
-from src.create import Settings  # noqa: E402
 from src.metrics import flops_per_token  # noqa: E402
 from src.model import TRMConfig  # noqa: E402
-from src.runtime import GIB, RuntimeConfig  # noqa: E402
+from src.runtime import GIB  # noqa: E402
+from src.train_config import RuntimeConfig, Settings  # noqa: E402
 
 pytest_plugins = "training"  # the fixtures make and corpus
 WIDE = {"d_model": 64, "n_heads": 4, "d_ff": 192, "batch_size": 16}

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from training import assert_same_checkpoints, during
 
 import train_trm_lm
-from src.curriculum import CurriculumConfig, CurriculumStage
 from src.curves import read_metrics
 from src.errors import UserError
+from src.train_config import CurriculumConfig, CurriculumStage
 
 pytest_plugins = "training"  # the fixtures make and corpus
 pytestmark = pytest.mark.usefixtures("unchecked")  # whole runs; the tests of the parts check annotations

@@ -15,13 +15,12 @@ from training import TINY, assert_same_checkpoints, during, same
 
 import train_trm_lm
 from src.checkpoint import load_model
-from src.create import create_trainer, read_settings
+from src.create import create_trainer
 from src.curves import read_metrics
 from src.errors import UserError
 from src.losses import IGNORE
 from src.model import TRMConfig
-from src.runtime import RuntimeConfig
-from src.train_config import TrainConfig
+from src.train_config import RuntimeConfig, TrainConfig, read_settings
 
 pytest_plugins = "training"  # the fixtures make and corpus
 pytestmark = pytest.mark.usefixtures("unchecked")  # whole runs; the tests of the parts check annotations

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from src.checkpoint import load_state
-from src.create import Settings, create_trainer
+from src.create import create_trainer
+from src.train_config import Settings
 
 CLASSES = Settings.__annotations__.values()
 TINY = {

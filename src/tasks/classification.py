@@ -24,8 +24,7 @@ from src.layers import Attention
 from src.losses import IGNORE
 from src.runtime import autocast
 from src.scoring import encode_pair, score_continuations
-
-SUFFIX = " Is this movie {labels}? This movie is "
+from src.tasks.config import SUFFIX
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 

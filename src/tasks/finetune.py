@@ -7,9 +7,8 @@ and the names of the labels in config.json. Killed and resumed, a run ends with 
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,61 +19,17 @@ from src import checkpoint, run_folder
 from src.corpus import content_hash
 from src.dataset import Sample, collate_batch
 from src.errors import UserError
-from src.losses import step_weights
+from src.model_config import step_weights
 from src.monitor import TRMTrainingLogger
 from src.optim import learning_rate_factor
 from src.runtime import Interrupt, autocast, mix_seed
 from src.tasks.classification import Example, LlamaEmbeddingClassifier, encode, predict
+from src.tasks.config import FinetuneConfig
 
 CLASSIFIER_FILE = "classifier.safetensors"
 ADAPTED = ["qkv", "out", "gate_up", "down"]  # the linear layers that LoRA adds to
 COUNTERS = ("step", "best", "best_loss")
 SORTED = 16  # batches whose rows are sorted by length together, so that little is padded
-
-
-@dataclass
-class FinetuneConfig:
-    """Fine-tuning.
-
-    Args:
-        save_dir: run folder: config, metrics.jsonl, checkpoints, confusion.png
-        tune: full = all weights, head = the new layer alone, lora = adapters on the linear layers (needs peft)
-        lora_rank: rank of the adapters
-        epochs: times through the training texts; the best epoch on the dev set is kept
-        batch_size: texts per optimizer step
-        lr: peak learning rate, after a warm-up of a tenth of the run; falls to 0 along a cosine
-        head_lr: peak learning rate of the new layer; default ten times lr
-        weight_decay: decoupled weight decay of matrices
-        dropout: probability of dropping, before the new layer and in the blocks
-        grad_clip: largest norm of the gradient; 0 = no clipping
-        balance: every label counts alike in the loss, however rare it is
-        seed: seed of the order of examples and of dropout
-        resume: go on from the newest checkpoint of save_dir
-    """
-
-    save_dir: str = "runs/classifier"
-    tune: Literal["full", "head", "lora"] = "full"
-    lora_rank: int = 8
-    epochs: int = 5
-    batch_size: int = 32
-    lr: float = 3e-4
-    head_lr: float | None = None
-    weight_decay: float = 0.01
-    dropout: float = 0.1
-    grad_clip: float = 1.0
-    balance: bool = False
-    seed: int = 0
-    resume: bool = False
-
-    def __post_init__(self):
-        for name in ("lora_rank", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
-        self.head_lr = 10 * self.lr if self.head_lr is None else self.head_lr
-        if not (self.lr > 0 and self.head_lr > 0 and 0 <= self.dropout < 1):
-            raise ValueError("lr and head_lr must be over 0, dropout 0 or more and under 1: correct them")
-        if not (self.weight_decay >= 0 and self.grad_clip >= 0 and 0 <= self.seed < 2**63):
-            raise ValueError("weight_decay, grad_clip and seed must be 0 or more: correct them")
 
 
 def load_classifier(folder, device="cpu") -> tuple[LlamaEmbeddingClassifier, object]:

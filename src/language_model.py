@@ -1,0 +1,101 @@
+"""A model with its tokenizer: text goes in, text or figures come out.
+
+lm = load_model("runs/trm")               # of src/checkpoint.py
+model, tokenizer = lm                     # it unpacks
+lm.write("Once upon", seed=1)             # what generate.py writes
+lm.score(["One text.", "Another one."])   # loss, bits per byte of each
+lm.inspect("Once upon").logits.shape      # recursion steps x tokens x vocabulary
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from src.exits import ExitRule
+from src.sampling import generate
+from src.tokenizer import StreamDecoder
+
+
+class Inspection(NamedTuple):
+    """What a model computed for one text of T tokens in S recursion steps and V visits of its network."""
+
+    ids: Int[Tensor, "t"]  # BOS first
+    logits: Float[Tensor, "s t vocabulary"]  # after each recursion step
+    halt_logits: Float[Tensor, "s t"] | None  # likewise; None without a halting head
+    states: Float[Tensor, "v t d"]  # the network's output at each visit: z, ..., z, y for each deep step of trm
+
+
+class LanguageModel(NamedTuple):
+    """A trained model and its tokenizer."""
+
+    model: Any  # TRMModel, or an ONNX graph in its place
+    tokenizer: Any
+
+    def write(
+        self,
+        text: str = "",
+        max_new_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = 0.95,
+        seed: int | None = None,
+        stop_at_eos: bool = True,
+        **options,
+    ) -> str:
+        """A text and what the model writes after it, as generate.py does; more options: those of `sampling.generate`.
+
+        Raises ValueError for options and texts that cannot be."""
+        choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop_at_eos": stop_at_eos}
+        written = continue_texts(self.model, self.tokenizer, [text], max_new_tokens, **choice, **options)
+        return text + "".join(pieces[0] for pieces, _ in written)
+
+    def score(self, texts: list[str], **options) -> list:
+        """`scoring.Figures` of each text by itself, after BOS: loss in nats per token, bits per byte, and more.
+
+        Options are those of `scoring.score_corpus`, such as stride or rule. UserError for a text without tokens."""
+        from src.scoring import score_corpus  # here, as it builds on data sets
+
+        return [score_corpus(self.model, self.tokenizer, [text], **options).figures for text in texts]
+
+    @torch.no_grad()
+    def inspect(self, text: str, rule: ExitRule | None = None) -> Inspection:
+        """Logits after every recursion step and hidden states after every visit, for a text that fits the context.
+
+        rule: how many steps, and whether tokens may leave early; default as trained."""
+        ids, states = torch.tensor([self.tokenizer.encode(text, bos=True)], device=self.model.embed.weight.device), []
+        hook = self.model.net.register_forward_hook(lambda net, inputs, state: states.append(state[0]))
+        try:
+            output = self.model(ids, exit=rule or ExitRule(), return_steps=True)
+        finally:
+            hook.remove()
+        halt = None if output.halt_logits is None else output.halt_logits[:, 0]
+        return Inspection(ids[0], output.logits[:, 0], halt, torch.stack(states))
+
+
+class Written(NamedTuple):
+    """What one step of generation adds to texts that are written together."""
+
+    pieces: list[str]  # for each text; "" where it has ended, or while a character lacks bytes
+    tokens: int  # that were made, EOS included
+
+
+def continue_texts(
+    model, tokenizer, prompts: list[str], max_new_tokens: int, stop_at_eos: bool = True, **options
+) -> Iterator[Written]:
+    """Write on after each prompt, as one batch.  Options as in `sampling.generate`, and its ValueErrors."""
+    rows = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    gaps, device = [max(map(len, rows)) - len(row) for row in rows], next(model.parameters(), torch.empty(0)).device
+    ids = torch.tensor([[tokenizer.pad_id] * gap + row for gap, row in zip(gaps, rows)], device=device)
+    mask = torch.tensor([[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows)], device=device)
+    decoders = [StreamDecoder(tokenizer, starts_text=not prompt) for prompt in prompts]
+    eos, is_open = tokenizer.eos_id if stop_at_eos else None, [True] * len(rows)
+    for column in generate(model, ids, max_new_tokens, eos_id=eos, attention_mask=mask, **options):
+        made, pieces = sum(is_open), [""] * len(rows)
+        for row, index in enumerate(column.tolist()):
+            is_open[row] = is_open[row] and index != eos
+            pieces[row] = decoders[row].push(index) if is_open[row] else ""
+        yield Written(pieces, made)
+    yield Written([decoder.flush() for decoder in decoders], 0)

@@ -1,0 +1,218 @@
+"""The settings of a model and of its depth, which scripts read before they import torch."""
+
+from dataclasses import asdict, dataclass, replace
+from math import inf
+from typing import Literal
+
+from src.config import literal_fields
+
+DEEPEST = 1000  # recursion steps, each with a cache of its own
+
+
+@dataclass
+class TRMConfig:
+    """The model. `recursion` picks the family; fields that a family does not use are ignored.
+
+    Args:
+        vocab_size: V, number of tokens; taken from the tokenizer where not given
+        d_model: D, width of the residual stream
+        n_heads: H, query heads; the head size is D/H
+        n_kv_heads: K, key/value heads, shared by groups of H/K query heads; default n_heads
+        n_layers: blocks of the one network that is applied again and again
+        d_ff: hidden width of SwiGLU; default 8/3 D rounded up to 64
+        max_seq_len: context length in tokens
+        causal: each token sees only the past (a language model); false for puzzles
+        mixer: what mixes tokens; mlp is for fixed-length, non-causal inputs
+        positions: rope (rotary), learned (an embedding, part of x), or none
+        rope_theta: base of the rotary frequencies
+        rope_scaling: how many times longer than trained the context is: divides the rotary positions; none = 1
+        rope_trained_len: context in tokens that was trained on; where given, rope_scaling acts by YaRN instead
+        norm: place of RMSNorm: post as in the TRM paper, pre as in Llama, sandwich = both
+        norm_eps: epsilon inside RMSNorm
+        qk_norm: RMSNorm on queries and keys, per head
+        dropout: probability of dropping, on attention weights and on each sublayer's output
+        tie_embeddings: the output head is the embedding matrix
+        embed_scale: factor of the embedding as it enters; default sqrt(d_model) where tied and recursive, else 1
+        recursion: none = plain transformer (Llama), loop = looped transformer, trm = the two-stream recursion
+        prelude_layers: untied blocks before the recursion
+        coda_layers: untied blocks after it
+        injection: how x re-enters at each visit: sum (the paper), concat (a linear layer), none (loop only: y0 = x)
+        gate: element-wise gate between the old and the new state at each visit
+        latent_steps: n, updates of z before each update of y (trm)
+        deep_steps: T, cycles of a supervision step (trm), or visits (loop)
+        supervision_steps: N_sup, deep supervision steps (trm)
+        grad_deep_steps: how many of the last deep steps carry gradient; default 1 for trm, all for loop
+        full_bptt: back-propagate through all supervision and deep steps (memory grows with them)
+        supervision_weights: weights of the steps' losses: equal, linear, last, or numbers such as 0.3,1.0
+        act_weight: weight of the halting loss
+        act_target: what the halting head learns: correct = the argmax is right, stable = one more step keeps it
+        act_threshold: a token halts where the halting probability exceeds this
+        gradient_checkpointing: recompute each visit in the backward pass: less memory, more time
+        pad_token_id: id that fills rows after their end
+    """
+
+    vocab_size: int | None = None
+    d_model: int = 256
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    n_layers: int = 2
+    d_ff: int | None = None
+    max_seq_len: int = 256
+    causal: bool = True
+    mixer: Literal["attention", "mlp"] = "attention"
+    positions: Literal["rope", "learned", "none"] = "rope"
+    rope_theta: float = 10000.0
+    rope_scaling: float | None = None
+    rope_trained_len: int | None = None
+    norm: Literal["post", "pre", "sandwich"] = "post"
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    dropout: float = 0.0
+    tie_embeddings: bool = False
+    embed_scale: float | None = None
+    recursion: Literal["none", "loop", "trm"] = "trm"
+    prelude_layers: int = 0
+    coda_layers: int = 0
+    injection: Literal["sum", "concat", "none"] = "sum"
+    gate: bool = False
+    latent_steps: int = 2
+    deep_steps: int = 2
+    supervision_steps: int = 2
+    grad_deep_steps: int | None = None
+    full_bptt: bool = False
+    supervision_weights: str = "equal"
+    act_weight: float = 1.0
+    act_target: Literal["correct", "stable"] = "correct"
+    act_threshold: float = 0.95
+    gradient_checkpointing: bool = False
+    pad_token_id: int | None = None
+
+    def __post_init__(self):
+        self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+        self.d_ff = -(-8 * self.d_model // (3 * 64)) * 64 if self.d_ff is None else self.d_ff
+        if self.grad_deep_steps is None:
+            self.grad_deep_steps = 1 if self.recursion == "trm" and not self.full_bptt else self.deep_steps
+        if self.embed_scale is None:  # a tied matrix is small, as the head needs it; states have unit size
+            self.embed_scale = self.d_model**0.5 if self.tie_embeddings and self.recursion != "none" else 1.0
+        for problem, advice in self._problems():
+            if problem:
+                raise ValueError(advice)
+
+    def _problems(self):
+        """(is it wrong?, what to change) for every combination that cannot work."""
+        sizes = ["d_model", "n_heads", "n_kv_heads", "n_layers", "d_ff", "max_seq_len", "latent_steps", "deep_steps"]
+        optional = [name for name in ("vocab_size", "rope_trained_len") if getattr(self, name) is not None]
+        for name in [*sizes, "supervision_steps", "grad_deep_steps", *optional]:
+            yield getattr(self, name) < 1, f"{name} is {getattr(self, name)}: set it to 1 or more"
+        for name in ("prelude_layers", "coda_layers", "act_weight"):
+            yield not 0 <= getattr(self, name) < inf, f"{name} is {getattr(self, name)}: set it to 0 or more"
+        for name, allowed in literal_fields(type(self)).items():
+            yield getattr(self, name) not in allowed, f"{name} is {getattr(self, name)!r}: choose {', '.join(allowed)}"
+        D, H, K, G, T = self.d_model, self.n_heads, self.n_kv_heads, self.grad_deep_steps, self.deep_steps
+        yield D % H != 0, f"d_model {D} does not divide into n_heads {H}: make d_model a multiple of n_heads"
+        yield H % K != 0, f"n_heads {H} is no multiple of n_kv_heads {K}: make n_kv_heads a divisor of n_heads"
+        odd = self.positions == "rope" and self.mixer == "attention" and (D // H) % 2
+        yield odd, f"rotary positions pair channels, but the head size {D // H} is odd: change d_model or n_heads"
+        yield not 0 <= self.dropout < 1, f"dropout is {self.dropout}: set it to 0 or more and under 1"
+        yield not 0 < self.act_threshold <= 1, f"act_threshold is {self.act_threshold}: set it over 0 and up to 1"
+        for name in ["norm_eps", "rope_theta", "embed_scale"] + ["rope_scaling"] * (self.rope_scaling is not None):
+            yield not 0 < getattr(self, name) < inf, f"{name} is {getattr(self, name)}: set it over 0"
+        outside = self.vocab_size is not None and not 0 <= (self.pad_token_id or 0) < self.vocab_size
+        yield outside, f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}: correct it"
+        sees_all = self.mixer == "mlp" and self.causal
+        yield sees_all, "mixer mlp sees all positions: set causal to false, or mixer to attention"
+        is_bare = self.injection == "none"
+        yield is_bare and self.recursion == "trm", "injection none is for recursion loop: choose sum or concat"
+        yield self.recursion != "none" and G > T, f"grad_deep_steps {G} is more than deep_steps {T}: lower it"
+        cut = is_bare and self.recursion == "loop" and G < T
+        yield cut, f"injection none gives the embedding no gradient under grad_deep_steps {G}: set it to deep_steps {T}"
+        weights, wrong = self.supervision_weights, not valid_weights(self.supervision_weights, self.supervision_steps)
+        yield wrong, f"supervision_weights is {weights!r}: choose equal, linear, last, or such as 0.3,1.0"
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @property
+    def head_dim(self) -> int:
+        """E, channels of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def train_steps(self) -> int:
+        """Supervision steps of one batch: only the trm family has more than one."""
+        return self.supervision_steps if self.recursion == "trm" else 1
+
+    @property
+    def visits_per_step(self) -> int:
+        """Applications of the network in one supervision step."""
+        return {"none": 1, "loop": self.deep_steps, "trm": self.deep_steps * (self.latent_steps + 1)}[self.recursion]
+
+
+def model_settings(config: TRMConfig) -> dict:
+    """The model's settings for config.yaml: a value that follows from others is left out, so that it follows again."""
+    follows = ("n_kv_heads", "d_ff", "embed_scale", "grad_deep_steps")
+    derived = [name for name in follows if replace(config, **{name: None}) == config]
+    return config.to_dict() | dict.fromkeys(derived)
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """When a token stops recursing.
+
+    Args:
+        exit: fixed = after max_recursion_depth steps, halt = when its halting head says so (trm), kl = when its
+            next-token distribution changes by less than kl_threshold
+        max_recursion_depth: most recursion steps of a token, also more than trained; default as trained
+        act_threshold: halt: stop over this halting probability; default the model's own
+        kl_threshold: kl: stop where KL(after the step || before it) is under this, in nats; default 0.01
+    """
+
+    exit: Literal["fixed", "halt", "kl"] = "fixed"
+    max_recursion_depth: int | None = None
+    act_threshold: float | None = None
+    kl_threshold: float | None = None
+
+    def __post_init__(self):
+        depth = self.max_recursion_depth
+        if depth is not None and not 1 <= depth <= DEEPEST:
+            raise ValueError(f"max_recursion_depth is {depth}: set it to 1 or more, up to {DEEPEST}")
+        if self.act_threshold is not None and not 0 <= self.act_threshold <= 1:
+            raise ValueError(f"act_threshold is {self.act_threshold}: set it from 0 to 1")
+        if self.kl_threshold is not None and not self.kl_threshold >= 0:
+            raise ValueError(f"kl_threshold is {self.kl_threshold}: set it to 0 or more")
+        for name, exit in (("act_threshold", "halt"), ("kl_threshold", "kl")):
+            if getattr(self, name) is not None and self.exit != exit:
+                raise ValueError(f"{name} is for --exit {exit}: choose that, or leave it out")
+
+    def check(self, config) -> "ExitRule":
+        """The rule itself; ValueError where a TRMConfig's model cannot obey it."""
+        if config.recursion == "none" and (self.exit != "fixed" or (self.max_recursion_depth or 1) > 1):
+            raise ValueError("recursion none is one visit, there is nothing to leave or to repeat: choose exit fixed")
+        if self.exit == "halt" and config.recursion != "trm":
+            raise ValueError(f"recursion {config.recursion} has no halting head: choose exit kl or fixed")
+        if self.exit != "fixed" and not (config.causal and config.mixer == "attention"):
+            raise ValueError("tokens leave one by one in a causal attention model alone: choose exit fixed")
+        return self
+
+
+def step_weights(spec: str, steps: int) -> list[float]:
+    """Weights of supervision steps 0..steps-1 from `supervision_weights`, not normalised.
+
+    `equal`, `linear` (step s counts s + 1), `last`, or numbers such as `0.3,1.0`, the last of which is repeated."""
+    if spec == "equal":
+        return [1.0] * steps
+    if spec == "linear":
+        return [s + 1.0 for s in range(steps)]
+    if spec == "last":
+        return [0.0] * (steps - 1) + [1.0]
+    numbers = [float(part) for part in spec.split(",")]
+    return (numbers + [numbers[-1]] * steps)[:steps]
+
+
+def valid_weights(spec: str, steps: int) -> bool:
+    """Whether `step_weights` takes this: none negative or infinite, that of the last step positive."""
+    try:
+        weights = step_weights(spec, steps)
+    except ValueError:
+        return False
+    return all(0 <= weight < inf for weight in weights) and weights[-1] > 0
