@@ -1,6 +1,7 @@
 # Every target makes the .venv that it needs; PYTHON=python3.12 make test chooses the interpreter it is made with.
 PYTHON ?= python3
 VENV := .venv/bin/python
+SLOW := -m slow -n 0 -o faulthandler_timeout=3600
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
@@ -26,10 +27,10 @@ test: $(INSTALLED)  ## the tests: some minutes
 	$(VENV) -m pytest
 
 test-slow: $(INSTALLED)  ## the tests that take longer
-	$(VENV) -m pytest -m slow -n 0
+	$(VENV) -m pytest $(SLOW)
 
 test-kill: $(INSTALLED)  ## kill a run 25 times, tokenized and streaming: about ten minutes
-	$(VENV) -m pytest -m slow -n 0 tests/test_kill.py
+	$(VENV) -m pytest $(SLOW) tests/test_kill.py
 
 lint: $(INSTALLED)  ## ruff: mistakes and format
 	$(VENV) -m ruff check .
