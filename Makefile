@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv/bin/python
 CORE := .venv/.installed
 DEV := .venv/.installed-dev
+SLOW := -m slow -n 0 -o faulthandler_timeout=3600
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-kill lint bench clean
@@ -35,10 +36,10 @@ test: $(DEV)  ## the tests: some minutes
 	$(VENV) -m pytest
 
 test-slow: $(DEV)  ## the tests that take longer
-	$(VENV) -m pytest -m slow -n 0
+	$(VENV) -m pytest $(SLOW)
 
 test-kill: $(DEV)  ## kill a run 25 times, tokenized and streaming: about ten minutes
-	$(VENV) -m pytest -m slow -n 0 tests/test_kill.py
+	$(VENV) -m pytest $(SLOW) tests/test_kill.py
 
 lint: $(DEV)  ## ruff: mistakes and format
 	$(VENV) -m ruff check .

@@ -23,6 +23,23 @@ from src.model import TRMConfig, TRMModel  # noqa: E402
 pytest.register_assert_rewrite("scripts", "training")  # fixtures that several files share
 
 
+def kernels() -> str:
+    """Which kernels torch takes in this process, and whether oneDNN has bf16 ones."""
+    has_onednn = torch.backends.mkldnn.is_available()
+    bf16 = "with" if has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "without"
+    return f"{torch.backends.cpu.get_cpu_capability()}, {bf16} bf16 in oneDNN"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Which kernels the figures come from (tests/test_kernels.py), and what it means that a worker died."""
+    reports = [report for kind in terminalreporter.stats.values() for report in kind if hasattr(report, "when")]
+    lower = dict.fromkeys(value for report in reports for key, value in report.user_properties if key == "kernels")
+    others = f"; in processes of their own: {', '.join(lower)}" if lower else ""
+    terminalreporter.write_line(f"kernels: {kernels()}{others}")
+    if any(report.when == "???" for report in reports):  # as pytest-xdist marks them
+        terminalreporter.write_line("a test worker died: tests that had not begun were not run")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same random numbers, whatever ran before it."""

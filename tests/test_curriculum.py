@@ -10,9 +10,7 @@ from conftest import AXES, TINY, batch, mixtures, name, singles
 
 from src.config import parse_flags
 from src.curriculum import (
-    CurriculumConfig,
     CurriculumScheduler,
-    CurriculumStage,
     grow_average,
     grow_optimizers,
     grow_width,
@@ -23,6 +21,7 @@ from src.curriculum import (
 from src.errors import UserError
 from src.model import TRMConfig, TRMModel
 from src.optim import EMA, make_optimizers
+from src.train_config import CurriculumConfig, CurriculumStage
 
 WIDE = 32  # from 16: a multiple of the heads of every grouping
 BASE = TRMConfig(**TINY)

@@ -4,8 +4,11 @@ import pytest
 import torch
 from test_cache import CASES, LEFT_PADDED, name, prompt
 
+import generate
+from src.checkpoint import save_checkpoint
 from src.quantize import Int8Linear, quantize
 from src.sampling import generate_ids
+from src.tokenizer import ByteLevelTokenizer
 
 
 def weights_of(layer):
@@ -28,6 +31,32 @@ def test_weights_are_within_half_a_level_and_the_product_is_theirs(bias):
     size = x.norm(dim=-1, keepdim=True) * weights_of(layer).norm(dim=1) + exact.abs()
     assert layer(x).shape == (2, 3, 20) and layer(x).dtype == torch.float32
     assert ((layer(x) - exact).abs() <= 2**-8 * size).all()  # activations and result are rounded to bf16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [172, 44, 20, 16, 17, 1])
+def test_any_width_and_number_of_rows_is_fp32_within_rounding(width, dtype):
+    for outputs in (1, 3, 4, 257):
+        linear = torch.nn.Linear(width, outputs)
+        layer = Int8Linear(linear)
+        for rows in (0, 1, 4, 12, 16, 20):
+            x = torch.randn(rows, width).to(dtype)
+            exact, size = linear(x.float()), x.float().abs() @ linear.weight.abs().T
+            # half a level for each weight; 2^-9 of its value for each bf16 input, and for the result: with and without
+            # the bias, if that is bf16, too
+            bound = x.float().abs().sum(-1, keepdim=True) * layer.scale.float() / 2 * (1 + 2**-8)
+            bound += 2**-9 * (size + 2 * (size + linear.bias.abs())) * (1 + 2**-7)
+            y = layer(x)
+            assert y.shape == (rows, outputs) and y.dtype == dtype
+            assert ((y.float() - exact).abs() <= bound).all()
+
+
+def test_inputs_that_are_parts_of_others():
+    """The kernel wants aligned rows, one after the other: a slice, a transposed and a repeated tensor are none."""
+    layer = Int8Linear(torch.nn.Linear(32, 5, bias=False))
+    wide = torch.randn(4, 100).bfloat16()
+    for x in (wide[:1, 3:35], wide[:, 1:33], torch.randn(32, 6).bfloat16().t(), wide[:1, :32].expand(7, 32)):
+        assert torch.equal(layer(x), layer(x.clone(memory_format=torch.contiguous_format)))
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it():
@@ -76,3 +105,19 @@ def test_training_is_refused(tiny):
     targets = prompt()
     with pytest.raises(RuntimeError, match="does not require grad"):
         model.eval()(prompt(), targets).loss.backward()
+
+
+def test_generate_with_the_widths_of_a_llama2c_model(tiny, tmp_path, capsys):
+    """d_ff of stories260K is 172; a prompt of 12 tokens and single ones."""
+    tokenizer = ByteLevelTokenizer()
+    sizes = {"d_model": 64, "n_heads": 8, "n_kv_heads": 4, "d_ff": 172, "max_seq_len": 32}
+    model = tiny(recursion="none", norm="pre", vocab_size=tokenizer.vocab_size, **sizes)
+    save_checkpoint(tmp_path / "model", model, tokenizer)
+    ids = torch.tensor([tokenizer.encode("Once upon a", bos=True)])
+    exact = model(ids).logits
+    error = (quantize(model)(ids).logits - exact).norm() / exact.norm()
+    assert ids.shape == (1, 12) and error < 0.05  # 1/127 a weight, some more in each of four products
+    words = ["--prompt", "Once upon a", "--max_new_tokens", "8", "--temperature", "0", "--precision", "int8"]
+    generate.main([str(tmp_path / "model"), *words])
+    written = generate_ids(model, ids, 8, temperature=0, use_cache=False)[0].tolist()
+    assert capsys.readouterr().out.removesuffix("\n") == tokenizer.decode(written)

@@ -15,7 +15,6 @@ from src.config import parse_flags
 from src.errors import UserError
 from src.runtime import (
     Interrupt,
-    RuntimeConfig,
     autocast,
     choose_compile,
     choose_device,
@@ -24,6 +23,7 @@ from src.runtime import (
     mix_seed,
     peak_rss_bytes,
 )
+from src.train_config import RuntimeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")

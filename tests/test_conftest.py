@@ -1,0 +1,26 @@
+"""How a run of the tests ends when one of them dies or blocks, by the settings of pyproject.toml."""
+
+import os
+import re
+
+from scripts import ROOT, start
+
+ENDINGS = {"dies": "os.kill(os.getpid(), signal.SIGSEGV)", "blocks": "threading.Event().wait()"}
+
+
+def test_a_test_that_dies_or_blocks_ends_the_run_by_name(tmp_path):
+    """In files of their own among others, some of which wait for a worker when it happens."""
+    for name in (*ENDINGS, "a", "b", "c", "d", "e", "f"):
+        tests = f"def test_before(): pass\ndef test_{name}(): {ENDINGS.get(name, 'pass')}\ndef test_after(): pass\n"
+        (tmp_path / f"test_{name}.py").write_text(f"import os, signal, threading\n{tests}")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    words = ["-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "-o", "faulthandler_timeout=1", tmp_path]
+    child = start("-m", "pytest", "-p", "no:cacheprovider", *words, env=environment)
+    try:
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 1
+    for name in ENDINGS:
+        assert re.search(rf"worker 'gw.' crashed while running '.*test_{name}\.py::test_{name}'", out)
+        assert f'test_{name}.py", line 3 in test_{name}' in err  # and where it was
