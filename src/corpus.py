@@ -26,6 +26,7 @@ PIECE_CHARS = 65_536
 REPORTED = 3  # this many bad lines of each kind are named on stderr, the rest only counted
 NO_FIELD, NOT_TEXT, EMPTY = "no text field", "text is not a string", "empty text"
 BAD_JSON, BAD_UTF8, NOT_OBJECT = "broken JSON", "invalid UTF-8", "not a JSON object"
+_END_BYTES = 1024**2  # of the start and of the end of a file: what fingerprint_files looks at
 _STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -77,6 +78,24 @@ def stdlib_files(min_bytes=200, valid_share=20):
     if not parts[0] or not parts[1]:
         raise UserError(f"{root} has no sources of the standard library; give --train_paths")
     return parts
+
+
+def fingerprint_files(files):
+    """[(name without folders, bytes, digest)] of files: the digest (hex) is of size, first and last MiB, so that a
+    file which was replaced by one of the same size is noticed, whatever that size. UserError where one cannot be read.
+    """
+    found = []
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                size = os.path.getsize(path)
+                ends = file.read(_END_BYTES)
+                file.seek(max(len(ends), size - _END_BYTES))
+                ends += file.read(_END_BYTES)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): put it back") from None
+        found.append((os.path.basename(path), size, f"{content_hash(size.to_bytes(8, 'big') + ends):016x}"))
+    return found
 
 
 def content_hash(data):

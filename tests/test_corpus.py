@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from texts import BYTE, write
 
 from src import corpus
-from src.corpus import find_files, read_documents, read_pieces, stdlib_files
+from src.corpus import find_files, fingerprint_files, read_documents, read_pieces, stdlib_files
 from src.dataset import DataConfig, prepare_data
 from src.errors import UserError
 from src.token_store import tokenize_corpus
@@ -41,6 +41,22 @@ def test_stdlib_files():
     assert 0.02 < len(valid) / len(train) < 0.1
     assert not [p for p in train + valid if {"test", "tests", "site-packages"} & set(Path(p).parts[-4:])]
     assert any(p.endswith("argparse.py") for p in train + valid)
+
+
+def test_a_fingerprint_sees_size_start_and_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_END_BYTES", 4)
+    path, found = tmp_path / "a.txt", []
+    for content in (b"", b"abc", b"abd", b"abcdefghijkl", b"abcdXXXXijkl", b"Xbcdefghijkl", b"abcdefghijkX", b"abcdef"):
+        path.write_bytes(content)
+        [(name, size, digest)] = fingerprint_files([path])
+        assert (name, size) == ("a.txt", len(content))
+        found.append(digest)
+    assert found[3] == found[4]  # the middle of a large file is not looked at
+    assert len(set(found)) == len(found) - 1
+    (tmp_path / "b.txt").write_bytes(b"abcdef")
+    assert fingerprint_files([tmp_path / "b.txt", path]) == [("b.txt", 6, found[-1]), ("a.txt", 6, found[-1])]
+    with pytest.raises(UserError, match="gone.txt cannot be read"):
+        fingerprint_files([tmp_path / "gone.txt"])
 
 
 def test_every_format_gives_the_same_documents(tmp_path):
