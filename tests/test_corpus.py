@@ -1,5 +1,6 @@
 """Files to documents: every format, and every way in which a file can be bad."""
 
+import gzip
 import os
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from texts import BYTE, write
 
 from src import corpus
-from src.corpus import find_files, fingerprint_files, read_documents, read_pieces, stdlib_files
+from src.corpus import escaped, find_files, fingerprint_files, read_documents, read_pieces, stdlib_files
 from src.dataset import DataConfig, prepare_data
 from src.errors import UserError
 from src.token_store import tokenize_corpus
@@ -67,8 +68,9 @@ def test_every_format_gives_the_same_documents(tmp_path):
     write(tmp_path / "a.jsonl", texts)
     write(tmp_path / "a.jsonl.gz", texts)
     pq.write_table(pa.table({"text": texts, "n": [1, 2, 3, 4]}), tmp_path / "a.parquet")
-    (tmp_path / "a.txt").write_bytes("".join(f"{t}\n<|endoftext|>\n" for t in texts).encode())
-    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt"):
+    (tmp_path / "a.txt").write_bytes("".join(f"{t}\n<|endoftext|>\n" for t in texts).replace("\r", "<|\\r|>").encode())
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress((tmp_path / "a.txt").read_bytes()))
+    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet", "a.txt", "a.txt.gz"):
         assert list(read_documents([tmp_path / name])) == texts, name
     (tmp_path / "plain.txt").write_bytes(b"\xef\xbb\xbfno separator\n\nat all\n")
     assert list(read_documents([tmp_path / "plain.txt"])) == ["no separator\n\nat all\n"]
@@ -83,6 +85,43 @@ def test_long_documents_are_cut_without_loss(texts, tmp_path, monkeypatch):
     for name in ("a.txt", "a.jsonl"):
         assert list(read_documents([tmp_path / name])) == texts
         assert all(len(p) <= 7 or "\n" not in p[:-1] for p, _ in read_pieces([tmp_path / name]))
+
+
+HARD = [
+    "<|endoftext|>",
+    "<|\\endoftext|>",
+    "<|\\r|>",
+    "<|\\\\r|>",
+    "<|\\0|>",
+    "<|\\ufeff|>",
+    "<|",
+    "\\",
+    "r|>",
+    "|>",
+    "0",
+    "\n",
+]
+HARD += ["\r", "\r\n", "\0", "\ufeff", "\x85", "\u2028", "\x0c", "京", "😀", "a", " ", "<", "|", "endoftext"]
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    documents=st.lists(st.lists(st.sampled_from(HARD), min_size=1, max_size=14).map("".join), min_size=1, max_size=4),
+    size=st.sampled_from([3, 7, 65_536]),
+)
+def test_what_extract_texts_writes_reads_back(documents, size, tmp_path, monkeypatch):
+    """The same documents, after any number of passes, wherever pieces are cut."""
+    monkeypatch.setattr(corpus, "PIECE_CHARS", size)
+    documents = [text for text in documents if text.strip()] or ["x"]
+    write(tmp_path / "0.jsonl", documents)
+    source = tmp_path / "0.jsonl"
+    for number in range(1, 4):
+        with open(tmp_path / f"{number}.txt", "w", encoding="utf-8", newline="\n") as file:
+            for piece, is_last in escaped(read_pieces([source])):
+                file.write(piece + f"\n{corpus.SEPARATOR}\n" * is_last)
+        source = tmp_path / f"{number}.txt"
+        assert list(read_documents([source])) == documents
+    assert (tmp_path / "2.txt").read_bytes() == (tmp_path / "1.txt").read_bytes()
 
 
 # bad input
