@@ -138,8 +138,6 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
 
 def converse(model, tokenizer, config, rule):
     """Continue each line typed, until an end of file."""
-    if sys.stdin is None:
-        raise UserError("--interactive reads prompts from the standard input, which is closed: give --prompt")
     if isinstance(sys.stdin, io.TextIOWrapper):  # a wrong byte is a mistake in one line, not the end
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     while True:

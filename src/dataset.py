@@ -23,13 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from src.corpus import (
-    NoDocument,
-    content_hash,
-    find_files,
-    fingerprint_files,
-    stdlib_files,
-)
+from src.corpus import NoDocument, content_hash, find_files, fingerprint_files, stdlib_files
 from src.errors import UserError
 from src.losses import IGNORE
 from src.order import EndlessSampler, MixtureSampler, RankBatches
@@ -303,10 +297,9 @@ def _warn_of_training_text(valid_files, train_files):
     names = {found[1:]: path for path, found in zip(train, fingerprint_files(train))}
     for path, found in zip(valid_files, fingerprint_files(valid_files)):
         if found[1:] in names:
-            also = f" (as {names[found[1:]]})" if names[found[1:]] != path else ""
-            print(
-                f"warning: validation file {path} is training text too{also}: its loss is no measure", file=sys.stderr
-            )
+            also = f" (there {names[found[1:]]})" if names[found[1:]] != path else ""
+            why = "is training text too, so that its loss is no measure"
+            print(f"warning: validation file {path}{also} {why}", file=sys.stderr)
 
 
 def _split_stores(store_of, corpora, files, tokenizer, seq_len):

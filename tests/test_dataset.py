@@ -190,9 +190,9 @@ def test_a_validation_file_that_is_training_text_is_said_by_name(tmp_path, capsy
     (tmp_path / "link.jsonl").symlink_to("a.jsonl")
     config = {"tokenizer": "byte", "cache_dir": str(tmp_path / "c")}
     for valid, said in (
-        (f"{tmp_path}/link.jsonl", f"link.jsonl is training text too (as {a})"),
-        (f"{tmp_path}/copy.jsonl", f"copy.jsonl is training text too (as {b})"),
-        (a, "a.jsonl is training text too: its loss is no measure"),
+        (f"{tmp_path}/link.jsonl", f"link.jsonl (there {a}) is training text too"),
+        (f"{tmp_path}/copy.jsonl", f"copy.jsonl (there {b}) is training text too"),
+        (a, "a.jsonl is training text too, so that its loss is no measure"),
         (c, ""),
     ):
         for streaming in (False, True):
