@@ -122,9 +122,10 @@ def stdlib_files(min_bytes=200, valid_share=20):
     root = sysconfig.get_paths()["stdlib"]
     parts = ([], [])
     for path in sorted(f for f in _walk(root, _STDLIB_SKIPS) if f.endswith(".py")):
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with open(path, "rb") as file:
             source = file.read()
-        if len(source) < min_bytes or not is_text(source) or os.path.basename(path).startswith("_sysconfigdata"):
+        is_utf8 = is_text(source.decode(errors="surrogateescape"))
+        if len(source) < min_bytes or not is_utf8 or os.path.basename(path).startswith("_sysconfigdata"):
             continue
         name = os.path.relpath(path, root).replace(os.sep, "/")
         parts[content_hash(name.encode()) % valid_share == 0].append(path)
@@ -221,7 +222,7 @@ def _good_lines(path, log, most, cuts=False):
     for number, line in read_lines(path, most, cuts):
         if line is None:
             log.add(TOO_LONG, path, number)
-        elif not is_text(line):
+        elif not (line.isascii() or is_text(line)):  # asked first, because a call takes longer
             bad += 1
             log.add(BAD_UTF8, path, number)
         else:
@@ -327,12 +328,13 @@ def _read_txt(path, text_field, log, separator=SEPARATOR):
     """Pieces of a text file's documents. A line break is passed on only with the line after it, because the one before
     a separator is not part of the document."""
     pieces, size, is_begun, last = [], 0, False, 0  # what is not yielded yet of a document; whether some of it is
+    ends = () if separator is None else (separator, f"{separator}\n")
     for number, line in _good_lines(path, log, max(PIECE_CHARS, 64), cuts=True):
         if "\0" in line:
             log.add(HAS_NUL, path, number)
             continue
         is_start, last = number != last, number  # of a line, which may come in parts
-        if is_start and line.removesuffix("\n") == separator:
+        if is_start and line in ends:
             yield from _ended("".join(pieces).removesuffix("\n"), is_begun)
             pieces, size, is_begun = [], 0, False
             continue

@@ -17,6 +17,7 @@ from src.errors import UserError
 MOST_BYTES = 256 * 1024**2  # of a file that is read whole: settings, names, prompts, tokenizers
 MOST_LINE = 32 * 1024**2  # characters of a line that is read whole, such as a record of JSON
 MOST_SKIPPED = 8  # times as long may a line be that is passed over; beyond that it is no file of lines
+_CHUNK = 65_536  # characters read at once
 MOST_DEPTH = 100  # lists and objects inside each other in JSON
 BOMS = {  # longest first, as UTF-32's begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -74,20 +75,28 @@ def open_text(path) -> io.TextIOWrapper:
 def read_lines(path, most: int = MOST_LINE, cuts: bool = False):
     """(number from 1, line with its \\n) of a text file of any size, in flat memory.
 
-    A line of more than `most` characters comes in parts where cuts is true, else as one None.  UserError where the file
-    cannot be read to its end, or a line is MOST_SKIPPED times as long as can be taken."""
-    number, size = 0, 0  # of the line, and the characters of it so far
+    A line of more than `most` characters may come in parts where cuts is true, else it is one None.  UserError where
+    the file cannot be read to its end, or a line is MOST_SKIPPED times as long as can be taken."""
+    number, held, passed = 1, "", 0  # line, what of it is not given yet, characters of it after it was given as None
     try:
         with open_text(path) as file:
-            while part := file.readline(most if not size else min(most, 1024**2)):
-                is_first, size = not size, size + len(part)
-                number += is_first
-                is_whole = part[-1] == "\n" or len(part) < most
-                if cuts or is_first:
-                    yield number, part if cuts or is_whole else None
-                elif size > MOST_SKIPPED * most:
-                    raise UserError(f"{path}:{number}: a line of over {size:,} characters: this is no file of lines")
-                size = 0 if part[-1] == "\n" else size
+            while chunk := file.read(_CHUNK):
+                *lines, rest = chunk.split("\n")
+                for line in lines:
+                    if not passed:
+                        line = held + line + "\n"
+                        yield number, line if cuts or len(line) <= most else None
+                    number, held, passed = number + 1, "", 0
+                held += rest
+                if passed or len(held) > most:
+                    if not passed:
+                        yield number, held if cuts else None
+                    held, passed = "", 0 if cuts else passed + len(held)
+                    if passed > MOST_SKIPPED * most:
+                        size = f"over {passed:,} characters"
+                        raise UserError(f"{path}:{number}: a line of {size}: this is no file of lines")
+            if held:
+                yield number, held
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
         raise UserError(f"{path} cannot be read to its end, is it cut short? ({reason})") from None
