@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from src.config import before_torch, check_writable, parse_flags, run, write_text
+from src.corpus import MAX_DOC_MB
 from src.errors import UserError
 from src.model_config import ExitRule
 
@@ -29,9 +30,10 @@ class EvalConfig:
 
     Args:
         checkpoint: checkpoint or run folder (a run folder means its best); none = the released checkpoint
-        paths: files, globs, folders of .jsonl .jsonl.gz .parquet .txt .py; none = the validation part of this Python's
-            standard library
+        paths: files, globs, folders of .jsonl .txt (gzipped or not) .parquet .py; none = the validation part of this
+            Python's standard library
         text_field: name of the text field (jsonl) or column (parquet)
+        max_doc_mb: documents of .jsonl and .parquet longer than this (million characters) are skipped
         max_docs: documents that are read at most; with lm_eval, examples per task
         max_tokens: tokens that are scored at most; the depth curve's default is 10,000
         stride: tokens by which the windows of a long document advance; default half the context
@@ -49,6 +51,7 @@ class EvalConfig:
     checkpoint: str | None = None
     paths: list[str] = field(default_factory=list)
     text_field: str = "text"
+    max_doc_mb: float = MAX_DOC_MB
     max_docs: int | None = None
     max_tokens: int | None = None
     stride: int | None = None
@@ -105,7 +108,7 @@ def read_text(config):
     if not paths:
         paths = stdlib_files()[1]
         print(f"no paths: the validation part of the Python standard library, {len(paths)} files", file=sys.stderr)
-    return read_pieces(paths, config.text_field)
+    return read_pieces(paths, config.text_field, max_doc_mb=config.max_doc_mb)
 
 
 def print_table(names, rows):

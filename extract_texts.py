@@ -3,9 +3,10 @@
     python extract_texts.py data/wiki/*.jsonl.gz --output data/train_texts.txt
     python extract_texts.py books/ more.parquet --text_field body --max_docs 10000
 
-Reads .jsonl, .jsonl.gz, .parquet, .txt and .py: files, globs, and folders with all that lies in them. Writes one UTF-8
-text file with a line <|endoftext|> after each document, which every script here reads back as the same documents.
-Memory stays flat. Counts, and what was skipped and why, go to stderr.
+Reads .jsonl, .txt (gzipped or not), .parquet and .py: files, globs, and folders with all that lies in them. Writes one
+UTF-8 text file with a line <|endoftext|> after each document, which every script here reads back as the same documents
+(src/corpus.py says how a document that holds such a line is written). Memory stays flat. Counts, and what was skipped
+and why, go to stderr.
 """
 
 import os
@@ -16,8 +17,9 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from src.config import parse_flags, run
-from src.corpus import SEPARATOR, find_files, read_pieces
+from src.corpus import MAX_DOC_MB, SEPARATOR, escaped, find_files, read_pieces
 from src.errors import UserError
+from src.files import check_is_file
 
 
 @dataclass
@@ -30,6 +32,7 @@ class ExtractConfig:
         max_docs: stop after this many documents; none = all
         text_field: name of the text field (jsonl) or column (parquet)
         strict: a bad line is an error, not skipped
+        max_doc_mb: documents of .jsonl and .parquet longer than this (million characters) are skipped
     """
 
     paths: list[str] = field(default_factory=list)
@@ -37,6 +40,7 @@ class ExtractConfig:
     max_docs: int | None = None
     text_field: str = "text"
     strict: bool = False
+    max_doc_mb: float = MAX_DOC_MB
 
     def __post_init__(self):
         if self.max_docs is not None and self.max_docs < 1:
@@ -55,7 +59,8 @@ def extract(files, config, output, skipped):
     """Write the documents of `files` to an open text file; returns (documents, bytes of text)."""
     n_docs = n_bytes = 0
     with tqdm(unit="B", unit_scale=True, desc="text") as bar:
-        for piece, is_last in read_pieces(files, config.text_field, config.strict, skipped):
+        pieces = read_pieces(files, config.text_field, config.strict, skipped, max_doc_mb=config.max_doc_mb)
+        for piece, is_last in escaped(pieces):
             output.write(piece)
             size = len(piece.encode())
             n_bytes += size
@@ -74,8 +79,8 @@ def main(argv=None):
     files = find_files(config.paths)
     if os.path.realpath(config.output) in map(os.path.realpath, files):
         raise UserError(f"output {config.output} is one of the files to read; choose another with --output")
-    if os.path.isdir(config.output):
-        raise UserError(f"output {config.output} is a folder; name a file in it")
+    if os.path.lexists(config.output):
+        check_is_file(config.output, f"output {config.output}")
     part, skipped = f"{config.output}.part", Counter()
     try:
         with open(part, "w", encoding="utf-8", newline="\n") as output:

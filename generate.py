@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from src.config import before_torch, is_utf8, parse_flags, run
+from src.config import before_torch, parse_flags, run
 from src.errors import UserError
+from src.files import is_text, read_text
 from src.model_config import ExitRule
 
 __all__ = ["load_model", "main", "parse_args"]
@@ -81,11 +82,7 @@ class GenerateConfig:
         """The prompts of flags and file; a single empty one where there are none."""
         prompts = list(self.prompt)
         if self.prompt_file is not None:
-            try:
-                with open(self.prompt_file, encoding="utf-8-sig") as file:
-                    prompts += file.read().removesuffix("\n").split("\n")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"cannot read --prompt_file {self.prompt_file}: {error}") from None
+            prompts += read_text(self.prompt_file, "--prompt_file").removesuffix("\n").split("\n")
         return prompts or [""]
 
 
@@ -146,11 +143,11 @@ def converse(model, tokenizer, config, rule):
     while True:
         try:
             print("prompt> ", end="", file=sys.stderr, flush=True)
-            prompt = input()
+            prompt = input().removeprefix("\ufeff")  # PowerShell begins a pipe with it
         except EOFError:
             return
         try:
-            if not is_utf8(prompt):
+            if not is_text(prompt):
                 raise UserError("the prompt is not UTF-8 text: type it again")
             write_texts(model, tokenizer, [prompt] * config.num_samples, config, rule)
         except UserError as error:  # a wrong prompt should not end the conversation

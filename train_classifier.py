@@ -6,10 +6,12 @@
     python train_classifier.py runs/classifier --option predict --test new.txt --test_out answers.txt
     python train_classifier.py runs/trm --option generate --prompt "I saw this movie and"
 
-Data: `label ||| text` a line, .tsv with label and text, or .jsonl with `label` and `text`; a label is its name or its
-number. Answers are written in the same form, in the order of the texts. stdout has the figures, stderr the rest.
+Data: `label ||| text` a line, .tsv with label and text (or a header that names them), or .jsonl with `label` and
+`text`. Labels are what the file has, or names of --label_names or their numbers; texts to predict need none. Answers
+are written with the same labels, in the order of the texts. stdout has the figures, stderr the rest.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,10 +30,10 @@ class ClassifierConfig:
         option: generate = go on from a prompt; prompt = zero-shot; finetune = train; predict = by a trained one
         train: labelled texts to train on
         dev: labelled texts that choose the best epoch
-        test: labelled texts to answer at the end
+        test: texts to answer at the end; where they have labels, figures are given
         label_names: JSON list of the labels' names; none = the labels that train has
-        dev_out: file for the answers on dev; with finetune, by default in save_dir
-        test_out: file for the answers on test; with finetune, by default in save_dir
+        dev_out: file (.txt, .tsv, .jsonl) for the answers on dev; with finetune, by default in save_dir
+        test_out: the same for the answers on test
         suffix: what follows each text in a zero-shot prompt; {labels} in it becomes the names
         prompt: start of the text that generate writes
         max_new_tokens: length of its continuation in tokens
@@ -52,8 +54,8 @@ class ClassifierConfig:
     suffix: str = SUFFIX
     prompt: str = "I have wanted to see this thriller for a while, and it didn't disappoint. Keanu Reeves, playing"
     max_new_tokens: int = 75
-    generated_sentence_low_temp_out: str = "generated-sentence-temp-0.txt"
-    generated_sentence_high_temp_out: str = "generated-sentence-temp-1.txt"
+    generated_sentence_low_temp_out: str | None = None
+    generated_sentence_high_temp_out: str | None = None
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
 
@@ -86,7 +88,7 @@ from src.tasks.finetune import finetune, load_classifier
 
 
 def write_sentences(config, device):
-    """Go on from the prompt at temperature 0 and at temperature 1, each into its file."""
+    """Go on from the prompt at temperature 0 and at temperature 1, each into its file where one is named."""
     model, tokenizer = load_model(config.checkpoint, device)
     ids = torch.tensor([tokenizer.encode(config.prompt, bos=True)], device=device)
     outs = (config.generated_sentence_low_temp_out, config.generated_sentence_high_temp_out)
@@ -99,13 +101,15 @@ def write_sentences(config, device):
         row = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
         text = tokenizer.decode(ids[0].tolist() + row)
         print(f"temperature {temperature}: {text}\n")
-        write_text(path, text + "\n")
+        if path is not None:
+            write_text(path, text + "\n")
 
 
 def read_examples(config, names, *parts) -> dict:
     """{part: its examples} of those of the parts that are given."""
     paths = {part: getattr(config, part) for part in parts}
-    return {part: task.read_examples(path, names) for part, path in paths.items() if path}
+    labelled = ("train", "dev") if config.option == "finetune" else ()
+    return {part: task.read_examples(path, names, part in labelled) for part, path in paths.items() if path}
 
 
 def zero_shot(config, device):
@@ -142,13 +146,20 @@ def tuned(config, tuning, device, precision):
     return examples, classifier.names, score
 
 
-def judge(part, examples, scores, names, out):
-    """Print how good the answers are, write them, and return the report of the last step."""
-    answers, labels = scores.argmax(-1), task.labels_of(examples)
-    found = task.report(answers[-1], labels, len(names))
+def judge(part, examples, scores, names, out, spelt):
+    """Write the answers, `spelt` as the file has its labels, print how good they are, and return the report of the last
+    step; None where the texts have no labels."""
+    answers, texts = scores.argmax(-1), [example.text for example in examples]
+    written = [spelt[answer] for answer in answers[-1].tolist()]
     if out is not None:
-        rows = ((answer, " ".join(text.splitlines())) for answer, (text, _) in zip(answers[-1].tolist(), examples))
-        write_text(out, "".join(f"{answer} ||| {text}\n" for answer, text in rows))
+        task.write_answers(out, written, texts)
+    if examples[0].label is None:
+        if out is None:
+            print("".join(f"{label} ||| {' '.join(text.split())}\n" for label, text in zip(written, texts)), end="")
+        print(f"{part}: {len(examples):,} texts without labels", file=sys.stderr)
+        return None
+    labels = task.labels_of(examples)
+    found = task.report(answers[-1], labels, len(names))
     print(f"{part}: {len(examples):,} texts, accuracy {found.accuracy:.4f}, macro F1 {found.macro_f1:.4f}")
     if len(labels.unique()) == 1:
         print("all of these texts have one label: if the labels are hidden, the figures mean nothing")
@@ -178,8 +189,9 @@ def main(argv=None):
     for part, out in (("dev", config.dev_out), ("test", config.test_out)):
         if part in examples:
             out = folder / f"{part}_out.txt" if out is None and folder else out
-            found = judge(part, examples[part], score(examples[part]), names, out)
-            if folder:
+            spelt = task.spelling(getattr(config, part), names)
+            found = judge(part, examples[part], score(examples[part]), names, out, spelt)
+            if folder and found:
                 title = f"{folder.name}: {part}, {len(examples[part]):,} texts"
                 task.draw_confusion(found, names, folder / f"{part}_confusion.png", title)
 

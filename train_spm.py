@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass, field
 
 from src.config import parse_flags, run
+from src.corpus import MAX_DOC_MB
 from src.errors import UserError
 from src.tokenizer_training import hold_back, report_bytes_per_token, train_sentencepiece
 
@@ -22,7 +23,7 @@ class SPMConfig:
     """What the vocabulary is made from.
 
     Args:
-        input: text: files, globs, folders of .txt .jsonl .jsonl.gz .parquet .py
+        input: text: files, globs, folders of .txt .jsonl (gzipped or not) .parquet .py
         model_prefix: path of the result without its .model and .vocab
         vocab_size: number of pieces, with special tokens and bytes
         model_type: bpe (fast to train) or unigram
@@ -31,6 +32,7 @@ class SPMConfig:
         split_by_unicode_script: no piece mixes scripts, or letters and punctuation (shorter pieces, closer to words)
         max_sentences: train on this many lines, drawn at random, where there are more
         text_field: name of the text field (jsonl) or column (parquet)
+        max_doc_mb: documents of .jsonl and .parquet longer than this (million characters) are skipped
         seed: of that draw
     """
 
@@ -43,6 +45,7 @@ class SPMConfig:
     split_by_unicode_script: bool = False
     max_sentences: int = 2_000_000
     text_field: str = "text"
+    max_doc_mb: float = MAX_DOC_MB
     seed: int = 0
 
     def __post_init__(self):
@@ -63,7 +66,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Train, write the two files, measure."""
     config = parse_args(argv)
-    texts, tail = hold_back(config.input, config.text_field)
+    texts, tail = hold_back(config.input, config.text_field, config.max_doc_mb)
     tokenizer = train_sentencepiece(
         texts,
         config.model_prefix,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from src.config import parse_flags, run
+from src.corpus import MAX_DOC_MB
 from src.errors import UserError
 from src.tokenizer_training import MAX_BYTES, train_tokenizer
 
@@ -24,13 +25,14 @@ class TokenizerTrainingConfig:
     """What the vocabulary is made from.
 
     Args:
-        input: text: files, globs, folders of .txt .jsonl .jsonl.gz .parquet .py
+        input: text: files, globs, folders of .txt .jsonl (gzipped or not) .parquet .py
         model_prefix: path of the result without its .json
         vocab_size: number of tokens, with special tokens and bytes
         model_type: bpe (of bytes; fast to train) or unigram (of characters, as SentencePiece makes it)
         character_coverage: unigram: share of the text's characters that become tokens, the rest bytes
         max_bytes: train on about this many bytes of text, drawn at random, where there are more
         text_field: name of the text field (jsonl) or column (parquet)
+        max_doc_mb: documents of .jsonl and .parquet longer than this (million characters) are skipped
         seed: of that draw
     """
 
@@ -41,6 +43,7 @@ class TokenizerTrainingConfig:
     character_coverage: float = 0.9995
     max_bytes: int = MAX_BYTES
     text_field: str = "text"
+    max_doc_mb: float = MAX_DOC_MB
     seed: int = 0
 
     def __post_init__(self):
@@ -66,6 +69,7 @@ def main(argv=None):
         max_bytes=config.max_bytes,
         text_field=config.text_field,
         seed=config.seed,
+        max_doc_mb=config.max_doc_mb,
     )
 
 

@@ -92,11 +92,6 @@ def check_writable(path):
         path.unlink()
 
 
-def is_utf8(text: str) -> bool:
-    """Whether a text can be written: wrong bytes of a terminal arrive as lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
 class _Parser(ArgumentParser):
     def error(self, message, ex=None):
         if not self.exit_on_error:  # the parser of one item of a section: its parser says where it stands

@@ -23,7 +23,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from src.corpus import NoDocument, content_hash, find_files, stdlib_files
+from src.corpus import NoDocument, content_hash, find_files, fingerprint_files, stdlib_files
 from src.errors import UserError
 from src.losses import IGNORE
 from src.order import EndlessSampler, MixtureSampler, RankBatches
@@ -246,15 +246,15 @@ def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None):
     if data.streaming:
         from src.stream import Shards, StreamingDataset  # here, because it builds on this module
 
-        shards = Shards(corpora, data.text_field, data.strict, holds_back=not valid_files)
+        shards = Shards(corpora, data.text_field, data.strict, not valid_files, data.max_doc_mb)
         tokenizer = _tokenizer_of(data, vocab_size, (piece for piece, _ in shards.heads(ON_THE_SPOT_BYTES)))
     else:
-        tokenizer = _tokenizer_of(data, vocab_size, sampled(files, data.text_field, part), files, part)
+        tokenizer = _tokenizer_of(data, vocab_size, sampled(files, data.text_field, part, data.max_doc_mb), files, part)
     if save_dir is not None:
         tokenizer.save(save_dir)
 
     def store_of(files, part="whole", share=None):
-        options = (data.text_field, data.strict, data.num_proc, data.cache_dir, part, share)
+        options = (data.text_field, data.strict, data.num_proc, data.cache_dir, part, share, data.max_doc_mb)
         return tokenize_corpus(files, tokenizer, *options)
 
     def rows_of(store):
@@ -283,7 +283,23 @@ def _corpora_and_valid_files(data):
     else:
         corpora = [find_files(path) for path in data.train_paths] if data.mixture else [find_files(data.train_paths)]
         valid_files = []
-    return corpora, find_files(data.valid_paths) if data.valid_paths else valid_files
+    if not data.valid_paths:
+        return corpora, valid_files
+    valid_files = find_files(data.valid_paths)
+    _warn_of_training_text(valid_files, sorted(set(itertools.chain(*corpora))))
+    return corpora, valid_files
+
+
+def _warn_of_training_text(valid_files, train_files):
+    """Say by name which validation files are training files too, or have the content of one."""
+    sizes = {os.path.getsize(path) for path in valid_files}
+    train = [path for path in train_files if os.path.getsize(path) in sizes]  # others need not be opened
+    names = {found[1:]: path for path, found in zip(train, fingerprint_files(train))}
+    for path, found in zip(valid_files, fingerprint_files(valid_files)):
+        if found[1:] in names:
+            also = f" (there {names[found[1:]]})" if names[found[1:]] != path else ""
+            why = "is training text too, so that its loss is no measure"
+            print(f"warning: validation file {path}{also} {why}", file=sys.stderr)
 
 
 def _split_stores(store_of, corpora, files, tokenizer, seq_len):
@@ -315,7 +331,7 @@ def _tokenizer_of(data, vocab_size, texts, files=None, part=None):
         return read_tokenizer(data.sp_model or data.tokenizer)
     vocab_size = vocab_size or ON_THE_SPOT_VOCAB
     if files is not None:
-        key = content_key(files, "spm", data.text_field, data.strict, part, vocab_size)
+        key = content_key(files, "spm", data.text_field, data.strict, part, vocab_size, data.max_doc_mb)
     else:
         texts = list(texts)
         key = f"{content_hash(chr(0).join(texts).encode()):016x}-{vocab_size}"

@@ -1,16 +1,23 @@
 """How files are opened: the one place that decides what encoding, line ends and size a file may have.
 
-Every reader of text, JSON and names goes through here, so that a file means the same to every script.
+Every reader of text, JSON and names goes through here, so that a file means the same to every script: UTF-8, or what a
+byte order mark at its start says (which is no part of the text); line ends are \\n, whatever system wrote them.
 """
 
 import codecs
+import gzip
+import io
 import json
 import os
+import zlib
 from pathlib import Path
 
 from src.errors import UserError
 
 MOST_BYTES = 256 * 1024**2  # of a file that is read whole: settings, names, prompts, tokenizers
+MOST_LINE = 32 * 1024**2  # characters of a line that is read whole, such as a record of JSON
+MOST_SKIPPED = 8  # times as long may a line be that is passed over; beyond that it is no file of lines
+_CHUNK = 65_536  # characters read at once
 MOST_DEPTH = 100  # lists and objects inside each other in JSON
 BOMS = {  # longest first, as UTF-32's begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -19,6 +26,10 @@ BOMS = {  # longest first, as UTF-32's begins with UTF-16's
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+_NUL = (
+    "holds NUL bytes: it is binary, or UTF-16 without a byte order mark; save it as UTF-8 (iconv -f UTF-16{encoding} "
+    "-t UTF-8)"
+)
 
 
 def read_bytes(path, what: str = "", most: int = MOST_BYTES) -> bytes:
@@ -26,10 +37,7 @@ def read_bytes(path, what: str = "", most: int = MOST_BYTES) -> bytes:
     be read, is no regular file, or holds more than `most` bytes."""
     where = f"{what} {path}".strip()
     try:
-        if not Path(path).is_file():
-            raise UserError(
-                f"{where}: {'this is a folder' if Path(path).is_dir() else 'no such file'}; correct the path"
-            )
+        check_is_file(path, where)
         if os.path.getsize(path) > most:
             raise UserError(f"{where} holds over {most:,} bytes: this is no file of that kind")
         return Path(path).read_bytes()
@@ -37,8 +45,73 @@ def read_bytes(path, what: str = "", most: int = MOST_BYTES) -> bytes:
         raise UserError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
+def check_is_file(path, where):
+    """UserError, which names `where`, unless a path leads to a regular file: to open a pipe would wait for ever."""
+    if not os.path.isfile(path):
+        is_link, there = os.path.islink(path), os.path.exists(path)
+        kind = "this is a pipe or a device" if there else "a link to nowhere" if is_link else "no such file"
+        raise UserError(f"{where}: {'this is a folder' if os.path.isdir(path) else kind}; correct the path")
+
+
+def open_text(path) -> io.TextIOWrapper:
+    """A text file of any size, gzipped or not, as a stream of str.  Bytes that are no text are lone surrogates in it.
+
+    UserError for what is no file or begins with NUL bytes; OSError, EOFError, zlib.error and UnicodeDecodeError as the
+    file is read."""
+    check_is_file(path, path)
+    file = (gzip.open if os.fspath(path).lower().endswith(".gz") else open)(path, "rb")
+    try:
+        head = file.peek(4096)[:4096]
+        encoding, skip = encoding_of(head[:4])
+        if encoding == "utf-8" and b"\0" in head:
+            raise UserError(f"{path} {_NUL.format(encoding='LE' if head.find(0) % 2 else 'BE')}")
+        file.read(skip)
+    except BaseException:
+        file.close()
+        raise
+    return io.TextIOWrapper(file, encoding, "surrogateescape" if encoding == "utf-8" else "surrogatepass")
+
+
+def read_lines(path, most: int = MOST_LINE, cuts: bool = False):
+    """(number from 1, line with its \\n) of a text file of any size, in flat memory.
+
+    A line of more than `most` characters may come in parts where cuts is true, else it is one None.  UserError where
+    the file cannot be read to its end, or a line is MOST_SKIPPED times as long as can be taken."""
+    number, held, passed = 1, "", 0  # line, what of it is not given yet, characters of it after it was given as None
+    try:
+        with open_text(path) as file:
+            while chunk := file.read(_CHUNK):
+                *lines, rest = chunk.split("\n")
+                for line in lines:
+                    if not passed:
+                        line = held + line + "\n"
+                        yield number, line if cuts or len(line) <= most else None
+                    number, held, passed = number + 1, "", 0
+                held += rest
+                if passed or len(held) > most:
+                    if not passed:
+                        yield number, held if cuts else None
+                    held, passed = "", 0 if cuts else passed + len(held)
+                    if passed > MOST_SKIPPED * most:
+                        size = f"over {passed:,} characters"
+                        raise UserError(f"{path}:{number}: a line of {size}: this is no file of lines")
+            if held:
+                yield number, held
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
+        raise UserError(f"{path} cannot be read to its end, is it cut short? ({reason})") from None
+
+
+def is_text(line: str) -> bool:
+    """Whether a line has no lone surrogate: wrong bytes of a file, or half of a pair that JSON spells."""
+    try:
+        return line.isascii() or bool(line.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def encoding_of(start: bytes) -> tuple[str, int]:
-    """(encoding, bytes of its mark) of a text that begins with `start`: UTF-8 unless a byte order mark says otherwise."""
+    """(encoding, bytes of its mark) of a text that begins with `start`: UTF-8 where there is no byte order mark."""
     for mark, encoding in BOMS.items():
         if start.startswith(mark):
             return encoding, len(mark)
@@ -54,7 +127,7 @@ def decode(data: bytes, where) -> str:
     except UnicodeDecodeError:
         raise UserError(f"{where} is not UTF-8 text: save it as UTF-8 (or as UTF-16 with a byte order mark)") from None
     if "\0" in text:
-        raise UserError(f"{where} holds NUL characters: it is binary, or UTF-16 without a mark; save it as UTF-8")
+        raise UserError(f"{where} {_NUL.format(encoding='LE')}")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

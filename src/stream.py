@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from src.corpus import NoDocument, read_pieces
+from src.corpus import MAX_DOC_MB, NoDocument, read_pieces
 from src.dataset import collate_batch, window_sample
 from src.errors import UserError
 from src.order import mixture_order
@@ -43,8 +43,8 @@ class Shards:
     for one that is gone, changed its size, or cannot be read to its end.
     """
 
-    def __init__(self, corpora, text_field="text", strict=False, holds_back=False):
-        self.corpora, self.text_field, self.strict = corpora, text_field, strict
+    def __init__(self, corpora, text_field="text", strict=False, holds_back=False, max_doc_mb=MAX_DOC_MB):
+        self.corpora, self.text_field, self.strict, self.max_doc_mb = corpora, text_field, strict, max_doc_mb
         self.files = sorted(set(itertools.chain(*corpora)))
         self._sizes = {path: _size(path) for path in self.files}
         self._held = sorted({files[0] for files in corpora}) if holds_back else []
@@ -54,9 +54,9 @@ class Shards:
         """(piece, is_last) pairs of the training documents of one file, see `read_pieces`; report names bad lines."""
         self._check(path)
         if path in self._held:
-            yield from held_back([path], self.text_field, self.strict, "train", self._share, report)
+            yield from held_back([path], self.text_field, self.strict, "train", self._share, self.max_doc_mb, report)
         else:
-            yield from read_pieces([path], self.text_field, self.strict, report=report)
+            yield from read_pieces([path], self.text_field, self.strict, None, report, self.max_doc_mb)
         self._check(path)
 
     def _check(self, path):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from src.corpus import NoDocument, content_hash, find_files, read_pieces
+from src.corpus import MAX_DOC_MB, NoDocument, content_hash, find_files, read_pieces
 from src.errors import UserError
 from src.tokenizer import read_tokenizer
 from src.tokenizer_training import train_sentencepiece
@@ -25,7 +25,7 @@ HOLD_BACK_BYTES = 2_000_000  # or fewer, so that it is about this much text at m
 PACKED_RATIO = 3  # a guess of the bytes of text per byte of a compressed file
 MOST_UNEVEN = 1.5  # a file of more than this times a share of the text is not left to one process
 ROWS = 200  # pieces of documents per Arrow chunk and per call of the tokenizer: bounds memory
-CACHE_VERSION = "1"  # raise it when the meaning of cached tokens changes
+CACHE_VERSION = "2"  # raise it when the meaning of cached tokens changes
 ON_THE_SPOT_VOCAB = 4096
 ON_THE_SPOT_BYTES = 10_000_000  # as much text is enough for a vocabulary, and takes seconds
 
@@ -44,7 +44,8 @@ def content_key(files, *settings):
             key.update(_digest(path, info.st_size, info.st_mtime_ns))
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from None
-        key.update(path.removesuffix(".gz").rpartition(".")[2].encode() + path[-3:].encode())
+        kind = os.fspath(path).lower()
+        key.update(kind.removesuffix(".gz").rpartition(".")[2].encode() + kind[-3:].encode())
     return key.hexdigest()[:32]
 
 
@@ -56,11 +57,21 @@ def _digest(path, size, mtime_ns):
 
 def text_bytes(files):
     """About how many bytes of text the files hold."""
-    return sum(os.path.getsize(f) * (PACKED_RATIO if f.endswith((".gz", ".parquet")) else 1) for f in files)
+    return sum(
+        os.path.getsize(f) * (PACKED_RATIO if os.fspath(f).lower().endswith((".gz", ".parquet")) else 1) for f in files
+    )
 
 
 def tokenize_corpus(
-    paths, tokenizer, text_field="text", strict=False, num_proc=1, cache_dir=None, part="whole", share=None
+    paths,
+    tokenizer,
+    text_field="text",
+    strict=False,
+    num_proc=1,
+    cache_dir=None,
+    part="whole",
+    share=None,
+    max_doc_mb=MAX_DOC_MB,
 ):
     """TokenStore of the documents of files, globs and folders: their tokens, EOS after each document.
 
@@ -74,7 +85,7 @@ def tokenize_corpus(
 
     files = find_files(paths)
     cache_dir = cache_dir or default_cache_dir()
-    options = (text_field, strict, part, hold_back_share(files) if share is None else share)
+    options = (text_field, strict, part, hold_back_share(files) if share is None else share, max_doc_mb)
     key = content_key(files, *options, tokenizer.fingerprint)
     id_type = "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32"
     groups = _groups(files, num_proc)
@@ -129,10 +140,10 @@ def hold_back_share(files):
     return min(1 / HOLD_BACK, HOLD_BACK_BYTES / max(1, text_bytes(files)))
 
 
-def held_back(files, text_field="text", strict=False, part="whole", share=0.0, report=True):
+def held_back(files, text_field="text", strict=False, part="whole", share=0.0, max_doc_mb=MAX_DOC_MB, report=True):
     """(piece, is_last) pairs of one part of the documents; see `tokenize_corpus`. NoDocument where it is empty."""
     is_first, is_empty, is_valid = True, True, False
-    for piece, is_last in read_pieces(files, text_field, strict, report=report):
+    for piece, is_last in read_pieces(files, text_field, strict, report=report, max_doc_mb=max_doc_mb):
         if is_first:
             is_valid = content_hash(piece.encode()) < share * 2**64
         is_first = is_last
@@ -280,17 +291,17 @@ def on_the_spot(texts, key, vocab_size, cache_dir=None):
     return read_tokenizer(f"{prefix}.model")
 
 
-def sampled(files, text_field, part):
+def sampled(files, text_field, part, max_doc_mb=MAX_DOC_MB):
     """Pieces of the training documents from all over the corpus, about ON_THE_SPOT_BYTES of them."""
     share = min(1.0, ON_THE_SPOT_BYTES / max(1, text_bytes(files)))
-    for number, (piece, _) in enumerate(_any_part(files, text_field, part)):
+    for number, (piece, _) in enumerate(_any_part(files, text_field, part, max_doc_mb)):
         if int((number + 1) * share) > int(number * share):
             yield piece
 
 
-def _any_part(files, text_field, part):
+def _any_part(files, text_field, part, max_doc_mb):
     """One part of the documents, or all where they are too few to be parted."""
     try:
-        yield from held_back(files, text_field, part=part, share=hold_back_share(files), report=False)
+        yield from held_back(files, text_field, False, part, hold_back_share(files), max_doc_mb, report=False)
     except NoDocument:
-        yield from held_back(files, text_field, report=False)
+        yield from held_back(files, text_field, max_doc_mb=max_doc_mb, report=False)

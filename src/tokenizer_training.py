@@ -17,7 +17,7 @@ from pathlib import Path
 
 import sentencepiece as spm
 
-from src.corpus import read_documents, read_pieces
+from src.corpus import MAX_DOC_MB, read_documents, read_pieces
 from src.errors import UserError
 from src.tokenizer import JSON_FILE, MODEL_FILE, SPACE, HFTokenizer, TokenizerWrapper
 
@@ -40,6 +40,7 @@ def train_tokenizer(
     max_bytes=MAX_BYTES,
     text_field="text",
     seed=0,
+    max_doc_mb=MAX_DOC_MB,
 ):
     """Train a tokenizer.json on files, globs and folders (str, or a list), write it, measure it; an HFTokenizer.
 
@@ -50,7 +51,7 @@ def train_tokenizer(
     """
     from tokenizers.processors import TemplateProcessing  # here, so that SentencePiece does not wait for its import
 
-    texts, tail = hold_back(data_path, text_field)
+    texts, tail = hold_back(data_path, text_field, max_doc_mb)
     texts = _drawn(texts, max_bytes, seed)
     tok = _byte_level_bpe(texts, vocab_size) if model_type == "bpe" else _unigram(texts, vocab_size, character_coverage)
     tok.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tok.token_to_id("<s>"))])
@@ -166,13 +167,16 @@ def spm_flags(vocab_size, model_type, character_coverage, byte_fallback, split_b
     }
 
 
-def hold_back(paths, text_field="text"):
+def hold_back(paths, text_field="text", max_doc_mb=MAX_DOC_MB):
     """(Iterator over the texts to train on, a list that is filled with the rest as the iterator comes to its end).
 
     The rest is the last 1 % of the text, at most 1 MB."""
-    total, tail = sum(len(text.encode()) for text, _ in read_pieces(paths, text_field, report=False)), []
+    total, tail = (
+        sum(len(text.encode()) for text, _ in read_pieces(paths, text_field, report=False, max_doc_mb=max_doc_mb)),
+        [],
+    )
     n_train = total - min(HELD_BACK_BYTES, int(total * HELD_BACK_SHARE))
-    return before_tail(read_pieces(paths, text_field), n_train, tail), tail
+    return before_tail(read_pieces(paths, text_field, max_doc_mb=max_doc_mb), n_train, tail), tail
 
 
 def before_tail(pieces, n_bytes, tail):

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from src.config import is_utf8, parse_flags
+from src.config import parse_flags
+from src.corpus import MAX_DOC_MB
+from src.files import is_text
 from src.model_config import TRMConfig, model_settings
 
 
@@ -28,7 +30,8 @@ class DataConfig:
     """What is read, and how it becomes windows of tokens.
 
     Args:
-        train_paths: files, globs, folders of .jsonl .jsonl.gz .parquet .txt .py; none = this Python's standard library
+        train_paths: files, globs, folders of .jsonl .txt (gzipped or not) .parquet .py; none = this Python's standard
+            library
         valid_paths: validation text, likewise; none = a part of the training text that is held back
         text_field: name of the text field (jsonl) or column (parquet)
         tokenizer: sentencepiece, byte, or the path of a tokenizer.json, a .model, a .bin or a checkpoint folder
@@ -36,6 +39,7 @@ class DataConfig:
         document_mask: keep attention inside documents
         packing: cut the joined documents into full windows; false = one document per row, padded
         strict: a bad line of a data file is an error, not skipped
+        max_doc_mb: documents of .jsonl and .parquet longer than this (million characters) are skipped
         mixture: weights of the train_paths, one each: their shares of the windows; none = by size, as one corpus
         streaming: read and tokenize the training files while training, instead of once before it
         shuffle_buffer: windows that streaming shuffles at a time, per loading process and corpus
@@ -52,6 +56,7 @@ class DataConfig:
     document_mask: bool = False
     packing: bool = True
     strict: bool = False
+    max_doc_mb: float = MAX_DOC_MB
     mixture: list[float] = field(default_factory=list)
     streaming: bool = False
     shuffle_buffer: int = 2048
@@ -241,7 +246,7 @@ class TrainConfig:
             raise ValueError(f"recursion_from is {self.recursion_from}: set it between 0 and 1")
         if self.shard and self.optimizer == "muon":
             raise ValueError("optimizer muon needs whole matrices, and shard spreads them: choose one of the two")
-        if not is_utf8(self.sample_prompt):
+        if not is_text(self.sample_prompt):
             raise ValueError("sample_prompt is not valid UTF-8 text: correct it")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes is {self.max_minutes}: set it over 0, or leave it out")

@@ -1,6 +1,7 @@
 """Labelled data, the two classifiers against what they are made of, and figures computed by hand."""
 
 import gzip
+import json
 import math
 
 import pytest
@@ -20,6 +21,8 @@ from src.tasks.classification import (
     read_examples,
     read_label_names,
     report,
+    spelling,
+    write_answers,
 )
 
 NAMES = ["bad", "good"]
@@ -65,8 +68,8 @@ def test_three_forms_of_one_content(tmp_path, name, content):
         ("a.jsonl", b'{"label": 1, "text": \n', "a.jsonl, line 1"),
         ("a.txt", b"1 ||| a\n0 ||| \xff\n", "a.txt, line 2 is not UTF-8"),
         ("a.txt", b"\n \n", "holds no labelled text"),
-        ("a.txt.gz", b"1 ||| a\n", "a.txt.gz: "),
-        ("missing/a.txt", None, "No such file"),
+        ("a.txt.gz", b"1 ||| a\n", "a.txt.gz cannot be read to its end"),
+        ("missing/a.txt", None, "a.txt: no such file"),
     ],
 )
 def test_bad_data_is_named(tmp_path, name, content, said):
@@ -80,20 +83,135 @@ def test_label_names(tmp_path):
     path = tmp_path / "names.json"
     path.write_text('["bad", "good"]')
     assert read_label_names(path) == NAMES
-    for wrong in ('["bad"]', '["bad", "bad"]', '["bad", 1]', '{"bad": 0}', "[", '["", "a"]'):
+    for start in ("\ufeff", ""):  # with a byte order mark, as Windows writes it
+        path.write_text(f'{start}["bad ", "good"]\r\n', encoding="utf-8")
+        assert read_label_names(path) == NAMES
+    path.write_text("[")
+    with pytest.raises(UserError, match="names.json is broken JSON"):
+        read_label_names(path)
+    many = json.dumps([str(i) for i in range(1001)])
+    for wrong in ('["bad"]', '["bad", "bad "]', '["bad", 1]', '{"bad": 0}', '["", "a"]', '["a ||| b", "c"]', many):
         path.write_text(wrong)
         with pytest.raises(UserError, match="give a JSON list of two or more different names"):
             read_label_names(path)
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_label_names(tmp_path / "none.json")
 
 
 def test_names_found_in_the_data(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_text("10 ||| a\n2 ||| b\n2 ||| c\n")
-    assert find_label_names(path) == [str(i) for i in range(11)]
-    path.write_text("spam ||| a\nham ||| b\nspam ||| c\n")
-    assert find_label_names(path) == ["ham", "spam"]
+    for labels, names in (
+        (("10", "2", "2"), ["2", "10"]),
+        (("spam", "ham", "spam"), ["ham", "spam"]),
+        (("1", "-1", "0.5", "0"), ["-1", "0", "0.5", "1"]),
+        (("x", "404", "500"), ["404", "500", "x"]),
+        (("999999999", "0"), ["0", "999999999"]),
+    ):
+        path.write_text("".join(f"{label} ||| text {i}\n" for i, label in enumerate(labels)))
+        assert find_label_names(path) == names
+        assert [names[example.label] for example in read_examples(path, names)] == list(labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.tsv", "label\ttext\n1\tgood\n0\tbad\n"),
+        ("a.tsv", "Sentence\tLabel\ngood\t1\nbad\t0\n"),
+        ("a.tsv", "id\tCategory\tnote\ttext\n7\t1\tx\tgood\n8\t0\ty\tbad\n"),
+        ("a.txt", "sentiment ||| review\n1 ||| good\n0 ||| bad\n"),
+        ("a.txt", "\ufeff1 ||| good\r\n0 ||| bad\r\n"),
+        ("a.jsonl", '{"Sentence": "good", "Class": 1}\n{"Sentence": "bad", "Class": 0.0}\n'),
+        ("a.JSONL", '{"text": "good", "label": "1"}\r{"text": "bad", "label": "0"}\r'),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
+def test_columns_go_by_their_names_and_files_by_their_mark(tmp_path, name, content, encoding):
+    data = content.removeprefix("\ufeff" if encoding != "utf-8" else "").encode(encoding)
+    (tmp_path / name).write_bytes(data)
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
+    for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+        assert find_label_names(path) == ["0", "1"]
+        assert read_examples(path, ["0", "1"]) == [Example("good", 1), Example("bad", 0)]
+
+
+def test_bool_labels_of_json(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": true}\n{"text": "b", "label": false}\n')
+    assert find_label_names(tmp_path / "a.jsonl") == ["false", "true"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.tsv", "a good film\t1\nbad\t0\n", "2 different labels in 2 lines, such as 'a good film': the label comes"),
+        ("a.tsv", "so good a film\tpos\nso bad a film\tneg\n", "swap the columns, name them in a header line, or give"),
+        ("a.txt", "良い ||| pos\n最高 ||| pos\n悪い ||| neg\n最悪 ||| neg\n", "4 different labels in 4 lines"),
+        ("a.txt", "".join(f"l{i} ||| t{i}\n" for i in range(30)), "30 different labels in 30 lines"),
+        ("a.txt", "".join(f"l{i // 3} ||| t{i}\n" for i in range(3003)), "1,001 different labels in 3,003 lines"),
+        ("a.txt", "1 ||| a\n1 ||| b\n", "every text has the label '1': give texts of two labels"),
+        ("a.txt", "1 ||| a\n ||| b\n", "line 2: there is no ` ||| ` between label and text, or the label is empty"),
+        ("a.txt", "9" * 5000 + " ||| a\n1 ||| b\n", "line 1: '" + "9" * 60 + "' is no label"),
+        ("a.jsonl", '{"label": ' + "9" * 5000 + ', "text": "a"}', "line 1 is broken JSON"),
+        ("a.jsonl", '{"label": [1], "text": "a"}', "line 1: this is no JSON object with `label` and `text`"),
+        ("a.jsonl", '{"label": "x\\ny", "text": "a"}', "is no label"),
+        ("a.jsonl", '{"label": "x ||| y", "text": "a"}', "is no label"),
+        ("a.jsonl", "[" * 5000, "line 1 is broken JSON"),
+        ("a.tsv", "label\tid\ttext\n1\t2\n", "line 2 has 2 columns, the header 3"),
+        ("a.tsv", "id\ttext\n1\tgood\n", "line 2: there is no tab"),
+    ],
+)  # fmt: skip
+def test_what_is_no_label_is_refused(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        find_label_names(tmp_path / name)
+    assert said in str(caught.value)
+
+
+def test_a_damaged_archive_of_labels_is_one_line(tmp_path):
+    whole = gzip.compress("".join(f'{{"label": {i % 2}, "text": "{i * 7919}"}}\n' for i in range(999)).encode())
+    for content in (whole[:-9], whole[:99], whole[:60] + b"\xff\0" * 9 + whole[80:]):
+        (tmp_path / "a.jsonl.gz").write_bytes(content)
+        with pytest.raises(UserError, match="a.jsonl.gz"):
+            read_examples(tmp_path / "a.jsonl.gz", ["0", "1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "good\nbad\n"),
+        ("a.txt", "||| good\n||| bad\n"),
+        ("a.tsv", "good\nbad\n"),
+        ("a.tsv", "id\tsentence\n0\tgood\n1\tbad\n"),
+        ("a.jsonl", '{"text": "good"}\n{"text": "bad", "label": null}\n'),
+    ],
+)
+def test_texts_without_labels(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    examples = read_examples(tmp_path / name, NAMES, needs_labels=False)
+    assert examples == [Example("good", None), Example("bad", None)]
+    assert [sample.target_ids[-1].item() for sample in encode(examples, BYTE, 9)[0]] == [-100, -100]
+    with pytest.raises(UserError, match="add the label"):
+        read_examples(tmp_path / name, NAMES)
+
+
+@pytest.mark.parametrize("kind", [".txt", ".tsv", ".jsonl"])
+@pytest.mark.parametrize(
+    ("content", "names", "spelt"),
+    [
+        ("-1 ||| bad\n0 ||| so\n1 ||| good\n", ["-1", "0", "1"], ["-1", "0", "1"]),
+        ("1 ||| a\n0 ||| b\n", NAMES, ["0", "1"]),
+        ("good ||| a\nbad ||| b\n", NAMES, NAMES),
+        ("a\nb\n", NAMES, NAMES),
+    ],
+)
+def test_answers_are_spelt_as_the_file_has_its_labels_and_read_back(tmp_path, content, names, spelt, kind):
+    (tmp_path / "a.txt").write_text(content)
+    assert spelling(tmp_path / "a.txt", names) == spelt
+    labels, texts = [*spelt, spelt[0]], ["of two\nlines\r\n", "tab\t||| bars", "京 \u2028 都", ""][: len(names)] + [""]
+    write_answers(tmp_path / f"out{kind}", labels, texts)
+    shown = texts if kind == ".jsonl" else [" ".join(text.splitlines()).strip() for text in texts]
+    assert read_examples(tmp_path / f"out{kind}", names) == [
+        Example(text, spelt.index(label)) for label, text in zip(labels, shown)
+    ]
 
 
 def test_a_text_keeps_its_end():
@@ -191,3 +309,13 @@ def test_report_by_hand(tmp_path):
     assert found.macro_f1 == pytest.approx((0.8 + 0.4) / 2)  # of the labels that occur
     path = draw_confusion(found, ["a", "b", "c", "d"], tmp_path / "c.png", "four")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("n_labels", "n_texts"), [(20, 400), (21, 0), (300, 0)])
+def test_a_confusion_picture_of_many_labels_is_shaded_only(tmp_path, monkeypatch, n_labels, n_texts):
+    labels, drawn, figures = torch.arange(n_labels), [], []
+    monkeypatch.setattr("matplotlib.axes.Axes.text", lambda self, *args, **options: drawn.append(args))
+    monkeypatch.setattr("src.tasks.classification.save_picture", lambda figure, path: figures.append(figure) or path)
+    draw_confusion(report(labels, labels, n_labels), [f"label {i}" for i in range(n_labels)], tmp_path / "c.png")
+    assert len(drawn) == n_texts and figures[0].get_figheight() < 15
+    assert len(figures[0].axes[0].get_xticks()) <= 20

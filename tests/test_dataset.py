@@ -184,6 +184,23 @@ def test_one_document_is_parted_by_its_end(tmp_path, capsys):
     assert "the last" in capsys.readouterr().err
 
 
+def test_a_validation_file_that_is_training_text_is_said_by_name(tmp_path, capsys):
+    a, b, c = (write(tmp_path / f"{name}.jsonl", [f"text {name} {i}" for i in range(9)]) for name in "abc")
+    (tmp_path / "copy.jsonl").write_bytes(Path(b).read_bytes())
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    config = {"tokenizer": "byte", "cache_dir": str(tmp_path / "c")}
+    for valid, said in (
+        (f"{tmp_path}/link.jsonl", f"link.jsonl (there {a}) is training text too"),
+        (f"{tmp_path}/copy.jsonl", f"copy.jsonl (there {b}) is training text too"),
+        (a, "a.jsonl is training text too, so that its loss is no measure"),
+        (c, ""),
+    ):
+        for streaming in (False, True):
+            prepare_data(DataConfig([a, b], [valid], streaming=streaming, **config), None, 8)
+            err = capsys.readouterr().err
+            assert said in err and ("warning: validation file" in err) == bool(said)
+
+
 def test_tokenizer_on_the_spot_is_made_once(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [f"the cat number {i} sat on the mat" for i in range(300)])
     config = DataConfig([path], cache_dir=str(tmp_path / "c"))

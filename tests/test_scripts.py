@@ -153,8 +153,9 @@ class TestGenerating:
         beside = call("generate.py", trained[0], "--prompt", "def f1", "    return x", *words)[1]
         assert beside.startswith(alone)
 
-    def test_prompt_file(self, trained, call, tmp_path):
-        (tmp_path / "p.txt").write_text("\ufeffdef one\ndef two\r\n京\x0b都\n", encoding="utf-8")
+    @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+    def test_prompt_file(self, trained, call, tmp_path, encoding):
+        (tmp_path / "p.txt").write_bytes("def one\ndef two\r\n京\x0b都\n".encode(encoding))
         code, out, _ = call("generate.py", trained[0], "--prompt_file", tmp_path / "p.txt", "--max_new_tokens", 0)
         assert code == 0 and out == "def one\n\ndef two\n\n京\x0b都\n"
 
@@ -174,7 +175,7 @@ class TestGenerating:
 
     def test_interactive(self, trained, call, monkeypatch):
         long = "x" * 99
-        lines = io.BytesIO(f"def a\n{long}\n\n".encode() + b"caf\xe9\ndef b\n")
+        lines = io.BytesIO(f"\ufeffdef a\r\n{long}\n\n".encode() + b"caf\xe9\ndef b\n")
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, encoding="ascii"))
         code, out, err = call("generate.py", trained[0], "--interactive", "--max_new_tokens", 0)
         assert code == 0 and out == "def a\n\ndef b\n"
@@ -235,11 +236,14 @@ class TestMistakesOfGenerating:
 
     def test_wrong_calls(self, trained, call, tmp_path):
         (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+        (tmp_path / "utf16.txt").write_bytes("def".encode("utf-16-le"))
         for words, said in [
             (["--prompt", "x" * 99], "the prompt has 100 tokens, the context holds 32"),
             (["--prompt", "ok", "x" * 99], "the prompt has 100 tokens"),
             (["--prompt_file", tmp_path / "nowhere.txt"], "nowhere.txt"),
-            (["--prompt_file", tmp_path / "latin.txt"], "latin.txt"),
+            (["--prompt_file", tmp_path / "latin.txt"], "latin.txt is not UTF-8 text"),
+            (["--prompt_file", tmp_path / "utf16.txt"], "utf16.txt holds NUL bytes"),
+            (["--prompt_file", "/dev/zero"], "--prompt_file /dev/zero: this is a pipe or a device"),
             (["--prompt_file", tmp_path], "prompt_file"),
             (["--prompt", "\udcff"], "prompt"),
             (["--temperature", "-1"], "temperature"),

@@ -34,13 +34,18 @@ def start(*words):
 
 
 def test_generate(home, model, capsys):
+    before = sorted(home.iterdir())
     start("--option", "generate", "--prompt", "ab", "--max_new_tokens", 9)
-    out = capsys.readouterr().out
+    out, outs = capsys.readouterr().out, ["low_temp_out", "low.txt", "high_temp_out", "high.txt"]
+    assert sorted(home.iterdir()) == before  # nothing that was not asked for
+    words = [word if "." in word else f"--generated_sentence_{word}" for word in outs]
+    start("--option", "generate", "--prompt", "ab", "--max_new_tokens", 9, *words)
+    assert capsys.readouterr().out == out
     ids = torch.tensor([BYTE.encode("ab", bos=True)])
     for temperature in (0, 1):
         row = generate_ids(model, ids, 9, temperature=float(temperature), seed=0, eos_id=BYTE.eos_id)[0].tolist()
         row = row[: row.index(BYTE.eos_id)] if BYTE.eos_id in row else row
-        text = (home / f"generated-sentence-temp-{temperature}.txt").read_text()
+        text = (home / ("low.txt", "high.txt")[temperature]).read_text()
         assert text == BYTE.decode(row) + "\n" and f"temperature {temperature}: {text}" in out
 
 
@@ -81,14 +86,51 @@ def test_names_out_of_the_training_texts(home, capsys):
     assert capsys.readouterr().out == ""  # without dev and test there is nothing to tell
 
 
+def tiny_run(*words):
+    """Fine-tuning that remembers a few texts."""
+    start("--option", "finetune", "--epochs", 12, "--batch_size", 4, "--dropout", 0, "--lr", 3e-3, *words)
+
+
+@pytest.mark.parametrize("labels", ["-1 0 1", "404 500"])
+def test_answers_are_in_the_users_own_labels_and_read_back(home, labels, capsys):
+    """From training to the file of answers, which as data is answered without a mistake."""
+    labels = labels.split()
+    rows = [f"{label} ||| {'abc'[i] * (n + 1)}\n" for i, label in enumerate(labels) for n in range(4)]
+    (home / "own.txt").write_text("".join(rows))
+    tiny_run("--train", "own.txt", "--dev", "own.txt", "--save_dir", "run")
+    assert (home / "run" / "dev_out.txt").read_text() == "".join(rows)
+    assert json.loads((home / "run" / "best" / "config.json").read_text())["info"]["labels"] == labels
+    capsys.readouterr()
+    for out in ("again.txt", "again.tsv", "again.jsonl"):
+        train_classifier.main(["run", "--option", "predict", "--dev", "run/dev_out.txt", "--dev_out", out])
+        train_classifier.main(["run", "--option", "predict", "--dev", out])
+        assert capsys.readouterr().out.count(f"dev: {len(rows)} texts, accuracy 1.0000") == 2
+
+
+def test_predict_takes_texts_without_labels(home, capsys):
+    tiny_run("--train", "train.txt", "--label_names", "names.json", "--save_dir", "run")
+    (home / "new.txt").write_text("abaa\naab\n")
+    capsys.readouterr()
+    train_classifier.main(["run", "--option", "predict", "--test", "new.txt", "--test_out", "answers.txt"])
+    assert (home / "answers.txt").read_text() == "yes ||| abaa\nno ||| aab\n"
+    captured = capsys.readouterr()
+    assert captured.out == "" and "test: 2 texts without labels" in captured.err
+    train_classifier.main(["run", "--option", "predict", "--test", "new.txt"])
+    assert capsys.readouterr().out == "yes ||| abaa\nno ||| aab\n"  # where else, if no file is named
+    start("--option", "prompt", "--test", "new.txt", "--label_names", "names.json", "--test_out", "answers.txt")
+    assert [line.split(" ||| ")[1] for line in (home / "answers.txt").read_text().splitlines()] == ["abaa", "aab"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--option", "finetune", "--train", "bare.txt"], "bare.txt, line 1: there is no ` ||| `"),
+        (["--option", "finetune", "--train", "train.txt", "--dev", "bare.txt"], "bare.txt, line 1: there is no"),
         (["--option", "prompt", "--dev", "train.txt"], "option prompt needs --label_names"),
         (["--option", "prompt", "--label_names", "names.json"], "needs texts: give --dev or --test"),
         (["--option", "finetune"], "option finetune needs --train"),
-        (["--option", "finetune", "--train", "none.txt"], "none.txt: No such file"),
-        (["--option", "finetune", "--train", "train.txt", "--label_names", "train.txt"], "train.txt: is no JSON"),
+        (["--option", "finetune", "--train", "none.txt"], "none.txt: no such file"),
+        (["--option", "finetune", "--train", "train.txt", "--label_names", "train.txt"], "train.txt is broken JSON"),
         (["--option", "finetune", "--train", "train.txt", "--dev", "other.txt"], "line 2: label '7' is none of"),
         (["--option", "finetune", "--train", "train.txt", "--test", "other.txt"], "line 2: label '7' is none of"),
         (["--option", "finetune", "--train", "train.txt", "--epochs", "0"], "epochs is 0"),
@@ -101,6 +143,7 @@ def test_names_out_of_the_training_texts(home, capsys):
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_code_2(home, capsys, words, said):
+    (home / "bare.txt").write_text("a\nb\n")
     (home / "other.txt").write_text("1 ||| a\n7 ||| b\n")
     with pytest.raises(SystemExit) as caught:
         run(lambda: start(*words))

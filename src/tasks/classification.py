@@ -1,13 +1,15 @@
 """Text classification by a language model of any family: zero-shot, by the words of its labels, or fine-tuned.
 
-Data: `label ||| text` a line (.txt), label and text with a tab between (.tsv), or objects with `label` and `text`
-(.jsonl, .jsonl.gz). A label is one of the names, or its number, from 0. A text may be empty; one that is longer than
-the context keeps its end, as a review says there what it thinks.
+Data: `label ||| text` a line (.txt), columns with a tab between (.tsv), or objects (.jsonl); gzipped or not. A header
+line, and the keys of objects, name the columns (TEXT_NAMES, LABEL_NAMES); without one the label comes first. A file may
+have texts alone. Labels are the names that a file has, whatever they are, such as -1, 0, 1; with names of its own
+(a JSON list) a label may also be a name's number, from 0. A text may be empty; one that is longer than the context
+keeps its end, as a review says there what it thinks.
 """
 
-import gzip
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from src.config import write_text
 from src.curves import GREY, INK, add_title, new_figure, save_picture
 from src.dataset import Sample, collate_batch
 from src.errors import UserError
 from src.exits import ExitRule, max_depth
+from src.files import is_text, parse_json, read_json, read_lines
 from src.layers import Attention
 from src.losses import IGNORE
 from src.runtime import autocast
@@ -29,82 +33,159 @@ from src.tasks.config import SUFFIX
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
+TEXT_NAMES = ("text", "sentence", "review", "content", "document", "comment", "message", "tweet", "body")
+LABEL_NAMES = ("label", "labels", "class", "category", "sentiment", "target", "rating", "stars", "topic", "intent")
+MOST_CLASSES = 1000
+MOST_LABEL = 200  # characters
+MISSING = {".tsv": "there is no tab between label and text", ".jsonl": "this is no JSON object with `label` and `text`"}
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+
+
 class Example(NamedTuple):
     text: str
-    label: int
+    label: int | None  # None where a file has texts alone
+
+
+class Row(NamedTuple):
+    number: int  # of the line, from 1
+    label: str | None
+    text: str
 
 
 def read_label_names(path) -> list[str]:
     """Names of the labels, in the order of their numbers, from a JSON list.  UserError where it is none."""
-    advice = 'give a JSON list of two or more different names, such as ["bad", "good"]'
-    try:
-        names = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"label_names {path}: {getattr(error, 'strerror', None) or 'is no JSON'}; {advice}") from None
-    is_list = isinstance(names, list) and all(isinstance(name, str) and name.strip() for name in names)
-    if not is_list or len(set(names)) != len(names) or len(names) < 2:
+    names = read_json(path, "label_names")
+    is_list = isinstance(names, list) and all(isinstance(name, str) and _is_label(name) for name in names)
+    names = [name.strip() for name in names] if is_list else []
+    if len(set(names)) != len(names) or not 2 <= len(names) <= MOST_CLASSES:
+        advice = f'give a JSON list of two or more different names, at most {MOST_CLASSES:,}, such as ["bad", "good"]'
         raise UserError(f"label_names {path}: {advice}")
     return names
 
 
-def read_examples(path, names: list[str]) -> list[Example]:
-    """All examples of a file.  UserError for a line without a label, or whose label is none of the names."""
-    path, examples = Path(path), []
-    index = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-    for number, (label, text) in _lines(path):
-        if str(label) not in index:
-            known = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-            raise UserError(f"{path}, line {number}: label {label!r} is none of {known}: mend it, or the label names")
-        examples.append(Example(text, index[str(label)]))
-    if not examples:
-        raise UserError(f"{path} holds no labelled text: give lines such as `1 ||| a good film`")
+def read_examples(path, names: list[str], needs_labels: bool = True) -> list[Example]:
+    """All examples of a file.  UserError for a line without a label (where not one has any, only if needs_labels), or
+    whose label is none of the names."""
+    examples, index = [], _index(names)
+    for number, label, text in _read_rows(path, needs_labels):
+        if label is not None and label not in index:
+            known = ", ".join(f"{i} {name}" if str(i) in index else name for i, name in enumerate(names[:20]))
+            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+            raise UserError(
+                f"{path}, line {number}: label {label!r} is none of {known}{more}: mend it, or the label names"
+            )
+        examples.append(Example(text, index.get(label)))
     return examples
 
 
 def find_label_names(path) -> list[str]:
-    """The labels that a file has, sorted, for want of names."""
-    found = {str(label) for _, (label, _) in _lines(Path(path))}
-    if found and all(label.isdecimal() for label in found):
-        return [str(i) for i in range(max(map(int, found)) + 1)]
-    return sorted(found)
+    """The labels that a file has, for want of names: numbers by size, then words.  UserError where they look like
+    texts, or are too many or too few to be labels."""
+    rows = _read_rows(path)
+    labels, texts = [row.label for row in rows], {row.text for row in rows}
+    names = set(labels)
+    n_long = sum(len(label.split()) > 1 for label in labels)
+    is_swapped = (
+        (all(map(_NUMBER.fullmatch, texts)) and not all(map(_NUMBER.fullmatch, names)))
+        or (2 * n_long > len(rows) and all(len(text.split()) < 2 for text in texts))
+        or (len(names) == len(rows) >= max(4, 2 * len(texts)))
+    )
+    advice = "the label comes first; swap the columns, name them in a header line, or give --label_names"
+    if is_swapped or len(names) > MOST_CLASSES or 20 < len(names) > len(rows) / 2:
+        raise UserError(
+            f"{path}: {len(names):,} different labels in {len(rows):,} lines, such as {labels[0]!r}: {advice}"
+        )
+    if len(names) < 2:
+        raise UserError(f"{path}: every text has the label {labels[0]!r}: give texts of two labels or more")
+    return sorted(names, key=lambda name: (0, float(name), name) if _NUMBER.fullmatch(name) else (1, 0.0, name))
 
 
-def _lines(path):
-    """(number from 1, (label, text)) of each line that is not blank."""
-    name = path.name.removesuffix(".gz")
-    split = {".jsonl": _split_json, ".tsv": _split_tabs}.get(Path(name).suffix, _split_bars)
-    try:
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, split(line.decode("utf-8").rstrip("\r\n"))
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'is cut short'}; correct the path") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}, line {number} is not UTF-8 text: convert the file") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}, line {number}: {error}") from None
+def spelling(path, names: list[str]) -> list[str]:
+    """How a file writes each of the names: as its number, where the file has numbers, else as the name itself."""
+    own = {row.label for row in _read_rows(path, needs_labels=False)} - {None, *names}
+    return [str(i) for i in range(len(names))] if own else names
 
 
-def _split_bars(line):
-    label, bars, text = line.partition("|||")
-    if not bars:
-        raise ValueError("there is no ` ||| ` between label and text: add the label")
-    return label.strip(), text.strip()
+def write_answers(path, labels: list[str], texts: list[str]):
+    """A file of labelled texts in the form that its name says, which `read_examples` reads."""
+    kind, rows = Path(path).suffix.lower(), list(zip(labels, texts))
+    if kind == ".jsonl":
+        lines = [json.dumps({"label": label, "text": text}, ensure_ascii=False) for label, text in rows]
+    else:
+        bar = "\t" if kind == ".tsv" else " ||| "
+        lines = [f"{label}{bar}{' '.join(text.splitlines())}" for label, text in rows]
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
-def _split_tabs(line):
-    label, tab, text = line.partition("\t")
-    if not tab:
-        raise ValueError("there is no tab between label and text: add the label")
-    return label.strip(), text.strip()
+def _index(names):
+    """{label: class}. Numbers count the names, unless a name is a number itself."""
+    by_number = {} if any(map(_NUMBER.fullmatch, names)) else {str(i): i for i in range(len(names))}
+    return by_number | {name: i for i, name in enumerate(names)}
 
 
-def _split_json(line):
-    record = json.loads(line) if line.startswith("{") else None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str) or "label" not in record:
-        raise ValueError("this is no JSON object with `label` and `text`: mend it")
-    return record["label"], record["text"]
+def _read_rows(path, needs_labels=True) -> list[Row]:
+    """The rows of a file that are not blank."""
+    lines = []
+    for number, line in read_lines(path):
+        if line is None or not is_text(line):
+            raise UserError(f"{path}, line {number} is {'too long' if line is None else 'not UTF-8'}: convert the file")
+        if line.strip():
+            lines.append((number, line.rstrip("\n")))
+    kind = Path(str(path).lower().removesuffix(".gz")).suffix
+    if kind == ".jsonl":
+        rows = [_row_of_json(number, line, f"{path}, line {number}") for number, line in lines]
+    else:
+        rows = _rows_of_columns(lines, "\t" if kind == ".tsv" else "|||", path)
+    if not rows:
+        raise UserError(f"{path} holds no labelled text: give lines such as `1 ||| a good film`")
+    without = [row for row in rows if not row.label]
+    if without and (needs_labels or len(without) < len(rows)):
+        missing = MISSING.get(kind, "there is no ` ||| ` between label and text")
+        raise UserError(f"{path}, line {without[0].number}: {missing}, or the label is empty: add the label")
+    wrong = next((row for row in rows if row.label and not _is_label(row.label)), None)
+    if wrong:
+        raise UserError(f"{path}, line {wrong.number}: {wrong.label[:60]!r} is no label: give a short name or a number")
+    return [row._replace(label=row.label or None) for row in rows]
+
+
+def _is_label(label):
+    """Whether it can be written before a text and read back."""
+    return bool(label.strip()) and len(label) <= MOST_LABEL and "|||" not in label and label.splitlines() == [label]
+
+
+def _rows_of_columns(lines, bar, path):
+    names = [cell.strip().lower() for cell in lines[0][1].split(bar)] if lines else []
+    header = {name: names.index(name) for name in names}
+    text, label = _first(header, TEXT_NAMES), _first(header, LABEL_NAMES)
+    if text is None or label is None and bar != "\t":
+        pairs = ((number, *line.partition(bar)) for number, line in lines)
+        return [
+            Row(number, start.strip() if found else None, (rest if found else start).strip())
+            for number, start, found, rest in pairs
+        ]
+    rows, last = [], max(text, -1 if label is None else label)
+    for number, line in lines[1:]:
+        cells = line.split(bar, len(names) - 1)
+        if len(cells) <= last:
+            raise UserError(f"{path}, line {number} has {len(cells)} columns, the header {len(names)}: mend the line")
+        rows.append(Row(number, None if label is None else cells[label].strip(), cells[text].strip()))
+    return rows
+
+
+def _row_of_json(number, line, where):
+    record = parse_json(line, where)
+    record = {key.lower(): value for key, value in record.items()} if isinstance(record, dict) else {}
+    text, label = _first(record, TEXT_NAMES), _first(record, LABEL_NAMES)
+    if not isinstance(text, str) or isinstance(label, (list, dict)):
+        raise UserError(f"{where}: {MISSING['.jsonl']}: mend it")
+    if isinstance(label, float) and label.is_integer():  # as tables write whole numbers where some are missing
+        label = int(label)
+    return Row(number, label.strip() if isinstance(label, str) else None if label is None else json.dumps(label), text)
+
+
+def _first(values, names):
+    """The value of the first of the names that there is, or None."""
+    return next((values[name] for name in names if name in values), None)
 
 
 def encode(examples: Iterable[Example], tokenizer, context: int) -> tuple[list[Sample], int]:
@@ -117,7 +198,7 @@ def encode(examples: Iterable[Example], tokenizer, context: int) -> tuple[list[S
         cut += len(ids) >= context
         ids = torch.tensor([tokenizer.bos_id] + ids[max(0, len(ids) - context + 1) :])
         targets = torch.full_like(ids, IGNORE)
-        targets[-1] = example.label
+        targets[-1] = IGNORE if example.label is None else example.label
         samples.append(Sample(ids, targets, None))
     return samples, cut
 
@@ -238,18 +319,23 @@ def report(predicted: Int[Tensor, "n"], labels: Int[Tensor, "n"], n_classes: int
     return Report((right.sum() / len(labels)).item(), macro_f1, counts, [tuple(row) for row in per_class.tolist()])
 
 
+MOST_NUMBERS = 20  # labels of a picture that has numbers in its cells; more of them are shaded only
+
+
 def draw_confusion(found: Report, names: list[str], path, title: str = "") -> Path:
     """A picture (PNG) of the confusion matrix: rows are the true labels, shaded by their share of the row."""
-    figure, grid = new_figure(1.8 + 0.6 * len(names))
+    has_numbers = len(names) <= MOST_NUMBERS
+    figure, grid = new_figure(1.8 + 0.6 * min(len(names), MOST_NUMBERS))
     axes = figure.add_subplot(grid[:, :])
     shares = found.counts / found.counts.sum(1, keepdim=True).clamp(min=1)
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for i, j in itertools.product(range(len(names)), repeat=2):
+    for i, j in itertools.product(range(len(names) * has_numbers), repeat=2):
         color = "white" if shares[i, j] > 0.5 else INK
         cell = f"{found.counts[i, j].item():,}\n{shares[i, j].item():.0%}"
         axes.text(j, i, cell, fontsize=8, color=color, ha="center", va="center")
-    axes.set_xticks(range(len(names)), names)
-    axes.set_yticks(range(len(names)), names)
+    if has_numbers:  # else the axes count the labels
+        axes.set_xticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0, labelsize=9)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("predicted", fontsize=9, color=GREY)
