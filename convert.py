@@ -3,9 +3,9 @@
     python convert.py stories260K.bin runs/stories260K --tokenizer tok512.bin     # llama2.c; its .pt as well
     python convert.py SmolLM2-135M-Instruct.Q4_1.gguf runs/smollm2                # GGUF, needs the gguf package
     python convert.py ~/models/TinyLlama runs/tinyllama                           # a Llama folder of Hugging Face
-    python convert.py runs/mine mine-hf --to hf                                   # for transformers: plain models
-    python convert.py runs/mine mine.bin --to llama2c                             # for llama2.c's run.c: plain models
-    python convert.py runs/mine mine-hub --to hub                                 # to upload: every family
+    python convert.py runs/mine runs/mine-hf --to hf                              # for transformers: plain models
+    python convert.py runs/mine runs/mine.bin --to llama2c                        # for llama2.c's run.c: plain models
+    python convert.py runs/mine runs/mine-hub --to hub                            # to upload: every family
 
 The format of SOURCE is recognized by what it holds. A checkpoint goes wherever others go: generate.py, eval_lm.py,
 export_onnx.py. Nothing in a source is run. DEST must not exist; its path goes to stdout when it is written.

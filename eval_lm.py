@@ -3,7 +3,7 @@
     python eval_lm.py                                             # the released checkpoint, its validation text
     python eval_lm.py runs/ja_wiki --paths data/ja_wiki/valid_*.jsonl.gz --max_tokens 100000 --json ja_wiki.json
     python eval_lm.py runs/trm --exit halt --act_threshold 0.8    # tokens that stop recursing early
-    python eval_lm.py runs/trm --depth_curve curve.png            # what depth buys: bits per byte against visits
+    python eval_lm.py runs/trm --depth_curve runs/curve.png            # what depth buys: bits per byte against visits
     python eval_lm.py runs/trm --lm_eval capitals --include_path my_tasks    # EleutherAI's lm-evaluation-harness
 
 Every document is scored by itself after BOS; each of its tokens counts once, BOS and EOS do not. A document that is

@@ -4,11 +4,13 @@
     python export_onnx.py runs/trm --output onnx/trm --quantize int8
     python export_onnx.py runs/trm --output onnx/deep --max_recursion_depth 4
     python export_onnx.py runs/trm --output onnx/gpu --device cuda
+    python export_onnx.py runs/trm --output onnx/plain --contrib_ops false    # for other runtimes than ONNX Runtime
     python generate.py --onnx onnx/trm --prompt "def main("
 
 The graph is checked against the model before it takes its place: logits of padded rows at once and token by token,
-greedy text beyond the context. stdout has its facts as one JSON line. Exporting takes a second or two for each block
-that is run (visits x layers), as every visit is written out; its weights are stored once.
+greedy text beyond the context. The folder's README.md has an example that runs it without this program. stdout has the
+facts as one JSON line. Exporting takes a second or two for each block that is run (visits x layers), as every visit is
+written out; its weights are stored once.
 
 Needs: pip install onnx==1.23.2 onnxruntime==1.31.1 onnxscript==0.7.2
 """
@@ -34,6 +36,8 @@ def describe(settings: OnnxExport, facts: dict) -> str:
     lines = [
         f"{settings.output}: opset {facts['opset']}, {facts['precision']}, {facts['attention']} attention, "
         f"{'with' if facts['cache'] else 'without'} cache, {facts['bytes'] / 2**20:.1f} MiB",
+        "operators that are not ONNX's own: "
+        + (f"{', '.join(facts['contrib_ops'])} (--contrib_ops false does without)" if facts["contrib_ops"] else "none"),
         f"checked against torch: logits differ by {errors['logits']:.1g} at most, the greedy text is the same",
     ]
     if "int8" in errors:

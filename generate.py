@@ -2,10 +2,10 @@
 
     python generate.py --prompt "def main("                       # the released checkpoint
     python generate.py runs/trm --prompt "Once upon a time" --temperature 0.7 --top_k 40 --seed 1
-    python generate.py runs/trm --prompt_file prompts.txt --num_samples 3 > texts.txt
+    python generate.py runs/trm --prompt_file prompts.txt --num_samples 3 > runs/texts.txt
     python generate.py runs/trm --interactive
     python generate.py runs/trm --prompt "def " --exit halt --max_recursion_depth 8   # each token its own depth
-    python generate.py runs/trm --prompt "def " --trace out.png    # see it think: a picture, and its data in out.json
+    python generate.py runs/trm --prompt "def " --trace runs/out.png   # see it think: a picture, its data beside it
     python generate.py --onnx onnx/trm --prompt "def "             # an export of export_onnx.py, under ONNX Runtime
 
 stdout carries the text alone, a single one as it is made; progress and speed go to stderr.

@@ -3,7 +3,7 @@
     python train_classifier.py runs/trm --option prompt --label_names names.json --dev dev.txt     # no training at all
     python train_classifier.py runs/trm --option finetune --train train.txt --dev dev.txt --label_names names.json
     python train_classifier.py runs/trm --option finetune --train train.tsv --dev dev.tsv --tune lora --lr 1e-3
-    python train_classifier.py runs/classifier --option predict --test new.txt --test_out answers.txt
+    python train_classifier.py runs/classifier --option predict --test new.txt --test_out runs/answers.txt
     python train_classifier.py runs/trm --option generate --prompt "I saw this movie and"
 
 Data: `label ||| text` a line, .tsv with label and text (or a header that names them), or .jsonl with `label` and

@@ -15,6 +15,8 @@ class OnnxExport:
         quantize: int8 = 8-bit weights and products; the embedding stays as it is
         opset: version of ONNX's operators, older for older providers; none = the exporter's own
         device: who shall run it: cpu, or cuda, ONNX Runtime's CUDA provider
+        contrib_ops: use ONNX Runtime's own operators (com.microsoft), which are faster there; false = ONNX's alone, for
+            other runtimes
         max_recursion_depth: recursion steps of every token, fixed in the graph; none = as trained
     """
 
@@ -24,4 +26,5 @@ class OnnxExport:
     quantize: Literal["none", "int8"] = "none"
     opset: int | None = None
     device: Literal["cpu", "cuda"] = "cpu"
+    contrib_ops: bool = True
     max_recursion_depth: int | None = None

@@ -1,4 +1,8 @@
-"""Checkpoint -> ONNX folder: the graph of `src/onnx_graph.py`, checked against the model, in fp32 or int8."""
+"""Checkpoint -> ONNX folder: the graph of `src/onnx_graph.py`, checked against the model, in fp32 or int8.
+
+The folder: model.onnx (and model.onnx.data, where the weights are large), config.json, the tokenizer's files, README.md
+with an example, and onnx.json: what the graph is, how a text begins and ends, and which files the export wrote.
+"""
 
 import contextlib
 import dataclasses
@@ -15,10 +19,13 @@ from torch.export import Dim
 
 from src import run_folder
 from src.cache import cache_slots
-from src.checkpoint import load_model
+from src.checkpoint import load_model, resolve
 from src.errors import UserError
+from src.files import read_json
 from src.losses import kl_divergence
+from src.metrics import effective_depth
 from src.model import TRMModel
+from src.onnx_card import contrib_operators, describe, readme
 from src.onnx_config import OnnxExport
 from src.onnx_graph import FUSED_HEAD, Graph
 from src.onnx_session import CUDA, FACTS, GRAPH, load_onnx, need
@@ -101,18 +108,35 @@ def _quietly():
         logging.getLogger().setLevel(level)
 
 
-def quantize(proto):
+def quantize(proto, contrib_ops: bool = True):
     """The graph with 8-bit weights, a scale for every block of a column; activations are quantized as it runs, row by
-    row, so that a row's text does not depend on its neighbours.  A weight that several visits share stays one."""
+    row, so that a row's text does not depend on its neighbours.  A weight that several visits share stays one.
+
+    Without contrib_ops the weights alone are quantized, with a scale for every column, and decoded in the graph."""
     weights = {node.input[1] for node in proto.graph.node if node.op_type == "MatMul"}
-    sizes = [tensor.dims[0] for tensor in proto.graph.initializer if tensor.name in weights]
-    block = next((size for size in (128, 64) if not any(rows % size for rows in sizes)), 32)
+    tensors = [tensor for tensor in proto.graph.initializer if tensor.name in weights]
+    if not contrib_ops:
+        return _stored_as_int8(proto, tensors)
+    block = next((size for size in (128, 64) if not any(tensor.dims[0] % size for tensor in tensors)), 32)
     options = {"block_size": block, "is_symmetric": True, "accuracy_level": 4, "bits": 8}  # 4: products in int8
     with _quietly():
         tools = need("onnxruntime.quantization.matmul_nbits_quantizer")
         quantizer = tools.MatMulNBitsQuantizer(proto, algo_config=tools.DefaultWeightOnlyQuantConfig(**options))
         quantizer.process()
     return quantizer.model.model
+
+
+def _stored_as_int8(proto, tensors):
+    """Each weight (in, out) as int8 times a scale per column, which DequantizeLinear multiplies once for all visits."""
+    helper, arrays = need("onnx.helper"), need("onnx.numpy_helper")
+    for tensor in tensors:
+        name, weight = tensor.name, arrays.to_array(tensor)
+        scale = abs(weight).max(axis=0).clip(1e-12) / 127
+        tensor.CopyFrom(arrays.from_array((weight / scale).round().astype("int8"), f"{name}_int8"))
+        proto.graph.initializer.append(arrays.from_array(scale.astype("float32"), f"{name}_scale"))
+        sources = [f"{name}_int8", f"{name}_scale"]
+        proto.graph.node.insert(0, helper.make_node("DequantizeLinear", sources, [name], f"{name}/Dequantize", axis=1))
+    return proto
 
 
 def save(proto, path: Path):
@@ -186,22 +210,28 @@ def export_onnx(settings: OnnxExport) -> dict:
         need(package)
     trained, tokenizer = load_model(settings.checkpoint)
     model = at_depth(trained, settings.max_recursion_depth)
-    fused = settings.device == "cpu" and fits_fused(model.config)
+    fused = settings.device == "cpu" and settings.contrib_ops and fits_fused(model.config)
+    _say(f"tracing {effective_depth(model.config).total} blocks (visits x layers), up to two seconds each")
     proto = trace(model, fused, settings.enable_kv_cache, settings.opset)
     facts = {
         "opset": opset_of(proto),
         "precision": "fp32" if settings.quantize == "none" else settings.quantize,
         "attention": "fused" if fused else "standard",
         "cache": settings.enable_kv_cache,
+        **_facts_of(model.config, tokenizer, read_json(resolve(settings.checkpoint) / "config.json")),
     }
+    describe(proto, facts)
     beside, aside = (folder.with_name(f".{folder.name}.{state}") for state in ("writing", "old"))
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         tokenizer.save(beside)
-        for name, values in (("config.json", {"model": model.config.to_dict(), "info": {}}), (FACTS, facts)):
-            (beside / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        errors = _write_graph(proto, model, beside, settings)
+        _write_json(beside / "config.json", {"model": model.config.to_dict(), "info": {}})
+        _write_json(beside / FACTS, facts)
+        errors, facts["contrib_ops"] = _write_graph(proto, model, beside, settings)
+        (beside / "README.md").write_text(readme(folder.name, facts), encoding="utf-8")
+        facts["files"] = sorted(path.name for path in beside.iterdir())
+        _write_json(beside / FACTS, facts)
         shutil.rmtree(aside, ignore_errors=True)
         if folder.exists():
             folder.rename(aside)
@@ -209,9 +239,34 @@ def export_onnx(settings: OnnxExport) -> dict:
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error.strerror or error}): choose another --output") from None
+    except UserError as error:  # the user knows the folder by its own name
+        raise UserError(str(error).replace(str(beside), str(folder))) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return facts | {"bytes": sum(file.stat().st_size for file in folder.glob(f"{GRAPH}*")), "errors": errors}
+
+
+def _facts_of(config, tokenizer, checkpoint: dict) -> dict:
+    """What a program needs to know that runs the graph by itself: how a text begins, what ends it, how long it gets."""
+    info = checkpoint.get("info")
+    return {
+        "family": config.recursion,
+        "vocab_size": config.vocab_size,
+        "context": config.max_seq_len,
+        "tokenizer": tokenizer.kind,
+        "bos_id": tokenizer.bos_id,
+        "add_bos": tokenizer.encode("a", bos=True) != tokenizer.encode("a"),
+        "end_ids": [tokenizer.eos_id],
+        "license": info.get("license") if isinstance(info, dict) else None,
+    }
+
+
+def _write_json(path: Path, values: dict):
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _say(what: str):
+    print(what, file=sys.stderr, flush=True)
 
 
 def fits_fused(config) -> bool:
@@ -222,21 +277,25 @@ def fits_fused(config) -> bool:
     return config.head_dim % multiple == 0
 
 
-def _write_graph(proto, model, folder, settings) -> dict:
-    """Write the graph, checked against the model, quantized where asked for; returns the errors measured."""
-    device = settings.device
+def _write_graph(proto, model, folder, settings) -> tuple[dict, list[str]]:
+    """Write the graph, checked against the model, quantized where asked for; returns the errors measured, and the
+    operators that are not ONNX's own."""
+    device, path = settings.device, folder / GRAPH
     if device == "cuda" and CUDA not in need("onnxruntime").get_available_providers():
-        print("no CUDA provider here: the graph is checked on the CPU", file=sys.stderr)
+        _say("no CUDA provider here: the graph is checked on the CPU")
         device = "cpu"
-    save(proto, folder / GRAPH)
+    save(proto, path)
     try:
-        graph, _ = load_onnx(folder, device)
+        graph, _ = load_onnx(folder, device, quiet=True)
     except UserError as error:
         if settings.opset is None:
             raise
         raise UserError(f"opset {settings.opset} does not run here: choose another ({error})") from None
+    _say("checking it against torch")
     errors = {"logits": check(model, graph)}
     if settings.quantize == "int8":
-        save(quantize(proto), folder / GRAPH)
-        errors["int8"] = quantization_error(model, load_onnx(folder, device)[0])
-    return errors
+        _say("quantizing it to int8, and comparing that with torch")
+        proto = quantize(need("onnx").load(path), settings.contrib_ops)  # read again, as large weights go when saved
+        save(proto, path)
+        errors["int8"] = quantization_error(model, load_onnx(folder, device, quiet=True)[0])
+    return errors, contrib_operators(proto)

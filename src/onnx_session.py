@@ -1,8 +1,8 @@
 """An exported graph in place of a TRMModel: `sampling.generate` and all that is built on it run under ONNX Runtime.
 
-The folder is all that is needed: model.onnx (its inputs and outputs are told in src/onnx_graph.py), config.json, the
-tokenizer's files, and onnx.json with what the graph is. Rows come left-padded, as everywhere here; the graph wants each
-row from its left edge on, which spares it the mask.
+The folder is all that is needed: model.onnx (VALUES in src/onnx_graph.py tells its inputs and outputs), config.json,
+the tokenizer's files, and onnx.json with what the graph is. Rows come left-padded, as everywhere here; the graph wants
+each row from its left edge on, which spares it the mask.
 """
 
 import importlib
@@ -46,9 +46,9 @@ def provider(device: str):
     return CUDA, {"device_id": int(index or 0)}
 
 
-def load_onnx(folder, device: str = "cpu", threads: int | None = None):
+def load_onnx(folder, device: str = "cpu", threads: int | None = None, quiet: bool = False):
     """(OnnxModel, tokenizer) of an export folder.  device: cpu, cuda, cuda:1, ..., or auto (CUDA for a graph that was
-    made for it, where it is there); threads of a CPU, default as torch has.
+    made for it, where it is there); threads of a CPU, default as torch has; quiet: without a line on stderr.
 
     UserError where the folder is none, is broken, or asks for what is not installed."""
     folder, runtime = Path(folder), need("onnxruntime")
@@ -68,7 +68,8 @@ def load_onnx(folder, device: str = "cpu", threads: int | None = None):
             "{}: the tokenizer has {} tokens, config.json {}, the graph {}: ".format(folder, *sizes)
             + "they are of different models; export again"
         )
-    print(f"{folder}: ONNX graph, {facts['precision']}, opset {facts['opset']}, on {device}", file=sys.stderr)
+    if not quiet:
+        print(f"{folder}: ONNX graph, {facts['precision']}, opset {facts['opset']}, on {device}", file=sys.stderr)
     return OnnxModel(session, config, facts, device), tokenizer
 
 
@@ -87,6 +88,7 @@ def _start(runtime, folder, chosen, threads):
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3  # errors
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # DequantizeLinear once, not at every call
     try:
         return runtime.InferenceSession(str(folder / GRAPH), options, providers=[chosen])
     except Exception as error:  # many kinds, which mean one thing to the user

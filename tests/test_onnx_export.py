@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 import sys
 from collections import Counter
@@ -269,7 +270,10 @@ def test_opsets(tiny, tmp_path, heads):
     for opset in (15, 17, 18, 21, 23):
         _, facts, folder = export(tiny, tmp_path, recursion="none", n_heads=heads, opset=opset)
         assert facts["opset"] == opset and facts["errors"]["logits"] < 1e-4
-        assert opset in [entry.version for entry in onnx.load(folder / "model.onnx").opset_import]
+        proto = onnx.load(folder / "model.onnx")
+        assert opset in [entry.version for entry in proto.opset_import] and b".py" not in proto.SerializeToString()
+        dims = {dim.dim_param for value in proto.graph.value_info for dim in value.type.tensor_type.shape.dim}
+        assert {"batch", "length"} <= dims and not [dim for dim in dims if re.search(r"\bs\d", dim)]
         assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "onnx"}
     with pytest.raises(UserError, match="opset 9 cannot be had"):
         export(tiny, tmp_path, recursion="none", n_heads=heads, opset=9)

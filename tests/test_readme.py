@@ -5,6 +5,7 @@ import importlib
 import io
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -268,3 +269,22 @@ class TestMakefile:
     def test_each_target_installs_only_what_it_needs(self):
         needs = dict(re.findall(r"^([\w-]+): \$\((\w+)\)", self.text, re.M))
         assert needs["demo"] == "CORE" and needs["test"] == needs["lint"] == needs["bench"] == "DEV"
+
+
+OUTPUTS = r"(?:--(?:output|save_dir|test_out|dev_out|trace|depth_curve|model_prefix|cache_dir)|(?<=\s)>)[ =]+([\w./-]+)"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_what_the_commands_write_is_ignored_by_git():
+    """`git status` stays clean after every command of the README, the docs and the scripts' docstrings."""
+    docs = [README, ROOT / "data" / "README.md", *(ROOT / "docs").glob("*.md")]
+    texts = [path.read_text(encoding="utf-8") for path in docs if path.name != "LOG.md"]
+    texts += [importlib.import_module(Path(script).stem).__doc__ for script in SCRIPTS]
+    lines = [line for text in texts for line in text.splitlines() if re.search(r"python3? \S+\.py", line)]
+    written = {path for line in lines for path in re.findall(OUTPUTS, line)}
+    written |= {found[1] for line in lines if (found := re.search(r"convert\.py \S+ ([\w./-]+)", line))}
+    assert len(written) > 15
+    asked = subprocess.run(
+        ["git", "check-ignore", "--stdin"], cwd=ROOT, input="\n".join(written), capture_output=True, text=True
+    )
+    assert written - set(asked.stdout.splitlines()) == set()
