@@ -53,8 +53,14 @@ def read_gguf(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
         except NotImplementedError:
             kind = tensor.tensor_type.name
             raise UserError(f"{path}: the gguf package cannot dequantize {name} ({kind}): give another file") from None
-    titles = {"source_name": "general.name", "license": "general.license"}
+    titles = {
+        "source_name": "general.name",
+        "license": "general.license",
+        "base_model": "general.base_model.0.repo_url",
+    }
     info = {title: value for title, key in titles.items() if (value := _value(reader, key)) is not None}
+    if "base_model" in info:
+        info["base_model"] = str(info["base_model"]).removeprefix("https://huggingface.co/")
     return c, from_llama(c, tensors, GGUF, path), info
 
 

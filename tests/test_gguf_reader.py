@@ -99,8 +99,9 @@ class TestWeights:
         assert read_gguf(path)[0].rope_scaling == 4.0
 
     def test_what_it_calls_itself(self, file):
-        path, _ = file(metadata={"general.name": "Tiny", "general.license": "mit"})
-        assert read_gguf(path)[2] == {"source_name": "Tiny", "license": "mit"}
+        said = {"general.name": "Tiny", "general.license": "mit"}
+        path, _ = file(metadata=said | {"general.base_model.0.repo_url": "https://huggingface.co/a/b"})
+        assert read_gguf(path)[2] == {"source_name": "Tiny", "license": "mit", "base_model": "a/b"}
 
 
 def byte_level(pre):
