@@ -9,6 +9,14 @@
 
 The format of SOURCE is recognized by what it holds. A checkpoint goes wherever others go: generate.py, eval_lm.py,
 export_onnx.py. Nothing in a source is run. DEST must not exist; its path goes to stdout when it is written.
+
+A converted model begins and ends its texts as at home: with BOS or without, at each of the ends that its files name;
+one of llama2.c ends at BOS too. Rows of an embedding that no token has are left out.
+  hf       transformers gets our ids, and texts (pipeline) but for characters of which a model writes a part only, and
+           ties between equally probable cuts of a unigram tokenizer. Names of special tokens in a text stay text.
+           A space that a tokenizer puts before a text stays where a whole text is decoded.
+  llama2c  tokens change places, and m.tokenizer.bin lies beside m.bin: run m.bin -z m.tokenizer.bin. run.c puts a
+           space before a prompt, and prints no single byte over 127 (characters that are not in the vocabulary).
 """
 
 import sys
@@ -28,12 +36,14 @@ class ConvertConfig:
         tokenizer: the model's tokenizer, where it is not part of SOURCE: a tokenizer.json, a SentencePiece .model, a
             tokenizer .bin of llama2.c, byte
         to: checkpoint = a folder of this project, hub = the same with a model card, hf = a Llama folder of Hugging
-            Face, llama2c = a legacy .bin
+            Face, llama2c = a legacy .bin and its tokenizer
+        license: of the model, for the card of hub and hf, such as mit; default: what SOURCE says, if it does
     """
 
     paths: list[str] = field(default_factory=list)
     tokenizer: str | None = None
     to: Literal["checkpoint", "hub", "hf", "llama2c"] = "checkpoint"
+    license: str | None = None
 
 
 @before_torch
@@ -45,6 +55,7 @@ def parse_args(argv=None) -> ConvertConfig:
 
 
 from src.interop import check_free, read_source, recognize, write
+from src.llama2c import tokenizer_file
 from src.metrics import format_params
 
 
@@ -56,9 +67,11 @@ def main(argv=None):
     source = read_source(path, config.tokenizer)
     size = format_params(sum(tensor.numel() for tensor in source.weights.values()))
     print(f"{source.config.recursion}, {size} weights, {source.config.vocab_size:,} tokens", file=sys.stderr)
+    if config.license is not None:
+        source.info["license"] = config.license
     write(source, dest, config.to)
     if config.to == "llama2c":
-        print("a .bin holds no tokenizer: run.c takes one with -z", file=sys.stderr)
+        print(f"{tokenizer_file(dest)} is its tokenizer, which run.c takes with -z", file=sys.stderr)
     if config.to in ("hub", "hf"):
         print(f"to upload: hf upload NAME/OF_REPOSITORY {dest}", file=sys.stderr)
     print(dest)

@@ -11,6 +11,7 @@ Data: `label ||| text` a line, .tsv with label and text (or a header that names 
 are written with the same labels, in the order of the texts. stdout has the figures, stderr the rest.
 """
 
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,12 +94,12 @@ def write_sentences(config, device):
     ids = torch.tensor([tokenizer.encode(config.prompt, bos=True)], device=device)
     outs = (config.generated_sentence_low_temp_out, config.generated_sentence_high_temp_out)
     for temperature, path in enumerate(outs):
-        options = {"temperature": float(temperature), "seed": 0, "eos_id": tokenizer.eos_id}
+        options = {"temperature": float(temperature), "seed": 0, "eos_id": tokenizer.end_ids}
         try:
             row = generate_ids(model, ids, config.max_new_tokens, **options)[0, ids.shape[1] :].tolist()
         except ValueError as error:
             raise UserError(error) from None
-        row = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
+        row = list(itertools.takewhile(lambda index: index not in tokenizer.end_ids, row))
         text = tokenizer.decode(ids[0].tolist() + row)
         print(f"temperature {temperature}: {text}\n")
         if path is not None:

@@ -48,9 +48,9 @@ def sample_text(model, tokenizer, prompt: str, new_tokens: int, seed: int) -> st
     """A prompt and what a model writes after it at temperature 0.8, top_p 0.95, up to EOS."""
     ids = tokenizer.encode(prompt, bos=True)[: model.config.max_seq_len]
     decoder, text = StreamDecoder(tokenizer, starts_text=not prompt), prompt
-    options = {"temperature": 0.8, "top_p": 0.95, "seed": seed, "eos_id": tokenizer.eos_id}
+    options = {"temperature": 0.8, "top_p": 0.95, "seed": seed, "eos_id": tokenizer.end_ids}
     with torch.compiler.set_stance("force_eager"):
         for token in generate(model, torch.tensor([ids], device=model.embed.weight.device), new_tokens, **options):
-            if token.item() != tokenizer.eos_id:
+            if token.item() not in tokenizer.end_ids:
                 text += decoder.push(token.item())
     return text + decoder.flush()

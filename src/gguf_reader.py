@@ -13,6 +13,8 @@ from src.tokenizer import HFTokenizer, TokenizerWrapper
 MAGIC = b"GGUF"
 CONTROL, BYTE = 3, 6  # the token types of GGUF are SentencePiece's
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+ENDS = ("eos", "eot", "eom")  # keys of token ids that end a text
+ENDS_BY_NAME = "<|eot_id|> <|eom_id|> <|im_end|> <|end|> <|endoftext|> <|end_of_text|> <end_of_turn> <EOT>".split()
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -51,8 +53,14 @@ def read_gguf(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
         except NotImplementedError:
             kind = tensor.tensor_type.name
             raise UserError(f"{path}: the gguf package cannot dequantize {name} ({kind}): give another file") from None
-    titles = {"source_name": "general.name", "license": "general.license"}
+    titles = {
+        "source_name": "general.name",
+        "license": "general.license",
+        "base_model": "general.base_model.0.repo_url",
+    }
     info = {title: value for title, key in titles.items() if (value := _value(reader, key)) is not None}
+    if "base_model" in info:
+        info["base_model"] = str(info["base_model"]).removeprefix("https://huggingface.co/")
     return c, from_llama(c, tensors, GGUF, path), info
 
 
@@ -107,6 +115,17 @@ def read_gguf_tokenizer(path):
         raise
     except Exception as error:  # noqa: BLE001  (the tokenizers library raises bare Exception)
         raise UserError(f"the tokenizer in {path} is broken ({error}): give another with --tokenizer") from None
+
+
+def read_gguf_ends(path, tokenizer) -> dict:
+    """How texts begin and end by a GGUF: the arguments of `tokenizer.set_ends`, with llama.cpp's defaults."""
+    reader = open_gguf(path)
+    kind, pre = (_value(reader, f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    tokens, types = (_value(reader, f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
+    ends = [_value(reader, f"tokenizer.ggml.{key}_token_id") for key in ENDS]
+    ends += [i for i, (token, type_) in enumerate(zip(tokens, types)) if type_ == CONTROL and token in ENDS_BY_NAME]
+    add_bos = _value(reader, "tokenizer.ggml.add_bos_token", kind != "gpt2" or pre == "llama-bpe")
+    return {"add_bos": bool(add_bos), "ends": ends}
 
 
 def _byte_level_bpe(reader, tokens, types, path) -> HFTokenizer:

@@ -36,8 +36,8 @@ MAX_NEW_TOKENS = 256  # where a task does not say
 class Answers:
     """Answers to the requests of lm_eval; of a request only `args` is used, so that this needs no lm_eval.
 
-    Every context starts with BOS, as documents do in training, and keeps its end where it is too long. rule: when a
-    token stops recursing."""
+    Every context starts as the model's texts do (with BOS, unless the tokenizer says no), and keeps its end where it
+    is too long. rule: when a token stops recursing."""
 
     def __init__(self, model, tokenizer, batch_size: int = 8, rule: ExitRule | None = None):
         super().__init__()
@@ -50,7 +50,7 @@ class Answers:
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-probability in nats of each (text,), every token of it from BOS on."""
-        pairs = [([self.tokenizer.bos_id], self.tokenizer.encode(request.args[0])) for request in requests]
+        pairs = [(self.tokenizer.start([]), self.tokenizer.encode(request.args[0])) for request in requests]
         return [answer.logprob for answer in self._score(pairs, disable_tqdm)]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
@@ -75,14 +75,14 @@ class Answers:
         """Texts after contexts, one batch under the same options."""
         stops, n_new, choice = read_options(options)
         ids, mask = self._prompts(contexts, n_new)
-        eos, decoders, texts = self.tokenizer.eos_id, [StreamDecoder(self.tokenizer) for _ in contexts], [""] * len(ids)
+        ends, decoders, texts = self.tokenizer.end_ids, [StreamDecoder(self.tokenizer) for _ in ids], [""] * len(ids)
         is_open = [True] * len(ids)
-        tokens = generate(self.model, ids, n_new, **choice, seed=0, eos_id=eos, attention_mask=mask, exit=self.rule)
+        tokens = generate(self.model, ids, n_new, **choice, seed=0, eos_id=ends, attention_mask=mask, exit=self.rule)
         for column in tokens:
             for row, index in enumerate(column.tolist()):
                 if is_open[row]:
-                    texts[row] += decoders[row].flush() if index == eos else decoders[row].push(index)
-                    is_open[row] = index != eos and not any(stop in texts[row] for stop in stops)
+                    texts[row] += decoders[row].flush() if index in ends else decoders[row].push(index)
+                    is_open[row] = index not in ends and not any(stop in texts[row] for stop in stops)
             if not any(is_open):
                 break
         texts = [text + decoder.flush() * goes_on for text, decoder, goes_on in zip(texts, decoders, is_open)]

@@ -1,6 +1,8 @@
-"""Llama folders of Hugging Face: config.json, safetensors (also sharded), the tokenizer's files."""
+"""Llama folders of Hugging Face: config.json, generation_config.json, safetensors (also sharded), tokenizer files."""
 
 import json
+import re
+import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -8,19 +10,44 @@ from torch import Tensor
 
 from src.checkpoint import read_weights
 from src.errors import UserError
+from src.hf_tokenizer import save_for_transformers
 from src.llama import HF, from_llama, plain_config, to_llama
 from src.model import TRMConfig
+from src.tokenizer_json import CONFIG_FILE, SPECIAL, as_list
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SETTINGS = "config.json", "generation_config.json"
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None}  # none other known
 
 
 def read_hf(folder) -> tuple[TRMConfig, dict[str, Tensor], dict]:
-    """(config, this model's weights, no figures) of a Llama folder.  UserError for what this model has not."""
+    """(config, this model's weights, its licence) of a Llama folder.  UserError for what this model has not."""
     folder = Path(folder)
     c = _config(read_json(folder / "config.json"), folder / "config.json")
     tensors = {name: t for name, t in _tensors(folder).items() if not name.endswith("rotary_emb.inv_freq")}
-    return c, from_llama(c, tensors, HF, folder), {}
+    return c, from_llama(c, tensors, HF, folder), _licence(folder)
+
+
+def _licence(folder) -> dict:
+    """{"license": ...} where the model card names one."""
+    card = folder / "README.md"
+    front = card.read_text(encoding="utf-8", errors="replace").split("---\n") if card.is_file() else []
+    found = re.search(r"^license: *([\w.-]+)$", front[1], re.M) if len(front) > 2 and not front[0] else None
+    return {"license": found[1]} if found else {}
+
+
+def read_ends(folder, tokenizer) -> dict:
+    """How texts begin and end by a folder's settings: the arguments of `tokenizer.set_ends`.
+
+    `add_bos_token` decides about BOS, else whether tokenizer.json puts it before a text; folders that this project
+    wrote before it said so mean it."""
+    files = [Path(folder, name) for name in (CONFIG_FILE, *SETTINGS)]
+    names, *settings = (read_json(file) if file.is_file() else {} for file in files)
+    ends = [values.get("eos_token_id") for values in settings]
+    add_bos = names.get("add_bos_token")
+    if not isinstance(add_bos, bool):
+        add_bos = tokenizer.kind != "hf" or tokenizer.puts_bos or names.keys() <= {"tokenizer_class", *SPECIAL}
+    return {"add_bos": add_bos, "ends": [i for end in ends for i in as_list(end)]}
 
 
 def read_json(path) -> dict:
@@ -88,12 +115,15 @@ def write_hf(folder, c: TRMConfig, weights: dict[str, Tensor], tokenizer):
     folder.mkdir()
     tensors = {name: tensor.clone() for name, tensor in to_llama(c, weights, HF).items()}  # no shared storage
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    tokenizer.save(folder)
-    config = _hf_config(c, weights, tokenizer)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids)}
+    config = _hf_config(c, weights) | special | {"pad_token_id": c.pad_token_id}
+    for name, values in zip(SETTINGS, (config, special | {"pad_token_id": tokenizer.pad_id})):
+        (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    for text in save_for_transformers(tokenizer, folder, c.max_seq_len)[:1]:
+        print(f"{folder.name}: transformers cuts some texts into other tokens, such as {text!r}", file=sys.stderr)
 
 
-def _hf_config(c, weights, tokenizer) -> dict:
+def _hf_config(c, weights) -> dict:
     kind = "linear" if c.rope_trained_len is None else "yarn"
     scaling = None if c.rope_scaling is None else {"rope_type": kind, "type": kind, "factor": c.rope_scaling}
     if scaling and kind == "yarn":
@@ -116,7 +146,4 @@ def _hf_config(c, weights, tokenizer) -> dict:
         "attention_bias": False,
         "mlp_bias": False,
         "torch_dtype": str(weights["embed.weight"].dtype).removeprefix("torch."),
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": c.pad_token_id,
     }

@@ -5,7 +5,7 @@
 | checkpoint | a checkpoint folder of this project                           | yes  | yes     | all      |
 | hub        | the same with a model card, for the Hugging Face Hub          | yes  | yes     | all      |
 | hf         | a Llama folder of Hugging Face (`src/hf_llama.py`)            | yes  | yes     | plain    |
-| llama2c    | llama2.c's legacy .bin, and its .pt (`src/llama2c.py`)        | yes  | .bin    | plain    |
+| llama2c    | llama2.c's legacy .bin and its tokens, its .pt (`src/llama2c.py`) | yes | .bin | plain    |
 | gguf       | a GGUF of Llama architecture (`src/gguf_reader.py`)           | yes  | no      | plain    |
 
 Nothing in a source is ever run: it is safetensors, arrays of numbers, or a .pt under torch.load's weights_only.
@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +26,10 @@ from torch import Tensor
 
 from src.checkpoint import load_config, load_weights, read_weights, resolve, save_checkpoint
 from src.errors import UserError
-from src.gguf_reader import MAGIC, read_gguf, read_gguf_tokenizer
-from src.hf_llama import read_hf, read_json, write_hf
+from src.gguf_reader import MAGIC, read_gguf, read_gguf_ends, read_gguf_tokenizer
+from src.hf_llama import read_ends, read_hf, read_json, write_hf
 from src.llama import check_plain
-from src.llama2c import is_bin, read_bin, read_pt, write_bin
+from src.llama2c import for_run_c, is_bin, read_bin, read_pt, tokenizer_file, write_bin
 from src.model import TRMConfig, TRMModel
 from src.model_card import model_card
 from src.tokenizer import read_tokenizer
@@ -49,7 +50,8 @@ class Format(NamedTuple):
 
     name: str
     read: Callable  # path -> (config, weights, info)
-    read_tokenizer: Callable | None  # path -> tokenizer; None: it is in a file of its own
+    read_tokenizer: Callable  # path -> tokenizer
+    read_ends: Callable | None  # path, tokenizer -> arguments of tokenizer.set_ends; None: the tokenizer knows them
 
 
 def _read_checkpoint(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
@@ -64,13 +66,26 @@ def _read_checkpoint(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
     return config, weights, read_json(folder / "config.json").get("info") or {}
 
 
+def _read_tokenizer_beside(path):
+    if not tokenizer_file(path).is_file():
+        raise UserError(f"{path}: llama2.c keeps the tokenizer in a file of its own: give it with --tokenizer")
+    return read_tokenizer(tokenizer_file(path))
+
+
+def _ends_with_bos(path, tokenizer) -> dict:
+    return {"ends": [tokenizer.bos_id]}  # where run.c stops
+
+
 FORMATS = {
-    "checkpoint": Format("a checkpoint of this project", _read_checkpoint, lambda path: read_tokenizer(resolve(path))),
-    "hf": Format("a Llama folder of Hugging Face", read_hf, read_tokenizer),
-    "gguf": Format("a GGUF", read_gguf, read_gguf_tokenizer),
-    "pt": Format("a .pt checkpoint of llama2.c", read_pt, None),
-    "bin": Format("a legacy .bin of llama2.c", read_bin, None),
+    "checkpoint": Format(
+        "a checkpoint of this project", _read_checkpoint, lambda path: read_tokenizer(resolve(path)), None
+    ),
+    "hf": Format("a Llama folder of Hugging Face", read_hf, read_tokenizer, read_ends),
+    "gguf": Format("a GGUF", read_gguf, read_gguf_tokenizer, read_gguf_ends),
+    "pt": Format("a .pt checkpoint of llama2.c", read_pt, _read_tokenizer_beside, _ends_with_bos),
+    "bin": Format("a legacy .bin of llama2.c", read_bin, _read_tokenizer_beside, _ends_with_bos),
 }
+SPARE_ROWS = 128  # of an embedding, where the tokenizer is another file: more, and it is of another model
 
 
 def recognize(path) -> Format:
@@ -98,16 +113,27 @@ def read_source(path, tokenizer=None) -> Source:
     Raises UserError for what is missing, broken, not a Llama, or does not fit together."""
     path, source = Path(path), recognize(path)
     config, weights, info = source.read(path)
-    if tokenizer is None and source.read_tokenizer is None:
-        raise UserError(f"{path}: llama2.c keeps the tokenizer in a file of its own: give it with --tokenizer")
     own = read_tokenizer(tokenizer) if tokenizer is not None else source.read_tokenizer(path)
-    if own.vocab_size != config.vocab_size:
+    if source.read_ends is not None:
+        own.set_ends(**source.read_ends(path, own))
+    spare, is_ours = config.vocab_size - own.vocab_size, source is FORMATS["checkpoint"]
+    if spare < 0 or spare and (is_ours or tokenizer is not None and spare >= SPARE_ROWS):
         raise UserError(
             f"{tokenizer or f'the tokenizer of {path}'} has {own.vocab_size} tokens, the model {config.vocab_size}: "
             "they do not belong together; give the model's own with --tokenizer"
         )
-    converted = {} if source is FORMATS["checkpoint"] else {"converted_from": f"{source.name}: {path.name}"}
+    if spare:
+        config, weights = _without_spare_rows(path, config, weights, own.vocab_size)
+    converted = {} if is_ours else {"converted_from": f"{source.name}: {path.name}"}
     return Source(path, config, weights, own, converted | info)
+
+
+def _without_spare_rows(path, config, weights, tokens):
+    """A model without the rows that no token has: they only make its size a rounder number."""
+    print(f"{path}: {config.vocab_size} rows for {tokens} tokens; those beyond are left out", file=sys.stderr)
+    pad = config.pad_token_id if (config.pad_token_id or 0) < tokens else None
+    tables = {n: t[:tokens].clone() for n, t in weights.items() if n in ("embed.weight", "head.weight")}
+    return replace(config, vocab_size=tokens, pad_token_id=pad), weights | tables
 
 
 def write(source: Source, dest, to: str = "checkpoint"):
@@ -116,6 +142,8 @@ def write(source: Source, dest, to: str = "checkpoint"):
     Raises UserError where dest exists, and for a model that the format cannot hold."""
     dest = Path(dest)
     check_free(dest)
+    if to == "llama2c":
+        check_free(tokenizer_file(dest))
     if to in ("hf", "llama2c"):
         check_plain(source.config, source.path, to)
     beside = dest.with_name(f".{dest.name}.partial")
@@ -126,11 +154,16 @@ def write(source: Source, dest, to: str = "checkpoint"):
         if to in ("hub", "hf"):
             card = model_card(dest.name, source.config, source.info, to)
             (beside / "README.md").write_text(card, encoding="utf-8")
+        if to == "llama2c":
+            os.rename(tokenizer_file(beside), tokenizer_file(dest))
         os.rename(beside, dest)
     except (OSError, SafetensorError) as error:
+        if to == "llama2c":
+            _remove(tokenizer_file(dest))
         raise UserError(f"cannot write {dest}: {getattr(error, 'strerror', None) or error}; choose another") from None
     finally:
         _remove(beside)
+        _remove(tokenizer_file(beside))
 
 
 def check_free(dest):
@@ -142,7 +175,11 @@ def check_free(dest):
 def _write(source, path, to):
     _, config, weights, tokenizer, info = source
     if to == "llama2c":
+        config, weights, tokens, differences = for_run_c(config, weights, tokenizer, source.path)
         write_bin(path, config, weights, source.path)
+        tokenizer_file(path).write_bytes(tokens)
+        for sentence in differences:
+            print(sentence, file=sys.stderr)
     elif to == "hf":
         write_hf(path, config, weights, tokenizer)
     else:

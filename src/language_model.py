@@ -91,11 +91,11 @@ def continue_texts(
     ids = torch.tensor([[tokenizer.pad_id] * gap + row for gap, row in zip(gaps, rows)], device=device)
     mask = torch.tensor([[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows)], device=device)
     decoders = [StreamDecoder(tokenizer, starts_text=not prompt) for prompt in prompts]
-    eos, is_open = tokenizer.eos_id if stop_at_eos else None, [True] * len(rows)
-    for column in generate(model, ids, max_new_tokens, eos_id=eos, attention_mask=mask, **options):
+    ends, is_open = tokenizer.end_ids if stop_at_eos else (), [True] * len(rows)
+    for column in generate(model, ids, max_new_tokens, eos_id=ends or None, attention_mask=mask, **options):
         made, pieces = sum(is_open), [""] * len(rows)
         for row, index in enumerate(column.tolist()):
-            is_open[row] = is_open[row] and index != eos
+            is_open[row] = is_open[row] and index not in ends
             pieces[row] = decoders[row].push(index) if is_open[row] else ""
         yield Written(pieces, made)
     yield Written([decoder.flush() for decoder in decoders], 0)

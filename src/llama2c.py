@@ -1,12 +1,19 @@
-"""llama2.c's checkpoints: `.pt` as its training writes them, and the legacy `.bin` that its run.c reads.
+"""llama2.c: `.pt` as its training writes them, and the legacy `.bin` and tokenizer file that its run.c reads.
 
 A legacy .bin is a header of seven int32 (dim, hidden, layers, heads, key/value heads, vocabulary, context; a negative
 vocabulary means that the head is not tied), then float32: the embedding, each part of the blocks for all layers, the
 last norm, cosines and sines of all positions, and the head where it is not tied.
+
+run.c begins every text with token 1 (BOS) and ends it where token 1 comes again. It knows 0 as unknown, 2 as EOS, and
+3 to 258 as the bytes; a prompt is a space and its text, in which the pair of pieces that makes the piece of the best
+score is joined, again and again. It prints no single byte over 127.
 """
 
+import json
 import pickle
 import struct
+from dataclasses import replace
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -15,6 +22,7 @@ import torch
 from torch import Tensor
 
 from src.errors import UserError
+from src.hf_tokenizer import PROBES, to_hf
 from src.llama import BLOCK, LLAMA2C, from_llama, part_shapes, plain_config, to_llama, weight_name
 from src.model import TRMConfig
 
@@ -64,6 +72,87 @@ def write_bin(path, c: TRMConfig, weights: dict[str, Tensor], where):
         file.write(HEADER.pack(c.d_model, c.d_ff, c.n_layers, c.n_heads, c.n_kv_heads, vocab, c.max_seq_len))
         for name in _layout(c):
             file.write(tensors[name].float().contiguous().numpy().astype("<f4", copy=False).tobytes())
+
+
+def tokenizer_file(path) -> Path:
+    """Where the tokenizer of a .bin lies, for run.c's -z: m.tokenizer.bin beside m.bin."""
+    return Path(path).with_name(f"{Path(path).stem}.tokenizer.bin")
+
+
+def for_run_c(c: TRMConfig, weights: dict[str, Tensor], tokenizer, where) -> tuple[TRMConfig, dict, bytes, list[str]]:
+    """(config and weights in run.c's order of tokens, content of its tokenizer file, what differs there in sentences).
+
+    Where a text ends with EOS, not BOS, the two change places in the head, so that run.c ends it too. UserError for a
+    tokenizer without a token for each byte."""
+    order, names, scores = _run_c_tokens(tokenizer, where)
+    bos, eos, swaps = *order[1:3], tokenizer.bos_id not in tokenizer.end_ids
+    read, written = (bos, bos) if swaps else (bos, eos), (eos, bos) if swaps else (bos, eos)
+    head = weights["embed.weight" if c.tie_embeddings else "head.weight"]
+    head = _rows(head, [order[0], *written, *order[3:]])
+    embed = _rows(weights["embed.weight"], [order[0], *read, *order[3:]])
+    c = replace(c, vocab_size=len(order), tie_embeddings=c.tie_embeddings and not swaps, pad_token_id=None)
+    weights = weights | {"embed.weight": embed} | ({} if c.tie_embeddings else {"head.weight": head})
+    entries = (struct.pack("<fi", score, len(name)) + name for name, score in zip(names, scores))
+    data = struct.pack("<i", max(map(len, names))) + b"".join(entries)
+    texts = {text: text if tokenizer.prefix else " " * bool(text) + text for text in PROBES}
+    slots = {index: slot for slot, index in reversed([*enumerate(order)])}
+    ours = {text: [slots[i] for i in tokenizer.encode(spaced)] for text, spaced in texts.items()}
+    wrong = [text for text in PROBES if run_c_ids(text, names, scores) != ours[text]]
+    said = {
+        "run.c puts a space before a prompt, which this tokenizer does not": not tokenizer.prefix,
+        "run.c begins every text with BOS, this model none": not tokenizer.add_bos,
+        "run.c knows one end of a text, this model several": len(tokenizer.end_ids) > 1 and swaps,
+        f"run.c cuts some prompts into other tokens, such as {[*wrong, ''][0]!r}": bool(wrong),
+    }
+    return c, weights, data, [sentence for sentence, is_so in said.items() if is_so]
+
+
+def _rows(tensor, order):
+    """Rows in another order; None is the mean of all, which is never the likeliest token."""
+    rows = tensor[[index or 0 for index in order]]
+    rows[[index is None for index in order]] = tensor.float().mean(0).to(tensor.dtype)
+    return rows
+
+
+def _run_c_tokens(tokenizer, where) -> tuple[list[int | None], list[bytes], list[float]]:
+    """(this model's id, or None; name; score) of every token in run.c's order."""
+    hf = to_hf(tokenizer)
+    model = json.loads(hf.json)["model"]
+    falls_back, merges = model.get("byte_fallback"), model.get("merges", [])
+    tokens = (
+        model["vocab"] if isinstance(model["vocab"], dict) else {name: i for i, (name, _) in enumerate(model["vocab"])}
+    )
+    score = {i: float(s) for i, (_, s) in enumerate(model["vocab"])} if model["type"] == "Unigram" else {}
+    for rank, (a, b) in reversed([*enumerate(merges)]):
+        score[tokens[a + b]] = -1.0 - rank
+    single = {hf.id_to_bytes(i): i for i in reversed(range(hf.vocab_size))}
+    of_bytes = [tokens.get(f"<0x{b:02X}>") if falls_back else single.get(bytes([b])) for b in range(256)]
+    if None in of_bytes:
+        raise UserError(f"{where}: llama2.c needs a token for each byte, which this tokenizer has not: choose --to hf")
+    unk, bos, eos = tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id
+    first = [None if unk in (bos, eos) else unk, bos, None if eos == bos else eos, *of_bytes]
+    order = first + [i for i in range(tokenizer.vocab_size) if i not in set(first)]
+    is_raw = bool(merges) and not falls_back  # then bytes join as well
+    names = [b"<unk>", b"\n<s>\n", b"\0</s>"]  # one that begins with NUL prints nothing; BOS, which never prints, may
+    # not: a prompt's ids begin with it, and nothing and a piece would be that piece
+    names += [bytes([b]) if is_raw and b else b"<0x%02X>" % b for b in range(256)]
+    names += [hf.id_to_bytes(i) or b"\0<%d>" % i for i in order[len(names) :]]
+    if b" " not in names:
+        names[3 + ord(" ")] = b" "  # run.c looks it up for every prompt, and fails without
+    return order, names, [score.get(i, 0.0) for i in order]
+
+
+def run_c_ids(text: str, names: list[bytes], scores: list[float]) -> list[int]:
+    """The ids of a prompt in run.c, without BOS."""
+    ids = {name: i for i, name in enumerate(names)}
+    found = [[ids[c]] if c in ids else [b + 3 for b in c] for c in (c.encode() for c in " " * bool(text) + text)]
+    row = [i for part in found for i in part]
+    while pairs := [(ids.get(names[a] + names[b]), at) for at, (a, b) in enumerate(pairwise(row))]:
+        best = max((p for p in pairs if p[0] is not None), key=lambda p: (scores[p[0]], -p[1]), default=None)
+        if best is None:
+            break
+        row[best[1] : best[1] + 2] = [best[0]]
+    return row
 
 
 def rotary_tables(c: TRMConfig) -> tuple[Tensor, Tensor]:

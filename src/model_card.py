@@ -17,13 +17,32 @@ RUN = {
 ```
 python generate.py {name} --prompt "Once upon a time"
 ```
-""",
-    "hf": """```python
-from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+The same from Python:
+
+```python
+import torch
+
+from src.checkpoint import load_model
+
+model, tokenizer = load_model("{name}")
+ids = torch.tensor([tokenizer.encode("Once upon a time", bos=True)])
+written = model.generate(ids, 50, temperature=0, eos_id=tokenizer.end_ids)
+print(tokenizer.decode(written[0].tolist()))
 ```
 """,
+    "hf": """```python
+from transformers import pipeline
+
+write = pipeline("text-generation", model="{name}")
+print(write("Once upon a time", max_new_tokens=50, do_sample=False)[0]["generated_text"])
+```
+""",
+}
+NAMES = {  # of figures of config.json, with their units
+    "step": "training steps",
+    "best_valid_loss": "validation loss in nats per token",
+    "source_name": "name of the original",
 }
 
 
@@ -37,6 +56,7 @@ def model_card(name: str, config: TRMConfig, info: dict, to: str) -> str:
         pipeline_tag="text-generation" if c.causal else None,
         tags=["generative-trm", TAG[c.recursion]],
         license=info.get("license"),
+        base_model=info.get("base_model"),
     )
     family = FAMILY[c.recursion].format(n_layers=c.n_layers, visits=c.visits_per_step * c.train_steps)
     rows = "".join(f"| {what} | {value} |\n" for what, value in (_figures(c) | _measured(info)).items())
@@ -61,6 +81,7 @@ def _figures(c) -> dict:
 
 
 def _measured(info) -> dict:
-    """The plain figures of config.json's info, by their own names."""
-    shown = {name.replace("_", " "): value for name, value in info.items() if isinstance(value, (int, float, str))}
+    """The plain figures of config.json's info."""
+    named = {NAMES.get(name, name.replace("_", " ")): value for name, value in info.items()}
+    shown = {name: value for name, value in named.items() if isinstance(value, (int, float, str))}
     return {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in shown.items()}

@@ -255,8 +255,8 @@ def _facts_of(config, tokenizer, checkpoint: dict) -> dict:
         "context": config.max_seq_len,
         "tokenizer": tokenizer.kind,
         "bos_id": tokenizer.bos_id,
-        "add_bos": tokenizer.encode("a", bos=True) != tokenizer.encode("a"),
-        "end_ids": [tokenizer.eos_id],
+        "add_bos": tokenizer.add_bos,
+        "end_ids": list(tokenizer.end_ids),
         "license": info.get("license") if isinstance(info, dict) else None,
     }
 

@@ -1,6 +1,7 @@
 """Next-token choice, and the one generator of tokens that every front end shares."""
 
 import secrets
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ def generate(
     top_p: float | None = None,
     use_cache: bool = True,
     seed: int | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     attention_mask: Int[Tensor, "b t"] | None = None,
     exit: ExitRule | None = None,
     thoughts: list[Thought] | None = None,
@@ -82,12 +83,13 @@ def generate(
 ):
     """Yield (B,) ids, one new token of every row at a time, until max_new_tokens or until every row has met EOS.
 
-    prompt_ids are left-padded where attention_mask is 0. temperature 0 is greedy. Row i draws from a generator of
-    its own, seeded from (seed, i), so a row's text does not depend on the rows beside it. After EOS a row yields
-    the config's pad_token_id, or EOS again where it has none. When a row would pass max_seq_len, it keeps its last
+    prompt_ids are left-padded where attention_mask is 0. eos_id: what ends a row, one id or several (a tokenizer's
+    `end_ids`), and EOS below means any of them. temperature 0 is greedy. Row i draws from a generator of its own,
+    seeded from (seed, i), so a row's text does not depend on the rows beside it. After EOS a row yields the config's
+    pad_token_id, or the first of eos_id where it has none. When a row would pass max_seq_len, it keeps its last
     max_seq_len // 2 tokens and is encoded anew. `exit` lets each token choose its depth; of each column the recursion
-    steps taken (B,) are added to `depths`, and a Thought to `thoughts`, where these lists are given. Raises ValueError
-    for options and prompts that cannot be.
+    steps taken (B,) are added to `depths`, and a Thought to `thoughts`, where these lists are given. Raises
+    ValueError for options and prompts that cannot be.
     """
     _check(model.config, prompt_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
     exit = ExitRule() if exit is None and (thoughts, depths) != (None, None) else exit
@@ -122,6 +124,7 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
     generators = [torch.Generator().manual_seed(mix_seed(seed, row)) for row in range(len(ids))]
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     mask = torch.ones_like(ids) if mask is None else mask.long()
+    ends = None if eos_id is None else torch.tensor(eos_id, device=ids.device).view(-1)
     cache, new = None, None
     for made in range(max_new_tokens):
         if ids.shape[1] > max_len or cache is None and not bool(mask[:, 0].any()):
@@ -138,12 +141,12 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
             logits = output.logits[-1] if read.get("return_steps") else output.logits
             new = choose_token(logits[:, -1], *choice, generators)
         new = new.clone()  # an ordinary tensor again
-        new = torch.where(finished, eos_id if pad is None else pad, new) if eos_id is not None else new
+        new = new if ends is None else torch.where(finished, ends[0] if pad is None else pad, new)
         yield new, output
         ids = torch.cat((ids, new[:, None]), dim=1)
         mask = torch.cat((mask, (~finished).long()[:, None]), dim=1)
-        if eos_id is not None:
-            finished = finished | (new == eos_id)
+        if ends is not None:
+            finished = finished | torch.isin(new, ends)
             if bool(finished.all()):
                 return
 
@@ -174,6 +177,8 @@ def generate_ids(model, prompt_ids: Int[Tensor, "b t"], max_new_tokens: int, **o
     columns = list(generate(model, prompt_ids, max_new_tokens, **options))
     if len(columns) < max_new_tokens:
         pad = model.config.pad_token_id
-        fill = torch.full_like(prompt_ids[:, 0], options["eos_id"] if pad is None else pad)
+        ends = options["eos_id"]
+        end = ends if isinstance(ends, int) else ends[0]
+        fill = torch.full_like(prompt_ids[:, 0], end if pad is None else pad)
         columns += [fill] * (max_new_tokens - len(columns))
     return torch.cat((prompt_ids, *(column[:, None] for column in columns)), dim=1)

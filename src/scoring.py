@@ -129,7 +129,7 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
     stripped = context.rstrip()
     ids, own = tokenizer.encode(context + continuation), tokenizer.encode(stripped)
     same = next((i for i, (a, b) in enumerate(zip(ids, own)) if a != b), min(len(ids), len(own)))
-    return [tokenizer.bos_id] + ids[:same], ids[same:]
+    return tokenizer.start(ids[:same]), ids[same:]
 
 
 def score_continuations(
@@ -223,18 +223,25 @@ def corpus_windows(config, tokenizer, documents, size, stride=None, max_docs=Non
     for first in pieces:
         size.documents += 1
         ids = _document(itertools.chain((first,), pieces), tokenizer, size, max_tokens or sys.maxsize)
-        yield from windows([tokenizer.bos_id], ids, config.max_seq_len, stride)
+        prefix = tokenizer.start([])
+        if not tokenizer.add_bos:
+            piece = next(filter(None, ids), [])
+            prefix, ids = piece[:1] or prefix, itertools.chain((piece[1:],), ids)
+        yield from windows(prefix, ids, config.max_seq_len, stride)
         if size.documents == max_docs or size.tokens == max_tokens:
             return
 
 
 def _document(pieces, tokenizer, size, max_tokens):
-    """Ids of each piece of one document, which are counted in `size`."""
+    """Ids of each piece of one document. Those that are scored are counted in `size`: all but the first of a document
+    that does not begin with BOS, as nothing stands before it."""
+    skips = not tokenizer.add_bos
     for piece, is_last in pieces:
         ids = tokenizer.encode(piece)
-        kept = ids[: max_tokens - size.tokens]
-        data = piece.encode() if len(kept) == len(ids) else tokenizer.decode_bytes(kept)
-        size.tokens += len(kept)
+        kept = ids[: max_tokens - size.tokens + skips]
+        scored, skips = kept[skips:], skips and not kept
+        data = piece.encode() if len(scored) == len(ids) else tokenizer.decode_bytes(scored)
+        size.tokens += len(scored)
         size.bytes += len(data)
         size.chars += len(data.decode(errors="replace"))  # half a character at the cut is one
         yield kept

@@ -1,12 +1,14 @@
 """Text to token ids and back, without loss: SentencePiece, plain bytes, or a tokenizer.json of Hugging Face.
 
-All three have one interface: encode, encode_batch, decode, decode_bytes, id_to_bytes, save, vocab_size, pad_id,
-bos_id, eos_id, unk_id, prefix, kind, fingerprint. Every id stands for a fixed string of bytes, so decoding is joining;
-a character spread over several ids is whole once they are joined (StreamDecoder waits for the last of them). BOS, EOS
-and pad never come out of a text, whatever it says.
+All three have one interface: encode, encode_batch, start, decode, decode_bytes, id_to_bytes, save, vocab_size, pad_id,
+bos_id, eos_id, unk_id, end_ids, add_bos, prefix, kind, fingerprint. Every id stands for a fixed string of bytes, so
+decoding is joining; a character spread over several ids is whole once they are joined (StreamDecoder waits for the last
+of them). BOS, EOS and pad never come out of a text, whatever it says.
 
 A checkpoint folder holds one of these: tokenizer.json (Hugging Face), with the names of its special tokens in
-tokenizer_config.json; tokenizer.model (SentencePiece); tokenizer_config.json alone, {"tokenizer_kind": "byte"}.
+tokenizer_config.json; tokenizer.model (SentencePiece); tokenizer_config.json alone, {"tokenizer_kind": "byte"}. Where
+a model comes from elsewhere, tokenizer_config.json also says how its texts begin and end: {"starts_with_bos": false,
+"end_token_ids": [2, 0]}.
 """
 
 import codecs
@@ -14,7 +16,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import struct
 import sys
 from pathlib import Path
@@ -23,16 +24,21 @@ from typing import NamedTuple
 import sentencepiece as spm
 
 from src.errors import UserError
-
-SPACE = "\u2581"  # SentencePiece writes a space inside a piece as this character
-MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-REPLACEMENT = "\ufffd".encode()
-SPECIAL = {  # the names of a tokenizer_config.json -> usual tokens, most telling first
-    "eos_token": "</s> <|endoftext|> <|end_of_text|> <eos> [EOS] <|im_end|> [SEP]".split(),
-    "bos_token": "<s> <|begin_of_text|> <bos> [BOS] <|startoftext|> [CLS]".split(),
-    "pad_token": "<pad> [PAD] <|pad|> <|padding|>".split(),
-    "unk_token": "<unk> [UNK] <|unk|>".split(),
-}
+from src.tokenizer_json import (
+    CONFIG_FILE,
+    JSON_FILE,
+    MODEL_FILE,
+    REPLACEMENT,
+    SPACE,
+    SPECIAL,
+    as_list,
+    config_of,
+    find_roles,
+    keep_apart,
+    names_beside,
+    read_file,
+    token_bytes,
+)
 
 
 class _Tokenizer:
@@ -47,11 +53,38 @@ class _Tokenizer:
     prefix = ""  # a space where the tokenizer puts one before every text; `decode` takes it away again
     _bytes: list[bytes]
     _files: dict[str, bytes]  # name in a checkpoint folder -> content
+    add_bos = True  # whether this model's texts begin with BOS
+    _more_ends: tuple[int, ...] = ()
+
+    @property
+    def end_ids(self):
+        """All ids that end a text, EOS first: the one place that decides it, for whoever generates."""
+        return tuple(dict.fromkeys((self.eos_id, *self._more_ends)))
+
+    def set_ends(self, add_bos=True, ends=()):
+        """This tokenizer, with whether texts begin with BOS, and what ends them besides EOS (ids that it has not are
+        left out). Neither changes the ids of a text, nor the fingerprint."""
+        self.add_bos = add_bos
+        self._more_ends = tuple(i for i in ends if type(i) is int and 0 <= i < self.vocab_size)
+        return self
+
+    def _ends_of(self, names):
+        return self.set_ends(names.get("starts_with_bos") is not False, as_list(names.get("end_token_ids")))
+
+    @property
+    def ends(self):
+        """What `set_ends` was told beyond the usual, as tokenizer_config.json has it."""
+        ends = {} if self.add_bos else {"starts_with_bos": False}
+        return ends | ({"end_token_ids": list(self.end_ids)} if len(self.end_ids) > 1 else {})
 
     def encode(self, text, bos=False, eos=False):
-        """Ids of `text` (list[int]), with BOS before and EOS after it if asked for."""
+        """Ids of `text` (list[int]): with bos as a text begins (see `start`), with EOS after it if asked for."""
         ids = self.encode_batch([text])[0]
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        return (self.start(ids) if bos else ids) + [self.eos_id] * eos
+
+    def start(self, ids):
+        """Ids of a text's beginning: after BOS, unless this model's texts have none; BOS alone where there are none."""
+        return [self.bos_id, *ids] if self.add_bos or not ids else ids
 
     def encode_batch(self, texts):
         """Ids of each text: list[list[int]], no special tokens."""
@@ -79,6 +112,9 @@ class _Tokenizer:
         os.makedirs(folder, exist_ok=True)
         for name, content in self._files.items():
             Path(folder, name).write_bytes(content)
+        if ends := self.ends:
+            config = json.loads(self._files.get(CONFIG_FILE, b"{}")) | ends
+            Path(folder, CONFIG_FILE).write_bytes(json.dumps(config).encode())
 
     def _find_prefix(self):
         return " " if self.decode_bytes(self.encode("a")).startswith(b" ") else ""
@@ -86,12 +122,13 @@ class _Tokenizer:
 
 class TokenizerWrapper(_Tokenizer):
     """A SentencePiece model. The round trip is exact for models of `train_sentencepiece`, and for others as far as
-    their own normalisation and vocabulary go. `model_file` is a path, or the model's bytes."""
+    their own normalisation and vocabulary go. `model_file` is a path, or the model's bytes; `names`: the
+    content of a tokenizer_config.json beside it."""
 
     kind = "sentencepiece"
 
-    def __init__(self, model_file):
-        data = model_file if isinstance(model_file, bytes) else _read(model_file)
+    def __init__(self, model_file, names=None):
+        data = model_file if isinstance(model_file, bytes) else read_file(model_file)
         name = "the SentencePiece model" if isinstance(model_file, bytes) else model_file
         self._sp = sp = spm.SentencePieceProcessor()
         try:
@@ -109,6 +146,7 @@ class TokenizerWrapper(_Tokenizer):
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
         self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
         self._byte_ids = {self._bytes[i][0]: i for i in range(self.vocab_size) if sp.is_byte(i)}
+        self._ends_of(names or {})
         self._added = ""  # what encode_batch puts before a text itself
         self.prefix = self._find_prefix()
         if self.prefix:
@@ -143,10 +181,10 @@ class TokenizerWrapper(_Tokenizer):
         return list(itertools.chain(parts[0], *(mark + part for part in parts[1:])))
 
     def __getstate__(self):
-        return self._files[MODEL_FILE]
+        return self._files[MODEL_FILE], self.ends
 
-    def __setstate__(self, data):
-        self.__init__(data)
+    def __setstate__(self, state):
+        self.__init__(*state)
 
 
 class ByteLevelTokenizer(_Tokenizer):
@@ -158,6 +196,9 @@ class ByteLevelTokenizer(_Tokenizer):
     vocab_size = 259
     _bytes = [bytes([i]) for i in range(256)] + [b""] * 3
     _files = {CONFIG_FILE: json.dumps({"tokenizer_kind": "byte"}).encode()}
+
+    def __init__(self, names=None):
+        self._ends_of(names or {})
 
     def encode_batch(self, texts):
         return [list(text.encode()) for text in texts]
@@ -176,8 +217,8 @@ class HFTokenizer(_Tokenizer):
         from tokenizers import Tokenizer  # here, so that the other kinds do not wait for its import
 
         is_content = isinstance(json_file, bytes)
-        data, name = (json_file, "the tokenizer.json") if is_content else (_read(json_file), json_file)
-        names = _names_beside(json_file) if names is None and not is_content else names or {}
+        data, name = (json_file, "the tokenizer.json") if is_content else (read_file(json_file), json_file)
+        names = names_beside(json_file) if names is None and not is_content else names or {}
         try:
             self._tok = tok = Tokenizer.from_str(data.decode("utf-8"))
         except Exception:  # noqa: BLE001  (the library raises bare Exception)
@@ -185,96 +226,35 @@ class HFTokenizer(_Tokenizer):
         tok.no_padding()
         tok.no_truncation()
         self.vocab_size = max(tok.get_vocab().values()) + 1
-        roles = _roles(tok, names, name)
-        self._files = {JSON_FILE: data, CONFIG_FILE: _config_of(tok, roles)}
+        roles = find_roles(tok, names, name)
+        self._files = {JSON_FILE: data, CONFIG_FILE: config_of(tok, roles)}
         self.eos_id, self.bos_id, self.pad_id, self.unk_id = (roles.get(role, roles["eos_token"]) for role in SPECIAL)
         special = {i for i, token in tok.get_added_tokens_decoder().items() if token.special} | {*roles.values()}
-        self._bytes = _hf_bytes(tok, self.vocab_size, special, roles.get("unk_token"))
-        _keep_apart(tok, special)
+        self._bytes = token_bytes(tok, self.vocab_size, special, roles.get("unk_token"))
+        keep_apart(tok, special)
+        self._ends_of(names)
         self.prefix = self._find_prefix()
         if " " not in self.decode(self.encode("a a")):
             raise UserError(f"{name} loses the spaces of a text: a byte-level or SentencePiece-like one is needed")
+
+    @property
+    def json(self):
+        """The tokenizer.json by which it encodes: that of the file, with what keeps special tokens out of texts."""
+        return self._tok.to_str()
+
+    @property
+    def puts_bos(self):
+        """Whether the file itself puts BOS before a text."""
+        return self._tok.encode("a").ids[:1] == [self.bos_id]
 
     def encode_batch(self, texts):
         return [e.ids for e in self._tok.encode_batch(texts, add_special_tokens=False)]
 
     def __getstate__(self):
-        return self._files
+        return self._files[JSON_FILE], json.loads(self._files[CONFIG_FILE]) | self.ends
 
-    def __setstate__(self, files):
-        self.__init__(files[JSON_FILE], json.loads(files[CONFIG_FILE]))
-
-
-def _names_beside(json_file):
-    """The tokenizer_config.json beside a tokenizer.json: a dict, {} where there is none."""
-    path = Path(json_file).with_name(CONFIG_FILE)
-    try:
-        names = json.loads(_read(path)) if path.is_file() else {}
-    except ValueError:
-        names = None
-    if not isinstance(names, dict):
-        raise UserError(f"{path} is broken: copy it again, or remove it")
-    return names
-
-
-def _roles(tok, names, file):
-    """{"eos_token": id, ...} of the special tokens that a tokenizer has."""
-    around = tok.encode("a")
-    ends = {"bos_token": 0, "eos_token": -1} if len(around) > 1 else {}
-    added = {role: around.tokens[at] for role, at in ends.items() if around.special_tokens_mask[at]}
-    roles = {}
-    for role, usual in SPECIAL.items():
-        name = names.get(role)
-        name = name.get("content") if isinstance(name, dict) else name  # a token with its settings
-        name = name if isinstance(name, str) else None
-        if role in ("eos_token", "bos_token") and name is not None and tok.token_to_id(name) is None:
-            raise UserError(f"{CONFIG_FILE} names {name} as {role}, which {file} does not have: correct it")
-        candidates = (tok.token_to_id(n) for n in (name, added.get(role), *usual) if n is not None)
-        roles[role] = next((i for i in candidates if i is not None), None)
-    if roles["eos_token"] is None:
-        raise UserError(f"{file} has no known EOS token: name it in a {CONFIG_FILE} beside it, as eos_token")
-    return {role: index for role, index in roles.items() if index is not None}
-
-
-def _config_of(tok, roles):
-    """The content of a tokenizer_config.json, as `transformers` reads it too."""
-    names = {role: tok.id_to_token(index) for role, index in roles.items()}
-    return json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}).encode()
-
-
-def _keep_apart(tok, special):
-    """Never let a text become a special token or a byte piece by saying its name: "</s>", "<0x0A>"."""
-    from tokenizers import Regex, pre_tokenizers
-
-    tok.add_special_tokens([tok.id_to_token(i) for i in special])
-    tok.encode_special_tokens = True  # then they go the way of every text, where some models know them as words
-    names = [tok.id_to_token(i) for i in special] + [f"<0x{b:02X}>" for b in range(256)]
-    known = [n for n in names if tok.token_to_id(n) in tok.encode(n, add_special_tokens=False).ids]
-    if known:
-        inside = "|".join(f"{re.escape(n[0])}(?={re.escape(n[1:])})" for n in known)
-        cut = pre_tokenizers.Split(Regex(inside), "isolated")
-        tok.pre_tokenizer = pre_tokenizers.Sequence([tok.pre_tokenizer, cut]) if tok.pre_tokenizer else cut
-
-
-def _hf_bytes(tok, vocab_size, special, unk_id):
-    """Bytes of every id. Byte-level models write each byte as a printable character, in the order of GPT-2's table."""
-    decoder = tok.decoder.__getstate__().decode() if tok.decoder else ""  # its part of tokenizer.json
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in shown]
-    byte_of = {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
-    added = tok.get_added_tokens_decoder()
-
-    def of(index):
-        token = tok.id_to_token(index)
-        if index in special or token is None:
-            return REPLACEMENT if index == unk_id else b""
-        if '"ByteLevel"' in decoder and index not in added and all(c in byte_of for c in token):
-            return bytes(byte_of[c] for c in token)
-        if '"ByteFallback"' in decoder and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-            return bytes([int(token[3:5], 16)])
-        return token.replace(SPACE, " ").encode()
-
-    return [of(i) for i in range(vocab_size)]
+    def __setstate__(self, state):
+        self.__init__(*state)
 
 
 def read_llama2c_tokenizer(path):
@@ -285,7 +265,7 @@ def read_llama2c_tokenizer(path):
     """
     from sentencepiece import sentencepiece_model_pb2 as pb  # its protobuf takes a while to import
 
-    data, at = _read(path), 4
+    data, at = read_file(path), 4
     model, kind = pb.ModelProto(), pb.ModelProto.SentencePiece
     kinds = [kind.UNKNOWN, kind.CONTROL, kind.CONTROL, *[kind.BYTE] * 256]
     model.trainer_spec.model_type, model.trainer_spec.byte_fallback = pb.TrainerSpec.BPE, True
@@ -295,8 +275,11 @@ def read_llama2c_tokenizer(path):
             score, size = struct.unpack_from("<fi", data, at)
             (piece,) = struct.unpack_from(f"<{size}s", data, at + 8)
             index, at = len(model.pieces), at + 8 + size
-            name = piece.decode().strip("\n") if index < 3 else piece.decode().replace(" ", SPACE)
-            model.pieces.add(piece=name, score=score, type=kinds[index] if index < len(kinds) else kind.NORMAL)
+            name = piece.decode().strip("\0\n") if index < 3 else piece.decode().replace(" ", SPACE)
+            name = f"<0x{index - 3:02X}>" if 3 <= index < len(kinds) else name.removeprefix("\0")
+            type_ = kinds[index] if index < len(kinds) else kind.CONTROL if piece[:1] == b"\0" else kind.NORMAL
+            model.pieces.add(piece=name, score=score, type=type_)
+        model.normalizer_spec.escape_whitespaces = SPACE in (p.piece for p in model.pieces)  # else a space is its byte
         if [p.piece for p in model.pieces[:3]] == ["<unk>", "<s>", "</s>"]:
             return TokenizerWrapper(model.SerializeToString(deterministic=True))
     except (struct.error, UnicodeDecodeError, UserError):
@@ -313,19 +296,22 @@ def read_tokenizer(name_or_path):
         return ByteLevelTokenizer()
     path = Path(name_or_path)
     if path.is_dir():
-        for name in (JSON_FILE, MODEL_FILE, CONFIG_FILE):
+        kind = names_beside(path / JSON_FILE).get("tokenizer_kind")  # `--to hf` adds a tokenizer.json to other kinds
+        first = {"byte": [CONFIG_FILE], "sentencepiece": [MODEL_FILE]}.get(kind, [])
+        for name in (*first, JSON_FILE, MODEL_FILE, CONFIG_FILE):
             if (path / name).is_file():
                 return read_tokenizer(path / name)
         raise UserError(f"{path} holds no tokenizer ({JSON_FILE}, {MODEL_FILE} or {CONFIG_FILE})")
     if path.name == CONFIG_FILE:
-        try:
-            if json.loads(_read(path))["tokenizer_kind"] == "byte":
-                return ByteLevelTokenizer()
-        except (ValueError, KeyError, TypeError):
-            pass
+        read_file(path)  # which says what hinders it
+        names = names_beside(path)
+        if names.get("tokenizer_kind") == "byte":
+            return ByteLevelTokenizer(names)
         raise UserError(
             f'{path}: expected {{"tokenizer_kind": "byte"}}; beside it should lie {MODEL_FILE} or {JSON_FILE}'
         )
+    if path.name == MODEL_FILE:
+        return TokenizerWrapper(path, names_beside(path))
     return {".json": HFTokenizer, ".bin": read_llama2c_tokenizer}.get(path.suffix, TokenizerWrapper)(path)
 
 
@@ -344,15 +330,6 @@ def load_tokenizer(name_or_path) -> LoadedTokenizer:
         print(f"{error}; going on with bytes", file=sys.stderr)
         tokenizer = ByteLevelTokenizer()
     return LoadedTokenizer(tokenizer, tokenizer.vocab_size, tokenizer.pad_id)
-
-
-def _read(path):
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(
-            f'tokenizer {path}: {error.strerror or error}; give "byte", a .model or a tokenizer.json'
-        ) from None
 
 
 class StreamDecoder:

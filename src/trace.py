@@ -65,14 +65,14 @@ def _plain(values):
 
 
 class Trace(list):
-    """The thoughts behind one row's tokens, up to its EOS, each read as it comes so that no logits are kept."""
+    """The thoughts behind one row's tokens, up to its end, each read as it comes so that no logits are kept."""
 
     def __init__(self, tokenizer, row: int = 0, top: int = 5, limit: int | None = None):
         super().__init__()
         self.tokenizer, self.options = tokenizer, {"row": row, "top": top, "limit": limit}
 
     def append(self, thought: Thought):
-        if not self or self[-1]["token"] != self.tokenizer.eos_id:
+        if not self or self[-1]["token"] not in self.tokenizer.end_ids:
             token = read_thought(thought, self.tokenizer, **self.options)
             super().append({"position": len(self), **token})
 

@@ -1,11 +1,13 @@
 """convert.py as a user runs it: what goes to stdout and stderr, and one clear line for every mistake."""
 
 import pytest
+from huggingface_hub import ModelCard
 
 import convert
 import generate
 from src.checkpoint import save_checkpoint
 from src.config import run
+from src.interop import read_source
 from src.tokenizer import ByteLevelTokenizer
 
 
@@ -21,20 +23,29 @@ def test_there_and_back_and_a_text(mine, tmp_path, capsys):
     out = capsys.readouterr()
     assert out.out == f"{tmp_path / 'm.bin'}\n"
     assert "a checkpoint of this project" in out.err and "none, 12.7K weights, 259 tokens" in out.err
-    assert "run.c takes one with -z" in out.err
-    convert.main([str(tmp_path / "m.bin"), str(tmp_path / "back"), "--tokenizer", "byte"])
+    assert f"{tmp_path / 'm.tokenizer.bin'} is its tokenizer, which run.c takes with -z" in out.err
+    assert "run.c puts a space before a prompt" in out.err
+    convert.main([str(tmp_path / "m.bin"), str(tmp_path / "back")])
     assert "a legacy .bin of llama2.c" in capsys.readouterr().err
     texts = []
-    for folder in (mine, tmp_path / "back"):
-        generate.main([str(folder), "--prompt", "ab", "--max_new_tokens", "9", "--temperature", "0"])
+    for folder, prompt in ((mine, " ab"), (tmp_path / "back", "ab")):
+        generate.main([str(folder), "--prompt", prompt, "--max_new_tokens", "9", "--temperature", "0"])
         texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] and texts[0].startswith("ab")
+    assert texts[0] == " " + texts[1] and texts[1].startswith("ab")
 
 
 def test_hub_says_how_to_upload(mine, tmp_path, capsys):
     convert.main([str(mine), str(tmp_path / "hub"), "--to=hub"])
     assert f"hf upload NAME/OF_REPOSITORY {tmp_path / 'hub'}" in capsys.readouterr().err
-    assert (tmp_path / "hub" / "README.md").is_file()
+    assert "license" not in (tmp_path / "hub" / "README.md").read_text()
+
+
+def test_a_licence_by_flag_stays_with_the_model(mine, tmp_path):
+    convert.main([str(mine), str(tmp_path / "hub"), "--to", "hub", "--license", "mit"])
+    convert.main([str(tmp_path / "hub"), str(tmp_path / "hf"), "--to", "hf"])
+    for folder in ("hub", "hf"):
+        assert ModelCard.load(tmp_path / folder / "README.md").data.license == "mit"
+    assert read_source(tmp_path / "hf").info["license"] == "mit"
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,9 @@ class TestWeights:
         assert read_gguf(path)[0].rope_scaling == 4.0
 
     def test_what_it_calls_itself(self, file):
-        path, _ = file(metadata={"general.name": "Tiny", "general.license": "mit"})
-        assert read_gguf(path)[2] == {"source_name": "Tiny", "license": "mit"}
+        said = {"general.name": "Tiny", "general.license": "mit"}
+        path, _ = file(metadata=said | {"general.base_model.0.repo_url": "https://huggingface.co/a/b"})
+        assert read_gguf(path)[2] == {"source_name": "Tiny", "license": "mit", "base_model": "a/b"}
 
 
 def byte_level(pre):
@@ -136,6 +137,21 @@ class TestTokenizer:
         assert ours.decode([1, *ours.encode("a cat"), 2]) == "a cat"
         assert 1 not in ours.encode("<|im_start|>")
 
+    @pytest.mark.parametrize(
+        ("pre", "said", "add_bos"),
+        [("gpt-2", None, False), ("llama-bpe", None, True), ("gpt-2", True, True), ("llama-bpe", False, False)],
+    )
+    def test_how_texts_begin_and_end(self, file, tmp_path, pre, said, add_bos):
+        """By add_bos_token, else as llama.cpp has it; what it knows as an end by name is one too."""
+        _, fields = byte_level(pre)
+        fields |= {"tokenizer.ggml.pre": pre, "tokenizer.ggml.eot_token_id": 40}
+        fields |= {} if said is None else {"tokenizer.ggml.add_bos_token": said}
+        path, _ = file(fields, vocab_size=300)
+        write(read_source(path), tmp_path / "ours")
+        tokenizer = load_model(tmp_path / "ours")[1]
+        assert (tokenizer.add_bos, tokenizer.end_ids) == (add_bos, (2, 40, 0))
+        assert tokenizer.encode("the", bos=True)[:1] == ([1] if add_bos else tokenizer.encode("the")[:1])
+
     def test_llama_3_splits_numbers_by_threes(self, file):
         tok, fields = byte_level("gpt-2")
         fields["tokenizer.ggml.pre"] = "llama-bpe"
@@ -157,7 +173,8 @@ class TestTokenizer:
         ours = read_source(path).tokenizer
         assert isinstance(ours, TokenizerWrapper)
         assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
-        assert (ours.bos_id, ours.eos_id, ours.unk_id) == (2, 3, 1)
+        assert (ours.bos_id, ours.eos_id, ours.unk_id, ours.prefix) == (2, 3, 1, "")
+        assert (ours.add_bos, ours.end_ids) == (True, (3,))
 
     @pytest.mark.parametrize(
         ("change", "said"),
@@ -219,3 +236,4 @@ def test_smollm2_knows_a_capital(tmp_path, unchecked):
     ids = torch.tensor([tokenizer.encode("The capital of France is", bos=True)])
     text = tokenizer.decode(generate_ids(model, ids, 12, temperature=0)[0].tolist())
     assert text.startswith("The capital of France is Paris")
+    assert not tokenizer.add_bos and tokenizer.end_ids == (2, 0)  # its file says so; <|im_end|>, <|endoftext|>

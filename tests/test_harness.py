@@ -61,7 +61,7 @@ def test_white_space_before_the_continuation_belongs_to_it(answers):
 
 def test_a_token_across_the_border_belongs_to_the_continuation(answers):
     pieces = {"ab": [1], "a": [2], "b": [3], "xa": [5, 2], "xab": [5, 1]}
-    tokenizer = SimpleNamespace(bos_id=0, encode=pieces.__getitem__)
+    tokenizer = SimpleNamespace(start=lambda ids: [0, *ids], encode=pieces.__getitem__)
     assert encode_pair(tokenizer, "xa", "b") == ([0, 5], [1])
 
 

@@ -122,9 +122,10 @@ class TestAgainstTransformers:
         ours, model = HFTokenizer(tok.to_str().encode(), {}), plain(vocab_size=259)
         write_hf(tmp_path / "llama", model.config, own_state(model), ours)
         theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "llama")
-        assert theirs("he said: 1 cafés").input_ids == ours.encode("he said: 1 cafés")
+        assert theirs("he said: 1 cafés").input_ids == ours.encode("he said: 1 cafés", bos=True)
         assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id) == (256, 257)
-        assert read_source(tmp_path / "llama").tokenizer.fingerprint == ours.fingerprint
+        again = read_source(tmp_path / "llama").tokenizer
+        assert again.encode("he said: 1 cafés", bos=True) == ours.encode("he said: 1 cafés", bos=True)
 
 
 @each_case

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import sys
 
@@ -74,13 +75,31 @@ class TestThroughAllFormats:
     def test_plain(self, checkpoint, tmp_path, tied):
         folder, model = checkpoint(tie_embeddings=tied, n_kv_heads=2)
         own, last = own_state(model), folder
-        for to in ("hf", "llama2c", "checkpoint", "hub", "llama2c", "hf", "checkpoint"):
+        for to in ("hf", "checkpoint", "hub", "hf", "checkpoint"):
             here = tmp_path / f"{last.name}-{to}"
-            write(read_source(last, "byte"), here, to)
+            write(read_source(last), here, to)
             last = here
         loaded, tokenizer = load_model(last)
         assert loaded.config == model.config and tokenizer.kind == "byte"
         assert_equal(own_state(loaded), own)
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_llama2c_has_an_order_of_its_own(self, checkpoint, tmp_path, tied):
+        """Bytes become 3 to 258, EOS is where it ends a text; from then on nothing changes, not a byte."""
+        folder, model = checkpoint(tie_embeddings=tied)
+        write(read_source(folder), tmp_path / "1", "llama2c")
+        there = read_source(tmp_path / "1")
+        embed, own = there.weights["embed.weight"], own_state(model)
+        head = own["embed.weight" if tied else "head.weight"]
+        assert torch.equal(embed[3:], own["embed.weight"][:256]) and torch.equal(embed[1], own["embed.weight"][257])
+        assert torch.equal(there.weights["head.weight"][[0, 1, 2, 3]], head[[256, 258, 257, 0]])
+        assert there.tokenizer.end_ids == (2, 1)
+        write(there, tmp_path / "2", "checkpoint")
+        write(read_source(tmp_path / "2"), tmp_path / "3", "hf")
+        write(read_source(tmp_path / "3"), tmp_path / "4", "llama2c")
+        for name in ("{}", "{}.tokenizer.bin"):
+            one, four = ((tmp_path / name.format(n)).read_bytes() for n in (1, 4))
+            assert one == four
 
     @pytest.mark.parametrize("family", ["trm", "loop"])
     def test_recursive(self, checkpoint, tmp_path, family):
@@ -132,6 +151,7 @@ class TestRefused:
         with pytest.raises(UserError, match="has 259 tokens, the model 260.*--tokenizer"):
             read_source(folder)
         write(read_source(checkpoint()[0]), tmp_path / "m.bin", "llama2c")
+        (tmp_path / "m.tokenizer.bin").unlink()
         with pytest.raises(UserError, match="a file of its own: give it with --tokenizer"):
             read_source(tmp_path / "m.bin")
         with pytest.raises(UserError, match="nowhere.json"):
@@ -195,14 +215,28 @@ class TestModelCard:
         total = 259 * 16 * 2 + 2 * (4 * 16 * 16 + 3 * 16 * 24 + 2 * 16) + 17  # tables, two blocks, halting head
         assert rows["parameters"] == f"{total:,}"
         assert "2 blocks, visited 32 times per token" in card.text and rows["effective depth in blocks"] == "64"
-        assert rows["step"] == "2500" and rows["best valid loss"] == "2.41" and "nested" not in rows
+        assert (
+            rows["training steps"] == "2500"
+            and rows["validation loss in nats per token"] == "2.41"
+            and "nested" not in rows
+        )
         assert "# tiny-stories" in card.text and "python generate.py tiny-stories" in card.text
 
     def test_of_a_llama(self, checkpoint, tmp_path):
         write(read_source(checkpoint()[0]), tmp_path / "hf", "hf")
         card = ModelCard.load(tmp_path / "hf" / "README.md")
         assert card.data.library_name == "transformers" and "llama" in card.data.tags
-        assert 'AutoModelForCausalLM.from_pretrained("hf")' in card.text
+        assert 'pipeline("text-generation", model="hf")' in card.text
+
+    @pytest.mark.parametrize("to", ["hub", "hf"])
+    def test_how_to_run_it_runs(self, checkpoint, tmp_path, monkeypatch, capsys, to):
+        folder, _ = checkpoint(max_seq_len=64)
+        write(read_source(folder), tmp_path / "mine-there", to)
+        card = (tmp_path / "mine-there" / "README.md").read_text(encoding="utf-8")
+        (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        monkeypatch.chdir(tmp_path)
+        exec(compile(snippet, "the card", "exec"), {})
+        assert capsys.readouterr().out.startswith("Once upon a time")
 
     def test_a_model_that_writes_no_text(self, tiny):
         config = tiny(vocab_size=259, causal=False).config

@@ -30,7 +30,7 @@ def exported(tiny, tmp_path_factory):
     """(model, export folder) of a plain transformer of one block."""
     folder = tmp_path_factory.mktemp("plain")
     model = tiny(vocab_size=BYTES, d_model=32, n_heads=2, n_layers=1, recursion="none", pad_token_id=1)
-    save_checkpoint(folder / "checkpoint", model, read_tokenizer("byte"))
+    save_checkpoint(folder / "checkpoint", model, read_tokenizer("byte").set_ends(add_bos=False, ends=[5]))
     jaxtyping.config.update("jaxtyping_disable", True)  # the tracer and the checker of annotations do not go together
     export_onnx(OnnxExport(str(folder / "checkpoint"), str(folder / "onnx")))
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -45,6 +45,11 @@ def copied(exported, tmp_path):
 
 def tokens(rows=3, length=6):
     return torch.randint(0, BYTES, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def test_texts_begin_and_end_as_those_of_the_checkpoint(exported):
+    tokenizer = load_onnx(exported[1])[1]
+    assert (tokenizer.add_bos, tokenizer.end_ids) == (False, (258, 5))
 
 
 def test_rows_go_to_the_left_edge():

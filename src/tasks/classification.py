@@ -191,12 +191,13 @@ def _first(values, names):
 def encode(examples: Iterable[Example], tokenizer, context: int) -> tuple[list[Sample], int]:
     """A Sample of each text, whose one target is the label, at its last token; and how many texts were cut.
 
-    Rows are BOS and the last `context` - 1 tokens."""
+    Rows begin as the model's texts do (`tokenizer.start`) and keep the last tokens that fit."""
     samples, cut = [], 0
     examples = list(examples)
     for example, ids in zip(examples, tokenizer.encode_batch([example.text for example in examples])):
-        cut += len(ids) >= context
-        ids = torch.tensor([tokenizer.bos_id] + ids[max(0, len(ids) - context + 1) :])
+        room = context - tokenizer.add_bos
+        cut += len(ids) > room
+        ids = torch.tensor(tokenizer.start(ids[max(0, len(ids) - room) :]))
         targets = torch.full_like(ids, IGNORE)
         targets[-1] = IGNORE if example.label is None else example.label
         samples.append(Sample(ids, targets, None))
