@@ -338,7 +338,7 @@ class Trainer:
         """Figures of the (averaged) weights on `limit` validation batches (None: all)."""
         data, pad_id = self.valid_set, self.tokenizer.pad_id
         batches = create_dataloader(data, self.config.batch_size, shuffle=False, pad_id=pad_id)
-        total = min(len(batches), limit or len(batches))
+        total = min(-(-len(data) // self.config.batch_size), limit or len(data))
         options = {"total": total, "desc": "evaluate", "unit": "batch", "delay": 2, "leave": False}  # delay: seconds
         batches = progress_bar(itertools.islice(batches, limit), **options, disable=not self.is_main)
         with self.averaged_weights():

@@ -349,7 +349,7 @@ class TestStart:
         assert (done.returncode, done.stderr.decode().strip(), done.stdout) == (0, "" if "2>" in closed else "京", b"")
 
     def test_text_is_utf8_whatever_the_locale(self):
-        code = "import sys; from src.config import run; run(lambda: [print('京', file=f) for f in (sys.stdout, sys.stderr)] and 0)"
+        code = "import sys; from src.config import run; run(lambda: print('京') or print('京', file=sys.stderr))"
         env = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
         assert done.returncode == 0 and done.stdout.decode() == done.stderr.decode() == "京\n"

@@ -1,4 +1,4 @@
-"""What load_model gives: it unpacks, writes what generate.py writes, scores as eval_lm.py does, shows what it computed."""
+"""What load_model gives: it unpacks, writes as generate.py does, scores as eval_lm.py does, shows what it computed."""
 
 import pytest
 import torch
@@ -35,16 +35,15 @@ def test_it_unpacks_and_writes_what_generate_writes(trm, tmp_path, capsys):
 def test_it_stops_at_eos_unless_told_otherwise(trm):
     options = {"max_new_tokens": 6, "temperature": 0}
     ids = [BYTE.bos_id, *b"ab"]
-    third = trm.model.generate(torch.tensor([ids]), 3, temperature=0)[0, -1].item()
+    second = trm.model.generate(torch.tensor([ids]), 2, temperature=0)[0, -1].item()
     ends = ByteLevelTokenizer()
-    ends.eos_id = third
+    ends.eos_id = second
     lm = LanguageModel(trm.model, ends)
     before, after = lm.write("ab", **options), lm.write("ab", stop_at_eos=False, **options)
-    assert (
-        after == trm.write("ab", stop_at_eos=False, **options) and after.startswith(before) and len(before) < len(after)
-    )
-    made = [written.tokens for written in continue_texts(trm.model, ends, ["ab", "abc"], 6, temperature=0)]
-    assert made[:3] == [2, 2, 2] and made[-1] == 0 and sum(made) <= 12  # a row that has ended makes no more
+    assert after == trm.write("ab", stop_at_eos=False, **options)
+    assert after.startswith(before) and len(before) < len(after)
+    made = [written.tokens for written in continue_texts(trm.model, ends, ["ab"], 6, temperature=0)]
+    assert made == [1, 1, 0]  # the second is EOS
 
 
 def test_scores_are_those_of_each_text_alone(trm):

@@ -32,7 +32,7 @@ def write(path, texts, field="text"):
 
 
 def usual_spm(folder):
-    """A SentencePiece model of English with the library's own settings: it loses white space, wide letters, Japanese."""
+    """A SentencePiece model of English by the library's own settings: it loses line ends, wide letters, Japanese."""
     lines = iter(["the cat sat on the mat and the dog ate the full hat"] * 50)
     options = {"vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2}
     spm.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(folder / "usual"), **options)
