@@ -212,6 +212,9 @@ class ByteLevelTokenizer(_Tokenizer):
     def encode_batch(self, texts):
         return [list(text.encode()) for text in texts]
 
+    def lost_bytes(self, text, ids):
+        return 0
+
 
 class HFTokenizer(_Tokenizer):
     """A `tokenizer.json` of the `tokenizers` library (byte-level, or SentencePiece-like with U+2581 for a space).
