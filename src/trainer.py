@@ -143,7 +143,7 @@ class Trainer:
 
     def say(self, line: str):
         if self.is_main:
-            print(line, file=sys.stderr, flush=True)
+            tqdm.write(line, file=sys.stderr)  # above the bar, where there is one
 
     def train(self) -> dict:
         """Run to the end (steps, minutes or a signal); returns the figures of the last evaluation."""
