@@ -13,6 +13,7 @@ longer than the context is scored in windows that advance by --stride tokens. st
 import json
 import sys
 from dataclasses import asdict, dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import Literal
 
@@ -130,7 +131,10 @@ def measure_text(model, tokenizer, config, rule) -> dict:
     print(f"{n.tokens:,} tokens, {n.bytes:,} bytes, {n.chars:,} characters\n")
     names = ["step", "nats/token", "bits/byte", "bits/character", "perplexity", "accuracy"]
     formats = ("{:.4f}", "{:.4f}", "{:.4f}", "{:,.2f}", "{:.2%}")
-    rows = [[str(i), *(f.format(v) for f, v in zip(formats, step))] for i, step in enumerate(score.steps, 1)]
+    rows = [
+        [str(i), *("-" if isnan(v) else f.format(v) for f, v in zip(formats, step))]
+        for i, step in enumerate(score.steps, 1)
+    ]
     print_table(names, rows)
     print(f"\nmean recursion depth {score.depth:.2f} of {max_depth(model.config)} trained, ", end="")
     print(f"{score.visits:.2f} visits per token, {score.saved:.1%} saved")
@@ -180,6 +184,7 @@ def run_harness(model, tokenizer, config, rule) -> dict:
 
 
 def write_json(path, found):
+    found = json.loads(json.dumps(found), parse_constant=lambda name: None)  # JSON has no NaN
     write_text(path, json.dumps(found, indent=1) + "\n")
 
 

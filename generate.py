@@ -88,13 +88,7 @@ class GenerateConfig:
 
 @before_torch
 def parse_args(argv=None) -> tuple[GenerateConfig, ExitRule]:
-    config, rule = parse_flags(__doc__, GenerateConfig, ExitRule, argv=argv, positional="checkpoint")
-    if config.checkpoint is not None and not Path(config.checkpoint).is_dir():
-        raise UserError(
-            f"no checkpoint folder at {config.checkpoint}: train one with train_trm_lm.py, correct the path, "
-            f"or did you mean --prompt {shlex.quote(config.checkpoint)}?"
-        )
-    return config, rule
+    return tuple(parse_flags(__doc__, GenerateConfig, ExitRule, argv=argv, positional="checkpoint"))
 
 
 import torch
@@ -160,6 +154,11 @@ def load(config):
         from src.onnx_session import load_onnx
 
         return load_onnx(config.onnx, config.device)
+    if config.checkpoint is not None and not Path(config.checkpoint).is_dir():
+        raise UserError(
+            f"no checkpoint folder at {config.checkpoint}: train one with train_trm_lm.py, correct the path, "
+            f"or did you mean --prompt {shlex.quote(config.checkpoint)}?"
+        )
     device, in_int8 = choose_device(config.device), config.precision == "int8"
     if in_int8 and device.type != "cpu":
         raise UserError(f"--precision int8 is for a CPU, not {device.type}: choose --device cpu, or another precision")

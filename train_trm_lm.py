@@ -26,6 +26,7 @@ def parse_args(argv=None) -> Settings:
 from src.checkpoint import save_checkpoint
 from src.create import create_model, create_trainer
 from src.evaluation import evaluate
+from src.losses import bits_text
 
 
 def main(argv=None):
@@ -34,8 +35,8 @@ def main(argv=None):
     trainer.accelerator.end_training()
     if figures and trainer.is_main:
         print(
-            f"done: step {trainer.step}, validation {figures['valid_loss']:.4f} nats/token, "
-            f"{figures['valid_bits_per_byte']:.4f} bits/byte; generate with: "
+            f"done: step {trainer.step}, validation {figures['valid_loss']:.4f} nats/token"
+            f"{bits_text(figures['valid_bits_per_byte'])}; generate with: "
             f"python generate.py {trainer.folder} --prompt '...'",
             file=sys.stderr,
         )

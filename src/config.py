@@ -27,6 +27,8 @@ def before_torch(parse_args):
     if parse_args.__module__ != "__main__":
         return parse_args
     parsed = _guarded(parse_args)
+    if sys.stderr.isatty():
+        print("loading torch", file=sys.stderr)
     return lambda argv=None: parsed if argv is None else parse_args(argv)
 
 

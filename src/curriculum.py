@@ -29,7 +29,8 @@ from torch.optim import Optimizer
 
 from src.errors import UserError
 from src.model import TRMConfig, TRMModel
-from src.train_config import CurriculumStage
+from src.runtime import mix_seed
+from src.train_config import CurriculumStage, TrainConfig
 
 DEPTH = ("latent_steps", "deep_steps", "supervision_steps")
 
@@ -106,6 +107,18 @@ class CurriculumScheduler:
                 f"the stages of the curriculum began at steps {state['starts']}, but now at {self.starts}: "
                 "resume with the same stages and training text"
             )
+
+
+def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, progress: float) -> TRMConfig:
+    """The model's config with the depth of one training step: see sample_depth and recursion_from."""
+    if progress < config.recursion_from:
+        deep, supervision = 1, 1
+    elif config.sample_depth:
+        deep, supervision = 1 + mix_seed(config.seed, step, 1) % whole.deep_steps, whole.supervision_steps
+    else:
+        return whole
+    cut = min(whole.grad_deep_steps, deep)
+    return replace(whole, deep_steps=deep, supervision_steps=supervision, grad_deep_steps=cut)
 
 
 def _next_stage(before: Stage, change: CurriculumStage, windows) -> Stage:

@@ -38,7 +38,7 @@ from src.token_store import (
     sampled,
     tokenize_corpus,
 )
-from src.tokenizer import read_tokenizer
+from src.tokenizer import read_tokenizer, warn_of_loss
 from src.train_config import DataConfig
 
 MOST_VALID_TOKENS = 1_000_000  # of the tail that is held back where documents are few
@@ -92,7 +92,7 @@ class PackedDataset(Dataset):
     @property
     def bytes_per_token(self):
         """UTF-8 bytes of text per target token: bits per byte = loss in nats / ln 2 / bytes_per_token."""
-        return self.store.n_bytes / self.n_targets
+        return self.store.bytes_per_token(self.store.n_bytes, self.n_targets)
 
     def __getitem__(self, index):
         if not -len(self) <= index < len(self):
@@ -137,7 +137,7 @@ class WikiJsonlDataset(Dataset):
         if self._bytes_per_token is None:
             kept = (self[i].target_ids.tolist() for i in range(len(self)))
             n_bytes = sum(len(self.tokenizer.decode_bytes(ids)) for ids in kept)
-            self._bytes_per_token = n_bytes / self.n_targets
+            self._bytes_per_token = self.store.bytes_per_token(n_bytes, self.n_targets)
         return self._bytes_per_token
 
     def __getitem__(self, index):
@@ -265,11 +265,13 @@ def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None):
     if data.streaming:
         train_set = StreamingDataset(shards, tokenizer, seq_len, data.mixture, data.document_mask, data.shuffle_buffer)
         valid = store_of(valid_files) if valid_files else shards.held_back_store(store_of, seq_len)
+        warn_of_loss(valid.n_lost, valid.n_bytes)
         return tokenizer, train_set, rows_of(valid)
     if valid_files:
         stores, valid = [store_of(corpus) for corpus in corpora], store_of(valid_files)
     else:
         stores, valid = _split_stores(store_of, corpora, files, tokenizer, seq_len)
+    warn_of_loss(*(sum(getattr(store, name) for store in [*stores, valid]) for name in ("n_lost", "n_bytes")))
     sets = [rows_of(store) for store in stores]
     return tokenizer, MixedDataset(sets, data.mixture) if data.mixture else sets[0], rows_of(valid)
 

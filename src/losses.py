@@ -54,5 +54,11 @@ def kl_divergence(logits: Float[Tensor, "*n v"], before: Float[Tensor, "*n v"]) 
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Cross-entropy in bits per UTF-8 byte: the figure that models with different tokenizers share."""
+    """Cross-entropy in bits per UTF-8 byte: the figure that models with different tokenizers share.  NaN for the
+    bytes_per_token NaN, that of a tokenizer which does not give the text back."""
     return nats_per_token / math.log(2) / bytes_per_token
+
+
+def bits_text(bits: float) -> str:
+    """`, 1.2345 bits/byte` to go after a figure per token; nothing where there is no such figure (NaN)."""
+    return "" if math.isnan(bits) else f", {bits:.4f} bits/byte"

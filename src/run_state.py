@@ -26,7 +26,7 @@ def collect(trainer) -> tuple[dict, dict | None, dict]:
             "steps": trainer.window_steps,
             "good": trainer.window_good,
             "visits": trainer.window_visits,
-            "seconds": time.monotonic() - trainer.window_start,
+            "seconds": trainer.clock.seconds(),
         },
     }
     return weights, average, state
@@ -54,4 +54,4 @@ def restore(trainer, folder: Path, state: dict):
     if trainer.is_main:
         trainer.window_losses.copy_(window["losses"])  # their sum over the processes
     trainer.window_steps, trainer.window_good, trainer.window_visits = (window[k] for k in ("steps", "good", "visits"))
-    trainer.window_start = time.monotonic() - window["seconds"]
+    trainer.clock.start(trainer.step - window["steps"], window["seconds"])

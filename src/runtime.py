@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,9 @@ from src.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 1024**3
+COMPILE_S = 40  # what compiling takes on two cores, the first time
+COMPILE_FROM_S = 120  # a compiled step takes two thirds of an eager one, so that this much training earns it
+USUAL_FLOPS = {"cpu": 1e11, "cuda": 2e13, "mps": 1e12}  # a second, by which a run's time is guessed before it begins
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
@@ -103,8 +107,13 @@ def find_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or usual)
 
 
-def choose_compile(wanted: bool | None, device: torch.device) -> Choice:
-    """(use torch.compile?, reason); None = where it can work.  Raises UserError where it is wanted and cannot."""
+def choose_compile(
+    wanted: bool | None, device: torch.device, flops: float = math.inf, minutes: float | None = None
+) -> Choice:
+    """(use torch.compile?, reason); None = where it can work, for a run of `flops` and at most `minutes` that gains by
+    it: judged by its settings alone, so that it is compiled, or not, each time it is repeated.
+
+    Raises UserError where it is wanted and cannot."""
     if wanted is False:
         return Choice(False, "as asked")
     missing = _missing_for_compile(device)
@@ -114,6 +123,9 @@ def choose_compile(wanted: bool | None, device: torch.device) -> Choice:
         return Choice(False, f"slower without: {missing}")
     if wanted is None and device.type == "mps":
         return Choice(False, "torch.compile is a prototype on MPS; --compile true tries it")
+    seconds = min(flops / USUAL_FLOPS[device.type], 60 * (minutes or math.inf))
+    if wanted is None and seconds < COMPILE_FROM_S:
+        return Choice(False, f"a run of about {seconds:.0f} s ends before compiling pays; --compile true does it")
     return Choice(True, "as asked" if wanted else f"found {'triton and ' * (device.type == 'cuda')}{find_compiler()}")
 
 

@@ -12,7 +12,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import log
+from math import nan
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from src.dataset import Sample, collate_batch
 from src.errors import UserError
 from src.exits import ExitRule, max_depth, visits_per_recursion_step
 from src.losses import IGNORE, bits_per_byte
+from src.tokenizer import warn_of_loss
 
 SORTED = 16  # batches whose rows are sorted by length together, so that little is padded
 
@@ -174,10 +175,11 @@ class Size:
     tokens: int = 0
     bytes: int = 0
     chars: int = 0
+    lost: int = 0  # bytes that the tokens do not give back
 
 
 class Figures(NamedTuple):
-    """The quality of one answer, over all targets."""
+    """The quality of one answer, over all targets; NaN per byte and character where the tokens lose some text."""
 
     loss: float  # nats per token
     bits_per_byte: float
@@ -238,6 +240,7 @@ def _document(pieces, tokenizer, size, max_tokens):
     skips = not tokenizer.add_bos
     for piece, is_last in pieces:
         ids = tokenizer.encode(piece)
+        size.lost += tokenizer.lost_bytes(piece, ids)
         kept = ids[: max_tokens - size.tokens + skips]
         scored, skips = kept[skips:], skips and not kept
         data = piece.encode() if len(scored) == len(ids) else tokenizer.decode_bytes(scored)
@@ -262,6 +265,7 @@ def _score(model, samples, size, batch_size, rule, per_step, bar) -> Score:
     if not size.tokens:
         raise UserError("there is no token to score: give text that is not empty")
     steps = [_figures(*row, size) for row in sums.tolist()]
+    warn_of_loss(size.lost, size.bytes)
     visits = visits_per_recursion_step(config) * depth / size.tokens
     saved = 1 - depth / size.tokens / max_depth(config)
     return Score(size, steps[-1], steps if per_step else [], depth / size.tokens, visits, saved)
@@ -269,9 +273,10 @@ def _score(model, samples, size, batch_size, rule, per_step, bar) -> Score:
 
 def _figures(logprob, likeliest, size) -> Figures:
     loss = -logprob / size.tokens
-    bits = bits_per_byte(loss, size.bytes / size.tokens)
+    bytes, chars = (nan, nan) if size.lost else (size.bytes, size.chars)
     perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # inf, where math.exp would raise
-    return Figures(loss, bits, -logprob / log(2) / size.chars, perplexity, likeliest / size.tokens)
+    per_byte, per_char = (bits_per_byte(loss, number / size.tokens) for number in (bytes, chars))
+    return Figures(loss, per_byte, per_char, perplexity, likeliest / size.tokens)
 
 
 # ---- bits per byte against depth ------------------------------------------------------------------------------------
@@ -317,6 +322,8 @@ def depth_curve(
     if deepest == 1:
         raise UserError("one recursion step is no depth to draw a curve over: add --max_recursion_depth 4")
     samples = list(corpus_windows(config, tokenizer, documents, size, stride, max_docs, max_tokens))
+    if size.lost:
+        raise UserError("the tokenizer does not give all of the text back: there are no bits per byte to draw")
     rules = [ExitRule("halt", deepest, act_threshold=a) for a in act_thresholds if config.recursion == "trm"]
     rules += [ExitRule("kl", deepest, kl_threshold=k) for k in kl_thresholds if deepest > 2]  # it needs two steps
     if bar is not None:

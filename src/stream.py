@@ -16,6 +16,7 @@ import contextlib
 import copy
 import hashlib
 import itertools
+import math
 import os
 from typing import NamedTuple
 
@@ -125,6 +126,8 @@ class StreamingDataset:
         pieces = list(self.shards.heads(MEASURED_BYTES / len(self.weights), files))
         n_bytes = sum(len(piece.encode()) for piece, _ in pieces)
         ids = self.tokenizer.encode_batch([piece for piece, _ in pieces])
+        if any(self.tokenizer.lost_bytes(piece, i) for i, (piece, _) in zip(ids, pieces)):
+            return math.nan
         return n_bytes / sum(len(i) + is_last for i, (_, is_last) in zip(ids, pieces))
 
     @property

@@ -7,6 +7,7 @@ import collections
 import functools
 import hashlib
 import itertools
+import math
 import os
 import sys
 from pathlib import Path
@@ -99,6 +100,7 @@ def tokenize_corpus(
                 features=datasets.Features(
                     input_ids=datasets.Value("binary"),  # much quicker to write than a list
                     n_bytes=datasets.Value("int64"),
+                    n_lost=datasets.Value("int64"),
                     ends=datasets.Value("bool"),
                 ),
                 cache_dir=cache_dir,
@@ -201,6 +203,7 @@ class _Encoder(Dataset):
             {
                 "input_ids": np.array(ids + eos * is_last, dtype=self.id_type).tobytes(),
                 "n_bytes": len(text.encode()),
+                "n_lost": self.tokenizer.lost_bytes(text, ids),
                 "ends": is_last,
             }
             for ids, (text, is_last) in zip(batch, pieces)
@@ -210,7 +213,8 @@ class _Encoder(Dataset):
 class TokenStore:
     """A flat stream of tokens on disk, memory-mapped: `len(store)` tokens, `store[a:b]` an int64 array.
 
-    `doc_ends` (n_documents,) int64 is the position after each document's EOS, `n_bytes` the UTF-8 bytes of all texts.
+    `doc_ends` (n_documents,) int64 is the position after each document's EOS, `n_bytes` the UTF-8 bytes of all texts,
+    `n_lost` those that the tokens do not give back.
     """
 
     def __init__(self, dataset, id_type):
@@ -226,7 +230,9 @@ class TokenStore:
         self._starts = np.cumsum([0] + [len(c) for c in self._chunks])
         is_end = np.concatenate([np.zeros(0, bool), *map(_to_bool, dataset.data.column("ends").chunks)])
         self.doc_ends = np.cumsum(np.concatenate(lengths))[is_end]
-        self.n_bytes = sum(int(c.to_numpy().sum()) for c in dataset.data.column("n_bytes").chunks)
+        self.n_bytes, self.n_lost = (
+            sum(int(c.to_numpy().sum()) for c in dataset.data.column(name).chunks) for name in ("n_bytes", "n_lost")
+        )
         self._start, self._stop = 0, int(self._starts[-1])
 
     def __getstate__(self):  # a worker process maps the file again
@@ -238,6 +244,10 @@ class TokenStore:
 
     def __len__(self):
         return self._stop - self._start
+
+    def bytes_per_token(self, n_bytes, n_tokens):
+        """Of a part of this text; NaN, so that there are no bits per byte, where the tokens do not give it back."""
+        return math.nan if self.n_lost else n_bytes / n_tokens
 
     @property
     def n_documents(self):

@@ -18,6 +18,7 @@ import json
 import os
 import struct
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,6 +102,14 @@ class _Tokenizer:
     def decode(self, ids):
         """Text of all its ids, special tokens dropped; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace").removeprefix(self.prefix)
+
+    def lost_bytes(self, text, ids):
+        """UTF-8 bytes of the characters of a text that its ids do not give back; 0 where they give all of it back."""
+        back = self.decode(ids)
+        if back == text:
+            return 0
+        kept = sum(len(character.encode()) * n for character, n in (Counter(text) & Counter(back)).items())
+        return max(1, len(text.encode()) - kept)
 
     @property
     def fingerprint(self):
@@ -202,6 +211,9 @@ class ByteLevelTokenizer(_Tokenizer):
 
     def encode_batch(self, texts):
         return [list(text.encode()) for text in texts]
+
+    def lost_bytes(self, text, ids):
+        return 0
 
 
 class HFTokenizer(_Tokenizer):
@@ -313,6 +325,16 @@ def read_tokenizer(name_or_path):
     if path.name == MODEL_FILE:
         return TokenizerWrapper(path, names_beside(path))
     return {".json": HFTokenizer, ".bin": read_llama2c_tokenizer}.get(path.suffix, TokenizerWrapper)(path)
+
+
+def warn_of_loss(lost, n_bytes):
+    """Say that bits per byte are left out, where a tokenizer does not give back `lost` of the bytes of a text."""
+    if lost:
+        print(
+            f"warning: the tokenizer does not give back {100 * lost / n_bytes:.3g} % of the text's bytes: "
+            "bits per byte would be too low, so there are none, only nats per token",
+            file=sys.stderr,
+        )
 
 
 class LoadedTokenizer(NamedTuple):

@@ -187,7 +187,7 @@ class TrainConfig:
         keep_checkpoints: newest checkpoints that are kept, besides the best
         sample_prompt: start of the sample text at each evaluation; empty = from BOS
         sample_tokens: its length in tokens; 0 = no sample
-        compile: torch.compile; by default where a compiler is present
+        compile: torch.compile; by default where a compiler is present and the run takes over about two minutes
         shard: spread parameters, gradients, optimizer state over the processes (FSDP); else each has all of them (DDP)
         curriculum: stages of the run, in the --config file
         monitoring: where figures go and when the run warns about its machine

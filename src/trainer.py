@@ -1,7 +1,7 @@
 """The training loop: deep supervision, evaluation, checkpoints, on one device or many (accelerate)."""
 
 import contextlib
-import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -14,17 +14,18 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from src import parallel, run_folder, run_state
-from src.curriculum import CurriculumScheduler, grow_average, grow_optimizers, grow_width, set_depth
+from src.curriculum import CurriculumScheduler, depth_of_step, grow_average, grow_optimizers, grow_width, set_depth
 from src.dataset import create_dataloader
 from src.errors import UserError
 from src.evaluation import evaluate, sample_text
 from src.loader import create_train_loader
-from src.losses import IGNORE, bits_per_byte
-from src.metrics import describe_model
+from src.losses import IGNORE, bits_per_byte, bits_text
+from src.metrics import describe_model, flops_per_token
 from src.model import TRMConfig, TRMModel
 from src.model_config import step_weights
 from src.monitor import ResourceMonitor, TRMTrainingLogger
 from src.optim import EMA, learning_rate_factor, make_optimizers
+from src.progress import Clock, progress_bar
 from src.runtime import Interrupt, autocast, choose_compile, choose_device, choose_precision, compile_parts, mix_seed
 from src.train_config import TrainConfig
 
@@ -39,15 +40,16 @@ class Trainer:
         self.config, self.tokenizer, self.train_set, self.valid_set = config, tokenizer, train_set, valid_set
         self.num_workers, self.folder, self.log, self.lock = num_workers, Path(config.save_dir), None, None
         precision = self._start_processes(runtime)
-        self.compiles, why = choose_compile(config.compile, self.device)
+        self._plan(first or model.config)
+        flops = self.curriculum.tokens(self.curriculum.total_steps) * flops_per_token(model.config).train
+        self.compiles, why = choose_compile(config.compile, self.device, flops, config.max_minutes)
         devices = f"{self.world} x {self.device.type}" if self.world > 1 else self.device.type
         self.say(f"{devices}, {precision}; {'compiled' if self.compiles else 'eager'} ({why})")
         self._take_model(model)
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.step, self.elapsed, self.best, self.grad_norm = 0, 0.0, math.inf, 0.0
         self.time_fraction, self.skipped, self.skipped_in_a_row = 0.0, 0, 0
-        self.stage, self.loader = None, None
-        self._plan(first or model.config)
+        self.stage, self.loader, self.clock = None, None, Clock(self.compiles)
         self.start_window()
 
     def _plan(self, first: TRMConfig):
@@ -141,7 +143,7 @@ class Trainer:
 
     def say(self, line: str):
         if self.is_main:
-            print(line, file=sys.stderr, flush=True)
+            tqdm.write(line, file=sys.stderr)  # above the bar, where there is one
 
     def train(self) -> dict:
         """Run to the end (steps, minutes or a signal); returns the figures of the last evaluation."""
@@ -150,7 +152,10 @@ class Trainer:
         try:
             if self.is_main:
                 self.log = TRMTrainingLogger(self.folder, self.step, monitoring, self.monitor)
-            with Interrupt() as interrupt, self._bar() as bar, logging_redirect_tqdm():
+            total = None if self.config.max_minutes else self.curriculum.total_steps
+            options = {"total": total, "initial": self.step, "desc": "train", "unit": "step"}
+            bar = progress_bar(**options, disable=not self.is_main)
+            with Interrupt() as interrupt, bar, logging_redirect_tqdm():
                 figures = self._run(interrupt, bar)
         except RuntimeError as error:
             if self.world == 1 or not parallel.is_peer_failure(error):
@@ -174,7 +179,7 @@ class Trainer:
         over, stopped = self._is_over(interrupt)
         while not over:
             self.enter_stage()
-            with self.monitor.batch():
+            with self.monitor.batch(), self.clock.compiling(self.stage, self.step, bar, self.say):
                 self.train_step(next(self.loader))
             bar.update()
             over, stopped = self._is_over(interrupt)
@@ -188,6 +193,7 @@ class Trainer:
                 self.save(improved)
         is_part = 0 < config.eval_batches * config.batch_size < len(self.valid_set)
         if is_part and figures and not stopped:  # told at the end: all validation text
+            self.say(f"the last evaluation, on all validation text: {self.valid_set}")
             figures = self.measure(None)
             if self.log is not None:
                 self.log.log(self.step, **{f"final_{name}": value for name, value in figures.items()})
@@ -257,16 +263,9 @@ class Trainer:
 
     @contextlib.contextmanager
     def _depth_of_step(self):
-        """Inside, the model recurses as deeply as this step is to: see sample_depth and recursion_from."""
-        whole, deep = self.raw.config, None
-        if self.progress() < self.config.recursion_from:
-            deep, supervision = 1, 1
-        elif self.config.sample_depth:
-            deep, supervision = 1 + mix_seed(self.config.seed, self.step, 1) % whole.deep_steps, whole.supervision_steps
-        if deep is not None:
-            cut = min(whole.grad_deep_steps, deep)
-            depth = {"deep_steps": deep, "supervision_steps": supervision, "grad_deep_steps": cut}
-            self.raw.config = dataclasses.replace(whole, **depth)
+        """Inside, the model recurses as deeply as this step is to."""
+        whole = self.raw.config
+        self.raw.config = depth_of_step(self.config, whole, self.step, self.progress())
         try:
             yield
         finally:
@@ -305,24 +304,17 @@ class Trainer:
                 "--warmup_steps, or --precision fp32"
             )
 
-    def _bar(self):
-        total = None if self.config.max_minutes else self.curriculum.total_steps
-        every = 0.1 if sys.stderr.isatty() else 30  # seconds; a log file wants few lines
-        options = {"desc": "train", "unit": "step", "disable": not self.is_main, "mininterval": every}
-        return tqdm(total=total, initial=self.step, **options)
-
     def start_window(self):
-        self.window_losses, self.window_start = torch.zeros(3, device=self.device), time.monotonic()
+        self.window_losses = torch.zeros(3, device=self.device)
+        self.clock.start(self.step)
         self.window_steps, self.window_good, self.window_visits = 0, 0, 0
 
     def _log_training(self, bar):
         loss, ce, act = (self.accelerator.reduce(self.window_losses) / (self.window_good or math.nan)).tolist()
-        seconds = time.monotonic() - self.window_start
-        tokens = self.curriculum.tokens(self.step)
         self.elapsed = time.monotonic() - self.started
         line = {
             "epoch": self.loader.epoch,
-            "tokens": tokens,
+            "tokens": self.curriculum.tokens(self.step),
             "loss": loss,
             "ce_loss": ce,
             "act_loss": act,
@@ -331,12 +323,13 @@ class Trainer:
             "grad_norm": self.grad_norm,
             "skipped": self.skipped,
             "lr": self.lr,
-            "tokens_per_s": (tokens - self.curriculum.tokens(self.step - self.window_steps)) / seconds,
+            "tokens_per_s": self.clock.tokens_per_s(self.curriculum, self.step),
             "elapsed_s": self.elapsed,
         }
-        left = self.elapsed * (1 / max(self.progress(), 1e-9) - 1) / 60
+        steps_left = self.curriculum.total_steps / max(1, self.step) - 1
+        left = self.clock.minutes_left(self.elapsed, steps_left, self.config.max_minutes)
         speed = f"{line['tokens_per_s']:.0f} tokens/s, {left:.1f} min left"
-        bar.set_postfix_str(f"loss {loss:.3f}, {line['bits_per_byte']:.3f} bits/byte, {speed}", refresh=False)
+        bar.set_postfix_str(f"loss {loss:.3f}{bits_text(line['bits_per_byte'])}, {speed}", refresh=False)
         if self.log is not None:
             self.log.log(self.step, **line)
         self.start_window()
@@ -345,21 +338,24 @@ class Trainer:
         """Figures of the (averaged) weights on `limit` validation batches (None: all)."""
         data, pad_id = self.valid_set, self.tokenizer.pad_id
         batches = create_dataloader(data, self.config.batch_size, shuffle=False, pad_id=pad_id)
+        total = min(-(-len(data) // self.config.batch_size), limit or len(data))
+        options = {"total": total, "desc": "evaluate", "unit": "batch", "delay": 2, "leave": False}  # delay: seconds
+        batches = progress_bar(itertools.islice(batches, limit), **options, disable=not self.is_main)
         with self.averaged_weights():
-            return evaluate(self.raw, batches, data.bytes_per_token, self.precision, limit, self.accelerator)
+            return evaluate(self.raw, batches, data.bytes_per_token, self.precision, None, self.accelerator)
 
     def evaluate(self, limit: int | None) -> dict:
         """`measure`, written to the log with a sample and the learning curve."""
-        started, figures = time.monotonic(), self.measure(limit)
-        sample = self.sample() if self.is_main or self.config.shard else ""
-        if self.log is not None:
-            self.log.log(self.step, **figures)
-            loss, bits = figures["valid_loss"], figures["valid_bits_per_byte"]
-            text = f"step {self.step}: validation {loss:.4f} nats/token, {bits:.4f} bits/byte\n{sample}\n"
-            tqdm.write(text, file=sys.stderr)
-            self.log.sample(text)
-            self.log.draw(f"{self.folder.name}: {describe_model(self.raw)}", force=self.progress() >= 1)
-        self.window_start += time.monotonic() - started  # its time is none of the training's
+        with self.clock.paused():
+            figures = self.measure(limit)
+            sample = self.sample() if self.is_main or self.config.shard else ""
+            if self.log is not None:
+                self.log.log(self.step, **figures)
+                loss, bits = figures["valid_loss"], bits_text(figures["valid_bits_per_byte"])
+                text = f"step {self.step}: validation {loss:.4f} nats/token{bits}\n{sample}\n"
+                tqdm.write(text, file=sys.stderr)
+                self.log.sample(text)
+                self.log.draw(f"{self.folder.name}: {describe_model(self.raw)}", force=self.progress() >= 1)
         return figures
 
     def sample(self) -> str:

@@ -1,19 +1,25 @@
 """Flags and YAML: their order and forms, and one clear line with exit code 2 for every mistake."""
 
 import dataclasses
+import io
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 import generate
 import train_trm_lm
-from src.config import parse_flags, run
+from src.config import before_torch, parse_flags, run
 from src.dataset import DataConfig
 from src.errors import UserError
 from src.model import TRMConfig
 from src.train_config import RuntimeConfig, TrainConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 CLASSES = (TrainConfig, DataConfig, TRMConfig, RuntimeConfig)
 
 
@@ -286,3 +292,72 @@ def test_run(capsys, error, code, line):
     with pytest.raises(SystemExit) as caught:
         run(main)
     assert caught.value.code == code and capsys.readouterr().err == line
+
+
+class TestStart:
+    """How a script begins: its flags before its imports, and whatever its streams are."""
+
+    def test_flags_are_answered_before_torch_is_imported(self):
+        """For --help and for a wrong flag, of every script; all in one process, as none of them imports torch."""
+        code = """if True:
+            import contextlib, glob, io, runpy, sys
+            sys.path.insert(0, ".")
+            for script in sorted(glob.glob("*.py")):
+                for flag, code in (("--help", 0), ("--nonsense", 2)):
+                    out = io.StringIO()
+                    sys.argv = [script, flag]
+                    try:
+                        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                            runpy.run_path(script, run_name="__main__")
+                        assert False, script
+                    except SystemExit as end:
+                        assert end.code == code, (script, flag, out.getvalue())
+                    assert ("usage:" if code == 0 else "error: unknown flag") in out.getvalue(), script
+                    assert "torch" not in sys.modules, script
+            """
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+    def test_the_command_line_is_read_once(self, monkeypatch):
+        times = []
+
+        def parse_args(argv=None):
+            times.append(argv)
+            return argv or "command line"
+
+        assert before_torch(parse_args) is parse_args and times == []  # imported
+        parse_args.__module__ = "__main__"
+        first = before_torch(parse_args)
+        assert times == [None] and first() == "command line" and times == [None]
+        assert first(["--seed"]) == ["--seed"] and times == [None, ["--seed"]]
+
+    def test_a_notebooks_streams(self, monkeypatch):
+        """%run: stdout has neither reconfigure nor a file behind it."""
+        out = io.StringIO()
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        for argv, code in ((["--prompt", "京", "--max_new_tokens", "1"], None), (["--temperature", "x"], 2)):
+            with pytest.raises(SystemExit) as end:
+                run(lambda argv=argv: generate.main(argv))
+            assert end.value.code == code
+        assert out.getvalue().startswith("京")
+
+    @pytest.mark.parametrize("closed", ["<&- >&-", "2>&-", "<&- >&- 2>&-"])
+    def test_closed_streams_are_empty_ones(self, closed):
+        code = "import sys; from src.config import run; run(lambda: print('京', sys.stdin.read(), file=sys.stderr))"
+        shell = f'"$0" -c "$1" {closed}'
+        done = subprocess.run(["sh", "-c", shell, sys.executable, code], cwd=ROOT, capture_output=True, input=b"")
+        assert (done.returncode, done.stderr.decode().strip(), done.stdout) == (0, "" if "2>" in closed else "京", b"")
+
+    def test_text_is_utf8_whatever_the_locale(self):
+        code = "import sys; from src.config import run; run(lambda: print('京') or print('京', file=sys.stderr))"
+        env = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
+        assert done.returncode == 0 and done.stdout.decode() == done.stderr.decode() == "京\n"
+
+    @pytest.mark.parametrize(
+        ("words", "said"), [(["once upon"], "--prompt 'once upon'?"), (["a", "b"], "mean --prompt?")]
+    )
+    def test_a_text_in_the_place_of_the_checkpoint(self, words, said):
+        with pytest.raises(UserError, match="did you mean") as refused:
+            generate.main(words)
+        assert str(refused.value).endswith(said)

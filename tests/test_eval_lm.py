@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from texts import BYTE, write
+from texts import BYTE, usual_spm, write
 
 import eval_lm
 from src.checkpoint import save_checkpoint
 from src.config import run
 from src.corpus import stdlib_files
+from src.errors import UserError
 from src.exits import ExitRule
 from src.scoring import score_corpus
 
@@ -173,3 +174,26 @@ def test_in_a_process_of_its_own(home):
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "3 documents, 91 tokens" in done.stdout and len(done.stdout.split("\n\n")) == 3
+
+
+def test_no_bits_per_byte_of_text_that_does_not_come_back(home, tiny, tmp_path, capsys):
+    """A tokenizer that loses Japanese would be the better for it: 1.7 bits per byte, where others have 9."""
+    usual = usual_spm(tmp_path)
+    save_checkpoint(tmp_path / "usual", tiny(vocab_size=usual.vocab_size, n_layers=1), usual)
+    write(tmp_path / "ja.txt", ["東京は夜の七時。", "the cat"])
+    write(tmp_path / "en.txt", ["the cat sat", "the mat"])
+    figures = {}
+    for name in ("ja", "en"):
+        eval_lm.main(
+            [str(tmp_path / "usual"), "--paths", str(tmp_path / f"{name}.txt"), "--json", str(tmp_path / "out.json")]
+        )
+        figures[name] = json.loads((tmp_path / "out.json").read_text()), *capsys.readouterr()
+    found, out, err = figures["ja"]
+    assert found["bits_per_byte"] is None and found["steps"][0]["bits_per_char"] is None and found["loss"] > 0
+    assert out.splitlines()[3].split()[2:4] == ["-", "-"] and found["lost"] == 24
+    assert "does not give back 77.4 % of the text's bytes" in err
+    found, out, err = figures["en"]
+    assert found["bits_per_byte"] > 0 and found["lost"] == 0 and "warning" not in err
+    with pytest.raises(UserError, match="no bits per byte to draw"):
+        curve = ["--depth_curve", str(tmp_path / "curve.png")]
+        eval_lm.main([str(tmp_path / "usual"), "--paths", str(tmp_path / "ja.txt"), *curve])

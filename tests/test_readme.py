@@ -131,6 +131,20 @@ def test_every_command_is_real():
 
 
 @needs_readme
+def test_its_python_runs(capsys, monkeypatch):
+    (block,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.S | re.M)
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(block, names)
+    assert names["text"].startswith("def main(") and len(names["text"]) > 40
+    *figures, shapes, states = capsys.readouterr().out.splitlines()
+    assert len(figures) == 2 and all(0 < float(number) < 12 for line in figures for number in line.split())
+    config, length = names["lm"].model.config, len(names["seen"].ids)
+    assert shapes == f"torch.Size([{length}]) torch.Size([{config.train_steps}, {length}, {config.vocab_size}])"
+    assert states == f"torch.Size([{config.visits_per_step * config.train_steps}, {length}, {config.d_model}])"
+
+
+@needs_readme
 def test_every_inline_command_is_real():
     for inline in re.findall(r"`((?:python|make) [^`]+)`", TEXT):
         for program, words in commands(f"```\n{inline}\n```"):

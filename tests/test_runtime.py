@@ -126,6 +126,12 @@ def test_compile_needs_a_compiler_and_headers(monkeypatch, tmp_path):
     assert choose_compile(True, CPU).value is True
     assert choose_compile(False, CPU) == (False, "as asked")
     assert choose_compile(None, MPS).value is False
+    assert choose_compile(None, CPU, flops=1e12).value is False and choose_compile(None, CPU, flops=1e15).value is True
+    assert choose_compile(None, CPU, flops=1e15, minutes=1) == (
+        False,
+        "a run of about 60 s ends before compiling pays; --compile true does it",
+    )
+    assert choose_compile(True, CPU, flops=1e12).value is True and choose_compile(None, CPU, 1e15, 3).value is True
     monkeypatch.setattr(runtime, "find_compiler", lambda: None)
     chosen, reason = choose_compile(None, CPU)
     assert chosen is False and "g++" in reason

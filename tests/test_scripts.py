@@ -16,6 +16,7 @@ import generate
 import train_trm_lm
 from src.checkpoint import load_model
 from src.config import run
+from src.runtime import choose_compile
 
 pytest_plugins = "scripts"  # the fixtures home and data
 SCRIPTS = {"train_trm_lm.py": train_trm_lm.main, "generate.py": generate.main}
@@ -355,8 +356,10 @@ def test_with_nothing_but_defaults_it_trains(home, tmp_path):
     """No data, no tokenizer, compiled where it can be: the first command of the README, cut short."""
     small = "--d_model 32 --n_heads 2 --max_seq_len 64 --batch_size 4 --sample_tokens 8 --eval_batches 2".split()
     words = [*small, "--max_steps", 3, "--cache_dir", home / "cache", "--save_dir", tmp_path / "run"]
-    code, out, err = run_script("train_trm_lm.py", *words)
+    compiles = choose_compile(None, torch.device("cpu")).value
+    code, out, err = run_script("train_trm_lm.py", *words, *["--compile"] * compiles)  # three steps would not be
     assert code == 0 and out == "", err[-2000:]
     assert "the Python standard library" in err and "done: step 3" in err
+    assert ("compiling, about" in err) == compiles
     code, out, err = run_script("generate.py", tmp_path / "run", "--prompt", "def main(", "--max_new_tokens", 5)
     assert code == 0 and out.startswith("def main("), err

@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from texts import usual_spm
 
 from src.errors import UserError
 from src.tokenizer import (
@@ -374,3 +375,16 @@ def test_tok512():
     tokenizer, text = read_tokenizer(TOK512), "Once upon a time, there was a little girl named Lily.\n"
     assert tokenizer.vocab_size == 512 and tokenizer.encode("Once upon a time", bos=True)[:2] == [1, 403]
     assert tokenizer.encode(text) == encoded_by_run_c(TOK512, text) and tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_what_a_tokenizer_loses(sp, hf_file, tmp_path):
+    for tokenizer in (sp, ByteLevelTokenizer(), HFTokenizer(hf_file)):
+        assert [tokenizer.lost_bytes(text, tokenizer.encode(text)) for text in HARD] == [0] * len(HARD)
+    usual = usual_spm(tmp_path)
+
+    def lost(text):
+        return usual.lost_bytes(text, usual.encode(text))
+
+    assert lost("the cat sat") == 0
+    assert lost("京都") == 6 and lost("a 京") == 3  # unknown
+    assert lost("ｆull") == 3 and lost("a\n") == 1  # NFKC; white space

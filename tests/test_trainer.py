@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from texts import usual_spm
 from training import TINY, assert_same_checkpoints, during, same
 
 import train_trm_lm
@@ -33,6 +34,23 @@ def test_every_family_learns(make, family, tmp_path):
     losses = [r["ce_loss"] for r in read_metrics(tmp_path / "run") if "ce_loss" in r]
     assert len(losses) == 60 and losses[-1] < 0.5 * losses[0]
     assert figures["valid_bits_per_byte"] > figures["valid_loss"] / math.log(2)  # EOS costs, and is no byte of text
+
+
+def test_bits_per_byte_only_where_the_tokenizer_gives_the_text_back(make, tmp_path, capsys):
+    usual_spm(tmp_path)
+    lossy = {"tokenizer": "sentencepiece", "sp_model": str(tmp_path / "usual.model")}
+    figures = make(max_steps=2, eval_batches=0, **lossy).train()
+    said = capsys.readouterr().err
+    assert "does not give back" in said and "nats/token" in said and "bits/byte" not in said
+    assert math.isnan(figures["valid_bits_per_byte"]) and figures["valid_loss"] > 0
+    records = read_metrics(tmp_path / "run")
+    told = [r[name] for r in records for name in ("bits_per_byte", "valid_bits_per_byte") if name in r]
+    assert len(told) >= 3 and all(value is None or math.isnan(value) for value in told)
+
+
+def test_the_last_evaluation_is_told(make, capsys):
+    make(max_steps=1, eval_batches=1).train()
+    assert "the last evaluation, on all validation text: " in capsys.readouterr().err
 
 
 class TestRunFolder:

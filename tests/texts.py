@@ -5,11 +5,12 @@ import io
 import itertools
 import json
 
+import sentencepiece as spm
 import torch
 
 from src.corpus import SEPARATOR
 from src.token_store import tokenize_corpus
-from src.tokenizer import ByteLevelTokenizer
+from src.tokenizer import ByteLevelTokenizer, TokenizerWrapper
 
 BYTE = ByteLevelTokenizer()
 
@@ -28,6 +29,14 @@ def write(path, texts, field="text"):
         lines = "".join(json.dumps({field: text}, ensure_ascii=False) + "\n" for text in texts).encode()
         path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
     return name
+
+
+def usual_spm(folder):
+    """A SentencePiece model of English by the library's own settings: it loses line ends, wide letters, Japanese."""
+    lines = iter(["the cat sat on the mat and the dog ate the full hat"] * 50)
+    options = {"vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2}
+    spm.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(folder / "usual"), **options)
+    return TokenizerWrapper(str(folder / "usual.model"))
 
 
 def store_of(tmp_path, texts, **options):
