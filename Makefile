@@ -48,6 +48,7 @@ lint: $(DEV)  ## ruff: mistakes and format
 bench: $(DEV)  ## speed and memory: a table and one JSON line each
 	$(VENV) benchmarks/bench_train.py
 	$(VENV) benchmarks/bench_generate.py
+	$(VENV) benchmarks/bench_load.py
 	$(VENV) benchmarks/bench_memory.py
 	$(VENV) benchmarks/bench_data.py
 	$(VENV) benchmarks/bench_engine.py

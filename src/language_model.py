@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from src.exits import ExitRule
+from src.runtime import share_cores
 from src.sampling import generate
 from src.tokenizer import StreamDecoder
 
@@ -92,7 +93,8 @@ def continue_texts(
     mask = torch.tensor([[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows)], device=device)
     decoders = [StreamDecoder(tokenizer, starts_text=not prompt) for prompt in prompts]
     ends, is_open = tokenizer.end_ids if stop_at_eos else (), [True] * len(rows)
-    for column in generate(model, ids, max_new_tokens, eos_id=ends or None, attention_mask=mask, **options):
+    steps = generate(model, ids, max_new_tokens, eos_id=ends or None, attention_mask=mask, **options)
+    for column in share_cores(steps):
         made, pieces = sum(is_open), [""] * len(rows)
         for row, index in enumerate(column.tolist()):
             is_open[row] = is_open[row] and index not in ends

@@ -19,6 +19,7 @@ from src.checkpoint import load_config
 from src.errors import UserError
 from src.exits import ExitRule, max_depth
 from src.model import Carry, TRMOutput
+from src.runtime import free_cores
 from src.tokenizer import read_tokenizer
 
 GRAPH, FACTS = "model.onnx", "onnx.json"
@@ -86,7 +87,7 @@ def _read_facts(folder) -> dict:
 
 def _start(runtime, folder, chosen, threads):
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = threads or free_cores(torch.get_num_threads())  # they spin, as torch's do
     options.log_severity_level = 3  # errors
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # DequantizeLinear once, not at every call
     try:

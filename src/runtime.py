@@ -10,6 +10,8 @@ import signal
 import sys
 import sysconfig
 import threading
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,6 +146,52 @@ def compile_parts(model) -> None:
     """torch.compile a TRMModel for training: one graph of the blocks serves every visit; shapes are static."""
     model.net.apply_blocks = torch.compile(model.net.apply_blocks, dynamic=False)
     model.token_loss = torch.compile(model.token_loss, dynamic=False)
+
+
+class _FreeCores:
+    """How many cores other processes leave free, measured from one look to the next; the first is of the import."""
+
+    PERIOD = 0.3  # s between looks: the system counts in hundredths
+
+    def __init__(self):
+        self.seen, self.free = self._clock(), float("inf")
+
+    def _clock(self):
+        """Cores, and three clocks in s: wall, time that those cores worked, time that they worked for this process."""
+        import psutil
+
+        times = psutil.cpu_times(percpu=True)
+        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(times))
+        kinds = "user nice system irq softirq steal".split()
+        worked = sum(getattr(times[core], kind, 0) for core in cores if core < len(times) for kind in kinds)
+        return len(cores), time.perf_counter(), worked, time.process_time()
+
+    def __call__(self, most: int) -> int:
+        if time.perf_counter() - self.seen[1] > self.PERIOD:
+            (_, wall, worked, own), self.seen = self.seen, self._clock()
+            cores, others = self.seen[0], (self.seen[2] - worked) - (self.seen[3] - own)
+            self.free = cores - max(0, others) / (self.seen[1] - wall)
+        return max(1, min(most, int(min(self.free, most) + 0.3)))  # what takes less than 0.7 of a core is no rival
+
+
+free_cores = _FreeCores()  # free_cores(most): as many threads as have a core to themselves, from 1 to most
+
+
+def share_cores(steps: Iterable) -> Iterator:
+    """Yield from an iterator, each step on as many of torch's threads as other processes leave cores free, never more
+    than now; at the end the number is as before.
+
+    GNU OpenMP's threads spin while they wait for one that has no core: with every core busy, all of them decode at a
+    tenth of the speed of one. Attention of one query sums by threads, so that fp32 logits differ in their last bits."""
+    most = torch.get_num_threads()
+    try:
+        torch.set_num_threads(free_cores(most))
+        for step in steps:
+            yield step
+            if (threads := free_cores(most)) != torch.get_num_threads():
+                torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(most)
 
 
 def mix_seed(*numbers) -> int:

@@ -32,7 +32,7 @@ def kernels() -> str:
 
 def pytest_terminal_summary(terminalreporter):
     """Which kernels the figures come from (tests/test_kernels.py), and what it means that a worker died."""
-    reports = [report for kind in terminalreporter.stats.values() for report in kind if hasattr(report, "when")]
+    reports = [r for kind in terminalreporter.stats.values() for r in kind if isinstance(r, pytest.TestReport)]
     lower = dict.fromkeys(value for report in reports for key, value in report.user_properties if key == "kernels")
     others = f"; in processes of their own: {', '.join(lower)}" if lower else ""
     terminalreporter.write_line(f"kernels: {kernels()}{others}")

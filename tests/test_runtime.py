@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,40 @@ def test_runtime_flags(capsys):
     with pytest.raises(SystemExit) as caught:
         parse_flags("", RuntimeConfig, argv=["--precision", "fp8"])
     assert caught.value.code == 2 and "fp8" in capsys.readouterr().err
+
+
+class TestFreeCores:
+    def clocks(self, monkeypatch, *readings):
+        readings = iter(readings)
+        monkeypatch.setattr(runtime._FreeCores, "_clock", lambda self: next(readings))
+        return runtime._FreeCores()
+
+    @pytest.mark.parametrize(
+        "worked, own, threads", [(0, 0, 4), (4, 4, 4), (4, 3.8, 4), (4, 3, 3), (4, 1, 1), (8, 0.5, 1)]
+    )
+    def test_threads_are_what_others_leave(self, monkeypatch, worked, own, threads):
+        """Of four cores, over one second that ended just now."""
+        now = time.perf_counter()
+        cores = self.clocks(monkeypatch, (4, now - 1, 10, 5), (4, now, 10 + worked, 5 + own))
+        assert cores(4) == threads and cores(1) == 1
+
+    def test_a_short_while_tells_nothing_new(self, monkeypatch):
+        assert self.clocks(monkeypatch, (4, time.perf_counter(), 0, 0))(3) == 3
+
+    def test_the_machine_is_read(self):
+        cores = runtime._FreeCores()
+        cores.seen = (*cores.seen[:1], cores.seen[1] - 1, *cores.seen[2:])
+        assert 1 <= cores(8) <= 8 and -1 <= cores.free <= cores.seen[0]
+
+    def test_the_number_of_threads_comes_back(self, monkeypatch):
+        free = iter([2, 1, 2])
+        monkeypatch.setattr(runtime, "free_cores", lambda most: next(free))
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            steps = runtime.share_cores(torch.get_num_threads() for _ in range(9))
+            assert [next(steps) for _ in range(3)] == [2, 1, 2]
+            steps.close()
+            assert torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)
