@@ -22,7 +22,7 @@ import torch
 
 from src.config import check_writable
 from src.errors import UserError
-from src.exits import kl_divergence
+from src.losses import kl_divergence
 from src.sampling import Thought
 from src.tokenizer import REPLACEMENT
 

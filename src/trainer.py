@@ -22,7 +22,7 @@ from src.loader import create_train_loader
 from src.losses import IGNORE, bits_per_byte, bits_text
 from src.metrics import describe_model, flops_per_token
 from src.model import TRMConfig, TRMModel
-from src.model_config import step_weights
+from src.model_config import loss_weights
 from src.monitor import ResourceMonitor, TRMTrainingLogger
 from src.optim import EMA, learning_rate_factor, make_optimizers
 from src.progress import Clock, progress_bar
@@ -231,7 +231,7 @@ class Trainer:
     def _supervise(self, parts):
         config, model = self.config, self.raw.config
         at_once = model.full_bptt or model.train_steps == 1
-        weights = [1.0] if at_once else step_weights(model.supervision_weights, model.train_steps)
+        weights = [1.0] if at_once else loss_weights(model, model.train_steps)
         each = config.optimizer_step == "supervision" and not at_once
         carries, step_losses, skipped = [None] * len(parts), torch.zeros_like(self.window_losses), self.skipped
         for s, weight in enumerate(weights):
