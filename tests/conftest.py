@@ -92,7 +92,7 @@ AXES = {
 }
 TRAINING_AXES = {
     "full_bptt": (False, True),
-    "supervision_weights": (None, "equal", "linear", "last", "0.3,1.0"),
+    "supervision_weights": ("equal", "linear", "last", "0.3,1.0"),
     "act_target": ("correct", "stable"),
     "act_weight": (0.5, 1.0),
     "grad_deep_steps": (None, 2),
