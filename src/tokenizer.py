@@ -20,7 +20,6 @@ import struct
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import sentencepiece as spm
 
@@ -189,8 +188,17 @@ class TokenizerWrapper(_Tokenizer):
         parts = [self._sp.encode(part) for part in text.split(SPACE)]
         return list(itertools.chain(parts[0], *(mark + part for part in parts[1:])))
 
+    @property
+    def processor(self) -> spm.SentencePieceProcessor:
+        """SentencePiece's own object of the model."""
+        return self._sp
+
+    def serialized(self) -> bytes:
+        """The model as the content of a .model file."""
+        return self._files[MODEL_FILE]
+
     def __getstate__(self):
-        return self._files[MODEL_FILE], self.ends
+        return self.serialized(), self.ends
 
     def __setstate__(self, state):
         self.__init__(*state)
@@ -335,23 +343,6 @@ def warn_of_loss(lost, n_bytes):
             "bits per byte would be too low, so there are none, only nats per token",
             file=sys.stderr,
         )
-
-
-class LoadedTokenizer(NamedTuple):
-    tokenizer: TokenizerWrapper | ByteLevelTokenizer | HFTokenizer
-    vocab_size: int
-    pad_id: int
-
-
-def load_tokenizer(name_or_path) -> LoadedTokenizer:
-    """(tokenizer, vocabulary size, pad id) of what `read_tokenizer` takes; bytes, and a line on stderr that says why,
-    where it cannot be read. Whatever needs this very tokenizer (a checkpoint, a run) uses `read_tokenizer`."""
-    try:
-        tokenizer = read_tokenizer(name_or_path)
-    except UserError as error:
-        print(f"{error}; going on with bytes", file=sys.stderr)
-        tokenizer = ByteLevelTokenizer()
-    return LoadedTokenizer(tokenizer, tokenizer.vocab_size, tokenizer.pad_id)
 
 
 class StreamDecoder:

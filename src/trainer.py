@@ -229,15 +229,23 @@ class Trainer:
         self.step, self.window_steps = self.step + 1, self.window_steps + 1
 
     def _supervise(self, parts):
+        """Forward and backward of one batch, one supervision step after the other.
+
+        Each step back-propagates at once and hands a detached carry to the next, so memory does not grow with their
+        number. full_bptt needs all of them in one graph; the loop and the plain transformer have one step, in which
+        forward weighs the losses of the visits itself."""
         config, model = self.config, self.raw.config
         at_once = model.full_bptt or model.train_steps == 1
         weights = [1.0] if at_once else loss_weights(model, model.train_steps)
         each = config.optimizer_step == "supervision" and not at_once
-        carries, step_losses, skipped = [None] * len(parts), torch.zeros_like(self.window_losses), self.skipped
+        carries = [None] * len(parts)
+        step_losses = torch.zeros_like(self.window_losses)
+        skipped_before = self.skipped
         for s, weight in enumerate(weights):
             weight = weight / sum(weights)
             updates = weight > 0 and (each or s == len(weights) - 1)
             for i, (part, share) in enumerate(parts):
+                # gradients are exchanged once per update, with its last part; a step of weight 0 only moves the carry
                 with parallel.gradient_sync(self.accelerator, self.model, updates and i == len(parts) - 1):
                     with autocast(self.device, self.precision), torch.set_grad_enabled(weight > 0):
                         out = self.model(**part, supervision_steps=None if at_once else 1, carry=carries[i])
@@ -245,12 +253,12 @@ class Trainer:
                         # DDP and FSDP average gradients over the processes: times world, the shares add up
                         scale = weight * (len(weights) if each else 1) * self.world
                         self.accelerator.backward(out.loss * (share * scale))
-                carries[i], losses = out.carry, torch.stack((out.loss, out.ce_loss, out.act_loss)).detach()
-                step_losses += losses * (share * weight)
+                carries[i] = out.carry
+                step_losses += torch.stack((out.loss, out.ce_loss, out.act_loss)).detach() * (share * weight)
                 del out  # its logits, before the next step makes its own
             if updates:
                 self._update_weights()
-        if self.skipped == skipped:
+        if self.skipped == skipped_before:  # else the losses may be NaN, and would spoil the mean
             self.window_losses += step_losses
             self.window_good += 1
 

@@ -51,6 +51,11 @@ def make(corpus, tmp_path, monkeypatch):
     return make
 
 
+def read_metrics(folder):
+    """The lines of folder/metrics.jsonl, all at once."""
+    return [record for record, _ in scan_metrics(folder)]
+
+
 def during(trainer, step, action):
     """Let `action` happen at the end of the given training step."""
     train_step = trainer.train_step

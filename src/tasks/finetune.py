@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from src import checkpoint, run_folder
 from src.corpus import content_hash
-from src.dataset import Sample, collate_batch
 from src.errors import UserError
 from src.model_config import loss_weights
 from src.monitor import TRMTrainingLogger
 from src.optim import learning_rate_factor
 from src.runtime import Interrupt, autocast, mix_seed
+from src.samples import Sample, collate_batch
 from src.tasks.classification import Example, LlamaEmbeddingClassifier, encode, predict
 from src.tasks.config import FinetuneConfig
 
