@@ -8,6 +8,7 @@ import torch
 
 from src.checkpoint import load_state
 from src.create import create_trainer
+from src.curves import scan_metrics
 from src.train_config import Settings
 
 CLASSES = Settings.__annotations__.values()
