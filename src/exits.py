@@ -53,9 +53,11 @@ class Leaving:
         """Stop these tokens, too; returns whether none is left."""
         stops = self.padding | stops
         stops = stops if self.stopped is None else self.stopped | stops
+        if bool(stops.all()):
+            return True
         if bool(stops.any()):
             self.stopped = stops
-        return bool(stops.all())
+        return False
 
 
 def max_depth(config, rule: ExitRule | None = None) -> int:
