@@ -185,7 +185,7 @@ class TestSplitBatches:
             trainer.started = time.monotonic()
             trainer.train_step(batch)
             expected = sum(s * loss for s, loss in enumerate(losses, 1)) / 6 if weights_of == "linear" else losses[-1]
-            assert len(losses) == 3 and trainer.window_losses[1].item() == pytest.approx(expected, rel=1e-5)
+            assert len(losses) == 3 and trainer.window.losses[1].item() == pytest.approx(expected, rel=1e-5)
             ends.append(weights(trainer))
         assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[2])
 
