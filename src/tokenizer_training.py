@@ -252,7 +252,7 @@ def _write_model(tokenizer, model_prefix):
     sp = tokenizer.processor
     pieces = (sp.id_to_piece(i).replace("\n", "\\n").replace("\t", "\\t") for i in range(tokenizer.vocab_size))
     vocab = "".join(f"{piece}\t{sp.get_score(i):g}\n" for i, piece in enumerate(pieces))
-    for suffix, data in ((".vocab", vocab.encode()), (".model", tokenizer.serialized())):
+    for suffix, data in ((".vocab", vocab.encode()), (".model", tokenizer.files[MODEL_FILE])):
         _write(Path(f"{model_prefix}{suffix}"), data)
 
 

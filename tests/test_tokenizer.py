@@ -189,7 +189,7 @@ def test_missing_and_broken_files(tmp_path, name, sp):
         read_tokenizer(tmp_path / name)
     with pytest.raises(UserError, match="holds no tokenizer"):
         read_tokenizer(tmp_path)
-    for content in (b"", b"{}", b"garbage" * 50, sp._files["tokenizer.model"][:1000]):
+    for content in (b"", b"{}", b"garbage" * 50, sp.files["tokenizer.model"][:1000]):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
             read_tokenizer(tmp_path)
