@@ -19,7 +19,7 @@ import sentencepiece as spm
 
 from src.corpus import MAX_DOC_MB, read_documents, read_pieces
 from src.errors import UserError
-from src.tokenizer import JSON_FILE, SPACE, HFTokenizer, TokenizerWrapper
+from src.tokenizer import JSON_FILE, MODEL_FILE, SPACE, HFTokenizer, TokenizerWrapper
 
 SAMPLE_CHARS = 4_000_000  # as much text as the line-break pieces are counted on
 MAX_BREAKS = 16  # more of them no longer shorten source code
