@@ -24,6 +24,11 @@ class Window:
         self.steps, self.visits = 0, 0
         self.good = 0  # steps whose gradient was finite: those alone are in `losses`
 
+    def count(self, visits: int):
+        """One more step, in which the network was visited so often."""
+        self.steps += 1
+        self.visits += visits
+
     def means(self, accelerator) -> dict:
         """{name: mean per step} for the log, NaN where no step was good.  All processes take part."""
         loss, ce, act = (accelerator.reduce(self.losses) / (self.good or math.nan)).tolist()

@@ -225,9 +225,8 @@ class Trainer:
         self.model.train()
         with self._depth_of_step():
             self._supervise(self._split(batch))
-            self.window.visits += self.raw.config.visits_per_step * self.raw.config.train_steps
+            self.window.count(self.raw.config.visits_per_step * self.raw.config.train_steps)
         self.step += 1
-        self.window.steps += 1
 
     def _supervise(self, parts):
         """Each supervision step back-propagates at once and hands a detached carry on: memory does not grow with them.
@@ -333,8 +332,7 @@ class Trainer:
         steps_left = self.curriculum.total_steps / max(1, self.step) - 1
         left = self.clock.minutes_left(self.elapsed, steps_left, self.config.max_minutes)
         speed = f"{line['tokens_per_s']:.0f} tokens/s, {left:.1f} min left"
-        text = f"loss {line['loss']:.3f}{bits_text(line['bits_per_byte'])}, {speed}"
-        bar.set_postfix_str(text, refresh=False)
+        bar.set_postfix_str(f"loss {line['loss']:.3f}{bits_text(line['bits_per_byte'])}, {speed}", refresh=False)
         if self.log is not None:
             self.log.log(self.step, **line)
         self.start_window()
