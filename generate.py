@@ -98,7 +98,8 @@ from src.exits import max_depth, visits_per_recursion_step
 from src.language_model import continue_texts
 from src.quantize import quantize
 from src.runtime import DTYPES, choose_device, choose_precision, mix_seed
-from src.trace import Trace, check_path, show
+from src.trace import Trace, check_path, print_table, write_json
+from src.trace_picture import draw_trace
 
 
 def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRule):
@@ -128,6 +129,16 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
     print(speed, file=sys.stderr)
     if trace:
         show(trace, config.trace, prompts[0])
+
+
+def show(trace: Trace, where: bool | str, prompt: str):
+    """A table on stderr, or a picture in the file `where` and the trace beside it as JSON."""
+    if where is True:
+        return print_table(trace, sys.stderr)
+    data = Path(where).with_suffix(".json")
+    write_json(trace, data, prompt)
+    draw_trace(trace, where, prompt)
+    print(f"trace: {where} and {data}", file=sys.stderr)
 
 
 def converse(model, tokenizer, config, rule):

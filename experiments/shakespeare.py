@@ -172,7 +172,7 @@ def train(name: str, seed: int, changes: dict, texts: tuple, runtime: RuntimeCon
     for step in range(1, training.max_steps + 1):
         trainer.train_step(random_batch(train_ids, training.batch_size, config.max_seq_len, generator))
         if step % 250 == 0:
-            loss = trainer.window_losses[1].item() / trainer.window_good  # cross-entropy
+            loss = trainer.window.means(trainer.accelerator)["ce_loss"]
             trainer.say(f"  step {step}: training {loss:.4f}, {time.monotonic() - start:.0f} s")
             trainer.start_window()
     minutes = (time.monotonic() - start) / 60

@@ -1,19 +1,23 @@
-"""Key/value cache of a looped model: one slot per (visit, layer), as a looped layer is visited many times a token."""
+"""Key/value cache of a looped model.
+
+A looped layer is visited many times per token, each time with other keys and values, so a cache with one slot per layer
+would be overwritten from visit to visit. This one has a slot per (visit, layer).
+"""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from src.exits import visits_per_recursion_step
+from src.exits import max_depth, visits_per_recursion_step
 
 
 class KVCache:
     """Keys and values of every slot, preallocated.  The caller owns it; the model advances it once per forward call.
 
     Slots: the prelude's layers, then `prelude_layers + visit * n_layers + layer`, then the coda's layers for each
-    step that is read out: the last `read_steps` supervision steps, or under an exit rule each of `depth` recursion
-    steps. `length` counts the columns filled so far, padding included. With `last_only` a forward call gives the
-    logits of its last column alone, (B, 1, V): all that generation reads of a prompt.
+    recursion step that is read out: the last `read_steps`, or under an exit rule each of `depth`. `length` counts the
+    columns filled so far, padding included. With `last_only` a forward call gives the logits of its last column alone,
+    (B, 1, V), because generation reads nothing else of a prompt.
     """
 
     def __init__(
@@ -22,7 +26,10 @@ class KVCache:
         if not config.causal or config.mixer != "attention":
             raise ValueError("only a causal attention model decodes with a cache")
         self.config, self.depth, self.last_only = config, depth, last_only
-        self.read_steps, self.steps = (read_steps, config.train_steps) if depth is None else (depth, depth)
+        if depth is None:
+            self.read_steps, self.steps = read_steps, max_depth(config)
+        else:  # under an exit rule any step may be a token's last, so each is read out
+            self.read_steps, self.steps = depth, depth
         slots, self.coda = cache_slots(config, self.read_steps, depth), cache_slots(config, 0, depth)
         max_len = max_len or config.max_seq_len
         shape = (slots, batch, config.n_kv_heads, max_len, config.head_dim)
@@ -32,14 +39,14 @@ class KVCache:
             self.slots = [(self.keys[slot], self.values[slot]) for slot in range(slots)]
         self.segments: Tensor | None = None  # (B, max_len) attention_mask of all columns, once one has been given
         self.length = 0
-        self.parts = {}  # what src/decode.py has looked up or made for this text
+        self.decoding = None  # decode.DecodingTables of this text, once a single token has been decoded
         self.stopped: Bool[Tensor, "b t"] | None = None  # new tokens that left the recursion before this step
 
     def coda_slot(self, step: int) -> int:
-        """First slot of the coda for a step that is read out; ValueError if the cache was not made to read it."""
+        """First slot of the coda for a recursion step; ValueError if the cache was not made to read that step out."""
         nth = step - (self.steps - self.read_steps)
         if not 0 <= nth < self.read_steps:
-            raise ValueError(f"the cache reads out the last {self.read_steps} supervision steps, not step {step}")
+            raise ValueError(f"the cache reads out the last {self.read_steps} recursion steps, not step {step}")
         return self.coda + nth * self.config.coda_layers
 
     @property
@@ -100,7 +107,7 @@ class KVCache:
 
 
 def cache_slots(config, read_steps: int = 1, depth: int | None = None) -> int:
-    """Slots of an exact cache of a TRMConfig's model that reads out read_steps supervision steps; or, given a depth,
-    of one under an exit rule, which reads out each of `depth` recursion steps."""
-    visits = config.visits_per_step * config.train_steps if depth is None else visits_per_recursion_step(config) * depth
+    """Slots of an exact cache of a TRMConfig's model that reads out read_steps recursion steps; or, given a depth, of
+    one under an exit rule, which takes up to `depth` steps and reads out each."""
+    visits = visits_per_recursion_step(config) * (max_depth(config) if depth is None else depth)
     return config.prelude_layers + visits * config.n_layers + read_steps * config.coda_layers

@@ -23,6 +23,7 @@ from src.model import TRMConfig, TRMModel
 from src.parallel import placed_like
 from src.tokenizer import read_tokenizer
 
+FORMAT = 2  # of config.json; checkpoints from before the loop could have a loss at each visit have none
 RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "stdlib"
 
 
@@ -42,7 +43,7 @@ def save_checkpoint(folder, model: TRMModel, tokenizer, ema=None, state=None, in
         for name, tensors in ((more or {}) | ({} if ema is None else {"ema.safetensors": ema})).items():
             _save_tensors(tensors, beside / name)
         tokenizer.save(beside)
-        config = {"model": model.config.to_dict(), "info": info or {}}
+        config = {"format": FORMAT, "model": model.config.to_dict(), "info": info or {}}
         (beside / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         if state is not None:
             (beside / "state").mkdir()
@@ -94,8 +95,11 @@ def load_config(folder) -> TRMConfig:
     """The TRMConfig of a checkpoint folder.  UserError where config.json is missing or broken."""
     path = resolve(folder) / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))["model"]
-    except (OSError, ValueError, KeyError, TypeError):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        values = config["model"]
+        if "format" not in config and values.get("recursion") == "loop":
+            values["supervision_weights"] = None  # it had no meaning: the loop was trained by its last visit alone
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is broken: it should hold the settings of a model; copy the folder again") from None
     config = build(TRMConfig, values, where=f"{path}: ")
     for field in fields(config):

@@ -28,11 +28,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from src.errors import UserError
+from src.layers import injection_of
 from src.model import TRMConfig, TRMModel
 from src.runtime import mix_seed
 from src.train_config import CurriculumStage, TrainConfig
 
 DEPTH = ("latent_steps", "deep_steps", "supervision_steps")
+INJECTED = {"inject_z": 3, "inject_y": 2}  # the streams that each reads
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def grow_width(model: TRMModel, dim: int, d_ff: int | None = None, seed: int = 0
         kind = _kind(name)
         if kind in ("embed", "pos_embed", "y_init", "z_init", "out", "down"):
             weight.zero_()
-        elif kind in ("inject_z", "inject_y"):
+        elif kind in INJECTED:
             weight[old.d_model :] = 0
         place(name, before[name], weight, old, grown.config)
     return grown
@@ -242,14 +244,14 @@ def _parts(name, c, tensor):
     fused = {
         "qkv": (0, [c.n_heads * head, c.n_kv_heads * head, c.n_kv_heads * head]),
         "gate_up": (0, [c.d_ff, c.d_ff]),
-        "inject_z": (1, [stream] * 3),
-        "inject_y": (1, [stream] * 2),
         "gate": (1, [stream] * 2),
     }
+    fused |= {kind: (1, injection_of(c).parts(streams, stream)) for kind, streams in INJECTED.items()}
     axis, sizes = fused.get(_kind(name), (0, None))
     return (axis, sizes) if sizes and axis < tensor.dim() else (0, [len(tensor)])
 
 
 def _kind(name: str) -> str:
-    """net.blocks.0.attn.qkv.weight -> qkv"""
-    return name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
+    """net.blocks.0.attn.qkv.weight -> qkv; whatever an injection is made of -> inject_z or inject_y"""
+    injected = [part for part in name.split(".") if part in INJECTED]
+    return injected[0] if injected else name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]

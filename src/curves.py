@@ -37,11 +37,6 @@ def scan_metrics(folder: str | Path):
             yield record, end
 
 
-def read_metrics(folder: str | Path) -> list[dict]:
-    """The lines of folder/metrics.jsonl, all at once: for short runs and tests."""
-    return [record for record, _ in scan_metrics(folder)]
-
-
 def read_series(folder: str | Path, *names: str) -> dict[str, np.ndarray]:
     """{name: (N, 2) steps and values}, in order, each step once (its last line counts); null is left out.
 

@@ -8,25 +8,24 @@
 4. `create_dataloader` makes batches, in an order that is a pure function of (seed, epoch, index).
 5. `prepare_data` does all of it from `DataConfig`, the flags.
 
-`src.stream` reads while training what is too large for 2; `src.order` has the orders of 4; training takes its batches
-from `src.loader`.
+`src.samples` has the rows of 3, `src.order` the orders of 4. `src.stream` reads while training what is too large for
+2; training takes its batches from `src.loader`.
 """
 
 import itertools
 import os
 import sys
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from src.corpus import NoDocument, content_hash, find_files, fingerprint_files, stdlib_files
 from src.errors import UserError
 from src.losses import IGNORE
 from src.order import EndlessSampler, MixtureSampler, RankBatches
+from src.samples import Sample, collate_batch, window_sample
+from src.stream import Shards, StreamingDataset
 from src.token_store import (
     HOLD_BACK,
     ON_THE_SPOT_BYTES,
@@ -42,29 +41,6 @@ from src.tokenizer import read_tokenizer, warn_of_loss
 from src.train_config import DataConfig
 
 MOST_VALID_TOKENS = 1_000_000  # of the tail that is held back where documents are few
-
-
-class Sample(NamedTuple):
-    """One row. input_ids (T,) int64; target_ids (T,) int64, target_ids[t] follows input_ids[t], -100 is not counted;
-    attention_mask (T,) int64 or None: the number of each token's document in the row, 1, 2, ..., 0 for padding."""
-
-    input_ids: Int[Tensor, "t"]
-    target_ids: Int[Tensor, "t"]
-    attention_mask: Int[Tensor, "t"] | None
-
-
-def window_sample(ids, documents=None, bos_eos=None):
-    """Sample of T + 1 consecutive tokens `ids` (int64 array), the last of which is a target only.
-
-    documents (T,) numbers the document of each target, in rising order; bos_eos: see PackedDataset.
-    """
-    ids = torch.from_numpy(ids)
-    inputs, targets = ids[:-1], ids[1:].clone()
-    if bos_eos is not None:
-        bos_id, eos_id = bos_eos
-        inputs = torch.where(inputs == eos_id, bos_id, inputs)
-    # an EOS as input is the BOS of the document to which its target belongs
-    return Sample(inputs, targets, None if documents is None else torch.from_numpy(documents - documents[0] + 1))
 
 
 class PackedDataset(Dataset):
@@ -175,26 +151,6 @@ class MixedDataset(ConcatDataset):
         return " + ".join(f"{w:g} x ({corpus})" for w, corpus in zip(self.weights, self.datasets))
 
 
-def collate_batch(samples, pad_id=0):
-    """Samples -> {"input_ids", "target_ids"} (B, T) int64, padded on the right with pad_id and -100; "attention_mask"
-    (B, T) int64, 0 = padding, only where a sample has one or lengths differ."""
-    length = max(len(s.input_ids) for s in samples)
-    needs_mask = any(s.attention_mask is not None or len(s.input_ids) < length for s in samples)
-    masks = [torch.ones_like(s.input_ids) if s.attention_mask is None else s.attention_mask for s in samples]
-    batch = {
-        "input_ids": _stack([s.input_ids for s in samples], length, pad_id),
-        "target_ids": _stack([s.target_ids for s in samples], length, IGNORE),
-    }
-    return batch | ({"attention_mask": _stack(masks, length, 0)} if needs_mask else {})
-
-
-def _stack(rows, length, fill):
-    out = torch.full((len(rows), length), fill, dtype=torch.int64)
-    for row, values in zip(out, rows):
-        row[: len(values)] = values
-    return out
-
-
 def create_dataloader(dataset, batch_size, seed=0, shuffle=True, start=0, num_workers=0, pad_id=0, rank=0, world=1):
     """DataLoader of `collate_batch` dicts: rows rank, rank + world, ... of each batch of `batch_size` rows.
 
@@ -244,8 +200,6 @@ def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None):
     files = sorted(set(itertools.chain(*corpora)))
     part = "whole" if valid_files else "train"  # else validation documents come out of the training files
     if data.streaming:
-        from src.stream import Shards, StreamingDataset  # here, because it builds on this module
-
         shards = Shards(corpora, data.text_field, data.strict, not valid_files, data.max_doc_mb)
         tokenizer = _tokenizer_of(data, vocab_size, (piece for piece, _ in shards.heads(ON_THE_SPOT_BYTES)))
     else:

@@ -1,8 +1,9 @@
-"""One new token per row, quickly: the blocks of a forward call with a cache in as few operations as a CPU likes.
+"""Decoding: the blocks of a forward call that adds one new token per row to a cache, in few operations.
 
-At one token a row the arithmetic is small, and the time goes to reading weights, starting operations and looking up
-what a module holds. `decode_block` is TinyBlock in fewer, larger operations, on `Parts` that are looked up once a text
-(the same equations: tests hold it to the plain form); `store_for_decoding` lays the weights out for it.
+With one token per row the arithmetic is small. The time goes to reading the weights, to starting operations and to
+looking up what a module holds. `decode_one_token` therefore runs each TinyBlock in fewer, larger operations, on weights
+that are looked up once per text. The equations are those of src/model.py and src/layers.py, and the tests compare the
+two; `store_for_decoding` lays the weights out in memory for it. TRMModel chooses this path in `_enter`.
 """
 
 import functools
@@ -15,18 +16,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from src.cache import KVCache
+from src.layers import positions_and_mask, rotary_of
 
 
-class OneToken(NamedTuple):
-    """What every block of one decoding call shares."""
+class BlockParts(NamedTuple):
+    """A TinyBlock as functions of tensors (B, ...).
 
-    cache: KVCache
-    rotary: tuple[Tensor, Tensor] | None  # cos, and sin with the sign of rotate-half: (B or 1, 1, 2, E/2)
-    mask: Float[Tensor, "b 1 1 s"] | None  # 0 = may attend, -inf = may not
-
-
-class Parts(NamedTuple):
-    """A TinyBlock as functions of tensors (B, ...): the way from a module to its weight costs half an operation."""
+    Looking up an attribute of a module costs half as much as an operation, so it is done once."""
 
     post: bool
     attn_norm: Callable
@@ -42,42 +38,66 @@ class Parts(NamedTuple):
     down: Callable
 
 
-def one_token_context(cache: KVCache, positions, mask, rotary_table: Callable | None, dtype) -> OneToken:
-    """Of a call with one token per row: positions (B or 1, 1), mask (B or 1, 1, 1, S) or None, and what makes cos and
-    sin (1, 1, L, E) of positions (1, L), or None.  It is asked once, for all columns of the cache."""
-    if rotary_table is not None and "rotary" not in cache.parts:
-        cos, sin = rotary_table(torch.arange(cache.max_len, device=positions.device)[None])
-        cos, sin = (t.view(-1, 1, 2, cos.shape[-1] // 2) for t in (cos, sin))  # (L, 1, 2, E/2)
-        cache.parts["rotary"] = torch.stack((cos, torch.cat((-sin[:, :, :1], sin[:, :, 1:]), dim=2)), dim=1)
-    rotary = None if rotary_table is None else cache.parts["rotary"].index_select(0, positions[:, 0]).unbind(1)
+class DecodingTables:
+    """What decoding looks up or computes once per text.  The cache of the text keeps it, so that both go together."""
+
+    def __init__(self, rotary: Tensor | None):
+        self.rotary = rotary  # (L, 2, 1, 2, E/2): cos, and sin with the sign of rotate-half, of every column
+        self.blocks: dict[nn.Module, BlockParts] = {}
+        self.norms: dict[nn.Module | None, Callable] = {}
+
+
+class OneTokenContext(NamedTuple):
+    """What all blocks of one decoding call share, as layers.Context is what they share in any other call."""
+
+    cache: KVCache
+    rotary: tuple[Tensor, Tensor] | None  # cos and signed sin of the new tokens: (B or 1, 1, 2, E/2)
+    mask: Float[Tensor, "b 1 1 s"] | None  # 0 = may attend, -inf = may not
+
+    def read(self, h: Tensor) -> Tensor:
+        """The columns whose logits the caller wants: the one there is."""
+        return h
+
+
+def one_token_context(config, input_ids, attention_mask, cache: KVCache, dtype) -> tuple[Tensor, OneTokenContext]:
+    """positions (B or 1, 1) and the context of a call with one new token per row: input_ids (B, 1)."""
+    positions, mask = positions_and_mask(input_ids, attention_mask, cache, config.causal)
+    if cache.decoding is None:
+        cache.decoding = DecodingTables(_rotary_of_columns(config, cache, input_ids.device, dtype))
+    rotary = cache.decoding.rotary
+    if rotary is not None:
+        rotary = rotary.index_select(0, positions[:, 0]).unbind(1)
     if mask is not None:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    return OneToken(cache, rotary, mask)
+    return positions, OneTokenContext(cache, rotary, mask)
 
 
-def run_blocks(blocks, h, ctx, slot: int, norm: nn.Module | None = None) -> Float[Tensor, "b t d"]:
-    """One block after the other, each with its own slot of the cache, then the norm.  (B, T, D) -> same."""
-    if ctx.one_token is not None:
-        return _decode(blocks, h[:, 0], ctx.one_token, slot, norm)[:, None]
+def _rotary_of_columns(config, cache, device, dtype):
+    rotary = rotary_of(config, dtype)
+    if rotary is None:
+        return None
+    cos, sin = rotary(torch.arange(cache.max_len, device=device)[None])
+    cos, sin = (t.view(-1, 1, 2, cos.shape[-1] // 2) for t in (cos, sin))  # (L, 1, 2, E/2)
+    return torch.stack((cos, torch.cat((-sin[:, :, :1], sin[:, :, 1:]), dim=2)), dim=1)
+
+
+def decode_one_token(
+    blocks, norm: nn.Module | None, h: Float[Tensor, "b 1 d"], ctx: OneTokenContext, slot: int
+) -> Float[Tensor, "b 1 d"]:
+    """One new token per row through all `blocks`, which begin at a slot of the cache, then through `norm`."""
+    tables, h = ctx.cache.decoding, h[:, 0]
     for layer, block in enumerate(blocks):
-        h = block(h, ctx, slot + layer)
-    return h if norm is None else norm(h)
+        if block not in tables.blocks:
+            tables.blocks[block] = _look_up(block)
+        h = decode_block(tables.blocks[block], h, ctx, slot + layer)
+    if norm not in tables.norms:
+        tables.norms[norm] = _norm(norm)
+    return tables.norms[norm](h)[:, None]
 
 
-def _decode(blocks, h, ctx, slot, norm):
-    parts = ctx.cache.parts
-    for layer, block in enumerate(blocks):
-        if block not in parts:
-            parts[block] = _look_up(block)
-        h = decode_block(parts[block], h, ctx, slot + layer)
-    if norm not in parts:
-        parts[norm] = _norm(norm)
-    return parts[norm](h)
-
-
-def decode_block(block: Parts, h: Float[Tensor, "b d"], ctx: OneToken, slot: int) -> Float[Tensor, "b d"]:
+def decode_block(block: BlockParts, h: Float[Tensor, "b d"], ctx: OneTokenContext, slot: int) -> Float[Tensor, "b d"]:
     """TinyBlock of one new token per row, whose keys and values are added to the cache's slot."""
-    if block.post:
+    if block.post:  # the sums are in place: each writes into the fresh output of its sublayer
         h = block.attn_norm(_attention(block, h, ctx, slot).add_(h))
         return block.mlp_norm(_swiglu(block, h).add_(h))
     h = block.attn_out_norm(_attention(block, block.attn_norm(h), ctx, slot)).add_(h)
@@ -91,11 +111,13 @@ def _attention(block, x, ctx, slot):
     if block.q_norm is not None:
         qk = torch.cat((block.q_norm(qk[:, :H]), block.k_norm(qk[:, H:])), dim=1)
     if ctx.rotary is not None:
+        # rotate-half of all heads at once: channel i turns with channel i + E/2, and sin has the sign in it
         cos, sin = ctx.rotary
-        pairs = qk.view(B, H + K, 2, -1)  # rotate-half pairs channel i with i + E/2
+        pairs = qk.view(B, H + K, 2, -1)
         qk = torch.addcmul(pairs * cos, pairs.flip(2), sin).view(B, H + K, 1, E).to(x.dtype)
     keys, values = ctx.cache.update(slot, qk.narrow(1, H, K), qkv.narrow(1, H + K, K))
-    q = qk.narrow(1, 0, H).view(B, K, H // K, E)  # a group's queries share their keys: rows of one small product
+    # the queries of a group share their keys, so they are the rows of one small product
+    q = qk.narrow(1, 0, H).view(B, K, H // K, E)
     return block.out(F.scaled_dot_product_attention(q, keys, values, ctx.mask).reshape(B, -1))
 
 
@@ -104,9 +126,9 @@ def _swiglu(block, x):
     return block.down(F.silu(gate).mul_(up))
 
 
-def _look_up(block) -> Parts:
+def _look_up(block) -> BlockParts:
     attn, mlp = block.attn, block.mlp
-    return Parts(
+    return BlockParts(
         block.post,
         *(_norm(n) for n in (block.attn_norm, block.attn_out_norm, block.mlp_norm, block.mlp_out_norm)),
         _linear(attn.qkv),
@@ -130,7 +152,8 @@ def _norm(module):
         return _same
     if module.weight.device.type != "cpu" or module.weight.dtype not in (torch.float32, torch.float64):
         return module.forward
-    size = len(module.weight)  # its root is taken out of the mean of squares, and of the epsilon beside it
+    # x / sqrt(mean(x^2) + eps) = sqrt(D) x / hypot(|x|, sqrt(D eps)): the factor goes into the weight
+    size = len(module.weight)
     eps = torch.tensor((size * module.eps) ** 0.5, dtype=module.weight.dtype)
     return functools.partial(_rms_norm, module.weight * size**0.5, eps)
 

@@ -36,9 +36,9 @@ def to_json(tokenizer) -> tuple[bytes, list[str]]:
         return [text for text, i in zip(PROBES, ids) if i != tokenizer.encode(text, bos=tokenizer.add_bos)]
 
     hf = to_hf(tokenizer)
-    original, tok = (Tokenizer.from_str(text) for text in (hf._files[JSON_FILE].decode(), hf.json))
+    original, tok = (Tokenizer.from_str(text) for text in (hf.files[JSON_FILE].decode(), hf.json))
     if tokenizer.kind == "hf" and not tokenizer.prefix and not different(original):
-        return hf._files[JSON_FILE], []
+        return hf.files[JSON_FILE], []
     bos = tok.id_to_token(hf.bos_id)
     begin = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, hf.bos_id)]
@@ -60,7 +60,7 @@ def save_for_transformers(tokenizer, folder, max_len: int) -> list[str]:
     tokenizer.save(folder)
     data, different = to_json(tokenizer)
     (Path(folder) / JSON_FILE).write_bytes(data)
-    names = json.loads(to_hf(tokenizer)._files[CONFIG_FILE])
+    names = json.loads(to_hf(tokenizer).files[CONFIG_FILE])
     config = {"pad_token": names["eos_token"], **names, "tokenizer_kind": tokenizer.kind, **tokenizer.ends}
     config |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": False, "split_special_tokens": True}
     config |= {"padding_side": "left", "model_max_length": max_len, "clean_up_tokenization_spaces": False}
@@ -83,7 +83,7 @@ def _of_sentencepiece(tokenizer):
     from sentencepiece import sentencepiece_model_pb2 as pb  # its protobuf takes a while to import
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
-    model = pb.ModelProto.FromString(tokenizer._files[MODEL_FILE])
+    model = pb.ModelProto.FromString(tokenizer.files[MODEL_FILE])
     kind, trainer, normalizer = pb.ModelProto.SentencePiece, model.trainer_spec, model.normalizer_spec
     pieces = [(p.piece.replace(SPACE, " "), p.score) for p in model.pieces]
     if trainer.model_type == pb.TrainerSpec.UNIGRAM:

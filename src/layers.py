@@ -1,6 +1,7 @@
-"""The parts of a TinyBlock: RMSNorm, rotary positions, grouped-query attention, SwiGLU, the sequence mixer."""
+"""The parts of a TinyNet: injection, RMSNorm, rotary positions, grouped-query attention, SwiGLU, the sequence mixer."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,69 @@ from torch import Tensor
 
 from src.attention import attention
 from src.cache import KVCache
-from src.decode import OneToken, one_token_context
+
+
+class Injection:
+    """How the streams that a visit reads become h, the input of the network's blocks.  (B, T, D) each -> (B, T, D).
+
+    The base class returns the last stream, so that x does not come in again (`none`). TinyNet keeps the weights of an
+    injection, one `layer` per kind of visit, and hands them to `mix`; FLOPs and width growth ask for the rest.
+    """
+
+    @staticmethod
+    def layer(streams: int, dim: int) -> nn.Module | None:
+        """Weights for visits that read so many streams, or None.  Their first dimension is the D channels of h."""
+        return None
+
+    @staticmethod
+    def mix(layer: nn.Module | None, *streams: Tensor) -> Tensor:
+        return streams[-1]
+
+    @staticmethod
+    def macs(streams: int, dim: int) -> int:
+        """Multiply-adds of a visit, per token."""
+        return 0
+
+    @staticmethod
+    def parts(streams: int, dim: int) -> list[int]:
+        """The sizes of the parts, one per stream, that the second dimension of its weights is made of."""
+        return [dim] * streams
+
+
+class SumInjection(Injection):
+    """h = x + y + z, as in the TRM paper."""
+
+    @staticmethod
+    def mix(layer, *streams):
+        h = streams[0]
+        for stream in streams[1:]:
+            h = h + stream
+        return h
+
+
+class ConcatInjection(Injection):
+    """h = W [x; y; z]: a linear layer over the streams, side by side."""
+
+    @staticmethod
+    def layer(streams, dim):
+        return nn.Linear(streams * dim, dim, bias=False)
+
+    @staticmethod
+    def mix(layer, *streams):
+        return layer(torch.cat(streams, dim=-1))
+
+    @staticmethod
+    def macs(streams, dim):
+        return streams * dim**2
+
+
+# A new injection is a subclass and its name here, its name in TRMConfig, and its equation in tests/reference.py.
+INJECTIONS = {"sum": SumInjection, "concat": ConcatInjection, "none": Injection}
+
+
+def injection_of(config) -> type[Injection]:
+    """The injection of a TRMConfig's model.  A plain transformer reads x alone: a sum of one stream is that stream."""
+    return SumInjection if config.recursion == "none" else INJECTIONS[config.injection]
 
 
 class RMSNorm(nn.Module):
@@ -80,7 +143,6 @@ class Context(NamedTuple):
     mask: Bool[Tensor, "b 1 t s"] | None  # True = may attend; None = causal or everything
     is_causal: bool  # lower-triangular attention where mask is None
     cache: KVCache | None
-    one_token: OneToken | None = None  # set where src.decode takes the blocks' place
 
     def read(self, h: Tensor) -> Tensor:
         """Of states or logits (B, T, ...), those of the columns whose logits the caller wants."""
@@ -111,18 +173,22 @@ def positions_and_mask(
     return positions, mask[:, None]
 
 
-def make_context(config, input_ids, attention_mask, cache, dtype, training) -> tuple[Tensor, Context]:
+def make_context(config, input_ids, attention_mask, cache, dtype) -> tuple[Tensor, Context]:
     """positions (B or 1, T) and the Context of one forward call of a TRMConfig's model."""
-    c, T = config, input_ids.shape[1]
-    positions, mask = positions_and_mask(input_ids, attention_mask, cache, c.causal)
-    is_rotary = c.positions == "rope" and c.mixer == "attention"
-    rope = c.head_dim, c.rope_theta, c.rope_scaling, dtype, c.rope_trained_len
-    table = (lambda positions: rotary_table(positions, *rope)) if is_rotary else None
-    is_plain = not training and not torch.is_grad_enabled() and not torch.is_autocast_enabled(input_ids.device.type)
-    if cache is not None and T == 1 and is_plain:
-        return positions, Context(None, None, False, cache, one_token_context(cache, positions, mask, table, dtype))
-    rotary = None if table is None else table(positions)
-    return positions, Context(rotary, mask, c.causal and mask is None and T > 1, cache)
+    positions, mask = positions_and_mask(input_ids, attention_mask, cache, config.causal)
+    rotary = rotary_of(config, dtype)
+    is_causal = config.causal and mask is None and input_ids.shape[1] > 1
+    return positions, Context(None if rotary is None else rotary(positions), mask, is_causal, cache)
+
+
+def rotary_of(config, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+    """`rotary_table` as a function of the positions alone; None for a model that has no rotary positions."""
+    c = config
+    if c.positions != "rope" or c.mixer != "attention":
+        return None
+    return lambda positions: rotary_table(
+        positions, c.head_dim, c.rope_theta, c.rope_scaling, dtype, c.rope_trained_len
+    )
 
 
 class Attention(nn.Module):

@@ -5,7 +5,8 @@ from typing import NamedTuple
 from torch import nn
 
 from src.cache import cache_slots
-from src.model import TRMConfig
+from src.layers import injection_of
+from src.model_config import TRMConfig, loss_weights
 
 
 def count_parameters(model: nn.Module) -> dict:
@@ -86,7 +87,8 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
     although half of it is masked, as in PaLM (arXiv:2204.02311, appendix B); kept apart, so that either sum can be had.
     Included: injection, gate, coda, head and halting head once per supervision step, the prelude once per supervision
     step too (training recomputes x; full_bptt does not). Not included: embedding look-up, norms, softmax, optimizer,
-    gradient checkpointing's recomputation. Steps count in full, whatever supervision_weights says.
+    gradient checkpointing's recomputation. Supervision steps count in full, whatever supervision_weights says; of the
+    loop's visits those that have a loss are read out, by coda and head.
     Decoding: forward for one new token with a cache of `context` tokens: every visit, the coda and head once. For a
     model that is not causal it is the forward pass over `context` tokens, per token."""
     context = context or config.max_seq_len
@@ -99,11 +101,13 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
     grad_cycles = cycles if config.recursion == "none" else config.grad_deep_steps
     layers_per_cycle = config.visits_per_step // cycles * config.n_layers
     cycle = layers_per_cycle * block + _cycle_extras(config)
+    is_loop = config.recursion == "loop"
+    readouts = sum(w > 0 for w in loss_weights(config, config.deep_steps)) if is_loop else steps
     entries = 1 if config.full_bptt else steps
     second_looks = steps - 1 if config.recursion == "trm" and config.act_target == "stable" else 0
-    with_grad = entries * prelude * block + steps * (grad_cycles * cycle + readout + halt)
+    with_grad = entries * prelude * block + steps * grad_cycles * cycle + readouts * (readout + halt)
     without = steps * (cycles - grad_cycles) * cycle + second_looks * (readout + halt)
-    layers_with = entries * prelude + steps * (grad_cycles * layers_per_cycle + coda)
+    layers_with = entries * prelude + steps * grad_cycles * layers_per_cycle + readouts * coda
     layers_without = steps * (cycles - grad_cycles) * layers_per_cycle + second_looks * coda
     layers = prelude + steps * cycles * layers_per_cycle + coda
     return Flops(
@@ -127,9 +131,9 @@ def _cycle_extras(c: TRMConfig) -> int:
     """Multiply-adds per token of one deep step beside its blocks: injection and gate of its visits."""
     if c.recursion == "none":
         return 0
-    latent = c.latent_steps if c.recursion == "trm" else 0
-    inputs = 3 * latent + 2 if c.injection == "concat" else 0
-    return c.d_model**2 * (inputs + 2 * (latent + 1) * c.gate)
+    latent = c.latent_steps if c.recursion == "trm" else 0  # visits that update z and read x, y, z
+    macs, D = injection_of(c).macs, c.d_model
+    return latent * macs(3, D) + macs(2, D) + (latent + 1) * c.gate * 2 * D**2
 
 
 def cache_bytes_per_token(config: TRMConfig, dtype_bytes: int) -> int:

@@ -43,7 +43,8 @@ class TRMConfig:
         supervision_steps: N_sup, deep supervision steps (trm)
         grad_deep_steps: how many of the last deep steps carry gradient; default 1 for trm, all for loop
         full_bptt: back-propagate through all supervision and deep steps (memory grows with them)
-        supervision_weights: weights of the steps' losses: equal, linear, last, or numbers such as 0.3,1.0
+        supervision_weights: weights of the losses after the supervision steps (trm) or visits (loop): equal, linear,
+            last, or numbers such as 0.3,1.0; default equal for trm, last for loop
         act_weight: weight of the halting loss
         act_target: what the halting head learns: correct = the argmax is right, stable = one more step keeps it
         act_threshold: a token halts where the halting probability exceeds this
@@ -80,7 +81,7 @@ class TRMConfig:
     supervision_steps: int = 2
     grad_deep_steps: int | None = None
     full_bptt: bool = False
-    supervision_weights: str = "equal"
+    supervision_weights: str | None = None
     act_weight: float = 1.0
     act_target: Literal["correct", "stable"] = "correct"
     act_threshold: float = 0.95
@@ -126,7 +127,8 @@ class TRMConfig:
         yield self.recursion != "none" and G > T, f"grad_deep_steps {G} is more than deep_steps {T}: lower it"
         cut = is_bare and self.recursion == "loop" and G < T
         yield cut, f"injection none gives the embedding no gradient under grad_deep_steps {G}: set it to deep_steps {T}"
-        weights, wrong = self.supervision_weights, not valid_weights(self.supervision_weights, self.supervision_steps)
+        weights = self.supervision_weights
+        wrong = weights is not None and not valid_weights(weights, self.recursion_steps)
         yield wrong, f"supervision_weights is {weights!r}: choose equal, linear, last, or such as 0.3,1.0"
 
     def to_dict(self) -> dict:
@@ -146,6 +148,11 @@ class TRMConfig:
     def visits_per_step(self) -> int:
         """Applications of the network in one supervision step."""
         return {"none": 1, "loop": self.deep_steps, "trm": self.deep_steps * (self.latent_steps + 1)}[self.recursion]
+
+    @property
+    def recursion_steps(self) -> int:
+        """Answers that can be read out of one batch in training: after supervision steps of trm, visits of the loop."""
+        return {"none": 1, "loop": self.deep_steps, "trm": self.supervision_steps}[self.recursion]
 
 
 def model_settings(config: TRMConfig) -> dict:
@@ -184,6 +191,11 @@ class ExitRule:
             if getattr(self, name) is not None and self.exit != exit:
                 raise ValueError(f"{name} is for --exit {exit}: choose that, or leave it out")
 
+    @property
+    def adapts(self) -> bool:
+        """Whether tokens may stop before the most steps."""
+        return self.exit != "fixed"
+
     def check(self, config) -> "ExitRule":
         """The rule itself; ValueError where a TRMConfig's model cannot obey it."""
         if config.recursion == "none" and (self.exit != "fixed" or (self.max_recursion_depth or 1) > 1):
@@ -210,9 +222,22 @@ def step_weights(spec: str, steps: int) -> list[float]:
 
 
 def valid_weights(spec: str, steps: int) -> bool:
-    """Whether `step_weights` takes this: none negative or infinite, that of the last step positive."""
+    """Whether `step_weights` takes this: none negative or infinite, that of the last step or last number positive."""
     try:
-        weights = step_weights(spec, steps)
+        weights = step_weights(spec, max(steps, 1 + spec.count(",")))
     except ValueError:
         return False
-    return all(0 <= weight < inf for weight in weights) and weights[-1] > 0
+    return all(0 <= weight < inf for weight in weights) and (weights[-1] > 0 or weights[steps - 1] > 0)
+
+
+def loss_weights(config: TRMConfig, steps: int) -> list[float]:
+    """Weights of the losses after recursion steps 0..steps-1 of a model, not normalised.
+
+    By default all supervision steps of trm count alike, and of the loop's visits the last alone. A visit of the loop
+    that carries no gradient has no loss. Where all would be 0, the last step counts."""
+    is_loop = config.recursion == "loop"
+    weights = step_weights(config.supervision_weights or ("last" if is_loop else "equal"), steps)
+    if is_loop:
+        frozen = config.deep_steps - config.grad_deep_steps
+        weights = [w if t % config.deep_steps >= frozen else 0.0 for t, w in enumerate(weights)]
+    return weights if any(weights) else [0.0] * (steps - 1) + [1.0]

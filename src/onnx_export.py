@@ -46,7 +46,7 @@ def at_depth(model: TRMModel, depth: int | None = None) -> TRMModel:
         raise UserError(f"max_recursion_depth is {depth}: set it to 1" + (" or more" * (c.recursion != "none")))
     steps = {"loop": {"deep_steps": depth}, "trm": {"supervision_steps": depth}}.get(c.recursion, {}) if depth else {}
     steps["grad_deep_steps"] = steps.get("deep_steps", c.deep_steps)
-    plain = TRMModel(dataclasses.replace(c, supervision_weights="equal", **steps)).eval()
+    plain = TRMModel(dataclasses.replace(c, supervision_weights=None, **steps)).eval()
     plain.load_state_dict(model.state_dict())
     return plain
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from src.cache import cache_slots
+from src.exits import max_depth
 from src.layers import Context, rotary_table
 from src.model import TRMModel
 
@@ -193,8 +194,9 @@ class Graph(nn.Module):
         ctx = Context(None, None, False, slots)
         for layer, block in enumerate(m.prelude):
             x = block(x, ctx, layer)
-        y, z, _ = m._initial_state(x)
-        for step in range(c.train_steps):
-            y, z = m.deep_recursion(x, y, z, ctx, step * c.visits_per_step)
-        h = m._before_head(y, ctx, c.train_steps - 1)
+        y, z, _ = m.initial_state(x)
+        depth = max_depth(c)
+        for step in range(depth):
+            y, z = m.recursion_step(x, y, z, ctx, step)
+        h = m.before_head(y, ctx, depth - 1)
         return m.head(h.flatten(0, 1).index_select(0, read)), slots.present

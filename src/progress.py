@@ -5,6 +5,7 @@ import math
 import sys
 import time
 
+import torch
 from tqdm import tqdm
 
 from src.runtime import COMPILE_S
@@ -13,6 +14,37 @@ from src.runtime import COMPILE_S
 def progress_bar(batches=None, **options) -> tqdm:
     """A bar on stderr, over what is given; a log file wants few lines."""
     return tqdm(batches, mininterval=0.1 if sys.stderr.isatty() else 30, **options)
+
+
+class Window:
+    """Sums over the training steps since the last line of the log, which is their mean; a part of the run's state."""
+
+    def __init__(self, device):
+        self.losses = torch.zeros(3, device=device)  # loss, cross-entropy, halting loss: this process's share
+        self.steps, self.visits = 0, 0
+        self.good = 0  # steps whose gradient was finite: those alone are in `losses`
+
+    def count(self, visits: int):
+        """One more step, in which the network was visited so often."""
+        self.steps += 1
+        self.visits += visits
+
+    def means(self, accelerator) -> dict:
+        """{name: mean per step} for the log, NaN where no step was good.  All processes take part."""
+        loss, ce, act = (accelerator.reduce(self.losses) / (self.good or math.nan)).tolist()
+        depth = self.visits / max(1, self.steps)
+        return {"loss": loss, "ce_loss": ce, "act_loss": act, "recursion_depth": depth}
+
+    def state_dict(self, accelerator) -> dict:
+        """Losses are summed over the processes, which all take part."""
+        counts = {"steps": self.steps, "good": self.good, "visits": self.visits}
+        return {"losses": accelerator.reduce(self.losses), **counts}
+
+    def load_state_dict(self, state: dict, is_main: bool):
+        """The main process takes the losses of all."""
+        if is_main:
+            self.losses.copy_(state["losses"])
+        self.steps, self.good, self.visits = state["steps"], state["good"], state["visits"]
 
 
 class Clock:

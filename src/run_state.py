@@ -21,13 +21,7 @@ def collect(trainer) -> tuple[dict, dict | None, dict]:
         "ema_updates": trainer.ema.updates if trainer.ema is not None else 0,
         "scaler": scaler.state_dict() if scaler is not None else None,
         "loaders": trainer.agreement.gather(trainer.loader.state_dict()),  # by rank
-        "window": {  # what the next line of the log is the mean of
-            "losses": trainer.accelerator.reduce(trainer.window_losses),
-            "steps": trainer.window_steps,
-            "good": trainer.window_good,
-            "visits": trainer.window_visits,
-            "seconds": trainer.clock.seconds(),
-        },
+        "window": trainer.window.state_dict(trainer.accelerator) | {"seconds": trainer.clock.seconds()},
     }
     return weights, average, state
 
@@ -50,8 +44,5 @@ def restore(trainer, folder: Path, state: dict):
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     trainer.enter_stage()  # now, as a model that grows at this step is still the smaller one in the checkpoint
     trainer.loader.load_state_dict(state["loaders"][min(trainer.rank, len(state["loaders"]) - 1)])
-    window = state["window"]
-    if trainer.is_main:
-        trainer.window_losses.copy_(window["losses"])  # their sum over the processes
-    trainer.window_steps, trainer.window_good, trainer.window_visits = (window[k] for k in ("steps", "good", "visits"))
-    trainer.clock.start(trainer.step - window["steps"], window["seconds"])
+    trainer.window.load_state_dict(state["window"], trainer.is_main)
+    trainer.clock.start(trainer.step - state["window"]["steps"], state["window"]["seconds"])

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from src.corpus import cut
 from src.curves import BLUE, GREEN, GREY, INK, ORANGE, add_title, label_ends, new_figure, save_picture, style_axes
-from src.dataset import Sample, collate_batch
 from src.errors import UserError
 from src.exits import ExitRule, max_depth, visits_per_recursion_step
 from src.losses import IGNORE, bits_per_byte
+from src.samples import Sample, collate_batch
 from src.tokenizer import warn_of_loss
 
 SORTED = 16  # batches whose rows are sorted by length together, so that little is padded

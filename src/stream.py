@@ -24,10 +24,10 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from src.corpus import MAX_DOC_MB, NoDocument, read_pieces
-from src.dataset import collate_batch, window_sample
 from src.errors import UserError
 from src.order import mixture_order
 from src.runtime import mix_seed
+from src.samples import collate_batch, window_sample
 from src.token_store import held_back, hold_back_share
 
 ENCODED = 16  # pieces of documents per call of the tokenizer

@@ -20,7 +20,6 @@ import struct
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import sentencepiece as spm
 
@@ -53,7 +52,7 @@ class _Tokenizer:
     unk_id: int
     prefix = ""  # a space where the tokenizer puts one before every text; `decode` takes it away again
     _bytes: list[bytes]
-    _files: dict[str, bytes]  # name in a checkpoint folder -> content
+    files: dict[str, bytes]  # name in a checkpoint folder -> content
     add_bos = True  # whether this model's texts begin with BOS
     _more_ends: tuple[int, ...] = ()
 
@@ -114,15 +113,15 @@ class _Tokenizer:
     @property
     def fingerprint(self):
         """sha256 (hex) of kind and content: equal for equal tokenizers, wherever their file lies."""
-        return hashlib.sha256(b"\0".join((self.kind.encode(), *self._files.values()))).hexdigest()
+        return hashlib.sha256(b"\0".join((self.kind.encode(), *self.files.values()))).hexdigest()
 
     def save(self, folder):
         """Write the tokenizer's files into a (checkpoint) folder."""
         os.makedirs(folder, exist_ok=True)
-        for name, content in self._files.items():
+        for name, content in self.files.items():
             Path(folder, name).write_bytes(content)
         if ends := self.ends:
-            config = json.loads(self._files.get(CONFIG_FILE, b"{}")) | ends
+            config = json.loads(self.files.get(CONFIG_FILE, b"{}")) | ends
             Path(folder, CONFIG_FILE).write_bytes(json.dumps(config).encode())
 
     def _find_prefix(self):
@@ -145,7 +144,7 @@ class TokenizerWrapper(_Tokenizer):
                 raise RuntimeError
         except (RuntimeError, ValueError):
             raise UserError(f"{name} is not a whole SentencePiece model; make one with train_spm.py") from None
-        self._files = {MODEL_FILE: data}
+        self.files = {MODEL_FILE: data}
         self.vocab_size = sp.get_piece_size()
         self.unk_id = sp.unk_id()
         self.eos_id = sp.eos_id()
@@ -189,8 +188,13 @@ class TokenizerWrapper(_Tokenizer):
         parts = [self._sp.encode(part) for part in text.split(SPACE)]
         return list(itertools.chain(parts[0], *(mark + part for part in parts[1:])))
 
+    @property
+    def processor(self) -> spm.SentencePieceProcessor:
+        """SentencePiece's own object of the model."""
+        return self._sp
+
     def __getstate__(self):
-        return self._files[MODEL_FILE], self.ends
+        return self.files[MODEL_FILE], self.ends
 
     def __setstate__(self, state):
         self.__init__(*state)
@@ -204,7 +208,7 @@ class ByteLevelTokenizer(_Tokenizer):
     unk_id = pad_id
     vocab_size = 259
     _bytes = [bytes([i]) for i in range(256)] + [b""] * 3
-    _files = {CONFIG_FILE: json.dumps({"tokenizer_kind": "byte"}).encode()}
+    files = {CONFIG_FILE: json.dumps({"tokenizer_kind": "byte"}).encode()}
 
     def __init__(self, names=None):
         self._ends_of(names or {})
@@ -239,7 +243,7 @@ class HFTokenizer(_Tokenizer):
         tok.no_truncation()
         self.vocab_size = max(tok.get_vocab().values()) + 1
         roles = find_roles(tok, names, name)
-        self._files = {JSON_FILE: data, CONFIG_FILE: config_of(tok, roles)}
+        self.files = {JSON_FILE: data, CONFIG_FILE: config_of(tok, roles)}
         self.eos_id, self.bos_id, self.pad_id, self.unk_id = (roles.get(role, roles["eos_token"]) for role in SPECIAL)
         special = {i for i, token in tok.get_added_tokens_decoder().items() if token.special} | {*roles.values()}
         self._bytes = token_bytes(tok, self.vocab_size, special, roles.get("unk_token"))
@@ -263,7 +267,7 @@ class HFTokenizer(_Tokenizer):
         return [e.ids for e in self._tok.encode_batch(texts, add_special_tokens=False)]
 
     def __getstate__(self):
-        return self._files[JSON_FILE], json.loads(self._files[CONFIG_FILE]) | self.ends
+        return self.files[JSON_FILE], json.loads(self.files[CONFIG_FILE]) | self.ends
 
     def __setstate__(self, state):
         self.__init__(*state)
@@ -335,23 +339,6 @@ def warn_of_loss(lost, n_bytes):
             "bits per byte would be too low, so there are none, only nats per token",
             file=sys.stderr,
         )
-
-
-class LoadedTokenizer(NamedTuple):
-    tokenizer: TokenizerWrapper | ByteLevelTokenizer | HFTokenizer
-    vocab_size: int
-    pad_id: int
-
-
-def load_tokenizer(name_or_path) -> LoadedTokenizer:
-    """(tokenizer, vocabulary size, pad id) of what `read_tokenizer` takes; bytes, and a line on stderr that says why,
-    where it cannot be read. Whatever needs this very tokenizer (a checkpoint, a run) uses `read_tokenizer`."""
-    try:
-        tokenizer = read_tokenizer(name_or_path)
-    except UserError as error:
-        print(f"{error}; going on with bytes", file=sys.stderr)
-        tokenizer = ByteLevelTokenizer()
-    return LoadedTokenizer(tokenizer, tokenizer.vocab_size, tokenizer.pad_id)
 
 
 class StreamDecoder:

@@ -84,7 +84,7 @@ def _unigram(texts, vocab_size, character_coverage):
     """SentencePiece's pieces and scores. The trainer of `tokenizers` gives another vocabulary at every run."""
     from tokenizers import Tokenizer, decoders, models
 
-    sp = train_sentencepiece(texts, None, vocab_size, "unigram", character_coverage)._sp
+    sp = train_sentencepiece(texts, None, vocab_size, "unigram", character_coverage).processor
     pieces = [(sp.id_to_piece(i).replace(SPACE, " "), sp.get_score(i)) for i in range(vocab_size)]
     tok = Tokenizer(models.Unigram(pieces, unk_id=sp.unk_id(), byte_fallback=True))
     tok.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
@@ -249,10 +249,10 @@ def _too_large(vocab_size, largest):
 
 def _write_model(tokenizer, model_prefix):
     """{prefix}.model and {prefix}.vocab (piece, tab, score; \\n and \\t spelt out), written beside, then renamed."""
-    sp = tokenizer._sp
+    sp = tokenizer.processor
     pieces = (sp.id_to_piece(i).replace("\n", "\\n").replace("\t", "\\t") for i in range(tokenizer.vocab_size))
     vocab = "".join(f"{piece}\t{sp.get_score(i):g}\n" for i, piece in enumerate(pieces))
-    for suffix, data in ((".vocab", vocab.encode()), (".model", tokenizer._files[MODEL_FILE])):
+    for suffix, data in ((".vocab", vocab.encode()), (".model", tokenizer.files[MODEL_FILE])):
         _write(Path(f"{model_prefix}{suffix}"), data)
 
 

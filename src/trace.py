@@ -2,8 +2,9 @@
 
     trace = Trace(tokenizer)
     for ids in generate(model, prompt_ids, 40, thoughts=trace): ...    # `generate` adds to it what it reads
-    show(trace, True)                                                  # a table on stderr
-    show(trace, "out.png", prompt)                                     # a picture, and out.json
+    print_table(trace, sys.stderr)
+    write_json(trace, "out.json", prompt)
+    draw_trace(trace, "out.png", prompt)                               # of src/trace_picture.py
 
 A trace is a list of plain dicts, one per token (`read_thought`), so it is its own JSON. Probabilities are the model's,
 at temperature 1 and before top_k and top_p.
@@ -13,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import unicodedata
 from math import log
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 
 from src.config import check_writable
 from src.errors import UserError
-from src.exits import kl_divergence
+from src.losses import kl_divergence
 from src.sampling import Thought
 from src.tokenizer import REPLACEMENT
 
@@ -136,17 +136,6 @@ def clip(text: str, width: int) -> str:
     while text_width(text) > width - 1:
         text = text[:-1]
     return text + "…"
-
-
-def show(trace: list[dict], where: bool | str, prompt: str = ""):
-    """A table on stderr, or a picture in the file `where` and the trace beside it as JSON."""
-    if where is True:
-        return print_table(trace, sys.stderr)
-    from src.trace_picture import draw_trace  # here, as matplotlib takes a second
-
-    write_json(trace, Path(where).with_suffix(".json"), prompt)
-    draw_trace(trace, where, prompt)
-    print(f"trace: {where} and {Path(where).with_suffix('.json')}", file=sys.stderr)
 
 
 def write_json(trace: list[dict], path, prompt: str = ""):

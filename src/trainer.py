@@ -22,10 +22,10 @@ from src.loader import create_train_loader
 from src.losses import IGNORE, bits_per_byte, bits_text
 from src.metrics import describe_model, flops_per_token
 from src.model import TRMConfig, TRMModel
-from src.model_config import step_weights
+from src.model_config import loss_weights
 from src.monitor import ResourceMonitor, TRMTrainingLogger
 from src.optim import EMA, learning_rate_factor, make_optimizers
-from src.progress import Clock, progress_bar
+from src.progress import Clock, Window, progress_bar
 from src.runtime import Interrupt, autocast, choose_compile, choose_device, choose_precision, compile_parts, mix_seed
 from src.train_config import TrainConfig
 
@@ -225,19 +225,25 @@ class Trainer:
         self.model.train()
         with self._depth_of_step():
             self._supervise(self._split(batch))
-            self.window_visits += self.raw.config.visits_per_step * self.raw.config.train_steps
-        self.step, self.window_steps = self.step + 1, self.window_steps + 1
+            self.window.count(self.raw.config.visits_per_step * self.raw.config.train_steps)
+        self.step += 1
 
     def _supervise(self, parts):
+        """Each supervision step back-propagates at once and hands a detached carry on: memory does not grow with them.
+
+        full_bptt needs all of them in one graph. The loop has one step, in which forward weighs the visits' losses."""
         config, model = self.config, self.raw.config
         at_once = model.full_bptt or model.train_steps == 1
-        weights = [1.0] if at_once else step_weights(model.supervision_weights, model.train_steps)
+        weights = [1.0] if at_once else loss_weights(model, model.train_steps)
         each = config.optimizer_step == "supervision" and not at_once
-        carries, step_losses, skipped = [None] * len(parts), torch.zeros_like(self.window_losses), self.skipped
+        carries = [None] * len(parts)
+        step_losses = torch.zeros_like(self.window.losses)
+        skipped_before = self.skipped
         for s, weight in enumerate(weights):
             weight = weight / sum(weights)
             updates = weight > 0 and (each or s == len(weights) - 1)
             for i, (part, share) in enumerate(parts):
+                # gradients are exchanged once per update, with its last part; a step of weight 0 only moves the carry
                 with parallel.gradient_sync(self.accelerator, self.model, updates and i == len(parts) - 1):
                     with autocast(self.device, self.precision), torch.set_grad_enabled(weight > 0):
                         out = self.model(**part, supervision_steps=None if at_once else 1, carry=carries[i])
@@ -245,14 +251,14 @@ class Trainer:
                         # DDP and FSDP average gradients over the processes: times world, the shares add up
                         scale = weight * (len(weights) if each else 1) * self.world
                         self.accelerator.backward(out.loss * (share * scale))
-                carries[i], losses = out.carry, torch.stack((out.loss, out.ce_loss, out.act_loss)).detach()
-                step_losses += losses * (share * weight)
+                carries[i] = out.carry
+                step_losses += torch.stack((out.loss, out.ce_loss, out.act_loss)).detach() * (share * weight)
                 del out  # its logits, before the next step makes its own
             if updates:
                 self._update_weights()
-        if self.skipped == skipped:
-            self.window_losses += step_losses
-            self.window_good += 1
+        if self.skipped == skipped_before:  # else the losses may be NaN, and would spoil the mean
+            self.window.losses += step_losses
+            self.window.good += 1
 
     def _split(self, batch):
         """The rows in grad_accum parts, each with its share of the target tokens of all processes."""
@@ -305,21 +311,18 @@ class Trainer:
             )
 
     def start_window(self):
-        self.window_losses = torch.zeros(3, device=self.device)
+        """The next line of the log is about the steps from here on."""
+        self.window = Window(self.device)
         self.clock.start(self.step)
-        self.window_steps, self.window_good, self.window_visits = 0, 0, 0
 
     def _log_training(self, bar):
-        loss, ce, act = (self.accelerator.reduce(self.window_losses) / (self.window_good or math.nan)).tolist()
+        means = self.window.means(self.accelerator)
         self.elapsed = time.monotonic() - self.started
         line = {
             "epoch": self.loader.epoch,
             "tokens": self.curriculum.tokens(self.step),
-            "loss": loss,
-            "ce_loss": ce,
-            "act_loss": act,
-            "bits_per_byte": bits_per_byte(ce, self.train_set.bytes_per_token),
-            "recursion_depth": self.window_visits / max(1, self.window_steps),
+            **means,
+            "bits_per_byte": bits_per_byte(means["ce_loss"], self.train_set.bytes_per_token),
             "grad_norm": self.grad_norm,
             "skipped": self.skipped,
             "lr": self.lr,
@@ -329,7 +332,7 @@ class Trainer:
         steps_left = self.curriculum.total_steps / max(1, self.step) - 1
         left = self.clock.minutes_left(self.elapsed, steps_left, self.config.max_minutes)
         speed = f"{line['tokens_per_s']:.0f} tokens/s, {left:.1f} min left"
-        bar.set_postfix_str(f"loss {loss:.3f}{bits_text(line['bits_per_byte'])}, {speed}", refresh=False)
+        bar.set_postfix_str(f"loss {line['loss']:.3f}{bits_text(line['bits_per_byte'])}, {speed}", refresh=False)
         if self.log is not None:
             self.log.log(self.step, **line)
         self.start_window()

@@ -84,13 +84,16 @@ class Twin:
             h = h + out
         return h
 
-    def net(self, inputs, old, positions, visible):
+    def inject(self, target, inputs):
+        """What the blocks read when the stream `target`, y or z, is updated from these inputs."""
+        if self.c["injection"] == "concat":
+            return torch.cat(inputs, dim=-1) @ self.w[f"net.inject_{target}.weight"].T
+        return sum(inputs[1:], inputs[0])
+
+    def net(self, target, inputs, old, positions, visible):
         """TinyNet: inject the inputs, n_layers blocks, final norm (pre, sandwich), gate against the `old` stream."""
         c, w = self.c, self.w
-        if c["recursion"] != "none" and c["injection"] == "concat":
-            h = torch.cat(inputs, dim=-1) @ w["net.inject_z.weight" if len(inputs) == 3 else "net.inject_y.weight"].T
-        else:
-            h = sum(inputs[1:], inputs[0])
+        h = inputs[0] if c["recursion"] == "none" else self.inject(target, inputs)
         for layer in range(c["n_layers"]):
             h = self.block(h, f"net.blocks.{layer}.", positions, visible)
         if c["norm"] != "post":
@@ -130,20 +133,21 @@ class Twin:
             return ones * w["y_init"], ones * w["z_init"]
         return (x if c["injection"] == "none" else torch.zeros_like(x)), None
 
-    def supervision_step(self, x, y, z, positions, visible):
+    def recursion_step(self, step, x, y, z, positions, visible):
+        """y and z after a supervision step of trm, a visit of the loop, or the plain transformer's only visit."""
         c = self.c
         if c["recursion"] == "none":
-            return self.net((x,), None, positions, visible), None
+            return self.net("y", (x,), None, positions, visible), None
+        frozen = c["deep_steps"] - c["grad_deep_steps"]
+        if c["recursion"] == "loop":
+            y = self.net("y", (y,) if c["injection"] == "none" else (x, y), y, positions, visible)
+            return (y.detach() if step % c["deep_steps"] < frozen else y), None
         for t in range(c["deep_steps"]):
-            if c["recursion"] == "loop":
-                inputs = (y,) if c["injection"] == "none" else (x, y)
-                y = self.net(inputs, y, positions, visible)
-            else:
-                for _ in range(c["latent_steps"]):
-                    z = self.net((x, y, z), z, positions, visible)
-                y = self.net((y, z), y, positions, visible)
-            if t < c["deep_steps"] - c["grad_deep_steps"]:
-                y, z = y.detach(), None if z is None else z.detach()
+            for _ in range(c["latent_steps"]):
+                z = self.net("z", (x, y, z), z, positions, visible)
+            y = self.net("y", (y, z), y, positions, visible)
+            if t < frozen:
+                y, z = y.detach(), z.detach()
         return y, z
 
     def read_out(self, y, positions, visible):
@@ -162,16 +166,17 @@ class Twin:
 
     def forward(self, ids, targets=None, segments=None, steps=None, carry=None):
         """ids, targets, segments: lists of rows of ints.  A dict of loss, ce, act (None without targets), logits and
-        halt (one entry per supervision step, each (B, T, V) and (B, T) or (B,)), carry."""
+        halt (one entry per recursion step, each (B, T, V) and (B, T) or (B,)), carry."""
         c = self.c
         steps = steps or (c["supervision_steps"] if c["recursion"] == "trm" else 1)
+        each = c["deep_steps"] if c["recursion"] == "loop" else 1
         segments = segments or [[1] * len(row) for row in ids]
         rows = [self.enter(row, segment) for row, segment in zip(ids, segments, strict=True)]
         states, done = carry or ([self.initial(x) for x, _, _ in rows], 0)
         logits, halts, ces, acts = [], [], [], []
-        for s in range(done, done + steps):
+        for s in range(done * each, (done + steps) * each):
             before = states
-            states = [self.supervision_step(x, *state, *view) for (x, *view), state in zip(rows, states, strict=True)]
+            states = [self.recursion_step(s, x, *state, *view) for (x, *view), state in zip(rows, states, strict=True)]
             read = [self.read_out(y, *view) for (_, *view), (y, _) in zip(rows, states, strict=True)]
             logits.append(torch.stack([row for row, _ in read]))
             halts.append(None if read[0][1] is None else torch.stack([h for _, h in read]).reshape(len(ids), -1))
@@ -179,15 +184,26 @@ class Twin:
                 previous = [self.read_out(y, *view) for (_, *view), (y, _) in zip(rows, before, strict=True)]
                 ces.append(cross_entropy(logits[-1], targets))
                 acts.append(self.act_loss(read, previous, targets, s))
-            if not c["full_bptt"]:
+            if not c["full_bptt"] and (s + 1) % each == 0:
                 states = [(y.detach(), None if z is None else z.detach()) for y, z in states]
         out = {"logits": logits, "halt": halts, "carry": (states, done + steps), "loss": None, "ce": None, "act": None}
         if targets is not None:
-            weights = supervision_weights(c["supervision_weights"], done + steps)[done:]
+            weights = self.weights((done + steps) * each)[done * each :]
             out["ce"] = sum(w * ce for w, ce in zip(weights, ces, strict=True)) / sum(weights)
             out["act"] = sum(w * act for w, act in zip(weights, acts, strict=True)) / sum(weights)
             out["loss"] = out["ce"] + c["act_weight"] * out["act"]
         return out
+
+    def weights(self, steps):
+        """Of the losses after recursion steps 0..steps-1; the loop has none at visits without gradient."""
+        c = self.c
+        weights = supervision_weights(
+            c["supervision_weights"] or ("last" if c["recursion"] == "loop" else "equal"), steps
+        )
+        if c["recursion"] == "loop":
+            frozen = c["deep_steps"] - c["grad_deep_steps"]
+            weights = [0.0 if t % c["deep_steps"] < frozen else w for t, w in enumerate(weights)]
+        return weights
 
     def act_loss(self, read, previous, targets, step):
         """Mean halting cross-entropy: per target token, or per sequence where the model is not causal."""
@@ -238,17 +254,17 @@ class TokenTwin(Twin):
             outs.append(softmax(scores) @ torch.stack([values[kv] for _, values in seen]))
         return torch.cat(outs)[None] @ w[name + "out.weight"].T
 
-    def recursion_step(self, x, y, z):
+    def token_step(self, x, y, z):
         c, at = self.c, [self.token]
         if c["recursion"] == "loop":
             self.phase = 0
-            return self.net((y,) if c["injection"] == "none" else (x, y), y, at, None), None
+            return self.net("y", (y,) if c["injection"] == "none" else (x, y), y, at, None), None
         for t in range(c["deep_steps"]):
             for i in range(c["latent_steps"]):
                 self.phase = (t, i)
-                z = self.net((x, y, z), z, at, None)
+                z = self.net("z", (x, y, z), z, at, None)
             self.phase = (t, "y")
-            y = self.net((y, z), y, at, None)
+            y = self.net("y", (y, z), y, at, None)
         return y, z
 
     def think(self, ids, depth, leaves):
@@ -262,7 +278,7 @@ class TokenTwin(Twin):
                 x = self.block(x, f"prelude.{layer}.", [self.token], None)
             y, z = self.initial(x)
             for self.step in range(depth):
-                y, z = self.recursion_step(x, y, z)
+                y, z = self.token_step(x, y, z)
                 self.phase = "coda"
                 logits, halt = self.read_out(y, [self.token], None)
                 if leaves(logits[0], None if halt is None else halt[0], before):

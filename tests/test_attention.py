@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from src import attention as module
 from src.attention import MOST_SCORES, attention
@@ -151,3 +152,12 @@ def test_heads_of_the_model_take_this_path(tiny):
     finally:
         del module._CausalCPU.apply
     assert seen and all(shape == (2, 4, 8, 4) for shape in seen)
+
+
+def test_under_gradient_checkpointing():
+    """Recomputation hands out what was saved for the backward pass once."""
+    q, k, v, grad = inputs(16)
+    args = [t.requires_grad_() for t in (q, k, v)]
+    plain = torch.autograd.grad(ours(*args), args, grad)
+    again = torch.autograd.grad(checkpoint(ours, *args, use_reentrant=False), args, grad)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))

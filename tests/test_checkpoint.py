@@ -1,6 +1,7 @@
 """Checkpoint folders: exact round trips, no code from files, clear words about broken ones, whole at any moment."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import pickle
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from src import checkpoint
 from src.checkpoint import load_config, load_model, load_state, read_weights, resolve, save_checkpoint
 from src.errors import UserError
 from src.model import TRMConfig, TRMModel
+from src.model_config import loss_weights
 from src.run_folder import point, prune
 from src.tokenizer import ByteLevelTokenizer
 
@@ -324,3 +327,31 @@ class TestWholeAtAnyMoment:
         with pytest.raises(ValueError, match="JSON"):
             save_checkpoint(tmp_path / "c", model, TOKENIZER, info={"best_valid_loss": math.inf})
         assert not (tmp_path / "c").exists()
+
+
+class TestOldCheckpoints:
+    """tests/old_checkpoints was written by commit 4906ad7: concat injection, a gate, a prelude; weights in fp16."""
+
+    OLD = Path(__file__).parent / "old_checkpoints"
+    # the logits of four tokens after the text, and its greedy continuation, as that commit computed them
+    TOLD = {
+        "trm": ([-1.0531080961, -1.3970839977, 1.0263417959, -0.4019035137], [241] * 8),
+        "loop": ([0.6901095510, -0.2419453114, -0.1444563568, 0.5429365635], [125, 97, 155, 45, 125, 46, 169, 39]),
+    }
+
+    @pytest.mark.parametrize("family", TOLD)
+    def test_they_compute_what_they_did(self, family):
+        model, _ = load_model(self.OLD / family)
+        ids, (logits, text) = torch.arange(97, 105)[None], self.TOLD[family]
+        with torch.no_grad():
+            assert model(ids).logits[0, -1, 97:101].tolist() == pytest.approx(logits, abs=1e-4)
+        assert model.generate(ids, 8, temperature=0)[0, 8:].tolist() == text
+
+    def test_a_loop_is_trained_on_by_its_last_visit_alone(self, tmp_path):
+        """`equal` was the default that the loop ignored; asked for now, it stays."""
+        config = load_config(self.OLD / "loop")
+        assert config.supervision_weights is None and loss_weights(config, 3) == [0, 0, 1]
+        assert load_config(self.OLD / "trm").supervision_weights == "equal"
+        asked = dataclasses.replace(config, supervision_weights="equal")
+        save_checkpoint(tmp_path / "new", TRMModel(asked), ByteLevelTokenizer())
+        assert load_config(tmp_path / "new") == asked and loss_weights(asked, 3) == [1, 1, 1]

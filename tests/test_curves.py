@@ -7,6 +7,7 @@ import pytest
 import yaml
 from matplotlib import image
 from matplotlib.figure import Figure
+from training import read_metrics
 
 from experiments import compare_runs
 from src import curves
@@ -15,7 +16,6 @@ from src.curves import (
     METRICS_FILE,
     label_ends,
     plot_learning_curve,
-    read_metrics,
     read_series,
     read_settings,
     set_limits,

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import TINY, during, same
+from training import TINY, during, read_metrics, same
 
 from src.checkpoint import load_model, load_state, own_state, read_weights
-from src.curves import read_metrics
 from src.errors import UserError
 
 pytest_plugins = "training"  # the fixtures make and corpus

@@ -7,9 +7,9 @@ import signal
 import pytest
 import torch
 from texts import BYTE
+from training import read_metrics
 
 from src import checkpoint
-from src.curves import read_metrics
 from src.errors import UserError
 from src.run_folder import RunLock
 from src.tasks.classification import Example, LlamaEmbeddingClassifier, encode, predict

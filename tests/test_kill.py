@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training import TINY, assert_same_checkpoints
-
-from src.curves import read_metrics
+from training import TINY, assert_same_checkpoints, read_metrics
 
 pytest_plugins = "training"  # the fixture corpus
 PATHS = {"tokenized": {}, "streaming": {"streaming": True, "shuffle_buffer": 20}}

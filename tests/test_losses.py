@@ -7,8 +7,8 @@ import torch
 from conftest import TINY
 
 from src.losses import IGNORE, bits_per_byte, cross_entropy, halting_loss, stablemax_cross_entropy
-from src.model import TRMConfig, TRMModel
-from src.model_config import step_weights
+from src.model import TRMModel
+from src.model_config import TRMConfig, loss_weights, step_weights
 
 
 def by_token(logits, targets, transform):
@@ -81,6 +81,15 @@ def test_halting_loss():
     expected = (-math.log(p[0]) - math.log(p[1]) - math.log(1 - p[2]) + 50.0 + 0.0) / 5
     assert halting_loss(logits, right, valid).item() == pytest.approx(expected, rel=1e-6)
     assert halting_loss(logits, right, torch.zeros_like(valid)).item() == 0
+
+
+def test_loss_weights_of_a_model():
+    loop = {"recursion": "loop", "deep_steps": 3}
+    assert loss_weights(TRMConfig(), 2) == [1, 1] and loss_weights(TRMConfig(**loop), 3) == [0, 0, 1]
+    assert loss_weights(TRMConfig(**loop, supervision_weights="linear"), 3) == [1, 2, 3]
+    # a visit without gradient has no loss; of two supervision steps each has its own
+    assert loss_weights(TRMConfig(**loop, supervision_weights="equal", grad_deep_steps=2), 6) == [0, 1, 1, 0, 1, 1]
+    assert loss_weights(TRMConfig(supervision_weights="0,1", supervision_steps=1), 1) == [1]
 
 
 def test_step_weights():

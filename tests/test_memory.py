@@ -14,7 +14,7 @@ import torch
 from conftest import TINY, build
 from torch.autograd.graph import saved_tensors_hooks
 
-from src.model_config import step_weights
+from src.model_config import loss_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,7 +55,7 @@ def batch(rows=4, length=16):
 
 def step_by_step(model, ids, targets):
     """One training step as the trainer does it: backward after each supervision step, the state carried on."""
-    weights = step_weights(model.config.supervision_weights, model.config.train_steps)
+    weights = loss_weights(model.config, model.config.train_steps)
     carry = None
     for weight in weights:
         out = model(ids, targets, supervision_steps=1, carry=carry)

@@ -2,36 +2,42 @@
 
 import pytest
 import torch
+from conftest import AXES, MIXES, TINY, TRAINING_AXES, mixtures, name, singles
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from src.metrics import (
-    cache_bytes_per_token,
-    count_parameters,
-    effective_depth,
-    flops_per_token,
-    format_params,
-)
+from src.metrics import cache_bytes_per_token, count_parameters, effective_depth, flops_per_token, format_params
 from src.model import TRMConfig, TRMModel
 
 FAMILIES = {
     "none": {"recursion": "none", "n_layers": 3, "norm": "pre"},
     "none_ends": {"recursion": "none", "prelude_layers": 1, "coda_layers": 2},
     "loop": {"recursion": "loop", "deep_steps": 3},
-    "loop_cut": {"recursion": "loop", "deep_steps": 3, "grad_deep_steps": 1, "gate": True},
-    "loop_concat": {"recursion": "loop", "injection": "concat", "prelude_layers": 1},
     "loop_plain": {"recursion": "loop", "injection": "none", "n_kv_heads": 2},
     "trm": {},
-    "trm_steps": {"latent_steps": 3, "deep_steps": 3, "supervision_steps": 3, "grad_deep_steps": 2},
     "trm_all": {"prelude_layers": 1, "coda_layers": 1, "injection": "concat", "gate": True, "n_kv_heads": 1},
-    "trm_full": {"full_bptt": True, "prelude_layers": 1},
     "trm_tied": {"tie_embeddings": True, "positions": "learned"},
-    "trm_puzzle": {"causal": False, "mixer": "mlp", "positions": "none"},
 }
+# Every option of a model, from the axes that the slow twin is held to: a new one cannot have wrong FLOPs unseen.
+CASES = [
+    *singles(AXES),
+    *singles({key: values for key, values in TRAINING_AXES.items() if key != "act_target"}),
+    *mixtures(AXES | TRAINING_AXES, MIXES, seed=6),
+    {"recursion": "none", "n_layers": 3, "norm": "pre"},
+    {"recursion": "loop", "deep_steps": 3, "grad_deep_steps": 1, "gate": True},
+    {"recursion": "loop", "deep_steps": 3, "grad_deep_steps": 2, "supervision_weights": "equal", "coda_layers": 1},
+    {"recursion": "loop", "deep_steps": 3, "supervision_weights": "0,0.5,1"},
+    {"recursion": "loop", "injection": "none"},
+    {"recursion": "trm", "deep_steps": 3, "supervision_steps": 3, "grad_deep_steps": 2},
+    {"recursion": "trm", "full_bptt": True, "prelude_layers": 1},
+    {"recursion": "trm", "causal": False},
+    {"recursion": "trm", "causal": False, "mixer": "mlp", "positions": "none"},
+]
+CASES = [case | {"act_target": "correct"} for case in CASES]  # stable is counted apart, below
 
 
-def model_of(name):
-    return TRMModel(TRMConfig(**{"vocab_size": 23, "d_model": 16, "d_ff": 24, "max_seq_len": 16, **FAMILIES[name]}))
+def model_of(settings):
+    return TRMModel(TRMConfig(**{**TINY, **settings}))
 
 
 def batch_of(config, batch=2):
@@ -48,9 +54,9 @@ def counted(work, tokens):
     return (sum(by_op.values()) - attention) / tokens, attention / tokens
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_decode_flops_are_those_of_a_forward_pass(name):
-    model = model_of(name).eval()
+@pytest.mark.parametrize("settings", CASES, ids=name)
+def test_decode_flops_are_those_of_a_forward_pass(settings):
+    model = model_of(settings).eval()
     ids, _ = batch_of(model.config)
     with torch.no_grad():
         matmul, attention = counted(lambda: model(ids), ids.numel())
@@ -62,9 +68,9 @@ def test_decode_flops_are_those_of_a_forward_pass(name):
     assert flops.decode == flops.decode_matmul + flops.decode_attention
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_train_flops_are_those_of_forward_and_backward(name):
-    model = model_of(name)
+@pytest.mark.parametrize("settings", CASES, ids=name)
+def test_train_flops_are_those_of_forward_and_backward(settings):
+    model = model_of(settings)
     ids, targets = batch_of(model.config)
 
     def train():
@@ -107,7 +113,7 @@ def test_flops_by_hand():
 
 
 def test_count_parameters():
-    n = count_parameters(model_of("trm"))
+    n = count_parameters(model_of(FAMILIES["trm"]))
     block = 4 * 16**2 + 3 * 16 * 24 + 2 * 16
     assert n["per_module"] == {
         "embed": 23 * 16, "prelude": 0, "net": 2 * block, "coda": 0, "head": 23 * 16, "q_head": 17,
@@ -117,7 +123,7 @@ def test_count_parameters():
 
 
 def test_count_parameters_counts_tied_ones_once_and_frozen_ones_not_as_trainable():
-    model = model_of("trm_tied")
+    model = model_of(FAMILIES["trm_tied"])
     model.pos_embed.weight.requires_grad_(False)
     n = count_parameters(model)
     assert n["per_module"]["embed"] == 23 * 16 and n["per_module"]["head"] == 0
@@ -127,8 +133,8 @@ def test_count_parameters_counts_tied_ones_once_and_frozen_ones_not_as_trainable
 
 
 def test_a_network_visited_once_is_no_recursive_core():
-    assert count_parameters(model_of("none"))["recursive_core"] == 0
-    assert count_parameters(model_of("loop"))["recursive_core"] > 0
+    assert count_parameters(model_of(FAMILIES["none"]))["recursive_core"] == 0
+    assert count_parameters(model_of(FAMILIES["loop"]))["recursive_core"] > 0
 
 
 @pytest.mark.parametrize(
@@ -158,9 +164,9 @@ def test_effective_depth():
     assert effective_depth(TRMConfig(recursion="loop", n_layers=2, deep_steps=3)) == (6, 6)
 
 
-@pytest.mark.parametrize("name", ["none_ends", "loop_plain", "trm_all"])
-def test_cache_bytes_are_those_of_the_cache(name):
-    model = model_of(name).to(torch.bfloat16)
+@pytest.mark.parametrize("family", ["none_ends", "loop_plain", "trm_all"])
+def test_cache_bytes_are_those_of_the_cache(family):
+    model = model_of(FAMILIES[family]).to(torch.bfloat16)
     cache = model.new_cache(batch=3, max_len=16)
     held = sum(t.numel() * t.element_size() for t in vars(cache).values() if torch.is_tensor(t) and t.dim() > 3)
     assert held == 3 * 16 * cache_bytes_per_token(model.config, 2)

@@ -23,6 +23,11 @@ TWIN_CASES = (
     ]
     + [{"recursion": "trm", "causal": False, "mixer": "mlp", "max_seq_len": 6, "norm": norm} for norm in AXES["norm"]]
     + mixtures(AXES | TRAINING_AXES, 2 * MIXES, seed=2)
+    + [
+        {"recursion": "loop", "deep_steps": 3, "supervision_weights": weights, **more}
+        for weights in ("equal", "linear", "0,0.5,1")
+        for more in ({"injection": "concat", "gate": True}, {"grad_deep_steps": 2, "coda_layers": 1})
+    ]
 )
 
 
@@ -364,7 +369,7 @@ def test_defaults_that_depend_on_other_fields():
         TRMModel(TRMConfig())
 
 
-@pytest.mark.parametrize("recursion, steps", [("trm", 3), ("loop", 1), ("none", 1)])
+@pytest.mark.parametrize("recursion, steps", [("trm", 3), ("loop", 2), ("none", 1)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_shapes(recursion, steps, causal):
     model = build(recursion=recursion, supervision_steps=3, causal=causal, coda_layers=1)
@@ -376,9 +381,9 @@ def test_shapes(recursion, steps, causal):
     halting = () if recursion != "trm" else (2, 6) if causal else (2,)
     assert (last.halt_logits is None) == (recursion != "trm")
     assert recursion != "trm" or (last.halt_logits.shape, every.halt_logits.shape) == (halting, (steps, *halting))
-    assert last.carry.steps == steps and last.carry.y.shape == (2, 6, 16)
-    early = model(ids, supervision_steps=1)
-    assert torch.equal(early.logits, every.logits[0]) and early.carry.steps == 1
+    assert last.carry.steps == (3 if recursion == "trm" else 1) and last.carry.y.shape == (2, 6, 16)
+    early = model(ids, supervision_steps=1)  # of the loop that is all its visits
+    assert torch.equal(early.logits, every.logits[0 if recursion == "trm" else -1]) and early.carry.steps == 1
     out = model(ids, targets)
     assert out.loss.item() == pytest.approx((out.ce_loss + model.config.act_weight * out.act_loss).item())
     assert torch.equal(out.logits, last.logits)

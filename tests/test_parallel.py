@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import TINY, during, trainer_of
-
-from src.curves import read_metrics
+from training import TINY, during, read_metrics, trainer_of
 
 pytest_plugins = "training"  # the fixtures make and corpus
 STEPS = {"lr": 3e-3, "warmup_steps": 5, "eval_every": 25}

@@ -5,9 +5,8 @@ import signal
 import time
 
 import pytest
-from training import assert_same_checkpoints, during
+from training import assert_same_checkpoints, during, read_metrics
 
-from src.curves import read_metrics
 from src.errors import UserError
 
 pytest_plugins = "training"  # the fixtures make and corpus

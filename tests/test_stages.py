@@ -6,10 +6,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training import assert_same_checkpoints, during
+from training import assert_same_checkpoints, during, read_metrics
 
 import train_trm_lm
-from src.curves import read_metrics
 from src.errors import UserError
 from src.train_config import CurriculumConfig, CurriculumStage
 

@@ -18,7 +18,6 @@ from src.tokenizer import (
     HFTokenizer,
     StreamDecoder,
     TokenizerWrapper,
-    load_tokenizer,
     read_llama2c_tokenizer,
     read_tokenizer,
 )
@@ -184,25 +183,13 @@ def test_save_and_load(tokenizer, tmp_path):
     assert pickle.loads(pickle.dumps(tokenizer)).encode(CODE) == tokenizer.encode(CODE)
 
 
-def test_load_gives_size_and_pad_id_and_says_so_where_it_goes_on_with_bytes(tokenizer, tmp_path, capsys):
-    tokenizer.save(tmp_path / "saved")
-    loaded, vocab_size, pad_id = load_tokenizer(tmp_path / "saved")
-    assert (loaded.fingerprint, vocab_size, pad_id) == (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.pad_id)
-    assert load_tokenizer("byte").vocab_size == 259 and capsys.readouterr().err == ""
-    for broken in (tmp_path / "nowhere.model", tmp_path):
-        loaded, vocab_size, pad_id = load_tokenizer(broken)
-        assert (loaded.kind, vocab_size, pad_id) == ("byte", 259, 256)
-        err = capsys.readouterr().err
-        assert str(broken) in err and err.endswith("; going on with bytes\n") and err.count("\n") == 1
-
-
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
 def test_missing_and_broken_files(tmp_path, name, sp):
     with pytest.raises(UserError, match=name):
         read_tokenizer(tmp_path / name)
     with pytest.raises(UserError, match="holds no tokenizer"):
         read_tokenizer(tmp_path)
-    for content in (b"", b"{}", b"garbage" * 50, sp._files["tokenizer.model"][:1000]):
+    for content in (b"", b"{}", b"garbage" * 50, sp.files["tokenizer.model"][:1000]):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
             read_tokenizer(tmp_path)

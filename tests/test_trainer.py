@@ -12,14 +12,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from texts import usual_spm
-from training import TINY, assert_same_checkpoints, during, same
+from training import TINY, assert_same_checkpoints, during, read_metrics, same
 
 import train_trm_lm
 from src.checkpoint import load_model
 from src.create import create_trainer
-from src.curves import read_metrics
 from src.errors import UserError
-from src.losses import IGNORE
+from src.losses import IGNORE, cross_entropy
 from src.model import TRMConfig
 from src.train_config import RuntimeConfig, TrainConfig, read_settings
 
@@ -139,6 +138,7 @@ class TestSplitBatches:
             {"full_bptt": True},
             {"optimizer_step": "supervision"},
             {"recursion": "none"},
+            {"recursion": "loop", "deep_steps": 3, "supervision_weights": "linear"},
         ],
         ids=str,
     )
@@ -171,6 +171,23 @@ class TestSplitBatches:
             ends.append(weights(trainer) - start)
         assert ends[0].isfinite().all() and ends[0].norm() > 1e-4
         assert (ends[1] - ends[0]).norm() < 1e-4 * ends[0].norm()  # fp32 sums in another order
+
+    def test_the_loop_learns_from_each_visit(self, make):
+        """The logged loss is the weighted mean of the visits' losses, and its gradient moves the weights."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, 250, (8, 17), generator=generator)
+        batch, ends = {"input_ids": ids[:, :-1], "target_ids": ids[:, 1:]}, []
+        for weights_of in (None, "last", "linear"):
+            trainer = make(f"{weights_of}", recursion="loop", deep_steps=3, supervision_weights=weights_of, **LINEAR)
+            with torch.no_grad():
+                steps = trainer.raw(**batch, return_steps=True).logits
+            losses = [cross_entropy(logits, batch["target_ids"]).item() for logits in steps]
+            trainer.started = time.monotonic()
+            trainer.train_step(batch)
+            expected = sum(s * loss for s, loss in enumerate(losses, 1)) / 6 if weights_of == "linear" else losses[-1]
+            assert len(losses) == 3 and trainer.window.losses[1].item() == pytest.approx(expected, rel=1e-5)
+            ends.append(weights(trainer))
+        assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[2])
 
     def test_supervision_step_makes_an_update_each(self, make):
         trainer = make(optimizer_step="supervision", supervision_steps=3)

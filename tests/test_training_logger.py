@@ -13,9 +13,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from training import read_metrics
 
 from src import monitor
-from src.curves import METRICS_FILE, read_metrics
+from src.curves import METRICS_FILE
 from src.errors import UserError
 from src.monitor import MonitoringConfig, ResourceMonitor, TRMTrainingLogger
 

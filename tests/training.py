@@ -8,6 +8,7 @@ import torch
 
 from src.checkpoint import load_state
 from src.create import create_trainer
+from src.curves import scan_metrics
 from src.train_config import Settings
 
 CLASSES = Settings.__annotations__.values()
@@ -49,6 +50,11 @@ def make(corpus, tmp_path, monkeypatch):
         return trainer_of({**TINY, **corpus, "save_dir": str(tmp_path / name), **changes})
 
     return make
+
+
+def read_metrics(folder):
+    """The lines of folder/metrics.jsonl, all at once."""
+    return [record for record, _ in scan_metrics(folder)]
 
 
 def during(trainer, step, action):

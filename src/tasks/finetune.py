@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from src import checkpoint, run_folder
 from src.corpus import content_hash
-from src.dataset import Sample, collate_batch
 from src.errors import UserError
-from src.model_config import step_weights
+from src.model_config import loss_weights
 from src.monitor import TRMTrainingLogger
 from src.optim import learning_rate_factor
 from src.runtime import Interrupt, autocast, mix_seed
+from src.samples import Sample, collate_batch
 from src.tasks.classification import Example, LlamaEmbeddingClassifier, encode, predict
 from src.tasks.config import FinetuneConfig
 
@@ -145,7 +145,7 @@ class Finetuner:
         labels = batch.pop("target_ids").amax(1)
         with autocast(self.device, self.precision):
             logits = self.classifier(**batch)
-        weights = step_weights(self.classifier.model.config.supervision_weights, len(logits))
+        weights = loss_weights(self.classifier.model.config, len(logits))
         losses = [F.cross_entropy(step.float(), labels, self.class_weights) for step in logits]
         loss = sum(w * each for w, each in zip(weights, losses)) / sum(weights)
         loss.backward()

@@ -1,0 +1,129 @@
+"""The house: the core imports no wing, no two files import each other, and what is private stays in its file."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Parts that the core works without: packages under src, modules, or modules that begin with the name and `_`.
+WINGS = ("tasks", "onnx", "interop", "llama", "llama2c", "hf_llama", "gguf_reader", "model_card", "harness")
+MOST_LINES, MOST_LINES_OF_MODEL, MOST_LINES_OF_FUNCTION = 400, 450, 60
+
+
+@cache
+def sources() -> dict[str, ast.Module]:
+    """{module, such as src.tasks.finetune: its syntax tree}."""
+    paths = [path for path in sorted((ROOT / "src").rglob("*.py")) if path.name != "__init__.py"]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in zip(names, paths)}
+
+
+def imports_of(tree: ast.AST, modules) -> set[str]:
+    """Modules of src that a file imports anywhere, inside functions too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are written in full"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & set(modules)
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """A path from a module back to itself for each module that has one."""
+    found = []
+    for start in graph:
+        paths, seen = [[start]], set()
+        while paths:
+            path = paths.pop()
+            for following in sorted(graph.get(path[-1], ())):
+                if following == start:
+                    found.append([*path, start])
+                    paths = []
+                    break
+                if following not in seen:
+                    seen.add(following)
+                    paths.append([*path, following])
+    return found
+
+
+def privates(tree: ast.AST) -> set[str]:
+    """Names with one leading underscore that a file defines: functions, methods, classes, attributes of self."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+def foreign_privates(trees: dict[str, ast.AST]) -> list[tuple[str, str]]:
+    """(file, name) wherever a file uses or imports a private name that only other files define."""
+    everyone, found = set().union(*map(privates, trees.values())), []
+    for module, tree in trees.items():
+        strange = everyone - privates(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in strange:
+                found.append((module, node.attr))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("src"):
+                found += [(module, alias.name) for alias in node.names if alias.name in strange]
+    return sorted(set(found))
+
+
+def wing_of(module: str) -> str | None:
+    """The wing that a module such as src.onnx_graph or src.onnx.graph belongs to."""
+    name = module.split(".")[1]
+    return next((wing for wing in WINGS if name == wing or name.startswith(f"{wing}_")), None)
+
+
+def test_the_core_imports_no_wing():
+    trees = sources()
+    core = [module for module in trees if wing_of(module) is None]
+    assert [(m, i) for m in core for i in imports_of(trees[m], trees) if wing_of(i)] == []
+    assert {wing_of(module) for module in trees} == {*WINGS, None}, "a wing is gone: take it out of the list"
+
+
+def test_there_is_no_circle_of_imports():
+    trees = sources()
+    assert circles({module: imports_of(tree, trees) for module, tree in trees.items()}) == []
+
+
+def test_no_file_calls_what_another_file_calls_private():
+    """A circle that imports do not show: an object passed in, whose private methods are called."""
+    assert foreign_privates(sources()) == []
+
+
+def test_files_and_functions_are_short():
+    for module, tree in sources().items():
+        lines = len((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8").splitlines())
+        assert lines <= (MOST_LINES_OF_MODEL if module == "src.model" else MOST_LINES), module
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < MOST_LINES_OF_FUNCTION, (module, node.name)
+
+
+@pytest.mark.parametrize(
+    ("graph", "expected"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+        ({"a": {"b"}, "b": {"c"}, "c": {"b"}}, [["b", "c", "b"], ["c", "b", "c"]]),
+        ({"a": {"a"}}, [["a", "a"]]),
+    ],
+    ids=["line", "circle behind a door", "itself"],
+)
+def test_circles_are_found(graph, expected):
+    assert circles(graph) == expected
+
+
+def test_imports_and_private_names_are_found():
+    one = ast.parse("def f():\n    from src.b import g, _h\n    import src.c\ndef _own(): pass\nself._x = 1\n")
+    two = ast.parse("from src import a\ndef _h(): pass\na.f()._own()\nself._x\n")
+    assert imports_of(one, {"src.a", "src.b", "src.c"}) == {"src.b", "src.c"}
+    assert imports_of(two, {"src.a", "src.b"}) == {"src.a"}
+    assert foreign_privates({"src.a": one, "src.b": two}) == [("src.a", "_h"), ("src.b", "_own"), ("src.b", "_x")]
