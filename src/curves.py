@@ -7,10 +7,11 @@ from array import array
 from pathlib import Path
 
 import numpy as np
-import yaml
 
+from src.config import flat
 from src.errors import UserError
 from src.metrics import format_params
+from src.plain_yaml import read_yaml
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -57,19 +58,8 @@ def _once(points):
 
 def read_settings(folder: str | Path) -> dict:
     """Settings of a run from its config.yaml, those of a section as `section.name`; {} where there is none."""
-    try:
-        settings = yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return dict(_flat(settings or {}))
-
-
-def _flat(settings, start=""):
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{start}{name}.")
-        else:
-            yield start + name, value
+    path = Path(folder) / "config.yaml"
+    return dict(flat(read_yaml(path))) if path.exists() else {}
 
 
 # ---- the parts of a picture -----------------------------------------------------------------------------------------
