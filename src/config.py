@@ -224,13 +224,13 @@ def build(cls, values, where=""):
     """cls(**values) and its sections, where a ValueError or TypeError of their own checks becomes a UserError, and so
     does a number that is not finite."""
     types = {f.name: f.type for f in dataclasses.fields(cls)}
-    for name, value in values.items():
-        if value is None and name in types and not _takes_none(types[name]):
-            raise UserError(f"{where}{name} is left empty (null): give it a value")
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{where}{name} is {number}: give it a finite number")
     try:
+        for name, value in values.items():
+            if value is None and name in types and not _takes_none(types[name]):
+                raise UserError(f"{where}{name} is left empty (null): give it a value")
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UserError(f"{where}{name} is {number}: give it a finite number")
         return cls(**{name: _section(types.get(name), value, where + name) for name, value in values.items()})
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{where}{error}") from None
