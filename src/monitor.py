@@ -116,6 +116,8 @@ def _spared(folder):
     """Around the opening of one file of the log: what is wrong with it is told, and the run goes on without."""
     try:
         yield
+    except UserError as error:
+        warn("%s: the run goes on without this log", error)
     except OSError as error:
         warn("%s: %s: the run goes on without this log", error.filename or folder, error.strerror)
 

@@ -96,10 +96,9 @@ def corpus_changes(folder: Path, corpus: dict) -> list[str]:
     path = folder / CORPUS
     before = read_json(path) if path.exists() else {}
     try:
-        return [
-            change for part, now in corpus.items() if part in before for change in _changes(part, before[part], now)
-        ]
-    except (TypeError, IndexError):
+        changes = (_changes(part, before.get(part, now), now) for part, now in corpus.items())
+        return [change for each in changes for change in each]
+    except (AttributeError, TypeError, IndexError):
         raise UserError(f"{path} is broken: delete it, and the text is taken as it is") from None
 
 
