@@ -19,15 +19,6 @@ from src.errors import UserError, one_line
 from src.plain_yaml import parse_yaml, read_yaml
 
 
-def _plain(value):
-    """A nest of settings as it is.  UserError where it names a class, which jsonargparse would import."""
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _plain(inner)
-    if isinstance(value, dict) and value.keys() & {"class_path", "init_args"}:
-        raise UserError("class_path and init_args are not for settings: they are plain values and import nothing")
-    return value
-
-
 class _PlainLoader:
     """What jsonargparse reads a flag's value with, in the form of a PyYAML loader: its own crashes on deep nesting."""
 
@@ -36,7 +27,7 @@ class _PlainLoader:
 
     def get_single_data(self):
         try:
-            return _plain(parse_yaml(self.text, "the value"))
+            return parse_yaml(self.text, "the value")
         except UserError as error:
             raise yaml.YAMLError(str(error)) from None
 
@@ -46,8 +37,6 @@ class _PlainLoader:
 
 _loaders_dumpers.yaml_default_loader = _PlainLoader
 set_parsing_settings(import_path_denylist=["*"])  # besides the sections, see `parse_flags`
-
-MOST_TOLD = 500  # characters of an error about a flag, whose value may be long
 
 
 def run(main):
@@ -135,9 +124,7 @@ class _Parser(ArgumentParser):
         if not self.exit_on_error:  # the parser of one item of a section: its parser says where it stands
             super().error(message, ex)
         where = f"--config {self.file}: " if self.file else ""
-        told = self._plainly(one_line(message))
-        told = told if len(told) < MOST_TOLD else f"{told[:MOST_TOLD]}..."
-        print(f"error: {where}{told} (see {self.prog} --help)", file=sys.stderr)
+        print(f"error: {where}{self._plainly(one_line(message))} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
     def _plainly(self, message):
@@ -180,7 +167,10 @@ def parse_flags(description, *classes, argv=None, positional=None, defaults=None
     if defaults is not None and (others := defaults(parsed)):
         parser.set_defaults(others)
         parsed = parser.parse_args(words, from_files)
-    return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls)}) for cls in classes)
+    try:
+        return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls)}) for cls in classes)
+    except UserError as error:
+        raise UserError(f"{error} (flags over --config {', '.join(files)})" if files else error) from None
 
 
 def _parse_files(parser, files, fields):
@@ -188,31 +178,11 @@ def _parse_files(parser, files, fields):
     parsed = None
     for parser.file in files:
         values = read_yaml(parser.file, "--config")
-        try:
-            _plain(values)
-            for name, value in flat(values):
-                if name not in fields and name in values:
-                    raise UserError(_unknown(name, fields))
-                if name in fields and value is None and not _takes_none(fields[name].type):
-                    raise UserError(f"{name} is left empty: give it a value, or leave the line out")
-        except UserError as error:
-            raise UserError(f"--config {parser.file}: {error}") from None
+        if unknown := [name for name in values if name not in fields]:
+            raise UserError(f"--config {parser.file}: {_unknown(unknown[0], fields)}")
         parsed = parser.parse_object(values, parsed, defaults=False, env=False)
     parser.file = None
     return parsed
-
-
-def _takes_none(kind) -> bool:
-    return type(None) in typing.get_args(kind) or dataclasses.is_dataclass(kind)  # an empty section has its defaults
-
-
-def flat(settings: dict, start=""):
-    """(name, value) of all settings, those of a section as `section.name`."""
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{start}{name}.")
-        else:
-            yield start + name, value
 
 
 def _unknown(name, fields, flag=""):
@@ -226,7 +196,8 @@ def build(cls, values, where=""):
     types = {f.name: f.type for f in dataclasses.fields(cls)}
     try:
         for name, value in values.items():
-            if value is None and name in types and not _takes_none(types[name]):
+            kind = types.get(name)
+            if value is None and not (type(None) in typing.get_args(kind) or dataclasses.is_dataclass(kind)):
                 raise UserError(f"{where}{name} is left empty (null): give it a value")
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, float) and not math.isfinite(number):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from src.config import flat
 from src.errors import UserError
 from src.files import parse_json
 from src.metrics import format_params
@@ -75,7 +74,15 @@ def _once(points):
 def read_settings(folder: str | Path) -> dict:
     """Settings of a run from its config.yaml, those of a section as `section.name`; {} where there is none."""
     path = Path(folder) / "config.yaml"
-    return dict(flat(read_yaml(path))) if path.exists() else {}
+    return dict(_flat(read_yaml(path))) if path.exists() else {}
+
+
+def _flat(settings, start=""):
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{start}{name}.")
+        else:
+            yield start + name, value
 
 
 # ---- the parts of a picture -----------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from src.onnx_config import OnnxExport
 from src.onnx_graph import FUSED_HEAD, Graph
 from src.onnx_session import CUDA, FACTS, GRAPH, load_onnx, need
 from src.sampling import generate_ids
-from src.tokenizer import TOKENIZER_FILES
+from src.tokenizer_json import TOKENIZER_FILES
 
 OLDEST_OPSET = 18  # that the exporter writes by itself
 CHECKED = 48  # tokens a row of the text that a graph is checked on

@@ -67,6 +67,8 @@ def _value(event, events, where, depth):
         if not isinstance(key, yaml.ScalarEvent) or key.tag or key.anchor:
             raise UserError(f"{where_now}: a setting's name must be a plain word")
         name, line = key.value, key.start_mark.line + 1
+        if name in ("class_path", "init_args"):  # which jsonargparse would import
+            raise UserError(f"{where}, line {line}: {name}: settings are plain values and import nothing")
         if name in lines:
             raise UserError(f"{where}, line {line}: {name} is set already in line {lines[name]}: keep one of the two")
         values[name], lines[name] = _value(next(events), events, where, depth + 1), line

@@ -35,105 +35,77 @@ def check(config, folder: Path, state: dict):
     """UserError unless a checkpoint folder and its state are all that a run of these settings (a TrainConfig) needs.
 
     What restore gives to the optimizers is used without a look at shapes: fused kernels then write out of bounds."""
-    need = Needs(folder / "state" / "training.pt")
-    need(isinstance(state, dict), "it is no state of a run")
-    for name in (*COUNTERS, "ema_updates"):
-        need.number(state, name, int if name in ("step", "skipped", "ema_updates") else float)
-    need(folder.name == f"step_{state['step']:08d}", f"it is of step {state['step']}")
     with torch.device("meta"):
         model = TRMModel(checkpoint.load_config(folder))
     for name in ("model.safetensors", *["ema.safetensors"] * bool(config.ema_decay)):
         checkpoint.load_weights(model, checkpoint.read_weights(folder / name), folder / name)
     optimizers = make_optimizers(model, config.optimizer, config.lr, config.weight_decay, (0.9, config.beta2))
-    saved = state.get("optimizers")
-    need(isinstance(saved, list) and len(saved) == len(optimizers), "it lacks the state of an optimizer")
+    window = {"losses": torch.zeros(3), "steps": int, "good": int, "visits": int, "seconds": float}
+    like = {name: int for name in ("step", "skipped", "ema_updates")} | {"elapsed": float, "window": window}
+    like |= {"curriculum": {"starts": [int]}, "best": float, "scaler": None, "loaders": [{"samples": int}]}
+    check_like(folder, state, like | {"optimizers": [{"state": {}}]}, infinite=("best",))
+    saved = state["optimizers"]
+    is_whole = len(saved) == len(optimizers) and state["loaders"] and isinstance(state["scaler"], dict | None)
+    is_whole = is_whole and all(each["state"] for each in saved if state["step"] > state["skipped"])
+    need(folder, is_whole, "a part is missing")
     for optimizer, each in zip(optimizers, saved):
-        check_optimizer(need, optimizer, each, state["step"] > state["skipped"])
-    starts = state.get("curriculum", {}).get("starts") if isinstance(state.get("curriculum"), dict) else None
-    need(isinstance(starts, list) and all(type(start) is int for start in starts), "it lacks the curriculum's stages")
-    scaler = state.get("scaler", 0)
-    need(scaler is None or isinstance(scaler, dict), "it lacks the loss scaler")
-    for name in scaler or {}:
-        need.number(scaler, name)
-    need(isinstance(state.get("loaders"), list) and state["loaders"], "it lacks the position in the text")
+        check_like(folder, each["state"], moments_like(folder, optimizer, each["state"]))
+    check_like(folder, state["scaler"] or {}, dict.fromkeys(state["scaler"] or {}, float))
     for position in state["loaders"]:
-        need.position(position)
-    window = state.get("window")
-    need(isinstance(window, dict), "it lacks the window of the log")
-    for name in ("steps", "good", "visits", "seconds"):
-        need.number(window, name, float if name == "seconds" else int)
-    need.tensor(window.get("losses"), torch.zeros(3), "the window's losses")
+        streams = {"reads": {}, "epoch": int, "loader": {}}
+        check_like(folder, position, streams if "reads" in position else {"epoch_samples": int})
+        need(folder, position.get("epoch_samples", 1) > 0, "an epoch is empty")
+        for reader in _readers(position.get("loader")):
+            place = {"start": [int], "block": int, "given": int}
+            check_like(folder, reader, {"drawn": int, "windows": [place]})
+            need(folder, all(len(window["start"]) == 4 for window in reader["windows"]), "a place in a stream")
+    need(folder, folder.name == f"step_{state['step']:08d}", f"it is of step {state['step']}")
 
 
-MOMENTS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+def moments_like(folder, optimizer, saved: dict) -> dict:
+    """What an optimizer keeps of the parameters that `saved` has entries of, for `check_like`."""
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    need(folder, saved.keys() <= parameters.keys(), "an optimizer has entries of other parameters")
+    if isinstance(optimizer, torch.optim.Muon):
+        return {number: {"momentum_buffer": parameters[number]} for number in saved}
+    return {n: {"step": torch.zeros(()), "exp_avg": parameters[n], "exp_avg_sq": parameters[n]} for n in saved}
 
 
-def check_optimizer(need, optimizer, saved, has_trained: bool):
-    """UserError unless `saved` is a state of whole tensors for the parameters of this optimizer."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    need(isinstance(saved, dict) and isinstance(saved.get("state"), dict), "an optimizer's state is missing")
-    need(saved["state"] or not has_trained, "an optimizer's state is empty")
-    kind = next(kind for kind in MOMENTS if kind in type(optimizer).__name__)
-    for number, entries in saved["state"].items():
-        need(type(number) is int and 0 <= number < len(parameters), f"the optimizer has no parameter {number!r}")
-        need(isinstance(entries, dict) and entries.keys() == MOMENTS[kind], f"{kind}'s state of parameter {number}")
-        for name, value in entries.items():
-            like = torch.zeros(()) if name == "step" else parameters[number]
-            need.tensor(value, like, f"{kind}'s {name} of parameter {number}")
-            need(name not in ("step", "exp_avg_sq") or value.min() >= 0, f"{kind}'s {name} of parameter {number}")
+def need(folder: Path, holds, wrong: str):
+    """UserError, which names the state of a checkpoint folder and what is wrong with it, unless it holds."""
+    if not holds:
+        raise UserError(f"{folder / 'state' / 'training.pt'} is broken: {wrong}")
 
 
-class Needs:
-    """need(condition, what is wrong): UserError, which names the file, where the condition does not hold."""
+def check_like(folder: Path, saved, like, name="it", infinite=()):
+    """UserError unless a nest of tensors, numbers and containers is like another. A tensor stands for finite ones of
+    its shape and dtype; int and float for numbers from 0 on, without an end where `infinite` has their name; a list for a
+    list of what it holds; a dict for one that has its keys; None for anything."""
+    last, inner = str(name).rpartition(".")[2], []
+    if isinstance(like, torch.Tensor):
+        fits = isinstance(saved, torch.Tensor) and (saved.shape, saved.dtype) == (like.shape, like.dtype)
+        fits = fits and (saved.layout, saved.device.type) == (torch.strided, "cpu")
+        fits = fits and saved.untyped_storage().nbytes() >= saved.numel() * saved.element_size()  # none is repeated
+        fits = fits and saved.isfinite().all() and (last not in ("step", "exp_avg_sq") or saved.min() >= 0)
+    elif isinstance(like, type):
+        fits = type(saved) in (int, like) and saved >= 0 and (saved < 2**62 or last in infinite)
+    elif isinstance(like, list):
+        fits = isinstance(saved, list)
+        inner = [(name, each, like[0]) for each in saved] if fits else []
+    else:
+        fits = like is None or isinstance(saved, dict) and saved.keys() >= like.keys()
+        inner = [(f"{name}.{key}", saved[key], like[key]) for key in like or ()] if fits else []
+    need(folder, fits, f"{name.removeprefix('it.')} is not what this run needs")
+    for part, each, wanted in inner:
+        check_like(folder, each, wanted, part, infinite)
 
-    def __init__(self, path: Path):
-        self.path = path
 
-    def __call__(self, holds, wrong: str):
-        if not holds:
-            raise UserError(f"{self.path} is broken: {wrong}")
-
-    def number(self, state: dict, name, kind=float):
-        """A number of 0 or more that is no NaN; infinity is the best loss so far of a run that was never judged."""
-        value = state.get(name) if isinstance(state, dict) else None
-        kinds = (int,) if kind is int else (int, float)
-        self(type(value) in kinds and value >= 0 and (value < 2**62 or name == "best"), f"{name} is {value!r:.50}")
-
-    def tensor(self, value, like: torch.Tensor, name: str):
-        """A tensor of finite numbers of the shape and dtype of another."""
-        is_like = isinstance(value, torch.Tensor) and (value.shape, value.dtype) == (like.shape, like.dtype)
-        is_whole = is_like and value.layout == torch.strided and value.device.type == "cpu"
-        is_whole = is_whole and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
-        self(is_whole and bool(value.isfinite().all()), f"{name} is no finite tensor of shape {list(like.shape)}")
-
-    def position(self, state):
-        """Where a loader is in its text: see `src.loader`, and for streams `src.stream`."""
-        self.number(state, "samples", int)
-        if "reads" not in state:
-            self.number(state, "epoch_samples", int)
-            self(state["epoch_samples"] > 0, "epoch_samples is 0")
-            return
-        self.number(state, "epoch", int)
-        self(
-            isinstance(state["reads"], dict) and isinstance(state.get("loader"), dict), "the stream's state is missing"
-        )
-        self.stream(state["loader"])
-
-    def stream(self, state):
-        """The places of a stream's readers, wherever torchdata keeps them."""
-        for inner in state.values() if isinstance(state, dict) else state if isinstance(state, list) else ():
-            self.stream(inner)
-        if isinstance(state, dict) and "drawn" in state:
-            self.number(state, "drawn", int)
-            windows = state.get("windows")
-            self(isinstance(windows, list), "the stream's windows are missing")
-            for window in windows:
-                self.number(window, "block", int)
-                self.number(window, "given", int)
-                start = window.get("start")
-                self(isinstance(start, list) and len(start) == 4, "the stream's place is missing")
-                for i in range(4):
-                    self.number(dict(enumerate(start)), i, int)
+def _readers(state):
+    """The states of a stream's readers, wherever torchdata keeps them."""
+    if isinstance(state, dict) and "drawn" in state:
+        yield state
+    for inner in state.values() if isinstance(state, dict) else state if isinstance(state, list) else ():
+        yield from _readers(inner)
 
 
 def restore(trainer, folder: Path, state: dict):

@@ -124,9 +124,13 @@ class TestForms:
         assert generate.parse_args(["--prompt", text])[0].prompt == [text]
 
     def test_positional(self):
-        for words in (["runs/x", "--seed", "3"], ["--seed", "3", "runs/x"], ["--checkpoint", "runs/x", "--seed", "3"]):
+        for words in (
+            ["checkpoints/stdlib", "--seed", "3"],
+            ["--seed", "3", "checkpoints/stdlib"],
+            ["--checkpoint", "checkpoints/stdlib", "--seed", "3"],
+        ):
             config = generate.parse_args(words)[0]
-            assert (config.checkpoint, config.seed) == ("runs/x", 3)
+            assert (config.checkpoint, config.seed) == ("checkpoints/stdlib", 3)
         assert generate.parse_args([])[0].checkpoint is None
 
     def test_a_value_may_look_like_a_flag(self):
@@ -184,7 +188,7 @@ def test_a_wrong_flag_is_one_line(capsys, words, said):
         ("monitoring:\n  tensorboard: true\n  tensorboard: false\n", ["line 3", "tensorboard", "line 2"]),
         ("lr: 1\nmax_steps:\n", ["settings.yaml", "max_steps is left empty"]),
         ("sample_prompt:\n", ["settings.yaml", "sample_prompt is left empty"]),
-        ("monitoring: {tensorboard: }\n", ["settings.yaml", "monitoring.tensorboard is left empty"]),
+        ("monitoring: {tensorboard: }\n", ["settings.yaml", "monitoring: tensorboard is left empty"]),
         ("lr: .inf\n", ["lr is inf", "finite"]),
         ("weight_decay: .nan\n", ["weight_decay is nan", "finite"]),
         ("mixture: [1, .inf]\ntrain_paths: [a, b]\n", ["mixture is inf", "finite"]),

@@ -22,7 +22,7 @@ from src.model_config import loss_weights
 from src.monitor import TRMTrainingLogger
 from src.optim import learning_rate_factor
 from src.parallel import load_optimizer
-from src.run_state import Needs, check_optimizer
+from src.run_state import check_like, moments_like, need
 from src.runtime import Interrupt, autocast, mix_seed
 from src.samples import Sample, collate_batch
 from src.tasks.classification import Example, LlamaEmbeddingClassifier, encode, predict
@@ -188,16 +188,16 @@ class Finetuner:
 
     def check(self, folder: Path, state: dict):
         """UserError unless a checkpoint's state is all that this run needs."""
-        need = Needs(folder / "state" / "training.pt")
-        need(isinstance(state, dict) and isinstance(state.get("trained"), dict), "it is no state of a fine-tuning run")
-        need.number(state, "step", int)
-        need(folder.name == f"step_{state['step']:08d}" and state["step"] <= self.total_steps, "it is of another step")
-        need(type(state.get("best")) is float and -1 <= state["best"] <= 1, f"best is {state.get('best')!r:.50}")
-        need(type(state.get("best_loss")) is float and state["best_loss"] >= 0, "best_loss is missing")
-        need(state["trained"].keys() == self.trained.keys(), "it has weights of other parameters")
-        for name, parameter in self.trained.items():
-            need.tensor(state["trained"][name], parameter, name)
-        check_optimizer(need, self.optimizer, state.get("optimizer"), state["step"] > 0)
+        like = {"step": int, "best_loss": float, "trained": dict(self.trained), "optimizer": {"state": {}}}
+        check_like(folder, state, like, infinite=("best_loss",))
+        saved = state["optimizer"]["state"]
+        check_like(folder, saved, moments_like(folder, self.optimizer, saved))
+        is_own = folder.name == f"step_{state['step']:08d}" and state["step"] <= self.total_steps
+        need(
+            folder,
+            is_own and isinstance(state.get("best"), float) and (saved or not state["step"]),
+            "a part is missing",
+        )
 
     def load(self, state: dict):
         """Go on exactly where a checkpoint was written."""
