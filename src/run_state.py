@@ -78,9 +78,11 @@ def need(folder: Path, holds, wrong: str):
 
 
 def check_like(folder: Path, saved, like, name="it", infinite=()):
-    """UserError unless a nest of tensors, numbers and containers is like another. A tensor stands for finite ones of
-    its shape and dtype; int and float for numbers from 0 on, without an end where `infinite` has their name; a list for a
-    list of what it holds; a dict for one that has its keys; None for anything."""
+    """UserError unless a nest of tensors, numbers and containers is like another.
+
+    A tensor stands for finite ones of its shape and dtype; int and float for numbers from 0 on, without an end where
+    `infinite` has their name; a list for a list of what it holds; a dict for one that has its keys; None for anything.
+    """
     last, inner = str(name).rpartition(".")[2], []
     if isinstance(like, torch.Tensor):
         fits = isinstance(saved, torch.Tensor) and (saved.shape, saved.dtype) == (like.shape, like.dtype)
