@@ -165,7 +165,7 @@ def load(config):
         from src.onnx_session import load_onnx
 
         return load_onnx(config.onnx, config.device)
-    if config.checkpoint is not None and not Path(config.checkpoint).is_dir():
+    if config.checkpoint is not None and not Path(config.checkpoint).exists():
         raise UserError(
             f"no checkpoint folder at {config.checkpoint}: train one with train_trm_lm.py, correct the path, "
             f"or did you mean --prompt {shlex.quote(config.checkpoint)}?"

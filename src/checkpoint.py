@@ -1,12 +1,11 @@
 """Checkpoint folders: model.safetensors, config.json, the tokenizer's files, ema.safetensors, state/ for resuming.
 
-A checkpoint is written beside its place and renamed into it, so a crash at any moment leaves the previous one whole.
+A checkpoint is written whole or not at all (`src.folders`), so a crash at any moment leaves the previous one whole.
 Loading never unpickles code. `src.run_folder` keeps those of a run.
 """
 
 import json
-import os
-import shutil
+import re
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,12 +17,16 @@ from safetensors.torch import load_file, save_file
 from src.config import build
 from src.decode import store_for_decoding
 from src.errors import UserError
+from src.folders import replacing
 from src.language_model import LanguageModel
 from src.model import TRMConfig, TRMModel
 from src.parallel import placed_like
 from src.tokenizer import read_tokenizer
+from src.tokenizer_json import TOKENIZER_FILES
 
 FORMAT = 2  # of config.json; checkpoints from before the loop could have a loss at each visit have none
+# all that a checkpoint consists of
+FILES = {*("model.safetensors", "ema.safetensors", "classifier.safetensors", "config.json", "state"), *TOKENIZER_FILES}
 RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "stdlib"
 
 
@@ -34,27 +37,17 @@ def save_checkpoint(folder, model: TRMModel, tokenizer, ema=None, state=None, in
     strings, containers); info: figures that go into config.json beside the model's fields; weights: the model's whole
     tensors where it holds only a part of them (`own_state`, gathered); more: {name of another .safetensors file:
     tensors}."""
-    folder = Path(folder)
-    beside = folder.with_name(f".{folder.name}.writing")
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        _save_tensors(own_state(model) if weights is None else weights, beside / "model.safetensors")
-        for name, tensors in ((more or {}) | ({} if ema is None else {"ema.safetensors": ema})).items():
-            _save_tensors(tensors, beside / name)
-        tokenizer.save(beside)
-        config = {"format": FORMAT, "model": model.config.to_dict(), "info": info or {}}
-        (beside / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        if state is not None:
-            (beside / "state").mkdir()
-            torch.save(state, beside / "state" / "training.pt")
-        _sync(beside)
-        aside = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(aside, ignore_errors=True)
-        if folder.exists():  # written again: the old one goes only when the new one is in its place
-            folder.rename(aside)
-        beside.rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        with replacing(folder, FILES.__contains__) as beside:
+            save_tensors(own_state(model) if weights is None else weights, beside / "model.safetensors")
+            for name, tensors in ((more or {}) | ({} if ema is None else {"ema.safetensors": ema})).items():
+                save_tensors(tensors, beside / name)
+            tokenizer.save(beside)
+            config = {"format": FORMAT, "model": model.config.to_dict(), "info": info or {}}
+            (beside / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            if state is not None:
+                (beside / "state").mkdir()
+                torch.save(state, beside / "state" / "training.pt")
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of these, by who writes
         raise UserError(
             f"cannot write the checkpoint {folder}: {getattr(error, 'strerror', None) or error}; "
@@ -68,24 +61,27 @@ def own_state(model: torch.nn.Module) -> dict:
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
-def _save_tensors(tensors, path):
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+def save_tensors(tensors: dict, path: Path, **options):
+    """Write a .safetensors file, which others may read as far as the umask says: by itself it is the owner's alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, **options)
+    path.chmod(mode)
 
 
-def _sync(folder):
-    """Force the folder's files to disk before the rename makes them visible."""
-    for path in sorted(folder.rglob("*")) + [folder]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+def follow(link: Path) -> Path:
+    """Where run_folder/last or best leads: the path itself, or the checkpoint that it names where it is a small file,
+    as on systems without links."""
+    name = link.read_bytes()[:100].decode(errors="replace").strip() if link.is_file() else ""
+    return link.with_name(name) if re.fullmatch(r"step_\d+", name) else link
 
 
 def resolve(folder=None) -> Path:
     """The checkpoint folder meant by a path: itself, or a run folder's best, else last; default: the released one."""
-    folder = Path(folder) if folder is not None else RELEASED
+    folder = follow(Path(folder)) if folder is not None else RELEASED
     if not folder.is_dir():
         raise UserError(f"no checkpoint folder at {folder}: train one with train_trm_lm.py, or correct the path")
-    for candidate in (folder, folder / "best", folder / "last"):
+    for candidate in (folder, follow(folder / "best"), follow(folder / "last")):
         if (candidate / "config.json").is_file():
             return candidate
     raise UserError(f"{folder} is no checkpoint (no config.json) and no run folder (no best or last): correct the path")

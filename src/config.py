@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -11,9 +12,31 @@ import sys
 import typing
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, _loaders_dumpers, set_parsing_settings
 
 from src.errors import UserError, one_line
+from src.plain_yaml import parse_yaml, read_yaml
+
+
+class _PlainLoader:
+    """What jsonargparse reads a flag's value with, in the form of a PyYAML loader: its own crashes on deep nesting."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def get_single_data(self):
+        try:
+            return parse_yaml(self.text, "the value")
+        except UserError as error:
+            raise yaml.YAMLError(str(error)) from None
+
+    def dispose(self):
+        """Nothing is open."""
+
+
+_loaders_dumpers.yaml_default_loader = _PlainLoader
+set_parsing_settings(import_path_denylist=["*"])  # besides the sections, see `parse_flags`
 
 
 def run(main):
@@ -95,14 +118,19 @@ def check_writable(path):
 
 
 class _Parser(ArgumentParser):
+    file = None  # the --config file whose values are parsed
+
     def error(self, message, ex=None):
         if not self.exit_on_error:  # the parser of one item of a section: its parser says where it stands
             super().error(message, ex)
-        print(f"error: {self._plainly(one_line(message))} (see {self.prog} --help)", file=sys.stderr)
+        where = f"--config {self.file}: " if self.file else ""
+        print(f"error: {where}{self._plainly(one_line(message))} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
     def _plainly(self, message):
         """The parser's message about a wrong value as flag, value, what is allowed."""
+        if imports := re.match(r'Parser key "([\w.]+)": .*Importing .* is not allowed', message):
+            return f"--{imports[1]}: this is no section: settings are plain values and import nothing"
         item = re.match(r'Parser key "([\w.]+)": Problem with given class_path \S+ (.*)$', message)
         if item:
             return f"{item[1]}: {self._plainly(item[2]).removeprefix('--')}"
@@ -126,27 +154,56 @@ def parse_flags(description, *classes, argv=None, positional=None, defaults=None
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(description=description, formatter_class=_Formatter, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of the same names as the flags below")
+    parser.add_argument("--config", help="YAML file of the same names as the flags below")
     for cls in classes:
         parser.add_class_arguments(cls, as_group=True)
     fields = {name: field for cls in classes for name, field in _flags(cls)}
+    sections = {kind for field in fields.values() for kind in (field.type, *typing.get_args(field.type))}
+    sections = [f"{kind.__module__}.{kind.__qualname__}" for kind in sections if dataclasses.is_dataclass(kind)]
+    set_parsing_settings(import_path_allowlist=sections)
+    files, words = _normalise(argv, fields, positional)
+    from_files = _parse_files(parser, files, fields)
+    parsed = parser.parse_args(words, from_files)
+    if defaults is not None and (others := defaults(parsed)):
+        parser.set_defaults(others)
+        parsed = parser.parse_args(words, from_files)
     try:
-        words = _normalise(argv, fields, positional)
-        parsed = parser.parse_args(words)
-        if defaults is not None and (others := defaults(parsed)):
-            parser.set_defaults(others)
-            parsed = parser.parse_args(words)
-    except UnicodeDecodeError:
-        raise UserError("the --config file is not UTF-8 text: correct it") from None
-    return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls)}) for cls in classes)
+        return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls)}) for cls in classes)
+    except UserError as error:
+        raise UserError(f"{error} (flags over --config {', '.join(files)})" if files else error) from None
+
+
+def _parse_files(parser, files, fields):
+    """What the --config files set, a later file over an earlier one."""
+    parsed = None
+    for parser.file in files:
+        values = read_yaml(parser.file, "--config")
+        if unknown := [name for name in values if name not in fields]:
+            raise UserError(f"--config {parser.file}: {_unknown(unknown[0], fields)}")
+        parsed = parser.parse_object(values, parsed, defaults=False, env=False)
+    parser.file = None
+    return parsed
+
+
+def _unknown(name, fields, flag=""):
+    close = difflib.get_close_matches(name, fields, 1)
+    return f"there is no setting {flag}{name}" + (f": did you mean {flag}{close[0]}?" if close else ": see --help")
 
 
 def build(cls, values, where=""):
-    """cls(**values) and its sections, where a ValueError or TypeError of their own checks becomes a UserError."""
+    """cls(**values) and its sections, where a ValueError or TypeError of their own checks becomes a UserError, and so
+    does a number that is not finite."""
     types = {f.name: f.type for f in dataclasses.fields(cls)}
     try:
+        for name, value in values.items():
+            kind = types.get(name)
+            if value is None and not (type(None) in typing.get_args(kind) or dataclasses.is_dataclass(kind)):
+                raise UserError(f"{where}{name} is left empty (null): give it a value")
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UserError(f"{where}{name} is {number}: give it a finite number")
         return cls(**{name: _section(types.get(name), value, where + name) for name, value in values.items()})
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{where}{error}") from None
 
 
@@ -187,7 +244,8 @@ def _is_list(field):
 
 
 def _normalise(argv, fields, positional):
-    """`--flag` -> `--flag=true`; `--paths a b` -> `--paths=["a", "b"]`; free words -> the positional field."""
+    """(files of --config, words): `--flag` -> `--flag=true`; `--paths a b` -> `--paths=["a", "b"]`; free words -> the
+    positional field."""
     out, free, files, i = [], [], [], 0
     while i < len(argv):
         name, is_assigned, value = argv[i].partition("=")
@@ -209,13 +267,17 @@ def _normalise(argv, fields, positional):
         elif not name.startswith("-") and positional:
             free.append(argv[i - 1])
         elif field is None and name != "--config":
-            if name.startswith("--") and name not in ("--help", "--print_config"):
-                close = difflib.get_close_matches(name[2:], fields, 1)
-                raise UserError(f"unknown flag {name}" + (f": did you mean --{close[0]}?" if close else ": see --help"))
+            if name.startswith("--") and name != "--help":
+                raise UserError(_unknown(name[2:], fields, "--"))
             out.append(argv[i - 1])
         else:  # the value is the next word, whatever it looks like
             has_next = not is_assigned and i < len(argv)
-            (files if name == "--config" else out).append(f"{name}={argv[i]}" if has_next else argv[i - 1])
+            if field is None and not has_next and not value:
+                raise UserError("--config needs the path of a YAML file")
+            if field is None:
+                files.append(argv[i] if has_next else value)
+            else:
+                out.append(f"{name}={argv[i]}" if has_next else argv[i - 1])
             i += has_next
     if free and not _is_list(fields[positional]):
         out.append(f"--{positional}={free.pop(0)}")
@@ -224,7 +286,7 @@ def _normalise(argv, fields, positional):
                 f"{free[0]!r} is one word too many: {positional} is a single path; quote values with spaces"
                 + ("; did you mean --prompt?" if "prompt" in fields else "")
             )
-    return files + out + ([_list_flag(positional, free)] if free else [])
+    return files, out + ([_list_flag(positional, free)] if free else [])
 
 
 def _list_flag(name, values):

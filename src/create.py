@@ -1,16 +1,20 @@
 """From settings to a model and a trainer."""
 
 import dataclasses
+import functools
+import sys
 from pathlib import Path
 
 import torch
 
-from src import checkpoint, parallel, run_folder
-from src.dataset import prepare_data
+from src import checkpoint, parallel, run_folder, run_state
+from src.corpus import fingerprint_files
+from src.dataset import find_text, prepare_data
 from src.errors import UserError
 from src.metrics import describe_model
 from src.model import TRMConfig, TRMModel
 from src.runtime import choose_device, keep_freed_memory
+from src.tokenizer import read_tokenizer
 from src.train_config import Settings
 from src.trainer import Trainer
 
@@ -34,10 +38,10 @@ def _create_trainer(settings):
     config, data, model_config, runtime = settings
     folder, newest, lock = Path(config.save_dir), None, None
     run_folder.check_writable(folder)
+    run_folder.check_resume(folder, settings.flat(), config.resume)
     if (folder / "config.yaml").exists():
-        run_folder.check_resume(folder, settings.flat(), config.resume)
         lock = parallel.is_main() and run_folder.RunLock(folder)
-        newest = run_folder.newest_whole(folder)
+        newest = run_folder.newest_whole(folder, functools.partial(run_state.check, config))
     source = newest[0] if newest else checkpoint.resolve(config.init_from) if config.init_from else None
     if newest:
         model_config = checkpoint.load_config(source)
@@ -48,19 +52,45 @@ def _create_trainer(settings):
     if source:
         data = dataclasses.replace(data, tokenizer=str(source), sp_model=None)
     choose_device(runtime.device)  # a wrong device is told before minutes of data preparation
-    tokenizer, train_set, valid_set = prepare_data(data, model_config.vocab_size, model_config.max_seq_len)
+    files = find_text(data)
+    corpus, changes = _look_at_text(folder, files, newest, config.allow_changed_corpus)
+    tokenizer, train_set, valid_set = prepare_data(data, model_config.vocab_size, model_config.max_seq_len, files=files)
+    corpus["tokenizer"] = tokenizer.fingerprint
+    if changes and data.streaming and newest:
+        for position in newest[1]["loaders"]:
+            position["reads"] |= train_set.identity  # it goes on at the same place in the text as it is now
     if config.init_from and not newest:
         if model_config.vocab_size is None:
             model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
         model = checkpoint.load_model(source, trains=True, config=model_config)[0]
     else:
         model = create_model(model_config, tokenizer, config.seed)
-    first = TRMConfig(**newest[1]["first_model"]) if newest else None
+    begun = {"vocab_size": model_config.vocab_size, "pad_token_id": model_config.pad_token_id}
+    first = dataclasses.replace(settings.model, **begun) if newest else None  # before the curriculum changed it
     trainer = Trainer(config, model, tokenizer, train_set, valid_set, runtime, data.num_workers, first)
     if trainer.is_main and not newest:
-        run_folder.start(folder, settings.flat())
+        run_folder.start(folder, settings.flat(), corpus)
+    elif trainer.is_main:
+        run_folder.keep_corpus(folder, corpus)
     trainer.lock = lock or (trainer.is_main and run_folder.RunLock(folder))
     if newest:
         trainer.load(*newest)
     trainer.say(f"{describe_model(model)}; {train_set} to train on")
     return trainer
+
+
+def _look_at_text(folder, files, newest, may_change):
+    """(fingerprints of a run's text by part, what has changed since the run began).  UserError where it may not."""
+    corpora, valid_files = files
+    names = ["train"] if len(corpora) == 1 else [f"train {number}" for number in range(1, len(corpora) + 1)]
+    corpus = dict(zip((*names, "valid"), map(fingerprint_files, (*corpora, valid_files))))
+    now = corpus | ({"tokenizer": read_tokenizer(str(newest[0])).fingerprint} if newest else {})
+    changes = run_folder.corpus_changes(folder, now)
+    if changes and not may_change:
+        raise UserError(
+            f"the text is not that which the run in {folder} was begun with ({'; '.join(changes)}): bring it back, or "
+            "go on with what is there by --allow_changed_corpus true"
+        )
+    if changes:
+        print(f"the run goes on with changed text: {'; '.join(changes)}", file=sys.stderr)
+    return corpus, changes

@@ -1,16 +1,17 @@
 """metrics.jsonl read back and drawn: the learning curve of a run, and the parts of a picture of several."""
 
 import io
-import json
 import os
+import sys
 from array import array
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from src.errors import UserError
+from src.files import parse_json
 from src.metrics import format_params
+from src.plain_yaml import read_yaml
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -18,23 +19,38 @@ METRICS_FILE = "metrics.jsonl"
 def scan_metrics(folder: str | Path):
     """Yield (record, offset of its end in bytes) of each line of folder/metrics.jsonl.
 
-    A last line that a kill cut short is left out. UserError where there is no such file, or another line is broken."""
+    A last line that a kill cut short is left out; another one that is no record is named on stderr, once, and passed
+    over: a log is not worth a run. UserError where the file cannot be read."""
     path, end = Path(folder) / METRICS_FILE, 0
     try:
-        file = path.open("rb")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return
+                record, end = _record(line), end + len(line)
+                if record is not None:
+                    yield record, end
+                elif (path, number) not in _NAMED:
+                    _NAMED.add((path, number))
+                    print(f"{path}, line {number} is no record of a step: passed over", file=sys.stderr)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a run folder that holds {METRICS_FILE}") from None
-    with file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                record = json.loads(line)
-                record["step"] + 0
-            except (ValueError, TypeError, KeyError):
-                raise UserError(f"{path}, line {number} is no record of a step: mend or delete that line") from None
-            end += len(line)
-            yield record, end
+
+
+_NAMED = set()  # (file, number) of lines that are no records
+
+
+def _record(line: bytes) -> dict | None:
+    """The record in a line; None where it is none: a step, a time, and numbers or null."""
+    try:
+        record = parse_json(line.decode("utf-8"), METRICS_FILE)
+    except (UserError, UnicodeDecodeError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**53:
+        return None
+    figures = [value for name, value in record.items() if name != "time" and value is not None]
+    is_whole = all(type(value) in (int, float) and abs(value) < 1e300 for value in figures)  # which NaN is not
+    return record if is_whole else None
 
 
 def read_series(folder: str | Path, *names: str) -> dict[str, np.ndarray]:
@@ -57,11 +73,8 @@ def _once(points):
 
 def read_settings(folder: str | Path) -> dict:
     """Settings of a run from its config.yaml, those of a section as `section.name`; {} where there is none."""
-    try:
-        settings = yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return dict(_flat(settings or {}))
+    path = Path(folder) / "config.yaml"
+    return dict(_flat(read_yaml(path))) if path.exists() else {}
 
 
 def _flat(settings, start=""):

@@ -176,7 +176,8 @@ def create_dataloader(dataset, batch_size, seed=0, shuffle=True, start=0, num_wo
 def leave_group(worker_id):
     """In a loading process: Ctrl-C, or a signal to the whole group, asks the training process alone to end; it may want
     more batches until its step is done, and ends its loading processes itself."""
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):  # Windows has no such groups
+        os.setpgid(0, 0)
 
 
 class _Collate:
@@ -189,14 +190,14 @@ class _Collate:
         return collate_batch(samples, self.pad_id)
 
 
-def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None):
+def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None, files=None):
     """(tokenizer, train_set, valid_set) of a DataConfig; windows or rows of `seq_len` tokens.
 
     vocab_size is the size of a SentencePiece model that is trained on the spot (None = ON_THE_SPOT_VOCAB); the
-    vocabulary in use is tokenizer.vocab_size. save_dir: a folder that the tokenizer's file is written to. Raises
-    UserError for every fault of the input.
+    vocabulary in use is tokenizer.vocab_size. save_dir: a folder that the tokenizer's file is written to; files: what
+    `find_text` found, where it was asked before. Raises UserError for every fault of the input.
     """
-    corpora, valid_files = _corpora_and_valid_files(data)
+    corpora, valid_files = files or find_text(data)
     files = sorted(set(itertools.chain(*corpora)))
     part = "whole" if valid_files else "train"  # else validation documents come out of the training files
     if data.streaming:
@@ -230,8 +231,8 @@ def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None):
     return tokenizer, MixedDataset(sets, data.mixture) if data.mixture else sets[0], rows_of(valid)
 
 
-def _corpora_and_valid_files(data):
-    """Training files, a list per corpus, and validation files."""
+def find_text(data):
+    """(training files, a list per corpus; validation files) of a DataConfig."""
     if not data.train_paths:
         train_files, valid_files = stdlib_files()
         print(f"no train_paths: the Python standard library, {len(train_files)} files", file=sys.stderr)

@@ -5,10 +5,9 @@ import re
 import sys
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from src.checkpoint import read_weights
+from src.checkpoint import read_weights, save_tensors
 from src.errors import UserError
 from src.hf_tokenizer import save_for_transformers
 from src.llama import HF, from_llama, plain_config, to_llama
@@ -114,7 +113,7 @@ def write_hf(folder, c: TRMConfig, weights: dict[str, Tensor], tokenizer):
     folder = Path(folder)
     folder.mkdir()
     tensors = {name: tensor.clone() for name, tensor in to_llama(c, weights, HF).items()}  # no shared storage
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids)}
     config = _hf_config(c, weights) | special | {"pad_token_id": c.pad_token_id}
     for name, values in zip(SETTINGS, (config, special | {"pad_token_id": tokenizer.pad_id})):

@@ -88,7 +88,12 @@ class StreamLoader:
 
     def __next__(self):
         if self._batches is None:
-            self._batches = iter(self._loader)
+            try:
+                self._batches = iter(self._loader)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
+                raise UserError(
+                    f"the stream's position is no such thing ({error!r}): go on from another checkpoint"
+                ) from None
         batch, self.epoch = next(self._batches)
         if isinstance(batch, str):
             self._batches = self._loader = None  # the processes end now, not when the error is forgotten

@@ -42,7 +42,7 @@ class TRMTrainingLogger:
     on all text: final_valid_*. Each line is written at once, so that a kill loses at most the one it interrupts.
 
     A run's log is continued: resume_step=n first cuts what was logged after step n, so that each step is there once.
-    UserError where that cannot be written; later, a full disk costs lines and a warning, not the run."""
+    UserError where there can be no folder; what else is wrong with a log costs lines and a warning, not the run."""
 
     def __init__(
         self,
@@ -55,15 +55,17 @@ class TRMTrainingLogger:
         self._last_step, self._drawn, self._cost = None, -math.inf, 0.0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._outputs = [_Lines(self.folder, resume_step)]
-            if config.tensorboard:
-                self._outputs.append(_Events(self.folder, resume_step))
-            if resume_step is not None:
-                _cut_samples(self.folder / SAMPLES_FILE, resume_step)
         except OSError as error:
             raise UserError(
                 f"cannot write the log in {folder}: {error.strerror}; make room, or choose another save_dir"
             ) from None
+        self._outputs = []
+        for output in (_Lines, _Events) if config.tensorboard else (_Lines,):
+            with _spared(self.folder):
+                self._outputs.append(output(self.folder, resume_step))
+        if resume_step is not None:
+            with _spared(self.folder):
+                _cut_samples(self.folder / SAMPLES_FILE, resume_step)
         if config.wandb_project:
             self._outputs.append(_Wandb(self.folder, config.wandb_project))
 
@@ -93,7 +95,7 @@ class TRMTrainingLogger:
         start = time.monotonic()
         try:
             plot_learning_curve(self.folder, title)
-        except UserError as error:
+        except Exception as error:  # whatever a picture fails of, it is not worth the run
             warn("the learning curve was not drawn: %s", error)
         self._drawn = time.monotonic()
         self._cost = self._drawn - start
@@ -107,6 +109,17 @@ class TRMTrainingLogger:
 
     def __exit__(self, *exc):
         self.close()
+
+
+@contextlib.contextmanager
+def _spared(folder):
+    """Around the opening of one file of the log: what is wrong with it is told, and the run goes on without."""
+    try:
+        yield
+    except UserError as error:
+        warn("%s: the run goes on without this log", error)
+    except OSError as error:
+        warn("%s: %s: the run goes on without this log", error.filename or folder, error.strerror)
 
 
 def _number(value):
@@ -173,6 +186,7 @@ class _Events(_Appended):
     full; and its purge_step leaves what was logged after the checkpoint in TensorBoard's default reader."""
 
     def __init__(self, folder: Path, resume_step: int | None):
+        from google.protobuf.message import DecodeError
         from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -181,10 +195,11 @@ class _Events(_Appended):
         self._event, self._summary, self._writer = Event, Summary, RecordWriter
         for path in folder.glob("events.out.tfevents.*") if resume_step is not None else ():
             end = 0
-            for record in RawEventFileLoader(str(path)).Load():  # whole ones alone
-                if Event.FromString(record).step > resume_step:
-                    break
-                end += len(record) + 16  # its length and two checksums
+            with contextlib.suppress(DecodeError):  # a record that is no event, and what follows it, goes as well
+                for record in RawEventFileLoader(str(path)).Load():  # whole ones alone
+                    if Event.FromString(record).step > resume_step:
+                        break
+                    end += len(record) + 16  # its length and two checksums
             os.truncate(path, end)
         super().__init__(folder / f"events.out.tfevents.{time.time():.6f}")
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -202,10 +217,9 @@ class _Events(_Appended):
 def _cut_samples(path: Path, resume_step: int) -> None:
     """Drop the samples of steps after resume_step."""
     if path.exists():
-        parts = re.split(r"(?m)^(?==== step \d+: )", path.read_text(encoding="utf-8"))
-        steps = [int(match[1]) if (match := re.match(r"=== step (\d+)", part)) else 0 for part in parts]
-        kept = [part for part, step in zip(parts, steps) if step <= resume_step]
-        path.write_text("".join(kept), encoding="utf-8")
+        parts = re.split(rb"(?m)^(?==== step \d+: )", path.read_bytes())  # bytes: whatever they are, they stay
+        steps = [int(match[1]) if (match := re.match(rb"=== step (\d{1,18}):", part)) else 0 for part in parts]
+        path.write_bytes(b"".join(part for part, step in zip(parts, steps) if step <= resume_step))
 
 
 class _Wandb:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -20,8 +19,10 @@ from torch.export import Dim
 from src import run_folder
 from src.cache import cache_slots
 from src.checkpoint import load_model, resolve
+from src.corpus import content_hash
 from src.errors import UserError
 from src.files import read_json
+from src.folders import replacing
 from src.losses import kl_divergence
 from src.metrics import effective_depth
 from src.model import TRMModel
@@ -30,10 +31,12 @@ from src.onnx_config import OnnxExport
 from src.onnx_graph import FUSED_HEAD, Graph
 from src.onnx_session import CUDA, FACTS, GRAPH, load_onnx, need
 from src.sampling import generate_ids
+from src.tokenizer_json import TOKENIZER_FILES
 
 OLDEST_OPSET = 18  # that the exporter writes by itself
 CHECKED = 48  # tokens a row of the text that a graph is checked on
 TOLERANCE = 1e-3  # of the largest logit: rounding, which many visits multiply
+README = "README.md"
 ONE_FILE = 1 << 30  # bytes of weights up to which graph and weights are one file; the format itself ends at 2 GiB
 
 
@@ -221,28 +224,19 @@ def export_onnx(settings: OnnxExport) -> dict:
         **_facts_of(model.config, tokenizer, read_json(resolve(settings.checkpoint) / "config.json")),
     }
     describe(proto, facts)
-    beside, aside = (folder.with_name(f".{folder.name}.{state}") for state in ("writing", "old"))
-    shutil.rmtree(beside, ignore_errors=True)
     try:
-        beside.mkdir(parents=True)
-        tokenizer.save(beside)
-        _write_json(beside / "config.json", {"model": model.config.to_dict(), "info": {}})
-        _write_json(beside / FACTS, facts)
-        errors, facts["contrib_ops"] = _write_graph(proto, model, beside, settings)
-        (beside / "README.md").write_text(readme(folder.name, facts), encoding="utf-8")
-        facts["files"] = sorted(path.name for path in beside.iterdir())
-        _write_json(beside / FACTS, facts)
-        shutil.rmtree(aside, ignore_errors=True)
-        if folder.exists():
-            folder.rename(aside)
-        beside.rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        with replacing(folder, lambda name: _is_own(folder, name)) as beside:
+            tokenizer.save(beside)
+            _write_json(beside / "config.json", {"model": model.config.to_dict(), "info": {}})
+            _write_json(beside / FACTS, facts)
+            errors, facts["contrib_ops"] = _write_graph(proto, model, beside, settings)
+            (beside / README).write_text(readme(folder.name, facts), encoding="utf-8")
+            facts |= {"files": sorted(path.name for path in beside.iterdir()), "readme": _digest(beside / README)}
+            _write_json(beside / FACTS, facts)
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error.strerror or error}): choose another --output") from None
     except UserError as error:  # the user knows the folder by its own name
-        raise UserError(str(error).replace(str(beside), str(folder))) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(str(error).replace(f".{folder.name}.writing", folder.name)) from None
     return facts | {"bytes": sum(file.stat().st_size for file in folder.glob(f"{GRAPH}*")), "errors": errors}
 
 
@@ -259,6 +253,19 @@ def _facts_of(config, tokenizer, checkpoint: dict) -> dict:
         "end_ids": list(tokenizer.end_ids),
         "license": info.get("license") if isinstance(info, dict) else None,
     }
+
+
+def _is_own(folder: Path, name: str) -> bool:
+    """Whether an export before wrote this file of its folder: not a README.md that was changed since, nor what it
+    does not know."""
+    if name == README:
+        before = read_json(folder / FACTS)
+        return isinstance(before, dict) and before.get("readme") == _digest(folder / README)
+    return name in (GRAPH, f"{GRAPH}.data", FACTS, "config.json", *TOKENIZER_FILES)
+
+
+def _digest(path: Path) -> str:
+    return f"{content_hash(path.read_bytes()):016x}"
 
 
 def _write_json(path: Path, values: dict):

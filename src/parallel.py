@@ -90,16 +90,18 @@ def placed_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
-    """load_state_dict of a state of whole tensors into an optimizer whose parameters may be sharded."""
+    """Give an optimizer, whose parameters may be sharded, a state of whole tensors: {number of a parameter: entries}.
+
+    The rates and other settings of its groups stay its own."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     placed = {
         number: {
             name: placed_like(value, parameters[number]) if getattr(value, "ndim", 0) else value
             for name, value in entries.items()
         }
-        for number, entries in state["state"].items()
+        for number, entries in state.items()
     }
-    optimizer.load_state_dict({**state, "state": placed})
+    optimizer.load_state_dict({"state": placed, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 @contextlib.contextmanager

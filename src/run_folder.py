@@ -1,34 +1,54 @@
-"""Run folders: config.yaml, `step_NNNNNNNN/` checkpoints and the links `last` and `best`; one process at a time."""
+"""Run folders: config.yaml, `step_NNNNNNNN/` checkpoints and the links `last` and `best`; one process at a time.
 
-import fcntl
+A run folder may be moved, and copied with or without its links: what lies in it is found from where it is now. Where a
+system has no links, as Windows for most users, `last` and `best` are files that hold the checkpoint's name.
+"""
+
+import json
 import os
-import shutil
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
-from src.checkpoint import load_state, read_weights, save_checkpoint
+from src import folders
+from src.checkpoint import FILES, follow, load_state, save_checkpoint
 from src.errors import UserError
+from src.files import read_json
+from src.plain_yaml import dump_yaml, read_yaml
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # settings that may differ between a run and its continuation
 _FREE_ON_RESUME = {
     *("save_dir", "resume", "max_minutes", "eval_every", "eval_batches", "save_every", "log_every", "keep_checkpoints"),
     *("device", "precision", "compile", "shard", "num_workers", "num_proc", "cache_dir", "grad_accum", "max_skipped"),
-    *("sample_prompt", "sample_tokens", "monitoring"),
+    *("sample_prompt", "sample_tokens", "monitoring", "allow_changed_corpus"),
 }
-_SAID_BY_ITSELF = {"save_dir", "resume"}
+_SAID_BY_ITSELF = {"save_dir", "resume", "allow_changed_corpus"}
+CORPUS = "corpus.json"
 
 
-def start(folder: Path, settings: dict):
-    """Make a run folder with its config.yaml, which `--config` takes back.  UserError where it cannot be written."""
+def start(folder: Path, settings: dict, corpus: dict | None = None):
+    """Make a run folder with its config.yaml, which `--config` takes back, and what `keep_corpus` keeps.
+
+    UserError where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / ".config.yaml.writing"
-        beside.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        beside.replace(folder / "config.yaml")
+        _write(folder / "config.yaml", dump_yaml(settings | dict.fromkeys({"resume"} & settings.keys(), False)))
+        if corpus is not None:
+            keep_corpus(folder, corpus)
     except OSError as error:
         raise UserError(f"cannot write to save_dir {folder}: {error.strerror}; choose another folder") from None
+
+
+def _write(path: Path, text: str):
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def check_writable(folder: Path, flag: str = "save_dir"):
@@ -40,22 +60,29 @@ def check_writable(folder: Path, flag: str = "save_dir"):
 
 def settings_of(folder: Path) -> dict:
     """The settings in a run folder's config.yaml; none where no run has begun.  UserError where it is broken."""
-    try:
-        return dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):
+    path = folder / "config.yaml"
+    if not path.exists():
         return {}
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
-        raise UserError(f"{folder}/config.yaml is broken: mend it, or choose another save_dir") from None
+    settings = read_yaml(path)
+    if not settings:
+        raise UserError(f"{path} is empty, and should hold the run's settings: mend it, or choose another save_dir")
+    return settings
 
 
 def check_resume(folder: Path, settings: dict, resume: bool):
     """Whether the run in a folder may go on with these settings: UserError where not, a line for each that changed."""
+    if not (folder / "config.yaml").exists():
+        if resume:
+            raise UserError(f"--resume: save_dir {folder} holds no run: correct it, or begin one without --resume")
+        return
     if not resume:
         raise UserError(f"save_dir {folder} holds a run: go on with --resume true, or choose another folder")
-    before = settings_of(folder)
+    before, free = settings_of(folder), set(_FREE_ON_RESUME)
+    if (folder / CORPUS).exists():  # which knows the text wherever it lies, see check_corpus
+        free |= {"train_paths", "valid_paths"}
     for name, new in settings.items():
         old = before.get(name)
-        if old != new and name not in _FREE_ON_RESUME:
+        if old != new and name in before and name not in free:
             raise UserError(
                 f"--{name} is {new}, but the run in {folder} has {old}: "
                 f"resume with the same settings (--config {folder}/config.yaml) or choose another save_dir"
@@ -64,21 +91,63 @@ def check_resume(folder: Path, settings: dict, resume: bool):
             print(f"--{name} is {new}, and was {old} before", file=sys.stderr)
 
 
-def newest_whole(folder: Path):
-    """(checkpoint folder, its state) of the newest step that can be read; None where a run has written none yet.
+def corpus_changes(folder: Path, corpus: dict) -> list[str]:
+    """What is no longer as `keep_corpus` saw it, in sentences; nothing where it was never called."""
+    path = folder / CORPUS
+    before = read_json(path) if path.exists() else {}
+    try:
+        changes = (_changes(part, before.get(part, now), now) for part, now in corpus.items())
+        return [change for each in changes for change in each]
+    except (AttributeError, TypeError, IndexError):
+        raise UserError(f"{path} is broken: delete it, and the text is taken as it is") from None
 
-    A broken one is named on stderr. UserError where all are broken."""
-    checkpoints = sorted(folder.glob("step_*"), reverse=True)
-    for path in checkpoints:
+
+def keep_corpus(folder: Path, corpus: dict):
+    """Write down what text a run reads: {part: [(name, bytes, digest), ...], or a fingerprint}."""
+    _write(folder / CORPUS, json.dumps(corpus) + "\n")
+
+
+def _changes(part, before, now):
+    if not isinstance(now, list) or not isinstance(before, list):
+        return [f"the {part} has changed"] * (before != now)
+    old, new = ([tuple(file) for file in files] for files in (before, now))
+    gone = {file[0] for file in old if file not in set(new)}
+    come = {file[0] for file in new if file not in set(old)}
+    told = []
+    for kind, names in (("added", come - gone), ("removed", gone - come), ("changed", come & gone)):
+        more = f" and {len(names) - 3} more" * (len(names) > 3)
+        told += [f"{part} files {kind}: {', '.join(sorted(names)[:3])}{more}"] * bool(names)
+    return told or [f"{part} files come in another order"] * (old != new)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first: what is called step_NNNNNNNN and is one, whole or not."""
+    named = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(path for path in named if path.is_dir() and any((path / name).exists() for name in FILES))
+
+
+def _recover(folder: Path):
+    """Clear away what a crash left while a checkpoint was written, or `last` or `best`."""
+    for left in folder.glob(".*"):
+        if found := re.fullmatch(r"\.(step_\d+|last|best)\.(writing|old)", left.name):
+            folders.recover(folder / found[1])
+
+
+def newest_whole(folder: Path, check: Callable[[Path, dict], None]):
+    """(checkpoint folder, its state) of the newest step to go on from; None where a run has written none yet.
+
+    check(folder, state) raises UserError for one that is broken. Such a one is named on stderr, and the one before is
+    taken. UserError where all are broken."""
+    _recover(folder)
+    found = checkpoints(folder)
+    for path in reversed(found):
         try:
             state = load_state(path)
-            for name in ("model.safetensors", "ema.safetensors"):
-                if name.startswith("model") or (path / name).exists() or state["ema_updates"]:
-                    read_weights(path / name)
+            check(path, state)
             return path, state
         except UserError as error:
             print(f"{error}; going back to the checkpoint before", file=sys.stderr)
-    if checkpoints:
+    if found:
         raise UserError(
             f"none of the checkpoints in {folder} can be read: choose another save_dir; perhaps --init_from can still "
             "take weights from one"
@@ -94,8 +163,8 @@ class RunLock:
     def __init__(self, folder: Path):
         self.file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
         try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # by the system, either means that it is held
+            self._take(folder / ".lock")
+        except (BlockingIOError, PermissionError, TimeoutError):  # by the system, each means that it is held
             self.file.seek(0)
             holder = self.file.read().strip() or "unknown"
             raise UserError(
@@ -105,8 +174,19 @@ class RunLock:
         self.file.write(f"{os.getpid()}\n")
         self.file.flush()
 
+    def _take(self, path):
+        if fcntl is not None:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:  # nothing is inherited there, and a locked file cannot be read
+            from filelock import FileLock
+
+            self.held = FileLock(f"{path}.held", timeout=0)
+            self.held.acquire()
+
     def release(self):
         self.file.close()
+        if fcntl is None:
+            self.held.release()
 
 
 def save(folder: Path, name: str, best: bool, keep: int, *checkpoint):
@@ -129,14 +209,27 @@ def point(link, target_name: str):
     link = Path(link)
     beside = link.with_name(f".{link.name}.link")
     beside.unlink(missing_ok=True)
-    beside.symlink_to(target_name)
-    os.replace(beside, link)
+    try:
+        beside.symlink_to(target_name, target_is_directory=True)
+    except (OSError, NotImplementedError):  # a system, or a disk, without links: see `follow`
+        beside.write_text(f"{target_name}\n", encoding="utf-8")
+    if link.is_dir() and not link.is_symlink():  # a copy that was made through the link
+        _, aside = folders.recover(link)
+        link.rename(aside)
+        os.replace(beside, link)
+        folders.remove(aside, FILES.__contains__)
+        if aside.exists():
+            aside.rename(kept := link.with_name(f"{link.name}_copy"))
+            print(f"{link} was a folder of its own: what was yours in it is in {kept}", file=sys.stderr)
+    else:
+        os.replace(beside, link)
 
 
 def prune(run_folder, keep: int):
-    """Delete all but the newest `keep` step_* folders and the one that `best` leads to, and what a crash left over."""
+    """Delete all but the newest `keep` checkpoints and the one that `best` leads to; files of the user's stay."""
     run_folder = Path(run_folder)
-    best = (run_folder / "best").resolve()
-    old = [folder for folder in sorted(run_folder.glob("step_*"))[:-keep] if folder.resolve() != best]
-    for folder in old + list(run_folder.glob(".step_*")):
-        shutil.rmtree(folder)
+    _recover(run_folder)
+    best = follow(run_folder / "best").resolve()
+    for folder in checkpoints(run_folder)[:-keep]:
+        if folder.resolve() != best:
+            folders.remove(folder, FILES.__contains__)

@@ -7,7 +7,7 @@ from pathlib import Path
 from src.errors import UserError
 
 SPACE = "\u2581"  # SentencePiece writes a space inside a piece as this character
-MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_FILES = MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 REPLACEMENT = "\ufffd".encode()
 SPECIAL = {  # the names of a tokenizer_config.json -> usual tokens, most telling first
     "eos_token": "</s> <|endoftext|> <|end_of_text|> <eos> [EOS] <|im_end|> [SEP]".split(),

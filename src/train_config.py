@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -192,7 +193,8 @@ class TrainConfig:
         curriculum: stages of the run, in the --config file
         monitoring: where figures go and when the run warns about its machine
         seed: seed of weights, order of examples and dropout
-        resume: go on from the newest checkpoint of save_dir
+        resume: go on from the newest checkpoint of save_dir, or with --config FOLDER/config.yaml of that run folder
+        allow_changed_corpus: go on although the text, or the tokenizer, is not the one that the run was begun with
         init_from: checkpoint folder that the run starts from: its weights and tokenizer, and its model settings where
             none are given (recursion steps, context length, losses may change, shapes may not)
     """
@@ -228,6 +230,7 @@ class TrainConfig:
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     seed: int = 0
     resume: bool = False
+    allow_changed_corpus: bool = False
     init_from: str | None = None
 
     def __post_init__(self):
@@ -270,8 +273,26 @@ class Settings(NamedTuple):
 def read_settings(argv=None, description=None) -> Settings:
     """Settings from flags, such as ["--config", "configs/small.yaml", "--lr", "3e-3"]; None = the command line's.
 
-    With init_from the model's settings that are not given are those of the checkpoint."""
-    return Settings(*parse_flags(description, *Settings.__annotations__.values(), argv=argv, defaults=_model_of_source))
+    With init_from the model's settings that are not given are those of the checkpoint. A run that goes on by the
+    config.yaml in its folder goes on in that folder, wherever it was moved, unless save_dir is a flag."""
+    argv, classes = list(sys.argv[1:] if argv is None else argv), Settings.__annotations__.values()
+    folder = _home(argv)
+    if folder is not None:
+        train = parse_flags(description, *classes, argv=argv)[0]
+        if train.resume and Path(train.save_dir).resolve() != folder.resolve():
+            print(f"the config.yaml lies in {folder}: the run goes on there, not in {train.save_dir}", file=sys.stderr)
+            argv += ["--save_dir", str(folder)]
+    return Settings(*parse_flags(description, *classes, argv=argv, defaults=_model_of_source))
+
+
+def _home(argv) -> Path | None:
+    """The run folder that the --config file lies in; None where it lies in none, or save_dir is a flag as well."""
+    words = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    if "--save_dir" in words or "--config" not in words[:-1]:
+        return None
+    path = Path(words[len(words) - words[::-1].index("--config")])
+    is_run = path.name == "config.yaml" and any(path.with_name(name).exists() for name in (".lock", "last"))
+    return path.parent if is_run else None
 
 
 def _model_of_source(parsed) -> dict:

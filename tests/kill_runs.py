@@ -22,6 +22,7 @@ import torch._dynamo  # noqa: F401
 from training import trainer_of
 
 from src import monitor
+from src.checkpoint import read_weights
 from src.run_folder import newest_whole
 
 
@@ -36,6 +37,12 @@ def start(settings, log):
             os._exit(1)
         os._exit(0)
     return child
+
+
+def check_weights(folder, state):
+    for name in ("model.safetensors", "ema.safetensors"):
+        read_weights(folder / name)
+    assert folder.name == f"step_{state['step']:08d}"
 
 
 def killed(spec):
@@ -55,7 +62,7 @@ def killed(spec):
             os.kill(child, signal.SIGKILL)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, "it had ended before"
             torn += bool(list(folder.glob(".step_*")))
-            newest, _ = newest_whole(folder)
+            newest, _ = newest_whole(folder, check_weights)
             assert newest == max(folder.glob("step_*")), f"{newest} is not the newest"
         child = start(settings | {"resume": spec["kills"] > 0}, log)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "the last part failed"

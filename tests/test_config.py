@@ -124,9 +124,13 @@ class TestForms:
         assert generate.parse_args(["--prompt", text])[0].prompt == [text]
 
     def test_positional(self):
-        for words in (["runs/x", "--seed", "3"], ["--seed", "3", "runs/x"], ["--checkpoint", "runs/x", "--seed", "3"]):
+        for words in (
+            ["checkpoints/stdlib", "--seed", "3"],
+            ["--seed", "3", "checkpoints/stdlib"],
+            ["--checkpoint", "checkpoints/stdlib", "--seed", "3"],
+        ):
             config = generate.parse_args(words)[0]
-            assert (config.checkpoint, config.seed) == ("runs/x", 3)
+            assert (config.checkpoint, config.seed) == ("checkpoints/stdlib", 3)
         assert generate.parse_args([])[0].checkpoint is None
 
     def test_a_value_may_look_like_a_flag(self):
@@ -150,6 +154,8 @@ class TestForms:
         (["--lr"], ["--lr"]),
         (["--train_paths"], ["--train_paths"]),
         (["--lr", "nan"], ["--lr nan"]),
+        (["--lr", ".inf"], ["lr is inf"]),
+        (["--max_steps", "null"], ["--max_steps None", "int"]),
         (["--max_steps", "0"], ["max_steps is 0"]),
         (["--config"], ["--config"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
@@ -178,6 +184,22 @@ def test_a_wrong_flag_is_one_line(capsys, words, said):
         ("just words\n", []),
         (b"lr: 1\xff\xfe\n", []),
         (b"\x00\x01", []),
+        ("max_steps: 2\nlr: 1\nmax_steps: 3\n", ["line 3", "max_steps", "line 1"]),
+        ("monitoring:\n  tensorboard: true\n  tensorboard: false\n", ["line 3", "tensorboard", "line 2"]),
+        ("lr: 1\nmax_steps:\n", ["settings.yaml", "max_steps is left empty"]),
+        ("sample_prompt:\n", ["settings.yaml", "sample_prompt is left empty"]),
+        ("monitoring: {tensorboard: }\n", ["settings.yaml", "monitoring: tensorboard is left empty"]),
+        ("lr: .inf\n", ["lr is inf", "finite"]),
+        ("weight_decay: .nan\n", ["weight_decay is nan", "finite"]),
+        ("mixture: [1, .inf]\ntrain_paths: [a, b]\n", ["mixture is inf", "finite"]),
+        ("monitoring: {cpu_warning_threshold: .inf}\n", ["monitoring: cpu_warning_threshold is inf"]),
+        ("seed: !!int x\n", ["line 1", "tags"]),
+        ("batch_size: 1:30\n", ["--batch_size 1:30", "int"]),
+        ("config: other.yaml\n", ["there is no setting config"]),
+        ("monitoring: {tensorbord: true}\n", ["monitoring", "tensorbord"]),
+        ("curriculum: {class_path: thisx.X}\n", ["class_path", "import nothing"]),
+        ("curriculum: {stages: [{class_path: thisx.X, init_args: {}}]}\n", ["class_path", "import nothing"]),
+        ("monitoring: thisx.X\n", ["monitoring", "import nothing"]),
     ],
     ids=str,
 )
@@ -186,8 +208,43 @@ def test_a_wrong_file_is_one_line(capsys, config_file, content, said):
     assert all(part in line for part in said), line
 
 
-def test_a_file_without_settings_changes_nothing(config_file):
-    assert parse("--config", config_file("# only a header\n{}\n")) == parse()
+@pytest.mark.parametrize("content", ["# only a header\n{}\n", "", "# only a header\n", "max_minutes:\nmonitoring:\n"])
+def test_a_file_without_settings_changes_nothing(config_file, content):
+    assert parse("--config", config_file(content)) == parse()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--curriculum", '{"class_path": "thisx.X"}'],
+        ["--curriculum", "thisx.X"],
+        ["--curriculum.stages", '[{"class_path": "thisx.X"}]'],
+        ["--curriculum.class_path", "thisx.X"],
+        ["--monitoring", "thisx.X"],
+        ["--monitoring", '{"class_path": "thisx.X", "init_args": {}}'],
+        ["--config", '{"curriculum": {"class_path": "thisx.X"}}'],
+        ["--lr", "!!python/name:thisx.X"],
+        ["--config", "{file}"],
+    ],
+    ids=str,
+)
+def test_settings_import_nothing(capsys, config_file, monkeypatch, tmp_path, words):
+    (tmp_path / "thisx.py").write_text("class X:\n    stages = []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = config_file("curriculum: {stages: [{class_path: thisx.X}]}\nmonitoring: {class_path: thisx.X}\n")
+    refused(capsys, *(word.replace("{file}", path) for word in words))
+    assert "thisx" not in sys.modules
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--curriculum", "--curriculum.stages", "--batch_size"])
+def test_a_deep_nest_in_a_flag_is_one_line(capsys, flag):
+    line = refused(capsys, flag, "[" * 100_000)
+    assert flag in line and len(line) < 1000
+
+
+def test_a_number_is_not_octal_or_time(config_file):
+    got = parse("--config", config_file("batch_size: 010\nlr: 1e-3\nresume: yes\nsample_prompt: 2024-01-01\n"))
+    assert (got["batch_size"], got["lr"], got["resume"], got["sample_prompt"]) == (10, 1e-3, True, "2024-01-01")
 
 
 @pytest.mark.parametrize(

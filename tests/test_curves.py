@@ -64,11 +64,24 @@ class TestReading:
         assert read_series(tmp_path, "loss")["loss"].tolist() == [[1, 1.0]]
         assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
 
-    @pytest.mark.parametrize("line", ["oops", "[1]", "3", '{"loss": 1.0}', '{"step": null}'])
-    def test_a_broken_line_is_named(self, tmp_path, line):
-        (tmp_path / METRICS_FILE).write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-        with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is no record of a step"):
-            read_metrics(tmp_path)
+    @pytest.mark.parametrize(
+        "line",
+        [
+            *("oops", "[1]", "3", '{"loss": 1.0}', '{"step": null}', '{"step": -1}', '{"step": 1.5}', '{"step": true}'),
+            *('{"step": 2, "loss": "x"}', '{"step": 2, "loss": [1]}', '{"step": 2, "loss": NaN}', "\xff", "[" * 5000),
+            *('{"step": 2, "loss": 1e999}', '{"step": 2, "loss": 1' + "0" * 400 + "}", '{"step": 1' + "0" * 5000 + "}"),
+        ],
+        ids=range(16),
+    )
+    def test_a_line_that_is_no_record_is_named_once_and_passed_over(self, tmp_path, capsys, line):
+        text = f'{{"step": 1, "loss": 2}}\n{line}\n{{"step": 3, "loss": 1}}\n'
+        (tmp_path / METRICS_FILE).write_bytes(text.encode("latin-1"))
+        for _ in range(2):
+            assert [record["step"] for record in read_metrics(tmp_path)] == [1, 3]
+            assert read_series(tmp_path, "loss")["loss"].tolist() == [[1, 2], [3, 1]]
+        assert plot_learning_curve(tmp_path) is not None
+        told = capsys.readouterr().err.splitlines()
+        assert told == [f"{tmp_path / METRICS_FILE}, line 2 is no record of a step: passed over"]
 
     def test_no_log(self, tmp_path):
         with pytest.raises(UserError, match=r"nowhere/metrics\.jsonl: No such file"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -218,6 +219,46 @@ def test_folders_that_are_refused(source, tmp_path):
     weights.write_bytes(weights.read_bytes()[:20])
     with pytest.raises(UserError, match="classifier.safetensors is broken"):
         load_classifier(tmp_path / "run")
+
+
+BREAKS = {
+    "a scalar": lambda s: moments(s).update(exp_avg=torch.tensor(0.0)),
+    "halved": lambda s: moments(s).update(exp_avg=moments(s)["exp_avg"].flatten()[::2].clone()),
+    "no state": lambda s: s["optimizer"].pop("state"),
+    "no step": lambda s: s.pop("step"),
+    "a step too far": lambda s: s.update(step=2**40),
+    "best": lambda s: s.update(best="x"),
+    "a weight is missing": lambda s: s["trained"].popitem(),
+    "a weight of another shape": lambda s: s["trained"].update({next(iter(s["trained"])): torch.zeros(2)}),
+}
+
+
+def moments(state):
+    return state["optimizer"]["state"][0]
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_broken_state_is_told_before_it_is_used(source, tmp_path, capsys, what):
+    tune(source, tmp_path / "run", epochs=1)
+    path = (tmp_path / "run" / "last").resolve() / "state" / "training.pt"
+    state = torch.load(path)
+    BREAKS[what](state)
+    torch.save(state, path)
+    with pytest.raises(UserError, match="none of the checkpoints in .*run can be read"):
+        tune(source, tmp_path / "run", epochs=1, resume=True)
+    assert "training.pt is broken: " in capsys.readouterr().err
+
+
+def test_a_copied_run_goes_on_and_a_mistyped_one_is_refused(source, tmp_path, monkeypatch):
+    tune(source, tmp_path / "straight")
+    during(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGINT))
+    assert tune(source, tmp_path / "run") is None
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")  # as cp -rL does
+    tune(source, tmp_path / "copy", resume=True)
+    assert (tmp_path / "copy" / "last").is_symlink()
+    assert_same_checkpoints(tmp_path / "straight" / "last", tmp_path / "copy" / "last")
+    with pytest.raises(UserError, match="typo holds no run"):
+        tune(source, tmp_path / "typo", resume=True)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(source, tmp_path, monkeypatch):

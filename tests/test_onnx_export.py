@@ -245,6 +245,30 @@ def test_what_is_refused(tiny, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis.tex"]
 
 
+def test_written_again_the_users_files_stay(tiny, tmp_path, monkeypatch):
+    def again(**options):
+        return export(tiny, tmp_path, recursion="none", **options)[2]
+
+    folder = again()
+    first = (folder / "README.md").read_text()
+    assert (again(max_seq_len=13) / "README.md").read_text() != first  # unchanged since: it is the export's
+    (folder / "README.md").write_text("mine")
+    (folder / "notes" / "deep").mkdir(parents=True)
+    (folder / "notes" / "deep" / "a.txt").write_text("mine")
+    shutil.copytree(folder / "notes", folder / ".git")
+    (folder / "model.onnx.data").write_bytes(b"of a large export before")
+    again()
+    assert (folder / "README.md").read_text() == (folder / ".git" / "deep" / "a.txt").read_text() == "mine"
+    assert (folder / "notes" / "deep" / "a.txt").read_text() == "mine"
+    assert not (folder / "model.onnx.data").exists() and load_onnx(folder)[0].facts["cache"]
+    monkeypatch.setattr("src.onnx_export.check", lambda *args: (_ for _ in ()).throw(UserError(f"{folder} differs")))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="differs"):
+        again()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "onnx"]
+
+
 def test_a_graph_that_does_something_else_is_not_kept(exports, tiny):
     _, _, folder = exports("fused")
     other = tiny(seed=1, **(WIDE | FORMS["fused"]))

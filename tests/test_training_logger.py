@@ -105,12 +105,49 @@ class TestResume:
             pass
         assert read_metrics(tmp_path) == [] and scalars(tmp_path) == {}
 
-    def test_a_broken_line_in_the_middle_is_named_and_nothing_is_cut(self, tmp_path):
-        text = '{"step": 1}\noops\n{"step": 3}\n'
-        (tmp_path / METRICS_FILE).write_text(text)
-        with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
-            logger(tmp_path, resume_step=1)
-        assert (tmp_path / METRICS_FILE).read_text() == text
+    @pytest.mark.parametrize("line", ["oops", '{"step": 2, "lr": "x"}', '{"step": "2"}'])
+    def test_a_strange_line_in_the_middle_is_named_and_stays(self, tmp_path, capsys, line):
+        text = f'{{"step": 1}}\n{line}\n{{"step": 3}}\n'
+        (tmp_path / METRICS_FILE).write_text(text + '{"step": 4}\n')
+        with logger(tmp_path, resume_step=3) as log:
+            log.log(4, loss=1.0)
+        assert (tmp_path / METRICS_FILE).read_text().startswith(text)
+        assert [record["step"] for record in read_metrics(tmp_path)] == [1, 3, 4]
+        assert capsys.readouterr().err.count("metrics.jsonl, line 2") == 1
+
+
+class TestNotWorthARun:
+    """What is wrong with a file of the log is told, and the others go on."""
+
+    @pytest.mark.parametrize("name", [METRICS_FILE, "samples.txt", "events.out.tfevents.1"])
+    def test_a_folder_in_its_place(self, tmp_path, name, caplog):
+        (tmp_path / name).mkdir()
+        with logger(tmp_path, resume_step=1, config=MonitoringConfig()) as log:
+            log.log(2, loss=1.0)
+            log.sample("step 2: a text")
+            log.draw(force=True)
+        assert name in caplog.text and "the run goes on" in caplog.text
+        if name == METRICS_FILE:
+            assert scalars(tmp_path)["train/loss"] == [(2, 1.0)]
+        else:
+            assert [record["step"] for record in read_metrics(tmp_path)] == [2]
+
+    def test_bytes_that_are_no_text_stay_among_the_samples(self, tmp_path):
+        path = tmp_path / "samples.txt"
+        path.write_bytes(b"=== step 1: \xff\n=== step 2: late\n=== step " + b"9" * 5000 + b": far\n")
+        with logger(tmp_path, resume_step=1) as log:
+            log.sample("step 2: again")
+        kept = b"=== step 1: \xff\n=== step " + b"9" * 5000 + b": far\n=== step 2: again\n"
+        assert path.read_bytes() == kept
+
+    def test_a_picture_that_fails(self, tmp_path, monkeypatch, caplog):
+        def fail(*args):
+            raise OverflowError("cannot convert float infinity to integer")
+
+        monkeypatch.setattr("src.monitor.plot_learning_curve", fail)
+        with logger(tmp_path) as log:
+            log.draw(force=True)
+        assert "the learning curve was not drawn: cannot convert" in caplog.text
 
 
 class TestTensorBoard:

@@ -21,6 +21,8 @@ from src.errors import UserError
 from src.model_config import loss_weights
 from src.monitor import TRMTrainingLogger
 from src.optim import learning_rate_factor
+from src.parallel import load_optimizer
+from src.run_state import check_like, moments_like, need
 from src.runtime import Interrupt, autocast, mix_seed
 from src.samples import Sample, collate_batch
 from src.tasks.classification import Example, LlamaEmbeddingClassifier, encode, predict
@@ -177,12 +179,25 @@ class Finetuner:
     def _save(self, is_best):
         own = {name: tensor.detach() for name, tensor in self.classifier.classifier.state_dict().items()}
         state = {name: getattr(self, name) for name in COUNTERS}
-        state |= {"ema_updates": 0, "optimizer": self.optimizer.state_dict(), "trained": dict(self.trained)}
+        state |= {"optimizer": self.optimizer.state_dict(), "trained": dict(self.trained)}
         info = {"labels": self.classifier.names, "step": self.step}
         info |= {"dev_accuracy": self.best, "dev_loss": self.best_loss} if self.best >= 0 else {}
         parts = (self.classifier.model, self.tokenizer, None, state, info, language_weights(self.classifier))
         name = f"step_{self.step:08d}"
         run_folder.save(self.folder, name, is_best, 1, *parts, {CLASSIFIER_FILE: own})
+
+    def check(self, folder: Path, state: dict):
+        """UserError unless a checkpoint's state is all that this run needs."""
+        like = {"step": int, "best_loss": float, "trained": dict(self.trained), "optimizer": {"state": {}}}
+        check_like(folder, state, like, infinite=("best_loss",))
+        saved = state["optimizer"]["state"]
+        check_like(folder, saved, moments_like(folder, self.optimizer, saved))
+        is_own = folder.name == f"step_{state['step']:08d}" and state["step"] <= self.total_steps
+        need(
+            folder,
+            is_own and isinstance(state.get("best"), float) and (saved or not state["step"]),
+            "a part is missing",
+        )
 
     def load(self, state: dict):
         """Go on exactly where a checkpoint was written."""
@@ -191,7 +206,7 @@ class Finetuner:
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(state["trained"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"]["state"])
 
 
 def labels_of(samples: list[Sample]) -> torch.Tensor:
@@ -206,14 +221,13 @@ def finetune(
     and the tokenizer.
 
     None where a signal ended it early. UserError for a folder that is in use, or holds a run of other settings."""
-    folder, newest = Path(config.save_dir), None
+    folder = Path(config.save_dir)
     settings = asdict(config) | {"checkpoint": str(checkpoint.resolve(source)), "labels": names}
     settings |= {"train_texts": _digest(train), "dev_texts": _digest(dev)}
     run_folder.check_writable(folder)
-    if (folder / "config.yaml").exists():
-        run_folder.check_resume(folder, settings, config.resume)
-        newest = run_folder.newest_whole(folder)
-    else:
+    run_folder.check_resume(folder, settings, config.resume)
+    is_new = not (folder / "config.yaml").exists()
+    if is_new:
         run_folder.start(folder, settings)
     lock = run_folder.RunLock(folder)
     try:
@@ -228,6 +242,7 @@ def finetune(
                 where = f"longer than the context of {model.config.max_seq_len} tokens"
                 print(f"{cut} of {len(samples)} texts are {where}: their end is kept", file=sys.stderr)
         run = Finetuner(config, classifier, tokenizer, *sets, precision)
+        newest = None if is_new else run_folder.newest_whole(folder, run.check)
         if newest:
             run.load(newest[1])
             print(f"resumed {newest[0]} after step {run.step}", file=sys.stderr)
