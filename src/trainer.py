@@ -13,8 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from src import parallel, run_folder, run_state
-from src.checkpoint import follow
+from src import checkpoint, parallel, run_folder, run_state
 from src.curriculum import CurriculumScheduler, depth_of_step, grow_average, grow_optimizers, grow_width, set_depth
 from src.dataset import create_dataloader
 from src.errors import UserError
@@ -304,7 +303,7 @@ class Trainer:
         if not is_good:
             self.say(f"step {self.step + 1}: the gradient is not finite, skipped ({self.skipped} so far)")
         if self.skipped_in_a_row >= self.config.max_skipped:
-            last = follow(self.folder / "last")
+            last = checkpoint.follow(self.folder / "last")
             raise UserError(
                 f"step {self.step + 1}: the gradient was not finite {self.skipped_in_a_row} times in a row; the last "
                 f"good checkpoint is {last.resolve() if last.exists() else 'none yet'}; try a smaller --lr, more "

@@ -369,7 +369,7 @@ class TestStart:
                         assert False, script
                     except SystemExit as end:
                         assert end.code == code, (script, flag, out.getvalue())
-                    assert ("usage:" if code == 0 else "error: unknown flag") in out.getvalue(), script
+                    assert ("usage:" if code == 0 else "error: there is no setting") in out.getvalue(), script
                     assert "torch" not in sys.modules, script
             """
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -9,12 +9,11 @@ import pytest
 import torch
 import yaml
 from scripts import ROOT
-from training import TINY, assert_same_checkpoints, during
+from training import TINY, assert_same_checkpoints, during, read_metrics
 
 import train_trm_lm
 from src import run_folder
 from src.checkpoint import follow, load_model, load_state, resolve
-from src.curves import read_metrics
 from src.errors import UserError
 from src.run_folder import RunLock, checkpoints, corpus_changes, keep_corpus, point, prune
 
