@@ -152,6 +152,14 @@ def read_json(path, what: str = "") -> dict | list | str | int | float | bool | 
     return parse_json(read_text(path, what), f"{what} {path}".strip())
 
 
+def read_object(path, what: str = "") -> dict:
+    """The object in a JSON file.  UserError where there is none."""
+    value = read_json(path, what)
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {path} holds no JSON object: copy it again".strip())
+    return value
+
+
 def _is_deeper(value, depth) -> bool:
     level = [value]
     for _ in range(depth):

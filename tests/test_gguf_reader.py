@@ -206,8 +206,8 @@ class TestRefused:
             ({}, ["blk.0.attn_q.bias"], "blk.0.attn_q.bias"),
             ({"llama.feed_forward_length": 25}, [], "has shape"),
             ({"llama.block_count": 3}, [], "lacks blk.2"),
-            ({"llama.attention.head_count": [4, 4]}, [], "wrong kind"),
-            ({"llama.attention.head_count": 0}, [], "wrong kind"),
+            ({"llama.attention.head_count": [4, 4]}, [], r"head_count is \[4, 4\]"),
+            ({"llama.attention.head_count": 0}, [], "head_count is 0"),
             ({ARCHITECTURE: "qwen2"}, [], "architecture qwen2"),
         ],
     )
