@@ -116,7 +116,7 @@ def read_weights(path) -> dict:
     try:
         return check_tensors(load_file(path), path)
     except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that this torch has not
-        reason = "is missing" if not Path(path).exists() else f"is broken or cut short ({error})"
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"is broken or cut short ({error})"
         raise UserError(f"{path} {reason}: copy the checkpoint folder again") from None
 
 

@@ -169,10 +169,11 @@ def run_chunk(seeds, loader, numbers, seed, report: Path):
     seen = limit()
     with open(report, "w", buffering=1) as file:
         for number in numbers:
+            file.write(f"{number}\n")
+            signal.alarm(WALL)
             files, name, must_refuse = make_input(seeds, loader, number, seed)
             folder = Path(f"case-{loader.replace(' ', '_')}-{number}")
             write_input(folder, files)
-            file.write(f"{number}\n")
             file.write(json.dumps(outcome(loader, folder, name, must_refuse, seen)) + "\n")
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -25,15 +25,13 @@ RAW = {LONG_NUMBER: "9" * 5000, DEEP_LIST: "[" * 5000 + "]" * 5000, DEEP_DICT: '
 
 def mutate(kind: str, content: bytes, rng) -> tuple[bytes, str]:
     """One file of the given kind, broken: now and then in several places, and one time in five as plain bytes."""
-    change = KINDS["bytes" if rng.random() < 0.2 else kind]
-    must_refuse = []
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        try:
-            content, reason = change(content, rng)
-        except Exception:  # noqa: BLE001  (what was broken once may not be readable a second time)
-            content, reason = of_bytes(content, rng)
-        must_refuse.append(reason)
-    return content, must_refuse[0] if len(must_refuse) == 1 else ""
+    try:
+        content, must_refuse = KINDS["bytes" if rng.random() < 0.2 else kind](content, rng)
+    except Exception:  # noqa: BLE001  (a value that the format cannot hold)
+        content, must_refuse = of_bytes(content, rng)
+    for _ in range(rng.choice((0, 0, 0, 1, 3))):
+        content, must_refuse = of_bytes(content, rng)[0], ""  # what is broken once may take for ever to read again
+    return content, must_refuse
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------
@@ -324,7 +322,7 @@ def of_bin(content: bytes, rng) -> tuple[bytes, str]:
     old = struct.unpack_from("<i", content, 4 * at)[0]
     number = rng.choice((*INTEGERS[:16], old + 1, old * 2, -old)) * rng.choice((1, 1, -1))
     struct.pack_into("<I", data, 4 * at, number % 2**32)
-    return bytes(data), "" if number == old else "another header"
+    return bytes(data), ""
 
 
 def of_protobuf(message, rng):

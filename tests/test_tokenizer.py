@@ -299,7 +299,7 @@ def test_what_tokenizer_json_needs(tmp_path):
     assert HFTokenizer(path).eos_id == 256
     for content, message in [
         ('{"eos_token": "<fin>"}', "names <fin> as eos_token"),
-        ("[1]", "broken"),
+        ("[1]", "no JSON object"),
         ("{", "broken"),
     ]:
         beside.write_text(content)
