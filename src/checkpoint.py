@@ -5,9 +5,11 @@ Loading never unpickles code. `src.run_folder` keeps those of a run.
 """
 
 import json
+import os
 import re
 import sys
-from dataclasses import fields, replace
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from src.config import build
 from src.decode import store_for_decoding
 from src.errors import UserError
+from src.files import read_object
 from src.folders import replacing
 from src.language_model import LanguageModel
 from src.model import TRMConfig, TRMModel
@@ -27,6 +30,7 @@ from src.tokenizer_json import TOKENIZER_FILES
 FORMAT = 2  # of config.json; checkpoints from before the loop could have a loss at each visit have none
 # all that a checkpoint consists of
 FILES = {*("model.safetensors", "ema.safetensors", "classifier.safetensors", "config.json", "state"), *TOKENIZER_FILES}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "stdlib"
 
 
@@ -90,30 +94,62 @@ def resolve(folder=None) -> Path:
 def load_config(folder) -> TRMConfig:
     """The TRMConfig of a checkpoint folder.  UserError where config.json is missing or broken."""
     path = resolve(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        values = config["model"]
-        if "format" not in config and values.get("recursion") == "loop":
-            values["supervision_weights"] = None  # it had no meaning: the loop was trained by its last visit alone
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is broken: it should hold the settings of a model; copy the folder again") from None
-    config = build(TRMConfig, values, where=f"{path}: ")
-    for field in fields(config):
-        if field.type in (int, int | None) and isinstance(getattr(config, field.name), float):
-            raise UserError(f"{path}: {field.name} must be a whole number: correct it")
-    return config
+    config = read_object(path)
+    values = _part(config.get("model"), path)
+    if "format" not in config and values.get("recursion") == "loop":
+        values["supervision_weights"] = None  # it had no meaning: the loop was trained by its last visit alone
+    return build(TRMConfig, values, where=f"{path}: ")
+
+
+def read_info(folder) -> dict:
+    """The figures beside the model's settings in a checkpoint folder's config.json: {} where there are none."""
+    path = resolve(folder) / "config.json"
+    return _part(read_object(path).get("info") or {}, path)
+
+
+def _part(values, path):
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is broken: it should hold the settings of a model, and info; copy the folder again")
+    return values
 
 
 def read_weights(path) -> dict:
-    """Tensors of a .safetensors file.  UserError where it is missing or cut short."""
+    """Tensors of a .safetensors file.  UserError where it is missing or cut short, and as `check_tensors`."""
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        reason = "is missing" if not Path(path).exists() else f"is broken or cut short ({error})"
+        return check_tensors(load_file(path), path)
+    except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that this torch has not
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"is broken or cut short ({error})"
         raise UserError(f"{path} {reason}: copy the checkpoint folder again") from None
 
 
-def load_weights(model: TRMModel, weights: dict, path):
+def check_tensors(tensors: dict, path) -> dict:
+    """The tensors, as they are.  UserError for one that is not whole in memory, of floating point, and finite."""
+    for name, tensor in tensors.items():
+        wrong = None
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type == "meta":
+            wrong = "is no tensor of numbers"
+        elif tensor.dtype not in FLOATS:
+            wrong = f"is of {tensor.dtype}, quantized or no weight: give the floating-point weights"
+        elif tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            wrong = f"repeats numbers instead of having all of {list(tensor.shape)}"
+        elif tensor.numel() and not all(end.isfinite() for end in tensor.detach().aminmax()):
+            wrong = "holds NaN or infinity: the run that wrote it had diverged, or it is broken"
+        if wrong:
+            raise UserError(f"{path}: {name} {wrong}")
+    return tensors
+
+
+def check_fit(config: TRMConfig, weights: dict, path):
+    """UserError where weights are not those of a model of these settings, before anything of its size is made."""
+    for name in ("n_layers", "prelude_layers", "coda_layers"):
+        if getattr(config, name) > len(weights):
+            more = f"has {len(weights)} tensors, too few for {name} {getattr(config, name)} in its config.json"
+            raise UserError(f"{path} {more}: they are of different models")
+    with torch.device("meta"):
+        load_weights(TRMModel(config), weights, path)
+
+
+def load_weights(model: torch.nn.Module, weights: dict, path):
     """Copy tensors into a model, whatever their dtype.  UserError where names or shapes do not match."""
     own = own_state(model)
     wrong = sorted(set(own) ^ set(weights)) or [n for n in own if own[n].shape != weights[n].shape]
@@ -148,6 +184,7 @@ def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=
         raise UserError(
             f"{path} does not fit a model of other {', '.join(changed)}: change only what leaves weights as they are"
         )
+    check_fit(own, weights, path)
     model = TRMModel(own if config is None else config)
     load_weights(model, weights, path)
     print(f"{folder}: {'EMA' if path.name.startswith('ema') else 'plain'} weights", file=sys.stderr)
@@ -170,11 +207,19 @@ def _changes_shapes(own, config, name) -> bool:
         return True
 
 
+def load_pt(path, mmap=False):
+    """What a .pt file holds, of which nothing is run.  By what is wrong with it any Exception, of many kinds."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+            raise ValueError("its parts are compressed, or overlap")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
 def load_state(folder) -> dict:
     """What a checkpoint needs besides weights to go on training.  UserError where it is missing or broken."""
     path = Path(folder) / "state" / "training.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_pt(path)
     except Exception as error:  # torch.load raises many kinds, all of them mean the same to the user
         reason = "is missing" if not path.exists() else f"is broken ({type(error).__name__})"
         raise UserError(

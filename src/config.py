@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import types
 import typing
 from pathlib import Path
 
@@ -192,23 +193,37 @@ def _unknown(name, fields, flag=""):
 
 def build(cls, values, where=""):
     """cls(**values) and its sections, where a ValueError or TypeError of their own checks becomes a UserError, and so
-    does a number that is not finite."""
-    types = {f.name: f.type for f in dataclasses.fields(cls)}
+    does a setting that is unknown or left empty, and a number that is not finite."""
+    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+    if unknown := sorted(values.keys() - kinds.keys()):
+        raise UserError(f"{where}there is no setting {unknown[0]}: correct its name, or leave it out")
     try:
         for name, value in values.items():
-            kind = types.get(name)
+            kind = kinds[name]
             if value is None and not (type(None) in typing.get_args(kind) or dataclasses.is_dataclass(kind)):
                 raise UserError(f"{where}{name} is left empty (null): give it a value")
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, float) and not math.isfinite(number):
                     raise UserError(f"{where}{name} is {number}: give it a finite number")
-        return cls(**{name: _section(types.get(name), value, where + name) for name, value in values.items()})
+        return cls(**{name: _section(kinds[name], value, where + name) for name, value in values.items()})
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{where}{error}") from None
 
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "nothing"}
+
+
 def _section(kind, value, where):
-    """A field's value, made into the dataclass (or the list of them) that its type asks for."""
+    """A field's value, made into the dataclass (or the list of them) that its type asks for; 16.0 into the integer 16.
+
+    UserError where it is of another kind than the field, for the plain kinds."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if all(each in KINDS for each in kinds) and type(value) not in kinds:
+        if int in kinds and type(value) is float and value.is_integer():
+            return int(value)
+        if float in kinds and type(value) is int:
+            return float(value)
+        raise UserError(f"{where} is {value!r}: give it {' or '.join(KINDS[each] for each in kinds)}")
     if typing.get_origin(kind) is list and isinstance(value, list):
         return [_section(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if not dataclasses.is_dataclass(kind) or isinstance(value, kind):

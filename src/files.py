@@ -149,7 +149,21 @@ def parse_json(text: str, where):
 
 def read_json(path, what: str = "") -> dict | list | str | int | float | bool | None:
     """The value of a JSON file.  UserError where it cannot be read or is broken."""
-    return parse_json(read_text(path, what), f"{what} {path}".strip())
+    where = f"{what} {path}".strip()
+    value = parse_json(read_text(path, what), where)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        raise UserError(f"{where} holds half of a character ({chr(92)}ud800 or such): correct it") from None
+    return value
+
+
+def read_object(path, what: str = "") -> dict:
+    """The object in a JSON file.  UserError where there is none."""
+    value = read_json(path, what)
+    if not isinstance(value, dict):
+        raise UserError(f"{what} {path} holds no JSON object: copy it again".strip())
+    return value
 
 
 def _is_deeper(value, depth) -> bool:

@@ -2,16 +2,22 @@
 
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from src.checkpoint import check_tensors
 from src.errors import UserError
-from src.llama import GGUF, from_llama, plain_config
-from src.model import TRMConfig
+from src.llama import GGUF, count, from_llama, plain_config
+from src.model_config import LIMITS, TRMConfig
 from src.tokenizer import HFTokenizer, TokenizerWrapper
 
 MAGIC = b"GGUF"
 CONTROL, BYTE = 3, 6  # the token types of GGUF are SentencePiece's
+TITLES = {
+    **{"source_name": "general.name", "license": "general.license"},
+    "base_model": "general.base_model.0.repo_url",
+}
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 ENDS = ("eos", "eot", "eom")  # keys of token ids that end a text
 ENDS_BY_NAME = "<|eot_id|> <|eom_id|> <|im_end|> <|end|> <|endoftext|> <|end_of_text|> <end_of_turn> <EOT>".split()
@@ -28,8 +34,16 @@ def open_gguf(path):
         from gguf import GGUFReader
     except ImportError:
         raise UserError(f"{path} is a GGUF file, which needs the gguf package: pip install gguf==0.19.0") from None
+
+    class Reader(GGUFReader):
+        def _get(self, offset, dtype, count=1, **options):
+            end = int(offset) + int(count) * np.dtype(dtype).itemsize
+            if end > len(self.data):  # the package goes on with empty values, as often as a broken length says
+                raise ValueError(f"it ends at byte {len(self.data):,}, but asks for more")
+            return super()._get(offset, dtype, count, **options)
+
     try:
-        return GGUFReader(path)
+        return Reader(path)
     except Exception as error:  # noqa: BLE001  (by where the file ends: ValueError, IndexError, KeyError, ...)
         raise UserError(f"{path} is a broken or cut short GGUF file ({error}): copy it again") from None
 
@@ -37,31 +51,26 @@ def open_gguf(path):
 def read_gguf(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
     """(config, this model's weights, what it calls itself) of a Llama's GGUF, quantized or not."""
     reader = open_gguf(path)
-    name = _value(reader, "general.architecture")
-    if name != "llama":
-        raise UserError(f"{path} is of architecture {name}: only llama can be converted")
-    from gguf import dequantize
-
-    stored, tensors = {t.name: t for t in reader.tensors}, {}
+    stored, tensors, end = {t.name: t for t in reader.tensors}, {}, 0
     try:
         c = _config(reader, stored, path)
-    except (TypeError, ValueError, ZeroDivisionError) as error:  # such as a number of heads for each layer
+        info = {title: str(value) for title, key in TITLES.items() if (value := _value(reader, key)) is not None}
+        if "base_model" in info:
+            info["base_model"] = info["base_model"].removeprefix("https://huggingface.co/")
+    except (TypeError, ValueError, OverflowError) as error:  # such as a text that is no UTF-8
         raise UserError(f"{path} holds a setting of the wrong kind ({error}): it cannot be converted") from None
-    for name, tensor in stored.items():
+    from gguf import dequantize
+
+    for name, tensor in sorted(stored.items(), key=lambda item: item[1].data_offset):
+        if tensor.data_offset < end:
+            raise UserError(f"{path}: {name} overlaps the tensor before it: the file is broken; copy it again")
+        end = tensor.data_offset + tensor.n_bytes
         try:
             tensors[name] = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
         except NotImplementedError:
             kind = tensor.tensor_type.name
             raise UserError(f"{path}: the gguf package cannot dequantize {name} ({kind}): give another file") from None
-    titles = {
-        "source_name": "general.name",
-        "license": "general.license",
-        "base_model": "general.base_model.0.repo_url",
-    }
-    info = {title: value for title, key in titles.items() if (value := _value(reader, key)) is not None}
-    if "base_model" in info:
-        info["base_model"] = str(info["base_model"]).removeprefix("https://huggingface.co/")
-    return c, from_llama(c, tensors, GGUF, path), info
+    return c, from_llama(c, check_tensors(tensors, path), GGUF, path), info
 
 
 def _value(reader, key, default=None):
@@ -76,7 +85,15 @@ def _config(reader, tensors, path) -> TRMConfig:
             raise UserError(f"{path} lacks llama.{key}: it is no whole GGUF of a Llama")
         return value
 
-    heads, dim = get("attention.head_count"), get("embedding_length")
+    def size(key, *default):
+        return count(
+            get(key, *default), f"{path}: llama.{key}", LIMITS["n_layers" if key == "block_count" else "d_model"]
+        )
+
+    name = _value(reader, "general.architecture")
+    if name != "llama":
+        raise UserError(f"{path} is of architecture {name}: only llama can be converted")
+    heads, dim = size("attention.head_count"), size("embedding_length")
     scaling = get("rope.scaling.type", "none")
     unsupported = {
         "mixture of experts": get("expert_count", 0) > 0,
@@ -91,8 +108,8 @@ def _config(reader, tensors, path) -> TRMConfig:
     if "token_embd.weight" not in tensors:
         raise UserError(f"{path} lacks token_embd.weight: it is no whole GGUF of a Llama")
     return plain_config(
-        path, d_model=dim, n_heads=heads, n_kv_heads=get("attention.head_count_kv", heads),
-        n_layers=get("block_count"), d_ff=get("feed_forward_length"), max_seq_len=get("context_length"),
+        path, d_model=dim, n_heads=heads, n_kv_heads=size("attention.head_count_kv", heads),
+        n_layers=size("block_count"), d_ff=size("feed_forward_length"), max_seq_len=size("context_length"),
         vocab_size=int(tensors["token_embd.weight"].shape[-1]), tie_embeddings="output.weight" not in tensors,
         norm_eps=float(get("attention.layer_norm_rms_epsilon")), rope_theta=float(get("rope.freq_base", 10000.0)),
         rope_scaling=float(get("rope.scaling.factor")) if scaling == "linear" else None,
@@ -101,7 +118,15 @@ def _config(reader, tensors, path) -> TRMConfig:
 
 def read_gguf_tokenizer(path):
     """The tokenizer inside a GGUF: SentencePiece (`llama`), or byte-level BPE (`gpt2`) where its word rule is known."""
-    reader = open_gguf(path)
+    try:
+        return _read_tokenizer(open_gguf(path), path)
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    except Exception as error:  # noqa: BLE001  (the tokenizers library raises bare Exception)
+        raise UserError(f"the tokenizer in {path} is broken ({error}): give another with --tokenizer") from None
+
+
+def _read_tokenizer(reader, path):
     kind, tokens = _value(reader, "tokenizer.ggml.model"), _value(reader, "tokenizer.ggml.tokens")
     types = _value(reader, "tokenizer.ggml.token_type")
     if tokens is None or types is None:
@@ -109,12 +134,7 @@ def read_gguf_tokenizer(path):
     build = {"gpt2": _byte_level_bpe, "llama": _sentencepiece}.get(kind)
     if build is None:
         raise UserError(f"{path} holds a tokenizer of kind {kind}, which cannot be read: give another with --tokenizer")
-    try:
-        return build(reader, tokens, types, path)
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001  (the tokenizers library raises bare Exception)
-        raise UserError(f"the tokenizer in {path} is broken ({error}): give another with --tokenizer") from None
+    return build(reader, tokens, types, path)
 
 
 def read_gguf_ends(path, tokenizer) -> dict:

@@ -9,20 +9,25 @@ from torch import Tensor
 
 from src.checkpoint import read_weights, save_tensors
 from src.errors import UserError
+from src.files import read_object
 from src.hf_tokenizer import save_for_transformers
-from src.llama import HF, from_llama, plain_config, to_llama
-from src.model import TRMConfig
+from src.llama import HF, count, from_llama, plain_config, to_llama
+from src.model_config import LIMITS, TRMConfig
 from src.tokenizer_json import CONFIG_FILE, SPECIAL, as_list
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SETTINGS = "config.json", "generation_config.json"
+SIZES = {
+    **{"vocab_size": "vocab_size", "d_model": "hidden_size", "n_heads": "num_attention_heads"},
+    **{"n_layers": "num_hidden_layers", "d_ff": "intermediate_size"},
+}
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None}  # none other known
 
 
 def read_hf(folder) -> tuple[TRMConfig, dict[str, Tensor], dict]:
     """(config, this model's weights, its licence) of a Llama folder.  UserError for what this model has not."""
     folder = Path(folder)
-    c = _config(read_json(folder / "config.json"), folder / "config.json")
+    c = _config(read_object(folder / "config.json"), folder / "config.json")
     tensors = {name: t for name, t in _tensors(folder).items() if not name.endswith("rotary_emb.inv_freq")}
     return c, from_llama(c, tensors, HF, folder), _licence(folder)
 
@@ -41,7 +46,7 @@ def read_ends(folder, tokenizer) -> dict:
     `add_bos_token` decides about BOS, else whether tokenizer.json puts it before a text; folders that this project
     wrote before it said so mean it."""
     files = [Path(folder, name) for name in (CONFIG_FILE, *SETTINGS)]
-    names, *settings = (read_json(file) if file.is_file() else {} for file in files)
+    names, *settings = (read_object(file) if file.is_file() else {} for file in files)
     ends = [values.get("eos_token_id") for values in settings]
     add_bos = names.get("add_bos_token")
     if not isinstance(add_bos, bool):
@@ -49,23 +54,13 @@ def read_ends(folder, tokenizer) -> dict:
     return {"add_bos": add_bos, "ends": [i for end in ends for i in as_list(end)]}
 
 
-def read_json(path) -> dict:
-    """The object in a JSON file.  UserError where there is none."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(values, dict):
-            return values
-    except (OSError, ValueError):
-        pass
-    raise UserError(f"{path} is missing or broken: copy the folder again")
-
-
 def _config(values: dict, path) -> TRMConfig:
     """TRMConfig of Hugging Face's config.json; what is not in it has LlamaConfig's default."""
     if values.get("model_type") != "llama":
         raise UserError(f"{path} is of model_type {values.get('model_type')}: only llama can be converted")
     try:
-        dim, heads = values["hidden_size"], values["num_attention_heads"]
+        sizes = {own: count(values[name], f"{path}: {name}", LIMITS[own]) for own, name in SIZES.items()}
+        dim, heads = sizes["d_model"], sizes["n_heads"]
         rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
         scaling = rope.get("rope_type") or rope.get("type") or "default"
         unsupported = {
@@ -82,10 +77,9 @@ def _config(values: dict, path) -> TRMConfig:
             if is_so:
                 raise UserError(f"{path} asks for {what}, which this model has not: it cannot be converted")
         return plain_config(
-            path, vocab_size=values["vocab_size"], d_model=dim, n_heads=heads,
-            n_kv_heads=values.get("num_key_value_heads") or heads, n_layers=values["num_hidden_layers"],
-            d_ff=values["intermediate_size"], max_seq_len=values.get("max_position_embeddings", 2048),
-            norm_eps=values.get("rms_norm_eps", 1e-6), tie_embeddings=values.get("tie_word_embeddings", False),
+            path, **sizes, n_kv_heads=count(values.get("num_key_value_heads") or heads, f"{path}: num_key_value_heads"),
+            max_seq_len=count(values.get("max_position_embeddings", 2048), f"{path}: max_position_embeddings"),
+            norm_eps=values.get("rms_norm_eps", 1e-6), tie_embeddings=values.get("tie_word_embeddings") or False,
             rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
             rope_scaling=float(rope["factor"]) if scaling != "default" else None,
             rope_trained_len=rope["original_max_position_embeddings"] if scaling == "yarn" else None,
@@ -93,7 +87,7 @@ def _config(values: dict, path) -> TRMConfig:
         )  # fmt: skip
     except KeyError as error:
         raise UserError(f"{path} lacks {error.args[0]}: it is no whole config.json of a Llama") from None
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} holds a value of the wrong kind ({error}): correct it") from None
 
 
@@ -102,10 +96,15 @@ def _tensors(folder) -> dict[str, Tensor]:
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{folder} holds no {WEIGHTS}: other weight files may run code, save it as safetensors")
         return read_weights(folder / WEIGHTS)
-    shards = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):
+    shards, tensors = read_object(folder / INDEX).get("weight_map"), {}
+    if not isinstance(shards, dict) or any(not isinstance(n, str) or Path(n).name != n for n in shards.values()):
         raise UserError(f"{folder / INDEX} has no weight_map of files beside it: copy the folder again")
-    return {n: t for shard in sorted(set(shards.values())) for n, t in read_weights(folder / shard).items()}
+    for shard in sorted(set(shards.values())):
+        for name, tensor in read_weights(folder / shard).items():
+            if shards.get(name) != shard:
+                raise UserError(f"{folder / shard} holds {name}, which {INDEX} does not say: copy the folder again")
+            tensors[name] = tensor
+    return tensors
 
 
 def write_hf(folder, c: TRMConfig, weights: dict[str, Tensor], tokenizer):

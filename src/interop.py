@@ -24,10 +24,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from src.checkpoint import load_config, load_weights, read_weights, resolve, save_checkpoint
+from src.checkpoint import check_fit, load_config, read_info, read_weights, resolve, save_checkpoint
 from src.errors import UserError
+from src.files import read_object
 from src.gguf_reader import MAGIC, read_gguf, read_gguf_ends, read_gguf_tokenizer
-from src.hf_llama import read_ends, read_hf, read_json, write_hf
+from src.hf_llama import read_ends, read_hf, write_hf
 from src.llama import check_plain
 from src.llama2c import for_run_c, is_bin, read_bin, read_pt, tokenizer_file, write_bin
 from src.model import TRMConfig, TRMModel
@@ -61,9 +62,8 @@ def _read_checkpoint(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
     path = averaged if averaged.exists() else folder / "model.safetensors"
     print(f"{folder}: {'EMA' if path is averaged else 'plain'} weights", file=sys.stderr)
     weights = read_weights(path)
-    with torch.device("meta"):
-        load_weights(TRMModel(config), weights, path)  # which says what does not fit
-    return config, weights, read_json(folder / "config.json").get("info") or {}
+    check_fit(config, weights, path)
+    return config, weights, read_info(folder)
 
 
 def _read_tokenizer_beside(path):
@@ -94,7 +94,7 @@ def recognize(path) -> Format:
     if not path.exists():
         raise UserError(f"there is no {path}: correct the path of the model")
     if path.is_dir():
-        is_hf = (path / "config.json").is_file() and "model_type" in read_json(path / "config.json")
+        is_hf = (path / "config.json").is_file() and "model_type" in read_object(path / "config.json")
         return FORMATS["hf" if is_hf else "checkpoint"]
     try:
         with open(path, "rb") as file:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from src.config import build
 from src.errors import UserError
-from src.model import TRMConfig
+from src.model_config import LIMITS, TRMConfig
 
 
 class Dialect(NamedTuple):
@@ -81,6 +81,13 @@ def adjacent_from_halves(weight: Float[Tensor, "n d"], heads: int) -> Float[Tens
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
+def count(value, where, most=LIMITS["d_model"]) -> int:
+    """A size in another program's file, 16.0 as 16.  UserError, which begins with `where`, for what is none."""
+    if type(value) not in (int, float) or not 1 <= value <= most or value != int(value):
+        raise UserError(f"{where} is {value!r}: it should be a whole number from 1 to {most:,}")
+    return int(value)
+
+
 def plain_config(where, **settings) -> TRMConfig:
     """TRMConfig of a Llama with these sizes.  UserError where they cannot be."""
     return build(TRMConfig, {"recursion": "none", "norm": "pre", **settings}, where=f"{where}: ")
@@ -144,8 +151,6 @@ def _check_names(c, tensors, dialect, where):
         if tensors[name].shape != shape:
             is_shape = list(tensors[name].shape)
             raise UserError(f"{where}: {name} has shape {is_shape}, by its settings it should be {list(shape)}")
-        if not tensors[name].is_floating_point():
-            raise UserError(f"{where}: {name} is quantized ({tensors[name].dtype}): give the floating-point weights")
 
 
 def check_plain(c: TRMConfig, where, wanted: str):

@@ -14,13 +14,14 @@ import pickle
 import struct
 from dataclasses import replace
 from itertools import pairwise
-from math import prod
+from math import inf, prod
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from src.checkpoint import check_tensors, load_pt
 from src.errors import UserError
 from src.hf_tokenizer import PROBES, to_hf
 from src.llama import BLOCK, LLAMA2C, from_llama, part_shapes, plain_config, to_llama, weight_name
@@ -57,7 +58,7 @@ def read_bin(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
     parts = values.split([prod(shape) for shape in layout.values()])
     tensors = {name: part.view(shape) for (name, shape), part in zip(layout.items(), parts)}
     del tensors["cos"], tensors["sin"]  # this model makes its own
-    return c, from_llama(c, tensors, LLAMA2C, path), {}
+    return c, from_llama(c, check_tensors(tensors, path), LLAMA2C, path), {}
 
 
 def write_bin(path, c: TRMConfig, weights: dict[str, Tensor], where):
@@ -174,21 +175,31 @@ def _layout(c) -> dict[str, tuple]:
 def read_pt(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
     """(config, this model's weights, figures of its training) of a llama2.c .pt.  Nothing in it is run."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = load_pt(path, mmap=True)
         args, tensors = dict(saved["model_args"]), dict(saved["model"])
-        heads, tables = args["n_heads"], ("freqs_cos", "freqs_sin")
+        tables = ("freqs_cos", "freqs_sin")
         tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in tables}
+        tensors = check_tensors({name: tensor for name, tensor in tensors.items() if name not in tables}, path)
+        dim, heads, layers, context = (args[name] for name in ("dim", "n_heads", "n_layers", "max_seq_len"))
         head, embed, hidden = (tensors[f"{n}.weight"] for n in ("output", "tok_embeddings", "layers.0.feed_forward.w1"))
         c = plain_config(
-            path, d_model=args["dim"], n_layers=args["n_layers"], n_heads=heads, vocab_size=len(embed),
-            n_kv_heads=args.get("n_kv_heads") or heads, d_ff=len(hidden), max_seq_len=args["max_seq_len"],
+            f"{path}, model_args", d_model=dim, n_layers=layers, n_heads=heads, vocab_size=len(embed),
+            n_kv_heads=args.get("n_kv_heads") or heads, d_ff=len(hidden), max_seq_len=context,
             norm_eps=args.get("norm_eps", FIXED["norm_eps"]), rope_theta=FIXED["rope_theta"],
             tie_embeddings=torch.equal(head, embed),
         )  # fmt: skip
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError, AttributeError, EOFError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # torch.load raises many kinds
         reason = "it holds more than tensors and numbers" if isinstance(error, pickle.UnpicklingError) else repr(error)
         raise UserError(f"{path} is no llama2.c checkpoint, or is broken ({reason}): copy it again") from None
     figures = {"step": saved.get("iter_num"), "best_valid_loss": saved.get("best_val_loss")}
-    info = {name: torch.as_tensor(value).item() for name, value in figures.items() if value is not None}
+    info = {name: _figure(value, f"{path}: its {name}") for name, value in figures.items() if value is not None}
     return c, from_llama(c, tensors, LLAMA2C, path), info
+
+
+def _figure(value, where):
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
+    if type(value) not in (int, float) or not abs(value) < inf:
+        raise UserError(f"{where} is {value!r}: it should be a number; correct it")
+    return value

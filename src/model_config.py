@@ -7,6 +7,12 @@ from typing import Literal
 from src.config import literal_fields
 
 DEEPEST = 1000  # recursion steps, each with a cache of its own
+# the largest of each size: beyond what is built, and small enough to be refused before anything is built
+LIMITS = dict.fromkeys(("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff"), 2**24)
+LIMITS |= dict.fromkeys(("max_seq_len", "rope_trained_len"), 2**30)
+LIMITS |= dict.fromkeys(("n_layers", "latent_steps", "deep_steps", "supervision_steps", "grad_deep_steps"), 10_000)
+FROM_ZERO = {"prelude_layers": 10_000, "coda_layers": 10_000, "act_weight": 1e9}
+MOST_BLOCKS = 2**14  # that one token passes through
 
 
 @dataclass
@@ -101,12 +107,11 @@ class TRMConfig:
 
     def _problems(self):
         """(is it wrong?, what to change) for every combination that cannot work."""
-        sizes = ["d_model", "n_heads", "n_kv_heads", "n_layers", "d_ff", "max_seq_len", "latent_steps", "deep_steps"]
-        optional = [name for name in ("vocab_size", "rope_trained_len") if getattr(self, name) is not None]
-        for name in [*sizes, "supervision_steps", "grad_deep_steps", *optional]:
-            yield getattr(self, name) < 1, f"{name} is {getattr(self, name)}: set it to 1 or more"
-        for name in ("prelude_layers", "coda_layers", "act_weight"):
-            yield not 0 <= getattr(self, name) < inf, f"{name} is {getattr(self, name)}: set it to 0 or more"
+        for name, most in (LIMITS | FROM_ZERO).items():
+            value, least = getattr(self, name), int(name in LIMITS)
+            is_none = value is None and name in ("vocab_size", "rope_trained_len")
+            yield not is_none and not value >= least, f"{name} is {value}: set it to {least} or more"
+            yield not is_none and value > most, f"{name} is {value}: set it to {most:,} or less"
         for name, allowed in literal_fields(type(self)).items():
             yield getattr(self, name) not in allowed, f"{name} is {getattr(self, name)!r}: choose {', '.join(allowed)}"
         D, H, K, G, T = self.d_model, self.n_heads, self.n_kv_heads, self.grad_deep_steps, self.deep_steps
@@ -127,6 +132,9 @@ class TRMConfig:
         yield self.recursion != "none" and G > T, f"grad_deep_steps {G} is more than deep_steps {T}: lower it"
         cut = is_bare and self.recursion == "loop" and G < T
         yield cut, f"injection none gives the embedding no gradient under grad_deep_steps {G}: set it to deep_steps {T}"
+        blocks = self.visits_per_step * self.train_steps * self.n_layers + self.prelude_layers + self.coda_layers
+        far = f"a token would pass through {blocks:,} blocks, over {MOST_BLOCKS:,}: choose fewer steps or layers"
+        yield blocks > MOST_BLOCKS, far
         weights = self.supervision_weights
         wrong = weights is not None and not valid_weights(weights, self.recursion_steps)
         yield wrong, f"supervision_weights is {weights!r}: choose equal, linear, last, or such as 0.3,1.0"

@@ -6,7 +6,6 @@ each row from its left edge on, which spares it the mask.
 """
 
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -16,12 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from src.checkpoint import load_config
-from src.errors import UserError
+from src.errors import UserError, one_line
 from src.exits import ExitRule, max_depth
+from src.files import read_object
 from src.model import Carry, TRMOutput
 from src.runtime import free_cores
 from src.tokenizer import read_tokenizer
 
+INPUTS = ("input_ids", "last", "total", "read")
 GRAPH, FACTS = "model.onnx", "onnx.json"
 PACKAGES = "onnx==1.23.2 onnxruntime==1.31.1 onnxscript==0.7.2"
 CUDA = "CUDAExecutionProvider"
@@ -63,7 +64,7 @@ def load_onnx(folder, device: str = "cpu", threads: int | None = None, quiet: bo
         raise UserError(f"{folder} was exported for a CPU: export it with --device cuda, or choose --device cpu")
     if device != "cpu" and CUDA not in session.get_providers():
         raise UserError("the CUDA provider does not start here (CUDA or cuDNN is missing): choose --device cpu")
-    sizes = tokenizer.vocab_size, config.vocab_size, session.get_outputs()[0].shape[-1]
+    sizes = tokenizer.vocab_size, config.vocab_size, _check_graph(session, config, folder / GRAPH)
     if len(set(sizes)) > 1:
         raise UserError(
             "{}: the tokenizer has {} tokens, config.json {}, the graph {}: ".format(folder, *sizes)
@@ -71,7 +72,20 @@ def load_onnx(folder, device: str = "cpu", threads: int | None = None, quiet: bo
         )
     if not quiet:
         print(f"{folder}: ONNX graph, {facts['precision']}, opset {facts['opset']}, on {device}", file=sys.stderr)
-    return OnnxModel(session, config, facts, device), tokenizer
+    return OnnxModel(session, config, facts, device, folder / GRAPH), tokenizer
+
+
+def _check_graph(session, config, path) -> int:
+    """The vocabulary of a graph.  UserError where it lacks an input or output, or its cache is of another model."""
+    shapes = {entry.name: entry.shape for entry in (*session.get_inputs(), *session.get_outputs())}
+    past = [name for name in shapes if name.startswith("past_")]
+    for name in (*INPUTS, "logits", *(name.replace("past", "present") for name in past)):
+        if name not in shapes:
+            raise UserError(f"{path} lacks {name}: it is broken, or no graph of export_onnx.py; export again")
+    for name in past:
+        if shapes[name][1::2] != [config.n_kv_heads, config.head_dim]:
+            raise UserError(f"{path}: {name} is {shapes[name]}, which does not fit config.json: export again")
+    return shapes["logits"][-1]
 
 
 def _read_facts(folder) -> dict:
@@ -79,9 +93,9 @@ def _read_facts(folder) -> dict:
         if not (folder / name).is_file():
             raise UserError(f"{folder} is no ONNX export (no {name}): make one with export_onnx.py")
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = read_object(folder / FACTS)
         return {name: facts[name] for name in ("opset", "precision", "attention", "cache")}
-    except (ValueError, TypeError, KeyError):
+    except KeyError:
         raise UserError(f"{folder / FACTS} is broken: export again") from None
 
 
@@ -102,8 +116,8 @@ class OnnxModel:
 
     training = False
 
-    def __init__(self, session, config, facts: dict, device: str):
-        self.session, self.config, self.facts, self.device = session, config, facts, device
+    def __init__(self, session, config, facts: dict, device: str, path: Path):
+        self.session, self.config, self.facts, self.device, self.path = session, config, facts, device, path
 
     def eval(self):
         return self
@@ -211,15 +225,15 @@ class OnnxCache:
 
     def run(self, rows: np.ndarray, lengths: np.ndarray, read: np.ndarray) -> Float[Tensor, "n v"]:
         """One run of the graph: rows (B, T) end at `lengths` (B,) columns; logits of the flat columns `read` (N,)."""
-        feeds = {
-            "input_ids": np.ascontiguousarray(rows),
-            "last": (lengths - 1).astype(np.int32),
-            "total": lengths.max(keepdims=True).astype(np.int32),
-            "read": read,
-        }
-        for name, array in feeds.items():
+        last, total = (lengths - 1).astype(np.int32), lengths.max(keepdims=True).astype(np.int32)
+        for name, array in zip(INPUTS, (np.ascontiguousarray(rows), last, total, read)):
             self.binding.bind_cpu_input(name, array)
         logits = np.empty((len(read), self.model.config.vocab_size), dtype=np.float32)
         self.binding.bind_ortvalue_output("logits", need("onnxruntime").OrtValue.ortvalue_from_numpy(logits))
-        self.model.session.run_with_iobinding(self.binding)
+        try:
+            self.model.session.run_with_iobinding(self.binding)
+        except Exception as error:  # ONNX Runtime raises many kinds
+            raise UserError(f"{self.model.path} does not run ({one_line(error)}): export again") from None
+        if not np.isfinite(logits).all():
+            raise UserError(f"{self.model.path} gives NaN or infinity in place of logits: export again")
         return torch.from_numpy(logits)

@@ -36,6 +36,7 @@ from src.tokenizer_json import (
     find_roles,
     keep_apart,
     names_beside,
+    parse_tokenizer,
     read_file,
     token_bytes,
 )
@@ -142,7 +143,8 @@ class TokenizerWrapper(_Tokenizer):
         try:
             if not sp.LoadFromSerializedProto(data):
                 raise RuntimeError
-        except (RuntimeError, ValueError):
+            self._bytes = [self._piece_bytes(i) for i in range(sp.get_piece_size())]
+        except (RuntimeError, ValueError):  # ValueError: a piece that is no UTF-8
             raise UserError(f"{name} is not a whole SentencePiece model; make one with train_spm.py") from None
         self.files = {MODEL_FILE: data}
         self.vocab_size = sp.get_piece_size()
@@ -152,7 +154,6 @@ class TokenizerWrapper(_Tokenizer):
             raise UserError(f"{name} defines no EOS id; make one that does with train_spm.py")
         self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else self.eos_id
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
-        self._bytes = [self._piece_bytes(i) for i in range(self.vocab_size)]
         self._byte_ids = {self._bytes[i][0]: i for i in range(self.vocab_size) if sp.is_byte(i)}
         self._ends_of(names or {})
         self._added = ""  # what encode_batch puts before a text itself
@@ -230,17 +231,10 @@ class HFTokenizer(_Tokenizer):
     kind = "hf"
 
     def __init__(self, json_file, names=None):
-        from tokenizers import Tokenizer  # here, so that the other kinds do not wait for its import
-
         is_content = isinstance(json_file, bytes)
         data, name = (json_file, "the tokenizer.json") if is_content else (read_file(json_file), json_file)
         names = names_beside(json_file) if names is None and not is_content else names or {}
-        try:
-            self._tok = tok = Tokenizer.from_str(data.decode("utf-8"))
-        except Exception:  # noqa: BLE001  (the library raises bare Exception)
-            raise UserError(f"{name} is not a whole tokenizer.json of the tokenizers library") from None
-        tok.no_padding()
-        tok.no_truncation()
+        self._tok = tok = parse_tokenizer(data, name)
         self.vocab_size = max(tok.get_vocab().values()) + 1
         roles = find_roles(tok, names, name)
         self.files = {JSON_FILE: data, CONFIG_FILE: config_of(tok, roles)}

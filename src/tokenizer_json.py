@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from src.errors import UserError
+from src.files import decode, parse_json, read_object
 
 SPACE = "\u2581"  # SentencePiece writes a space inside a piece as this character
 TOKENIZER_FILES = MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
@@ -33,13 +34,38 @@ def as_list(value):
 def names_beside(file):
     """The tokenizer_config.json beside a tokenizer's file: a dict, {} where there is none."""
     path = Path(file).with_name(CONFIG_FILE)
+    return read_object(path) if path.is_file() else {}
+
+
+def parse_tokenizer(data, name):
+    """The tokenizers.Tokenizer of a tokenizer.json.  UserError for what breaks it, or ends the library's own way."""
+    from tokenizers import Tokenizer  # here, so that the other kinds do not wait for its import
+
+    settings = parse_json(decode(data, name), name)
+    used, known = [], []  # by a template that is put around texts, without which the library panics
+    levels = [settings.get("post_processor")] if isinstance(settings, dict) else []
+    for value in levels:
+        levels += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        if isinstance(value, dict):
+            used += [value["SpecialToken"].get("id")] if isinstance(value.get("SpecialToken"), dict) else []
+            known += value["special_tokens"] if isinstance(value.get("special_tokens"), dict) else []
+    if missing := [token for token in used if token not in known]:
+        raise UserError(
+            f"{name}: its post_processor puts {missing[0]} around texts, which it does not have: correct it"
+        )
     try:
-        names = json.loads(read_file(path)) if path.is_file() else {}
-    except ValueError:
-        names = None
-    if not isinstance(names, dict):
-        raise UserError(f"{path} is broken: copy it again, or remove it")
-    return names
+        tok = Tokenizer.from_str(json.dumps(settings))
+        tok.no_padding()
+        tok.no_truncation()
+        tok.encode("a <0x0A> \U0010fffd")  # what it does not know shows whether it can say so
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, no Exception
+            raise
+        raise UserError(f"{name} is not a whole tokenizer.json of the tokenizers library ({error})") from None
+    largest = max(tok.get_vocab().values(), default=-1)
+    if not 0 <= largest < 2 * tok.get_vocab_size() + 1000:
+        raise UserError(f"{name} has {tok.get_vocab_size()} tokens, but an id {largest}: correct it")
+    return tok
 
 
 def find_roles(tok, names, file):

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from texts import BYTE
 from training import read_metrics
 
@@ -215,7 +216,19 @@ def test_folders_that_are_refused(source, tmp_path):
     lock.release()
     with pytest.raises(UserError, match="is no classifier"):
         load_classifier(source / "trm")
+    config = tmp_path / "run" / "best" / "config.json"
+    whole = json.loads(config.read_text())
+    for info in (None, {}, {"labels": "x"}, {"labels": ["bad"]}, {"labels": [1, 2]}):
+        config.write_text(json.dumps(whole | {"info": info}))
+        with pytest.raises(UserError, match="config.json has no list of labels"):
+            load_classifier(tmp_path / "run")
+    config.write_text(json.dumps(whole))
     weights = tmp_path / "run" / "best" / "classifier.safetensors"
+    own = checkpoint.read_weights(weights)
+    for tensors in (own | {"more": torch.ones(2)}, {"weight": own["weight"]}, own | {"bias": torch.ones(3)}):
+        save_file(tensors, weights)
+        with pytest.raises(UserError, match="classifier.safetensors does not fit its config.json"):
+            load_classifier(tmp_path / "run")
     weights.write_bytes(weights.read_bytes()[:20])
     with pytest.raises(UserError, match="classifier.safetensors is broken"):
         load_classifier(tmp_path / "run")

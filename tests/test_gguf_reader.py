@@ -206,8 +206,10 @@ class TestRefused:
             ({}, ["blk.0.attn_q.bias"], "blk.0.attn_q.bias"),
             ({"llama.feed_forward_length": 25}, [], "has shape"),
             ({"llama.block_count": 3}, [], "lacks blk.2"),
-            ({"llama.attention.head_count": [4, 4]}, [], "wrong kind"),
-            ({"llama.attention.head_count": 0}, [], "wrong kind"),
+            ({"llama.attention.head_count": [4, 4]}, [], r"head_count is \[4, 4\]"),
+            ({"llama.attention.head_count": 0}, [], "head_count is 0"),
+            ({"llama.block_count": 2**31}, [], "llama.block_count is 2147483648: .* from 1 to 10,000"),
+            ({"llama.embedding_length": "x"}, [], "llama.embedding_length is 'x'"),
             ({ARCHITECTURE: "qwen2"}, [], "architecture qwen2"),
         ],
     )
@@ -218,6 +220,41 @@ class TestRefused:
             )
         with pytest.raises(UserError, match=said):
             read_gguf(file(metadata=metadata, tensors=tensors)[0])
+
+    def test_weights_that_are_not_finite(self, file):
+        path, model = file()
+        data = bytearray(path.read_bytes())
+        data[-4:] = np.float32(np.nan).tobytes()
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="weight holds NaN or infinity"):
+            read_gguf(path)
+
+    def test_tensors_that_overlap(self, file):
+        path, _ = file()
+        reader = gguf.GGUFReader(path, "c")  # in memory alone
+        offset = reader.tensors[1].field.parts[-1]
+        offset[0] = 0
+        path.write_bytes(reader.data.tobytes())
+        with pytest.raises(UserError, match="overlaps the tensor before it"):
+            read_gguf(path)
+
+    def test_an_array_longer_than_the_file(self, file):
+        """The package would make empty values for as long as the length says."""
+        fields = {"model": "llama", "tokens": ["a", "b"], "token_type": [1, 1], "scores": [0.5, 0.5]}
+        path, _ = file({f"tokenizer.ggml.{name}": value for name, value in fields.items()})
+        data = path.read_bytes()
+        at = data.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 8
+        assert data[at : at + 8] == (2).to_bytes(8, "little")
+        path.write_bytes(data[:at] + (2**40).to_bytes(8, "little") + data[at + 8 :])
+        with pytest.raises(UserError, match="broken or cut short GGUF"):
+            read_gguf(path)
+
+    def test_a_piece_that_is_no_utf8(self, file):
+        fields = {"model": "llama", "tokens": ["<unk>", "abcdefgh"], "token_type": [2, 1], "scores": [0.5, 0.5]}
+        path, _ = file({f"tokenizer.ggml.{name}": value for name, value in fields.items()})
+        path.write_bytes(path.read_bytes().replace(b"abcdefgh", b"\xff" * 8))
+        with pytest.raises(UserError, match="the tokenizer in .*model.gguf is broken"):
+            read_gguf_tokenizer(path)
 
     @pytest.mark.parametrize("keep", [10, 200, 3000])
     def test_cut_short(self, file, tmp_path, keep):

@@ -1,6 +1,7 @@
 """Llama folders of Hugging Face: the same logits as transformers' own model in both directions, and what is refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -150,14 +151,38 @@ REFUSED = {
     "an old name of it": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling dynamic"),
     "no factor": ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
     "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    "a word for a number": ({"hidden_size": "many"}, "wrong kind"),
-    "no heads": ({"num_attention_heads": 0}, "wrong kind"),
+    "a word for a number": ({"hidden_size": "many"}, "config.json: hidden_size is 'many'"),
+    "no heads": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     "sizes that cannot be": ({"num_key_value_heads": 3}, "n_kv_heads"),
     "more layers than weights": ({"num_hidden_layers": 3}, "lacks model.layers.2"),
     "fewer layers than weights": ({"num_hidden_layers": 1}, "holds model.layers.1"),
     "another width": ({"intermediate_size": 25}, "has shape"),
     "tied, but they differ": ({"tie_word_embeddings": True}, "tie them"),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_hidden_layers", size) for size in (2**31, 2**40, 10**30, "2", True, 1.5, -1)),
+        *(("hidden_size", size) for size in (2**40, 16.5, [16], None)),
+        *(("max_position_embeddings", size) for size in (16.5, "x")),
+        *(("vocab_size", 2**40), ("num_key_value_heads", 0.5), ("intermediate_size", float("nan"))),
+    ],
+)
+def test_sizes_that_are_none(folder, name, value):
+    """Field and value are named, before anything of that size is made."""
+    change(folder, **{name: value})
+    with pytest.raises(
+        UserError, match=re.escape(f"config.json: {name} is {value!r}: it should be a whole number from 1 to")
+    ):
+        read_hf(folder)
+
+
+def test_whole_numbers_may_have_a_point(folder):
+    before = read_hf(folder)[0]
+    change(folder, hidden_size=16.0, num_hidden_layers=2.0)
+    assert read_hf(folder)[0] == before and type(before.d_model) is int
 
 
 @pytest.mark.parametrize(("values", "said"), REFUSED.values(), ids=REFUSED)
@@ -174,10 +199,13 @@ class TestFiles:
         with pytest.raises(UserError, match="lacks vocab_size"):
             read_hf(folder)
 
-    @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
-    def test_broken_config(self, folder, text):
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [("{", "broken JSON"), ("[]", "no JSON object"), ("\xff", "not UTF-8"), ("[" * 5000, "broken JSON")],
+    )
+    def test_broken_config(self, folder, text, said):
         (folder / "config.json").write_text(text, encoding="latin-1")
-        with pytest.raises(UserError, match="config.json is missing or broken"):
+        with pytest.raises(UserError, match=f"config.json (is|holds) {said}"):
             read_hf(folder)
 
     def test_weights_that_could_run_code(self, folder):
@@ -197,7 +225,24 @@ class TestFiles:
         with pytest.raises(UserError, match="lacks model.embed_tokens.weight"):
             read_hf(folder)
 
-    @pytest.mark.parametrize("index", [{}, {"weight_map": {"lm_head.weight": "../model.safetensors"}}])
+    def test_a_tensor_in_another_shard_than_the_index_says(self, folder):
+        tensors = load_file(folder / "model.safetensors")
+        name = sorted(tensors)[0]
+        save_file({name: tensors[name] + 1}, folder / "b.safetensors")
+        shards = dict.fromkeys(tensors, "model.safetensors") | {"lm_head.weight": "b.safetensors"}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+        with pytest.raises(UserError, match=f"holds {name}, which .*index.json does not say"):
+            read_hf(folder)
+
+    def test_weights_that_are_not_finite(self, folder):
+        path = folder / "model.safetensors"
+        save_file(load_file(path) | {"lm_head.weight": torch.full((V, 16), torch.nan)}, path)
+        with pytest.raises(UserError, match="model.safetensors: lm_head.weight holds NaN"):
+            read_hf(folder)
+
+    @pytest.mark.parametrize(
+        "index", [{}, {"weight_map": {"x": ["a"]}}, {"weight_map": {"lm_head.weight": "../model.safetensors"}}]
+    )
     def test_index(self, folder, index):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(UserError, match="weight_map"):
@@ -215,7 +260,7 @@ class TestFiles:
     def test_integers(self, folder):
         path = folder / "model.safetensors"
         save_file(load_file(path) | {"lm_head.weight": torch.ones(V, 16, dtype=torch.int8)}, path)
-        with pytest.raises(UserError, match="lm_head.weight is quantized"):
+        with pytest.raises(UserError, match="lm_head.weight is of torch.int8"):
             read_hf(folder)
 
     def test_older_settings(self, folder):

@@ -182,6 +182,40 @@ class TestRefused:
         with pytest.raises(UserError, match="lacks layers.2"):
             read_pt(tmp_path / "m.pt")
 
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            ({"iter_num": "x"}, "m.pt: its step is 'x': it should be a number"),
+            ({"best_val_loss": torch.tensor(torch.nan)}, "m.pt: its best_valid_loss is nan"),
+            ({"model_args": ARGS | {"n_layers": 2**31}}, "m.pt, model_args: n_layers is 2147483648: set it to 10,000"),
+            ({"model_args": ARGS | {"n_heads": "4"}}, "m.pt, model_args: n_heads is '4': give it a whole number"),
+        ],
+    )
+    def test_a_pt_of_other_values(self, tmp_path, more, said):
+        save_pt(tmp_path / "m.pt", weights(True), **more)
+        with pytest.raises(UserError, match=said):
+            read_pt(tmp_path / "m.pt")
+
+    @pytest.mark.parametrize("broken", [None, torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta"), 3])
+    def test_a_pt_of_no_tensors(self, tmp_path, broken):
+        save_pt(tmp_path / "m.pt", weights(True) | {"norm.weight": broken})
+        with pytest.raises(UserError, match="m.pt: norm.weight is no tensor of numbers"):
+            read_pt(tmp_path / "m.pt")
+
+    def test_not_finite(self, bin, tmp_path):
+        data = bytearray(bin.read_bytes())
+        data[28:32] = struct.pack("<f", float("inf"))
+        bin.write_bytes(data)
+        with pytest.raises(UserError, match="tok_embeddings.weight holds NaN or infinity"):
+            read_bin(bin)
+
+    def test_layers_of_a_bin_beyond_bounds(self, bin):
+        data = bytearray(bin.read_bytes())
+        struct.pack_into("<i", data, 8, 2**23)
+        bin.write_bytes(data)
+        with pytest.raises(UserError, match="n_layers is 8388608: set it to 10,000 or less"):
+            read_bin(bin)
+
     def test_a_pt_cut_short(self, tmp_path):
         save_pt(tmp_path / "m.pt", weights(True))
         (tmp_path / "m.pt").write_bytes((tmp_path / "m.pt").read_bytes()[:3000])

@@ -131,6 +131,33 @@ def test_what_a_graph_cannot_do(exported):
         graph(ids[:, :1], cache=cache)
 
 
+def test_graphs_that_are_broken(copied):
+    """One without its logits, one of another cache than config.json says, one that gives NaN."""
+    import onnx
+
+    path = copied / "model.onnx"
+    whole = onnx.load(path)
+    graph = onnx.ModelProto.FromString(whole.SerializeToString())
+    graph.graph.output.remove(next(entry for entry in graph.graph.output if entry.name.startswith("present")))
+    onnx.save(graph, path)
+    with pytest.raises(UserError, match="model.onnx lacks present"):
+        load_onnx(copied)
+    graph = onnx.ModelProto.FromString(whole.SerializeToString())
+    weights = next(
+        w for w in graph.graph.initializer if w.raw_data and w.data_type == onnx.TensorProto.FLOAT and len(w.dims) > 1
+    )
+    weights.raw_data = np.full(len(weights.raw_data) // 4, np.nan, np.float32).tobytes()
+    onnx.save(graph, path)
+    with pytest.raises(UserError, match="model.onnx gives NaN or infinity"):
+        generate_ids(load_onnx(copied)[0], tokens(1), 2)
+    onnx.save(whole, path)
+    config = json.loads((copied / "config.json").read_text())
+    config["model"]["n_kv_heads"] = 1
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="model.onnx: past.* does not fit config.json"):
+        load_onnx(copied)
+
+
 def test_folders_that_cannot_be_loaded(copied, exported, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no ONNX export \(no onnx.json\)"):
@@ -156,7 +183,7 @@ def test_folders_that_cannot_be_loaded(copied, exported, tmp_path, monkeypatch):
         load_onnx(copied)
     for broken in ("{", "[]", '{"opset": 20}'):
         (copied / "onnx.json").write_text(broken)
-        with pytest.raises(UserError, match="onnx.json is broken"):
+        with pytest.raises(UserError, match="onnx.json (is broken|holds no)"):
             load_onnx(copied)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="onnxruntime is not installed: pip install"):

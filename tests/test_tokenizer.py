@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import pickle
 import struct
 from pathlib import Path
@@ -219,6 +220,14 @@ def hf_json(model, special=(), **parts):
     return tok.to_str().encode()
 
 
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<missing>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
+
+
 def byte_level(special, **parts):
     """A byte-level BPE without merges; its special tokens come after the 256 bytes."""
     from tokenizers import decoders, models, pre_tokenizers
@@ -275,6 +284,34 @@ def test_special_tokens_by_the_file_beside_then_post_processor_then_name(tmp_pat
     assert again.decode([257, *again.encode("é<|im_end|>"), 258, 259, 256]) == "é<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t["model"]["vocab"].update({"z": 2**32 - 1}), "has 257 tokens, but an id 4294967295"),
+        (lambda t: t.update(post_processor=TEMPLATE), "its post_processor puts <missing> around texts"),
+        (lambda t: t["model"].update(unk_token=["x"]), "not a whole tokenizer.json"),
+    ],
+)
+def test_tokenizer_json_that_breaks_the_library(tmp_path, capfd, change, said):
+    """Ids beyond the tokens are refused before a table of them is made; what would be a panic in Rust says nothing."""
+    settings = json.loads(byte_level(["</s>"]))
+    change(settings)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"tokenizer.json.* {said}|{said}"):
+        HFTokenizer(tmp_path / "tokenizer.json")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_piece_that_is_no_utf8(tmp_path, sp):
+    data = sp.files["tokenizer.model"]
+    piece = sp._sp.id_to_piece(sp.vocab_size - 1).encode()
+    (tmp_path / "m.model").write_bytes(
+        data.replace(b"\n" + bytes([len(piece)]) + piece, b"\n" + bytes([len(piece)]) + b"\xff" * len(piece))
+    )
+    with pytest.raises(UserError, match="m.model is not a whole SentencePiece model"):
+        read_tokenizer(tmp_path / "m.model")
+
+
 def test_what_tokenizer_json_needs(tmp_path):
     from tokenizers import models, pre_tokenizers
 
@@ -286,7 +323,7 @@ def test_what_tokenizer_json_needs(tmp_path):
     assert HFTokenizer(path).eos_id == 256
     for content, message in [
         ('{"eos_token": "<fin>"}', "names <fin> as eos_token"),
-        ("[1]", "broken"),
+        ("[1]", "no JSON object"),
         ("{", "broken"),
     ]:
         beside.write_text(content)

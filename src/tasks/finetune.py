@@ -5,7 +5,6 @@ events. A checkpoint is the tuned language model, which goes on writing text, wi
 and the names of the labels in config.json. Killed and resumed, a run ends with the weights of an unbroken one.
 """
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -40,12 +39,12 @@ def load_classifier(folder, device="cpu") -> tuple[LlamaEmbeddingClassifier, obj
     if not (folder / CLASSIFIER_FILE).exists():
         raise UserError(f"{folder} is no classifier (no {CLASSIFIER_FILE}): make one with --option finetune")
     model, tokenizer = checkpoint.load_model(folder, device, trains=True)
-    names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["info"]["labels"]
+    names = checkpoint.read_info(folder).get("labels")
+    if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{folder / 'config.json'} has no list of labels in its info: copy the folder again")
     classifier = LlamaEmbeddingClassifier(model, names).to(device).eval()
-    weights = checkpoint.read_weights(folder / CLASSIFIER_FILE)
-    if weights["weight"].shape != classifier.classifier.weight.shape:
-        raise UserError(f"{folder / CLASSIFIER_FILE} does not fit config.json: copy the folder again")
-    classifier.classifier.load_state_dict(weights)
+    path = folder / CLASSIFIER_FILE
+    checkpoint.load_weights(classifier.classifier, checkpoint.read_weights(path), path)
     return classifier, tokenizer
 
 
