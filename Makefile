@@ -6,7 +6,7 @@ DEV := .venv/.installed-dev
 SLOW := -m slow -n 0 -o faulthandler_timeout=3600
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-kill lint bench clean
+.PHONY: help venv demo test test-slow test-kill fuzz lint bench clean
 
 help:           ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -40,6 +40,9 @@ test-slow: $(DEV)  ## the tests that take longer
 
 test-kill: $(DEV)  ## kill a run 25 times, tokenized and streaming: about ten minutes
 	$(VENV) -m pytest $(SLOW) tests/test_kill.py
+
+fuzz: $(DEV)    ## broken files to everything that reads files: make fuzz N=100000
+	$(VENV) -W ignore tests/fuzz.py $(or $(N),10000)
 
 lint: $(DEV)  ## ruff: mistakes and format
 	$(VENV) -m ruff check .
