@@ -224,7 +224,7 @@ class TestSettings:
             ({"d_model": "8"}, "config.json: d_model is '8': give it a whole number"),
             ({"n_heads": True}, "config.json: n_heads is True: give it a whole number"),
             ({"max_seq_len": 16.5}, "config.json: max_seq_len is 16.5: give it a whole number"),
-            ({"rope_theta": None}, "config.json: rope_theta is left empty (null): give it a value"),
+            ({"rope_theta": None}, "config.json: rope_theta is left empty .null.: give it a value"),
             ({"pad_token_id": []}, r"config.json: pad_token_id is \[\]: give it a whole number or nothing"),
             ({"n_lyers": 2}, "config.json: there is no setting n_lyers"),
         ],
