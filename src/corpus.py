@@ -61,7 +61,7 @@ def find_files(paths):
         elif glob.has_magic(path) and not os.path.lexists(path):
             files = [f for f in glob.glob(path, recursive=True) if _kind(f) and os.path.isfile(f)]
         elif not os.path.lexists(path):
-            raise UserError(f"{path} does not exist")
+            raise UserError(f"{path} does not exist" + f" in {os.getcwd()}" * (not os.path.isabs(path)))
         else:
             check_is_file(path, path)
             files = [path] if _kind(path) else []

@@ -35,6 +35,17 @@ def stopped(make, name="run", step=4, **changes):
     return trainer.folder
 
 
+@pytest.fixture
+def files(corpus, tmp_path):
+    home = tmp_path / "text"
+    home.mkdir()
+    for name in ("a", "b"):
+        shutil.copy(corpus["train_paths"][0], home / f"{name}.jsonl")
+    with open(home / "b.jsonl", "a") as file:
+        file.write('{"text": "one more"}\n')
+    return home
+
+
 class TestCopied:
     def test_links_that_became_folders_are_links_again(self, make, tmp_path, capsys):
         make("straight", save_every=3, eval_every=2).train()
@@ -83,6 +94,13 @@ class TestMoved:
         err = capsys.readouterr().err
         assert f"the config.yaml lies in {moved}: the run goes on there, not in {moved.parent / 'run'}" in err
 
+    def test_relative_paths_are_from_the_working_directory(self, make, files, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        folder = make("here", train_paths=["text/a.jsonl"], valid_paths=["text/b.jsonl"]).folder
+        monkeypatch.chdir(tmp_path / "text")
+        with pytest.raises(UserError, match=rf"text/a.jsonl does not exist in {tmp_path}/text$"):
+            train_trm_lm.main(["--config", str(folder / "config.yaml"), "--resume"])
+
     def test_a_flag_wins_and_a_new_run_takes_the_settings_alone(self, moved, tmp_path):
         words = ["--config", moved / "config.yaml"]
         assert self.parse(*words, "--resume", "--save_dir", "other") == "other"
@@ -114,16 +132,6 @@ class TestMoved:
 
 
 class TestText:
-    @pytest.fixture
-    def files(self, corpus, tmp_path):
-        home = tmp_path / "text"
-        home.mkdir()
-        for name in ("a", "b"):
-            shutil.copy(corpus["train_paths"][0], home / f"{name}.jsonl")
-        with open(home / "b.jsonl", "a") as file:
-            file.write('{"text": "one more"}\n')
-        return home
-
     @pytest.mark.parametrize("streaming", [False, True])
     def test_a_change_is_told_and_refused(self, make, files, capsys, streaming):
         settings = {"train_paths": [str(files)], "streaming": streaming, "shuffle_buffer": 4}
