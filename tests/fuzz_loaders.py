@@ -141,12 +141,12 @@ def use_run(folder):
     """A run whose newest checkpoint is broken goes on, from the one before where it must, to its end."""
     import src.monitor
     from src.create import create_trainer
-    from src.curves import read_metrics
+    from src.curves import read_series
 
     src.monitor.plot_learning_curve = lambda *args: None
     trainer = create_trainer(run_settings(folder, max_steps=3, resume=True))
     trainer.train()
-    if trainer.step != 3 or [r["step"] for r in read_metrics(folder) if "loss" in r][-1] != 3:
+    if trainer.step != 3 or read_series(folder, "loss")["loss"][-1, 0] != 3:
         raise Silent(f"a run that ended at step {trainer.step}")
     if not all(p.isfinite().all() for p in trainer.raw.parameters()):
         raise Silent("weights that are not finite")
