@@ -116,7 +116,7 @@ class OnnxModel:
 
     training = False
 
-    def __init__(self, session, config, facts: dict, device: str, path: Path):
+    def __init__(self, session, config, facts: dict, device: str, path="the graph"):
         self.session, self.config, self.facts, self.device, self.path = session, config, facts, device, path
 
     def eval(self):
