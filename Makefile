@@ -42,7 +42,7 @@ test-kill: $(DEV)  ## kill a run 25 times, tokenized and streaming: about ten mi
 	$(VENV) -m pytest $(SLOW) tests/test_kill.py
 
 fuzz: $(DEV)    ## broken files to everything that reads files: make fuzz N=100000
-	$(VENV) -W ignore tests/fuzz.py $(or $(N),10000)
+	$(VENV) tests/fuzz.py $(or $(N),10000)
 
 lint: $(DEV)  ## ruff: mistakes and format
 	$(VENV) -m ruff check .

@@ -298,10 +298,13 @@ def _read_parquet(path, text_field, log):
 def _parquet_values(table, path, text_field, log):
     """(number from 1, value) of a column, without the row groups that no text can be in."""
     number = 0
+    paths = [table.schema.column(i).path for i in range(len(table.schema))]
+    indices = [paths.index(text_field)] if text_field in paths else []  # a list or a struct has others
     for group in range(table.num_row_groups):
         info = table.metadata.row_group(group)
-        columns = (c for c in map(info.column, range(info.num_columns)) if c.path_in_schema == text_field)
-        column = next(columns, None)  # a list or a struct has others
+        if indices:  # no rows, but what would abort the process in `info.column` is an exception here
+            next(table.reader.iter_batches(0, [group], indices), None)
+        column = info.column(indices[0]) if indices else None
         rows = 0 if column is None else _rows_at_a_time(column, info.num_rows, log.max_chars)
         if not rows:
             log.add(NOT_TEXT if column is None else TOO_LONG, path, number + 1)

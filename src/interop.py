@@ -119,7 +119,7 @@ def read_source(path, tokenizer=None) -> Source:
     spare, is_ours = config.vocab_size - own.vocab_size, source is FORMATS["checkpoint"]
     if spare < 0 or spare and (is_ours or tokenizer is not None and spare >= SPARE_ROWS):
         raise UserError(
-            f"{tokenizer or f'the tokenizer of {path}'} has {own.vocab_size} tokens, the model {config.vocab_size}: "
+            f"{path}: {tokenizer or 'its tokenizer'} has {own.vocab_size} tokens, the model {config.vocab_size}: "
             "they do not belong together; give the model's own with --tokenizer"
         )
     if spare:

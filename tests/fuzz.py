@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 from fuzz_formats import mutate  # noqa: E402
 from fuzz_loaders import LOADERS, Silent  # noqa: E402
 
+warnings.simplefilter("ignore")
 SECONDS, MEGABYTES = 10, 300
 WALL = 60  # seconds on a busy machine, where those of the processor do not pass
 CHUNK = 100  # inputs of one forked process

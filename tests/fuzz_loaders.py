@@ -166,6 +166,7 @@ LOADERS = {
             "step_00000002/config.json": "json",
         },
         use_run,
+        True,
     ),
     "sentencepiece": Loader(
         seeds.make_sentencepiece, {"tokenizer.model": "sentencepiece"}, lambda f: use_tokenizer(f / "tokenizer.model")

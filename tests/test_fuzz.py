@@ -14,9 +14,7 @@ LOADERS = 18
 
 def fuzz(*words):
     """The lines that tests/fuzz.py prints, and the facts in the last of them."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", FUZZ, *map(str, words)], capture_output=True, text=True, timeout=280
-    )
+    done = subprocess.run([sys.executable, FUZZ, *map(str, words)], capture_output=True, text=True, timeout=280)
     assert done.stdout.startswith("loader"), done.stderr
     lines = done.stdout.splitlines()
     return lines, json.loads(lines[-1]), done.returncode
@@ -31,7 +29,8 @@ def test_no_loader_ends_but_in_one_line(tmp_path):
     assert len(facts["loaders"]) == LOADERS
     for row in facts["loaders"]:
         assert row["inputs"] == 200 and row["ok"] + row["refused"] == 200
-        assert row["refused"] >= 30 and row["ok"] >= 5 and row["MB"] < 300, row  # the mutations break, not only destroy
+        breaks = row["refused"] >= 30 or row["loader"] == "run state"  # which goes back to the checkpoint before
+        assert breaks and row["ok"] >= 5 and row["MB"] < 300, row  # they break files, and do not only destroy them
 
 
 @pytest.mark.slow
