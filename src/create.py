@@ -1,13 +1,12 @@
 """From settings to a model and a trainer."""
 
 import dataclasses
-import functools
 import sys
 from pathlib import Path
 
 import torch
 
-from src import checkpoint, parallel, run_folder, run_state
+from src import checkpoint, parallel, run_folder
 from src.corpus import fingerprint_files
 from src.dataset import find_text, prepare_data
 from src.errors import UserError
@@ -41,7 +40,7 @@ def _create_trainer(settings):
     run_folder.check_resume(folder, settings.flat(), config.resume)
     if (folder / "config.yaml").exists():
         lock = parallel.is_main() and run_folder.RunLock(folder)
-        newest = run_folder.newest_whole(folder, functools.partial(run_state.check, config))
+        newest = run_folder.newest_whole(folder)
     source = newest[0] if newest else checkpoint.resolve(config.init_from) if config.init_from else None
     if newest:
         model_config = checkpoint.load_config(source)

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from src import folders
@@ -133,18 +132,15 @@ def _recover(folder: Path):
             folders.recover(folder / found[1])
 
 
-def newest_whole(folder: Path, check: Callable[[Path, dict], None]):
+def newest_whole(folder: Path):
     """(checkpoint folder, its state) of the newest step to go on from; None where a run has written none yet.
 
-    check(folder, state) raises UserError for one that is broken. Such a one is named on stderr, and the one before is
-    taken. UserError where all are broken."""
+    A broken one is named on stderr, and the one before is taken. UserError where all are broken."""
     _recover(folder)
     found = checkpoints(folder)
     for path in reversed(found):
         try:
-            state = load_state(path)
-            check(path, state)
-            return path, state
+            return path, load_state(path)
         except UserError as error:
             print(f"{error}; going back to the checkpoint before", file=sys.stderr)
     if found:
