@@ -140,21 +140,27 @@ def parse_json(text: str, where):
     """The value of a JSON text.  UserError, which names `where`, where it is broken or nested over MOST_DEPTH deep."""
     try:
         value = json.loads(text)
+        if _depth(value) <= MOST_DEPTH:
+            return value
     except (ValueError, RecursionError):  # ValueError also for a number of thousands of digits
         raise UserError(f"{where} is broken JSON: mend it, or copy it again") from None
-    if _is_deeper(value, MOST_DEPTH):
-        raise UserError(f"{where} nests over {MOST_DEPTH} lists and objects: this is no file of that kind")
-    return value
+    raise UserError(f"{where} nests over {MOST_DEPTH} lists and objects: this is no file of that kind")
+
+
+def _depth(value) -> int:
+    """How many lists and objects are inside each other."""
+    if not isinstance(value, (dict, list)):
+        return 0
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max((_depth(each) for each in inner if isinstance(each, (dict, list))), default=0)
 
 
 def read_json(path, what: str = "") -> dict | list | str | int | float | bool | None:
     """The value of a JSON file.  UserError where it cannot be read or is broken."""
     where = f"{what} {path}".strip()
     value = parse_json(read_text(path, what), where)
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise UserError(f"{where} holds half of a character ({chr(92)}ud800 or such): correct it") from None
+    if not is_text(json.dumps(value, ensure_ascii=False)):  # JSON can spell half of a surrogate pair
+        raise UserError(f"{where} holds half of a character ({chr(92)}ud800 or such): correct it")
     return value
 
 
@@ -164,16 +170,3 @@ def read_object(path, what: str = "") -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{what} {path} holds no JSON object: copy it again".strip())
     return value
-
-
-def _is_deeper(value, depth) -> bool:
-    level = [value]
-    for _ in range(depth):
-        level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in _inside(outer)]
-        if not level:
-            return False
-    return True
-
-
-def _inside(outer):
-    return outer.values() if isinstance(outer, dict) else outer
