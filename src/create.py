@@ -68,8 +68,8 @@ def _create_trainer(settings):
     first = dataclasses.replace(settings.model, **begun) if newest else None  # before the curriculum changed it
     trainer = Trainer(config, model, tokenizer, train_set, valid_set, runtime, data.num_workers, first)
     if trainer.is_main and not newest:
-        run_folder.start(folder, settings.flat(), corpus)
-    elif trainer.is_main:
+        run_folder.start(folder, settings.flat())
+    if trainer.is_main:
         run_folder.keep_corpus(folder, corpus)
     trainer.lock = lock or (trainer.is_main and run_folder.RunLock(folder))
     if newest:
