@@ -4,6 +4,7 @@ A checkpoint is written whole or not at all (`src.folders`), so a crash at any m
 Loading never unpickles code. `src.run_folder` keeps those of a run.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from src.tokenizer_json import TOKENIZER_FILES
 FORMAT = 2  # of config.json; checkpoints from before the loop could have a loss at each visit have none
 # all that a checkpoint consists of
 FILES = {*("model.safetensors", "ema.safetensors", "classifier.safetensors", "config.json", "state"), *TOKENIZER_FILES}
+DIGESTS = "state/digests.json"  # of the files as they were written, which a run looks at before it goes on from them
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "stdlib"
 
@@ -52,6 +54,7 @@ def save_checkpoint(folder, model: TRMModel, tokenizer, ema=None, state=None, in
             if state is not None:
                 (beside / "state").mkdir()
                 torch.save(state, beside / "state" / "training.pt")
+                (beside / DIGESTS).write_text(json.dumps(_digests(beside)) + "\n", encoding="utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is each of these, by who writes
         raise UserError(
             f"cannot write the checkpoint {folder}: {getattr(error, 'strerror', None) or error}; "
@@ -216,12 +219,32 @@ def load_pt(path, mmap=False):
 
 
 def load_state(folder) -> dict:
-    """What a checkpoint needs besides weights to go on training.  UserError where it is missing or broken."""
-    path = Path(folder) / "state" / "training.pt"
+    """What a checkpoint needs besides weights to go on training.
+
+    UserError where it, or another file of the checkpoint, is missing, or is not as it was written."""
+    folder = Path(folder)
+    path = folder / "state" / "training.pt"
+    advice = "this checkpoint cannot be resumed; use --init_from to start from its weights"
+    if (folder / DIGESTS).exists():
+        now = _digests(folder)
+        for name, digest in read_object(folder / DIGESTS).items():
+            if now.get(name) != digest:
+                wrong = "is broken: it is not as it was written" if name in now else "is missing"
+                raise UserError(f"{folder / name} {wrong}: {advice}")
+    elif path.exists():
+        print(f"{folder} is of a version that kept no {DIGESTS}: it is taken as it is", file=sys.stderr)
     try:
         return load_pt(path)
     except Exception as error:  # torch.load raises many kinds, all of them mean the same to the user
         reason = "is missing" if not path.exists() else f"is broken ({type(error).__name__})"
-        raise UserError(
-            f"{path} {reason}: this checkpoint cannot be resumed; use --init_from to start from its weights"
-        ) from None
+        raise UserError(f"{path} {reason}: {advice}") from None
+
+
+def _digests(folder: Path) -> dict:
+    """{name of a file of a checkpoint: BLAKE2b of its content}."""
+    found = {}
+    for name in sorted(FILES - {"state"} | {"state/training.pt"}):
+        if (folder / name).is_file():
+            with open(folder / name, "rb") as file:
+                found[name] = hashlib.file_digest(file, "blake2b").hexdigest()
+    return found

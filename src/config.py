@@ -1,5 +1,6 @@
 """Settings: dataclasses become flat flags and YAML keys.  Order: defaults < --config file < flags."""
 
+import collections
 import dataclasses
 import difflib
 import errno
@@ -9,34 +10,15 @@ import os
 import re
 import signal
 import sys
-import types
 import typing
 from pathlib import Path
 
-import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, _loaders_dumpers, set_parsing_settings
 
 from src.errors import UserError, one_line
-from src.plain_yaml import parse_yaml, read_yaml
+from src.plain_yaml import PlainLoader, read_yaml
 
-
-class _PlainLoader:
-    """What jsonargparse reads a flag's value with, in the form of a PyYAML loader: its own crashes on deep nesting."""
-
-    def __init__(self, text):
-        self.text = text
-
-    def get_single_data(self):
-        try:
-            return parse_yaml(self.text, "the value")
-        except UserError as error:
-            raise yaml.YAMLError(str(error)) from None
-
-    def dispose(self):
-        """Nothing is open."""
-
-
-_loaders_dumpers.yaml_default_loader = _PlainLoader
+_loaders_dumpers.yaml_default_loader = PlainLoader  # of a flag's value: its own crashes on deep nesting
 set_parsing_settings(import_path_denylist=["*"])  # besides the sections, see `parse_flags`
 
 
@@ -192,20 +174,13 @@ def _unknown(name, fields, flag=""):
 
 
 def build(cls, values, where=""):
-    """cls(**values) and its sections, where a ValueError or TypeError of their own checks becomes a UserError, and so
-    does a setting that is unknown or left empty, and a number that is not finite."""
+    """cls(**values) and its sections.  UserError for a setting that is unknown, left empty, of another kind than its
+    field, or not finite, and where the class itself refuses it by a ValueError."""
     kinds = {f.name: f.type for f in dataclasses.fields(cls)}
     if unknown := sorted(values.keys() - kinds.keys()):
         raise UserError(f"{where}there is no setting {unknown[0]}: correct its name, or leave it out")
     try:
-        for name, value in values.items():
-            kind = kinds[name]
-            if value is None and not (type(None) in typing.get_args(kind) or dataclasses.is_dataclass(kind)):
-                raise UserError(f"{where}{name} is left empty (null): give it a value")
-            for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise UserError(f"{where}{name} is {number}: give it a finite number")
-        return cls(**{name: _section(kinds[name], value, where + name) for name, value in values.items()})
+        return cls(**{name: _checked(kinds[name], value, where + name) for name, value in values.items()})
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{where}{error}") from None
 
@@ -213,19 +188,26 @@ def build(cls, values, where=""):
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "nothing"}
 
 
-def _section(kind, value, where):
+def _checked(kind, value, where):
     """A field's value, made into the dataclass (or the list of them) that its type asks for; 16.0 into the integer 16.
 
     UserError where it is of another kind than the field, for the plain kinds."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if all(each in KINDS for each in kinds) and type(value) not in kinds:
+    kinds = typing.get_args(kind) or (kind,)
+    if value is None and type(None) not in kinds and not dataclasses.is_dataclass(kind):
+        raise UserError(f"{where} is left empty (null): give it a value")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} is {value}: give it a finite number")
+    if typing.get_origin(kind) is not list and all(each in KINDS for each in kinds) and type(value) not in kinds:
         if int in kinds and type(value) is float and value.is_integer():
             return int(value)
         if float in kinds and type(value) is int:
             return float(value)
         raise UserError(f"{where} is {value!r}: give it {' or '.join(KINDS[each] for each in kinds)}")
     if typing.get_origin(kind) is list and isinstance(value, list):
-        return [_section(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [
+            _checked(kinds[0], item, where + f"[{i}]" * dataclasses.is_dataclass(kinds[0]))
+            for i, item in enumerate(value)
+        ]
     if not dataclasses.is_dataclass(kind) or isinstance(value, kind):
         return value
     if not isinstance(value, (dict, Namespace, type(None))):
@@ -261,39 +243,35 @@ def _is_list(field):
 def _normalise(argv, fields, positional):
     """(files of --config, words): `--flag` -> `--flag=true`; `--paths a b` -> `--paths=["a", "b"]`; free words -> the
     positional field."""
-    out, free, files, i = [], [], [], 0
-    while i < len(argv):
-        name, is_assigned, value = argv[i].partition("=")
+    out, free, files, words = [], [], [], collections.deque(argv)
+    while words:
+        word = words.popleft()
+        name, is_assigned, value = word.partition("=")
         field = fields.get(name[2:]) if name.startswith("--") else None
-        i += 1
-        if field is not None and _is_list(field):
+        if field is None and name != "--config":
+            if name.startswith("--") and name != "--help":
+                raise UserError(_unknown(name[2:], fields, "--"))
+            (free if positional and not name.startswith("-") else out).append(word)
+        elif field is not None and _is_list(field):
             values = [value] if is_assigned else []
-            while i < len(argv) and not argv[i].startswith("--"):
-                values.append(argv[i])
-                i += 1
+            while words and not words[0].startswith("--"):
+                values.append(words.popleft())
             if not values:
                 raise UserError(f"{name} needs one or more values")
             out.append(_list_flag(name[2:], values))
         elif field is not None and field.type in (bool, bool | None, bool | str) and not is_assigned:
-            word = argv[i] if i < len(argv) else "-"
-            has_value = word.lower() in ("true", "false", "yes", "no") or field.type == bool | str and word[:1] != "-"
-            out.append(f"{name}={word if has_value else 'true'}")
-            i += has_value
-        elif not name.startswith("-") and positional:
-            free.append(argv[i - 1])
-        elif field is None and name != "--config":
-            if name.startswith("--") and name != "--help":
-                raise UserError(_unknown(name[2:], fields, "--"))
-            out.append(argv[i - 1])
+            following = words[0] if words else "-"
+            is_word = field.type == bool | str and following[:1] != "-"
+            has_value = is_word or following.lower() in ("true", "false", "yes", "no")
+            out.append(f"{name}={words.popleft() if has_value else 'true'}")
         else:  # the value is the next word, whatever it looks like
-            has_next = not is_assigned and i < len(argv)
-            if field is None and not has_next and not value:
-                raise UserError("--config needs the path of a YAML file")
-            if field is None:
-                files.append(argv[i] if has_next else value)
+            value = value if is_assigned else words.popleft() if words else None
+            if field is not None:
+                out.append(name if value is None else f"{name}={value}")
+            elif value:
+                files.append(value)
             else:
-                out.append(f"{name}={argv[i]}" if has_next else argv[i - 1])
-            i += has_next
+                raise UserError("--config needs the path of a YAML file")
     if free and not _is_list(fields[positional]):
         out.append(f"--{positional}={free.pop(0)}")
         if free:

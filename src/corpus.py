@@ -359,13 +359,14 @@ def _ended(text, is_begun):
 
 def escaped(pieces):
     """Pieces as extract_texts.py writes them: see the docstring of this module."""
-    return _replaced(pieces, _TO_ESCAPE, lambda m: _escape(*m.group(0, 1, 2)))
+    return _replaced(pieces, _TO_ESCAPE, _escape)
 
 
-def _escape(found, slashes, word):
+def _escape(found):
+    slashes, word = found.groups()
     if word is None:
-        return f"<|\\{_NAMES[found]}|>"
-    return f"<|\\{slashes}{word}|>" if slashes or word == "endoftext" else found
+        return f"<|\\{_NAMES[found[0]]}|>"
+    return f"<|\\{slashes}{word}|>" if slashes or word == "endoftext" else found[0]
 
 
 def _unescape(found):
@@ -385,12 +386,9 @@ def _replaced(pieces, pattern, replace):
             yield pattern.sub(replace, piece[:end]), is_last
 
 
-def _read_escaped_txt(path, text_field, log):
-    return _replaced(_read_txt(path, text_field, log), _ESCAPED, _unescape)
-
-
-def _read_py(path, text_field, log):
-    return _read_txt(path, text_field, log, separator=None)
-
-
-_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet, ".txt": _read_escaped_txt, ".py": _read_py}
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".txt": lambda *args: _replaced(_read_txt(*args), _ESCAPED, _unescape),
+    ".py": lambda *args: _read_txt(*args, separator=None),
+}

@@ -1,13 +1,12 @@
 """From settings to a model and a trainer."""
 
 import dataclasses
-import functools
 import sys
 from pathlib import Path
 
 import torch
 
-from src import checkpoint, parallel, run_folder, run_state
+from src import checkpoint, parallel, run_folder
 from src.corpus import fingerprint_files
 from src.dataset import find_text, prepare_data
 from src.errors import UserError
@@ -41,7 +40,7 @@ def _create_trainer(settings):
     run_folder.check_resume(folder, settings.flat(), config.resume)
     if (folder / "config.yaml").exists():
         lock = parallel.is_main() and run_folder.RunLock(folder)
-        newest = run_folder.newest_whole(folder, functools.partial(run_state.check, config))
+        newest = run_folder.newest_whole(folder)
     source = newest[0] if newest else checkpoint.resolve(config.init_from) if config.init_from else None
     if newest:
         model_config = checkpoint.load_config(source)
@@ -69,8 +68,8 @@ def _create_trainer(settings):
     first = dataclasses.replace(settings.model, **begun) if newest else None  # before the curriculum changed it
     trainer = Trainer(config, model, tokenizer, train_set, valid_set, runtime, data.num_workers, first)
     if trainer.is_main and not newest:
-        run_folder.start(folder, settings.flat(), corpus)
-    elif trainer.is_main:
+        run_folder.start(folder, settings.flat())
+    if trainer.is_main:
         run_folder.keep_corpus(folder, corpus)
     trainer.lock = lock or (trainer.is_main and run_folder.RunLock(folder))
     if newest:

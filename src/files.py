@@ -17,7 +17,6 @@ from src.errors import UserError
 MOST_BYTES = 256 * 1024**2  # of a file that is read whole: settings, names, prompts, tokenizers
 MOST_LINE = 32 * 1024**2  # characters of a line that is read whole, such as a record of JSON
 MOST_SKIPPED = 8  # times as long may a line be that is passed over; beyond that it is no file of lines
-_CHUNK = 65_536  # characters read at once
 MOST_DEPTH = 100  # lists and objects inside each other in JSON
 BOMS = {  # longest first, as UTF-32's begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -75,28 +74,18 @@ def open_text(path) -> io.TextIOWrapper:
 def read_lines(path, most: int = MOST_LINE, cuts: bool = False):
     """(number from 1, line with its \\n) of a text file of any size, in flat memory.
 
-    A line of more than `most` characters may come in parts where cuts is true, else it is one None.  UserError where
-    the file cannot be read to its end, or a line is MOST_SKIPPED times as long as can be taken."""
-    number, held, passed = 1, "", 0  # line, what of it is not given yet, characters of it after it was given as None
+    A line of more than `most` characters comes in parts where cuts is true, else it is one None.  UserError where the
+    file cannot be read to its end, or a line is MOST_SKIPPED times as long as can be taken."""
+    number, passed = 1, 0  # line, characters of it that are read already
     try:
         with open_text(path) as file:
-            while chunk := file.read(_CHUNK):
-                *lines, rest = chunk.split("\n")
-                for line in lines:
-                    if not passed:
-                        line = held + line + "\n"
-                        yield number, line if cuts or len(line) <= most else None
-                    number, held, passed = number + 1, "", 0
-                held += rest
-                if passed or len(held) > most:
-                    if not passed:
-                        yield number, held if cuts else None
-                    held, passed = "", 0 if cuts else passed + len(held)
-                    if passed > MOST_SKIPPED * most:
-                        size = f"over {passed:,} characters"
-                        raise UserError(f"{path}:{number}: a line of {size}: this is no file of lines")
-            if held:
-                yield number, held
+            while part := file.readline(most):
+                ends = part.endswith("\n") or len(part) < most
+                if cuts or not passed:
+                    yield number, part if cuts or ends else None
+                number, passed = number + ends, 0 if ends else passed + len(part)
+                if passed > MOST_SKIPPED * most and not cuts:
+                    raise UserError(f"{path}:{number}: a line of over {passed:,} characters: this is no file of lines")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
         raise UserError(f"{path} cannot be read to its end, is it cut short? ({reason})") from None
@@ -140,21 +129,27 @@ def parse_json(text: str, where):
     """The value of a JSON text.  UserError, which names `where`, where it is broken or nested over MOST_DEPTH deep."""
     try:
         value = json.loads(text)
+        if _depth(value) <= MOST_DEPTH:
+            return value
     except (ValueError, RecursionError):  # ValueError also for a number of thousands of digits
         raise UserError(f"{where} is broken JSON: mend it, or copy it again") from None
-    if _is_deeper(value, MOST_DEPTH):
-        raise UserError(f"{where} nests over {MOST_DEPTH} lists and objects: this is no file of that kind")
-    return value
+    raise UserError(f"{where} nests over {MOST_DEPTH} lists and objects: this is no file of that kind")
+
+
+def _depth(value) -> int:
+    """How many lists and objects are inside each other."""
+    if not isinstance(value, (dict, list)):
+        return 0
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max((_depth(each) for each in inner if isinstance(each, (dict, list))), default=0)
 
 
 def read_json(path, what: str = "") -> dict | list | str | int | float | bool | None:
     """The value of a JSON file.  UserError where it cannot be read or is broken."""
     where = f"{what} {path}".strip()
     value = parse_json(read_text(path, what), where)
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise UserError(f"{where} holds half of a character ({chr(92)}ud800 or such): correct it") from None
+    if not is_text(json.dumps(value, ensure_ascii=False)):  # JSON can spell half of a surrogate pair
+        raise UserError(f"{where} holds half of a character ({chr(92)}ud800 or such): correct it")
     return value
 
 
@@ -164,16 +159,3 @@ def read_object(path, what: str = "") -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{what} {path} holds no JSON object: copy it again".strip())
     return value
-
-
-def _is_deeper(value, depth) -> bool:
-    level = [value]
-    for _ in range(depth):
-        level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in _inside(outer)]
-        if not level:
-            return False
-    return True
-
-
-def _inside(outer):
-    return outer.values() if isinstance(outer, dict) else outer

@@ -68,20 +68,14 @@ def _sync(folder: Path):
             os.close(handle)
 
 
-def _link(source: Path, target: Path):
-    """The same file or folder in a second place, without a copy where the disk can; over what is there."""
-    if target.is_file():
-        target.unlink()
-    if source.is_dir() and not source.is_symlink():
-        shutil.copytree(source, target, symlinks=True, copy_function=_link_file, dirs_exist_ok=True)
-    elif source.is_symlink():
-        target.symlink_to(os.readlink(source))
-    else:
-        _link_file(source, target)
-
-
-def _link_file(source, target):
+def _link(source, target):
+    """The same file, link or folder in a second place, without a copy where the disk can; over what is there."""
+    if os.path.isfile(target):
+        os.unlink(target)
+    if os.path.isdir(source) and not os.path.islink(source):
+        shutil.copytree(source, target, symlinks=True, copy_function=_link, dirs_exist_ok=True)
+        return
     try:
-        os.link(source, target)
-    except OSError:  # a disk without hard links
-        shutil.copy2(source, target)
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # a disk or a system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)

@@ -33,7 +33,7 @@ SAMPLES_FILE = "samples.txt"
 SYSTEM_FIGURES = {"cpu_percent", "memory_percent", "rss_gib", "gpu_memory_percent", "gpu_memory_gib", "batch_s"}
 
 
-class TRMTrainingLogger:
+class TRMTrainingLogger(contextlib.AbstractContextManager):
     """A run's metrics.jsonl, TensorBoard events and Weights & Biases record; for the main process alone.
 
     A line of metrics.jsonl is {"step", "time" (UTC, ISO 8601), the figures given to `log`, the monitor's}; a value that
@@ -56,15 +56,13 @@ class TRMTrainingLogger:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"cannot write the log in {folder}: {error.strerror}; make room, or choose another save_dir"
-            ) from None
+            raise UserError(f"cannot write the log in {folder}: {error.strerror}; choose another save_dir") from None
         self._outputs = []
         for output in (_Lines, _Events) if config.tensorboard else (_Lines,):
-            with _spared(self.folder):
+            with _spared():
                 self._outputs.append(output(self.folder, resume_step))
         if resume_step is not None:
-            with _spared(self.folder):
+            with _spared():
                 _cut_samples(self.folder / SAMPLES_FILE, resume_step)
         if config.wandb_project:
             self._outputs.append(_Wandb(self.folder, config.wandb_project))
@@ -104,22 +102,17 @@ class TRMTrainingLogger:
         for output in self._outputs:
             output.close()
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *exc):
         self.close()
 
 
 @contextlib.contextmanager
-def _spared(folder):
+def _spared():
     """Around the opening of one file of the log: what is wrong with it is told, and the run goes on without."""
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         warn("%s: the run goes on without this log", error)
-    except OSError as error:
-        warn("%s: %s: the run goes on without this log", error.filename or folder, error.strerror)
 
 
 def _number(value):
@@ -250,7 +243,7 @@ class _Wandb:
         self._run.finish()
 
 
-class ResourceMonitor:
+class ResourceMonitor(contextlib.AbstractContextManager):
     """Samples the machine in a background thread, and warns through `logging` past the thresholds of its config.
 
     `figures` has the last sample: cpu_percent (of all cores), memory_percent (of the machine), rss_gib (this process),
@@ -337,9 +330,6 @@ class ResourceMonitor:
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exc):
         self.close()

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map_only
 
+from src.errors import UserError
+
 
 def is_main() -> bool:
     """Whether this is the process that speaks and writes; known before accelerate has started."""
@@ -92,8 +94,13 @@ def placed_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
     """Give an optimizer, whose parameters may be sharded, a state of whole tensors: {number of a parameter: entries}.
 
-    The rates and other settings of its groups stay its own."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    The rates and other settings of its groups stay its own. UserError where shapes differ: fused kernels would write
+    out of bounds."""
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    for number, entries in state.items():
+        shapes = [getattr(value, "shape", None) for name, value in entries.items() if name != "step"]
+        if number not in parameters or any(shape != parameters[number].shape for shape in shapes):
+            raise UserError("the checkpoint's optimizer is that of another model: go on from another checkpoint")
     placed = {
         number: {
             name: placed_like(value, parameters[number]) if getattr(value, "ndim", 0) else value

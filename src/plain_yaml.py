@@ -20,6 +20,55 @@ _INT = re.compile(r"[-+]?(0|[1-9][0-9_]{0,4000})")  # Python refuses to read lon
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)(e[-+]?[0-9]+)?", re.IGNORECASE)
 
 
+class PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """A loader as `yaml.load` takes one.  YAMLError for what is broken, and for what settings do not need: tags,
+    anchors, a second document, a key twice, over MOST_DEPTH levels, over MOST_CHARS."""
+
+    def __init__(self, text: str):
+        if len(text) > MOST_CHARS:
+            raise yaml.YAMLError(f"it holds over {MOST_CHARS:,} characters")
+        try:
+            super().__init__(text)
+        except UnicodeError as error:  # lone surrogates
+            raise yaml.YAMLError(error) from None
+
+    def get_single_data(self):
+        """The value of the text, None where it holds none."""
+        starts = (e for e in self._until(yaml.StreamEndEvent) if isinstance(e, yaml.DocumentStartEvent))
+        values = [self._value(self.get_event(), 0) for _ in starts]
+        if len(values) > 1:
+            raise yaml.YAMLError(f"it holds {len(values)} documents (lines of ---): settings are one")
+        return values[0] if values else None
+
+    def _value(self, event, depth):
+        """The value that begins with `event`; takes from the parser what belongs to it."""
+        line = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent) or event.anchor or event.tag:
+            raise yaml.YAMLError(f"{line}: tags (!), anchors (&), aliases (*) are not for settings: write the value")
+        if isinstance(event, yaml.ScalarEvent):
+            return _scalar(event.value) if event.implicit[0] else event.value
+        if depth == MOST_DEPTH:
+            raise yaml.YAMLError(f"{line}: lists and maps nest over {MOST_DEPTH} deep")
+        if isinstance(event, yaml.SequenceStartEvent):
+            return [self._value(item, depth + 1) for item in self._until(yaml.SequenceEndEvent)]
+        values, lines = {}, {}
+        for key in self._until(yaml.MappingEndEvent):
+            if not isinstance(key, yaml.ScalarEvent) or key.tag or key.anchor:
+                raise yaml.YAMLError(f"{line}: a setting's name must be a plain word")
+            name, line = key.value, f"line {key.start_mark.line + 1}"
+            if name in ("class_path", "init_args"):  # which jsonargparse would import
+                raise yaml.YAMLError(f"{line}: {name}: settings are plain values and import nothing")
+            if name in lines:
+                raise yaml.YAMLError(f"{line}: {name} is set already in {lines[name]}: keep one of the two")
+            values[name], lines[name] = self._value(self.get_event(), depth + 1), line
+        return values
+
+    def _until(self, end):
+        """The events up to the one of kind `end`; who takes one takes what belongs to it, too."""
+        while not isinstance(event := self.get_event(), end):
+            yield event
+
+
 def read_yaml(path, what: str = "") -> dict:
     """The map of a YAML file of settings, {} for an empty one; see `parse_yaml`.
 
@@ -32,53 +81,11 @@ def read_yaml(path, what: str = "") -> dict:
 
 
 def parse_yaml(text: str, where):
-    """The value of a YAML text, None where it holds none.
-
-    UserError, which names `where`, where it is broken, or has what settings do not need: tags, anchors, a second
-    document, a key twice, over MOST_DEPTH levels, over MOST_CHARS."""
-    if len(text) > MOST_CHARS:
-        raise UserError(f"{where} holds over {MOST_CHARS:,} characters: these are no settings")
-    values = []
+    """The value of a YAML text, None where it holds none.  UserError, which names `where`, as `PlainLoader`."""
     try:
-        events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        for event in events:
-            if isinstance(event, yaml.DocumentStartEvent):
-                values.append(_value(next(events), events, where, 0))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: lone surrogates
-        raise UserError(f"{where} is no YAML: {one_line(error)}") from None
-    if len(values) > 1:
-        raise UserError(f"{where} holds {len(values)} documents (lines of ---): settings are one")
-    return values[0] if values else None
-
-
-def _value(event, events, where, depth):
-    """The value that begins with `event`; takes from `events` what belongs to it."""
-    where_now = f"{where}, line {event.start_mark.line + 1}"
-    if isinstance(event, yaml.AliasEvent) or event.anchor or event.tag:
-        raise UserError(f"{where_now}: tags (!), anchors (&), aliases (*) are not for settings: write the value itself")
-    if isinstance(event, yaml.ScalarEvent):
-        return _scalar(event.value) if event.implicit[0] else event.value
-    if depth == MOST_DEPTH:
-        raise UserError(f"{where_now}: lists and maps nest over {MOST_DEPTH} deep: these are no settings")
-    if isinstance(event, yaml.SequenceStartEvent):
-        return [_value(item, events, where, depth + 1) for item in _until(yaml.SequenceEndEvent, events)]
-    values, lines = {}, {}
-    for key in _until(yaml.MappingEndEvent, events):
-        if not isinstance(key, yaml.ScalarEvent) or key.tag or key.anchor:
-            raise UserError(f"{where_now}: a setting's name must be a plain word")
-        name, line = key.value, key.start_mark.line + 1
-        if name in ("class_path", "init_args"):  # which jsonargparse would import
-            raise UserError(f"{where}, line {line}: {name}: settings are plain values and import nothing")
-        if name in lines:
-            raise UserError(f"{where}, line {line}: {name} is set already in line {lines[name]}: keep one of the two")
-        values[name], lines[name] = _value(next(events), events, where, depth + 1), line
-    return values
-
-
-def _until(end, events):
-    """The events up to the one of kind `end`; who takes one takes what belongs to it, too."""
-    while not isinstance(event := next(events), end):
-        yield event
+        return yaml.load(text, PlainLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is no YAML of settings: {one_line(error)}") from None
 
 
 def _scalar(word: str):

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from src import folders
@@ -32,15 +31,11 @@ _SAID_BY_ITSELF = {"save_dir", "resume", "allow_changed_corpus"}
 CORPUS = "corpus.json"
 
 
-def start(folder: Path, settings: dict, corpus: dict | None = None):
-    """Make a run folder with its config.yaml, which `--config` takes back, and what `keep_corpus` keeps.
-
-    UserError where it cannot be written."""
+def start(folder: Path, settings: dict):
+    """Make a run folder with its config.yaml, which `--config` takes back.  UserError where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "config.yaml", dump_yaml(settings | dict.fromkeys({"resume"} & settings.keys(), False)))
-        if corpus is not None:
-            keep_corpus(folder, corpus)
     except OSError as error:
         raise UserError(f"cannot write to save_dir {folder}: {error.strerror}; choose another folder") from None
 
@@ -110,14 +105,13 @@ def keep_corpus(folder: Path, corpus: dict):
 def _changes(part, before, now):
     if not isinstance(now, list) or not isinstance(before, list):
         return [f"the {part} has changed"] * (before != now)
-    old, new = ([tuple(file) for file in files] for files in (before, now))
-    gone = {file[0] for file in old if file not in set(new)}
-    come = {file[0] for file in new if file not in set(old)}
+    old, new = ({tuple(file): None for file in files} for files in (before, now))
+    gone, come = ({file[0] for file in files} for files in (old.keys() - new.keys(), new.keys() - old.keys()))
     told = []
     for kind, names in (("added", come - gone), ("removed", gone - come), ("changed", come & gone)):
         more = f" and {len(names) - 3} more" * (len(names) > 3)
         told += [f"{part} files {kind}: {', '.join(sorted(names)[:3])}{more}"] * bool(names)
-    return told or [f"{part} files come in another order"] * (old != new)
+    return told or [f"{part} files come in another order"] * (list(old) != list(new))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -133,25 +127,20 @@ def _recover(folder: Path):
             folders.recover(folder / found[1])
 
 
-def newest_whole(folder: Path, check: Callable[[Path, dict], None]):
+def newest_whole(folder: Path):
     """(checkpoint folder, its state) of the newest step to go on from; None where a run has written none yet.
 
-    check(folder, state) raises UserError for one that is broken. Such a one is named on stderr, and the one before is
-    taken. UserError where all are broken."""
+    A broken one is named on stderr, and the one before is taken. UserError where all are broken."""
     _recover(folder)
     found = checkpoints(folder)
     for path in reversed(found):
         try:
-            state = load_state(path)
-            check(path, state)
-            return path, state
+            return path, load_state(path)
         except UserError as error:
             print(f"{error}; going back to the checkpoint before", file=sys.stderr)
     if found:
-        raise UserError(
-            f"none of the checkpoints in {folder} can be read: choose another save_dir; perhaps --init_from can still "
-            "take weights from one"
-        )
+        advice = "choose another save_dir; perhaps --init_from can still take weights from one"
+        raise UserError(f"none of the checkpoints in {folder} can be read: {advice}")
     return None
 
 
@@ -167,9 +156,8 @@ class RunLock:
         except (BlockingIOError, PermissionError, TimeoutError):  # by the system, each means that it is held
             self.file.seek(0)
             holder = self.file.read().strip() or "unknown"
-            raise UserError(
-                f"save_dir {folder} is in use by another run (process {holder}): wait for it, or choose another folder"
-            ) from None
+            told = f"save_dir {folder} is in use by another run (process {holder}): wait for it, or choose another"
+            raise UserError(told) from None
         self.file.truncate(0)
         self.file.write(f"{os.getpid()}\n")
         self.file.flush()

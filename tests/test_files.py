@@ -55,13 +55,11 @@ def test_wrong_bytes_are_told_from_text(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
-@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7])
-def test_lines_that_are_too_long(tmp_path, monkeypatch, end, chunk):
-    monkeypatch.setattr(files, "_CHUNK", chunk)
+def test_lines_that_are_too_long(tmp_path, end):
     (tmp_path / "a.txt").write_text(f"ab\n{'c' * 20}\nabc\n{'d' * 9}{end}")
     assert list(read_lines(tmp_path / "a.txt", 4)) == [(1, "ab\n"), (2, None), (3, "abc\n"), (4, None)]
     parts = list(read_lines(tmp_path / "a.txt", 4, cuts=True))
-    assert max(len(part) for _, part in parts) <= 4 + chunk
+    assert max(len(part) for _, part in parts) <= 4
     lines = ["".join(part for at, part in parts if at == number) for number in (1, 2, 3, 4)]
     assert lines == ["ab\n", "c" * 20 + "\n", "abc\n", "d" * 9 + end]
     (tmp_path / "a.txt").write_text("c" * 4 * (files.MOST_SKIPPED + 2))

@@ -27,7 +27,7 @@ def content(folder):
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
 def test_what_is_the_users_stays(tmp_path, monkeypatch, links):
     if not links:
-        monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError("none here")))
+        monkeypatch.setattr(os, "link", lambda *args, **how: (_ for _ in ()).throw(OSError("none here")))
     folder = tmp_path / "m"
     write(folder, "old")
     (folder / "README.md").write_text("mine")

@@ -66,16 +66,13 @@ def read_label_names(path) -> list[str]:
 def read_examples(path, names: list[str], needs_labels: bool = True) -> list[Example]:
     """All examples of a file.  UserError for a line without a label (where not one has any, only if needs_labels), or
     whose label is none of the names."""
-    examples, index = [], _index(names)
-    for number, label, text in _read_rows(path, needs_labels):
-        if label is not None and label not in index:
-            known = ", ".join(f"{i} {name}" if str(i) in index else name for i, name in enumerate(names[:20]))
-            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-            raise UserError(
-                f"{path}, line {number}: label {label!r} is none of {known}{more}: mend it, or the label names"
-            )
-        examples.append(Example(text, index.get(label)))
-    return examples
+    numbers = {} if any(map(_NUMBER.fullmatch, names)) else {str(i): i for i in range(len(names))}
+    index = {None: None} | numbers | {name: i for i, name in enumerate(names)}
+    rows = _read_rows(path, needs_labels)
+    if wrong := next((row for row in rows if row.label not in index), None):
+        known = ", ".join(f"{i} {name}" if numbers else name for i, name in enumerate(names))
+        raise UserError(f"{path}, line {wrong.number}: label {wrong.label!r} is none of {known}: mend it, or the names")
+    return [Example(row.text, index[row.label]) for row in rows]
 
 
 def find_label_names(path) -> list[str]:
@@ -117,12 +114,6 @@ def write_answers(path, labels: list[str], texts: list[str]):
     write_text(path, "".join(line + "\n" for line in lines))
 
 
-def _index(names):
-    """{label: class}. Numbers count the names, unless a name is a number itself."""
-    by_number = {} if any(map(_NUMBER.fullmatch, names)) else {str(i): i for i in range(len(names))}
-    return by_number | {name: i for i, name in enumerate(names)}
-
-
 def _read_rows(path, needs_labels=True) -> list[Row]:
     """The rows of a file that are not blank."""
     lines = []
@@ -138,13 +129,13 @@ def _read_rows(path, needs_labels=True) -> list[Row]:
         rows = _rows_of_columns(lines, "\t" if kind == ".tsv" else "|||", path)
     if not rows:
         raise UserError(f"{path} holds no labelled text: give lines such as `1 ||| a good film`")
-    without = [row for row in rows if not row.label]
-    if without and (needs_labels or len(without) < len(rows)):
-        missing = MISSING.get(kind, "there is no ` ||| ` between label and text")
-        raise UserError(f"{path}, line {without[0].number}: {missing}, or the label is empty: add the label")
-    wrong = next((row for row in rows if row.label and not _is_label(row.label)), None)
-    if wrong:
-        raise UserError(f"{path}, line {wrong.number}: {wrong.label[:60]!r} is no label: give a short name or a number")
+    needs_labels = needs_labels or any(row.label for row in rows)
+    for number, label, _ in rows:
+        if needs_labels and not label:
+            missing = MISSING.get(kind, "there is no ` ||| ` between label and text")
+            raise UserError(f"{path}, line {number}: {missing}, or the label is empty: add the label")
+        if label and not _is_label(label):
+            raise UserError(f"{path}, line {number}: {label[:60]!r} is no label: give a short name or a number")
     return [row._replace(label=row.label or None) for row in rows]
 
 

@@ -21,7 +21,6 @@ from src.model_config import loss_weights
 from src.monitor import TRMTrainingLogger
 from src.optim import learning_rate_factor
 from src.parallel import load_optimizer
-from src.run_state import check_like, moments_like, need
 from src.runtime import Interrupt, autocast, mix_seed
 from src.samples import Sample, collate_batch
 from src.tasks.classification import Example, LlamaEmbeddingClassifier, encode, predict
@@ -185,19 +184,6 @@ class Finetuner:
         name = f"step_{self.step:08d}"
         run_folder.save(self.folder, name, is_best, 1, *parts, {CLASSIFIER_FILE: own})
 
-    def check(self, folder: Path, state: dict):
-        """UserError unless a checkpoint's state is all that this run needs."""
-        like = {"step": int, "best_loss": float, "trained": dict(self.trained), "optimizer": {"state": {}}}
-        check_like(folder, state, like, infinite=("best_loss",))
-        saved = state["optimizer"]["state"]
-        check_like(folder, saved, moments_like(folder, self.optimizer, saved))
-        is_own = folder.name == f"step_{state['step']:08d}" and state["step"] <= self.total_steps
-        need(
-            folder,
-            is_own and isinstance(state.get("best"), float) and (saved or not state["step"]),
-            "a part is missing",
-        )
-
     def load(self, state: dict):
         """Go on exactly where a checkpoint was written."""
         for name in COUNTERS:
@@ -241,7 +227,7 @@ def finetune(
                 where = f"longer than the context of {model.config.max_seq_len} tokens"
                 print(f"{cut} of {len(samples)} texts are {where}: their end is kept", file=sys.stderr)
         run = Finetuner(config, classifier, tokenizer, *sets, precision)
-        newest = None if is_new else run_folder.newest_whole(folder, run.check)
+        newest = None if is_new else run_folder.newest_whole(folder)
         if newest:
             run.load(newest[1])
             print(f"resumed {newest[0]} after step {run.step}", file=sys.stderr)
