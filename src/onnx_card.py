@@ -7,8 +7,6 @@ from string import Template
 
 import yaml
 
-from src.onnx_graph import VALUES
-
 PROPERTIES = "family", "vocab_size", "context", "license"  # facts that the graph itself holds too
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -26,9 +24,9 @@ def describe(proto, facts: dict):
         counts[place] += 1
         node.name = f"{place}_{counts[place]}"
     _strip(proto)
-    ends = [*graph.input, *graph.output]
+    ends, explained = [*graph.input, *graph.output], yaml.safe_load((TEMPLATES / "onnx_values.yaml").read_text("utf-8"))
     for value in ends:
-        dims, value.doc_string = VALUES[re.sub(r"_\d+$", "", value.name)]
+        dims, value.doc_string = explained[re.sub(r"_\d+$", "", value.name)]
         names |= {dim.dim_param: name for dim, name in zip(value.type.tensor_type.shape.dim, dims.split())}
     for value in (*ends, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
