@@ -16,7 +16,8 @@ one of llama2.c ends at BOS too. Rows of an embedding that no token has are left
            ties between equally probable cuts of a unigram tokenizer. Names of special tokens in a text stay text.
            A space that a tokenizer puts before a text stays where a whole text is decoded.
   llama2c  tokens change places, and m.tokenizer.bin lies beside m.bin: run m.bin -z m.tokenizer.bin. run.c puts a
-           space before a prompt, and prints no single byte over 127 (characters that are not in the vocabulary).
+           space before a prompt, cuts it by the scores of pieces alone (a unigram tokenizer, or one with a rule for
+           words, may cut it otherwise), and prints no single byte over 127 (characters beyond the vocabulary).
 """
 
 import sys

@@ -182,12 +182,12 @@ def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=
     path = folder / "ema.safetensors"
     path = path if ema and path.exists() else folder / "model.safetensors"
     weights = read_weights(path)
-    if config is not None and _shapes(config) != _shapes(own):
-        changed = [name for name in vars(own) if _changes_shapes(own, config, name)]
+    check_fit(own, weights, path)
+    if config is not None and not _fits(config, weights, path):
+        changed = [name for name, value in vars(config).items() if not _fits(own, weights, path, **{name: value})]
         raise UserError(
             f"{path} does not fit a model of other {', '.join(changed)}: change only what leaves weights as they are"
         )
-    check_fit(own, weights, path)
     model = TRMModel(own if config is None else config)
     load_weights(model, weights, path)
     print(f"{folder}: {'EMA' if path.name.startswith('ema') else 'plain'} weights", file=sys.stderr)
@@ -196,18 +196,12 @@ def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=
     return LanguageModel(store_for_decoding(model) if decodes else model, tokenizer)
 
 
-def _shapes(config) -> dict:
-    """{name: shape} of a model's tensors, without making them."""
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in own_state(TRMModel(config)).items()}
-
-
-def _changes_shapes(own, config, name) -> bool:
-    """Whether one setting of `config` put into `own` makes other tensors, or no model at all."""
+def _fits(config, weights, path, **changes) -> bool:
     try:
-        return _shapes(replace(own, **{name: getattr(config, name)})) != _shapes(own)
-    except ValueError:
-        return True
+        check_fit(replace(config, **changes), weights, path)
+    except (UserError, ValueError):
+        return False
+    return True
 
 
 def load_pt(path, mmap=False):

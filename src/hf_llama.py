@@ -19,7 +19,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SETTINGS = "config.json", "generation_config.json"
 SIZES = {
     **{"vocab_size": "vocab_size", "d_model": "hidden_size", "n_heads": "num_attention_heads"},
-    **{"n_layers": "num_hidden_layers", "d_ff": "intermediate_size"},
+    **{"n_layers": "num_hidden_layers", "d_ff": "intermediate_size", "n_kv_heads": "num_key_value_heads"},
+    "max_seq_len": "max_position_embeddings",
 }
 YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None}  # none other known
 
@@ -35,8 +36,8 @@ def read_hf(folder) -> tuple[TRMConfig, dict[str, Tensor], dict]:
 def _licence(folder) -> dict:
     """{"license": ...} where the model card names one."""
     card = folder / "README.md"
-    front = card.read_text(encoding="utf-8", errors="replace").split("---\n") if card.is_file() else []
-    found = re.search(r"^license: *([\w.-]+)$", front[1], re.M) if len(front) > 2 and not front[0] else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.match(r"---\n(?:(?!---\n).*\n)*?license: *([\w.-]+)\n", text)
     return {"license": found[1]} if found else {}
 
 
@@ -59,7 +60,9 @@ def _config(values: dict, path) -> TRMConfig:
     if values.get("model_type") != "llama":
         raise UserError(f"{path} is of model_type {values.get('model_type')}: only llama can be converted")
     try:
-        sizes = {own: count(values[name], f"{path}: {name}", LIMITS[own]) for own, name in SIZES.items()}
+        kv_heads = values.get("num_key_value_heads") or values["num_attention_heads"]
+        given = {"max_position_embeddings": 2048, **values, "num_key_value_heads": kv_heads}
+        sizes = {own: count(given[name], f"{path}: {name}", LIMITS[own]) for own, name in SIZES.items()}
         dim, heads = sizes["d_model"], sizes["n_heads"]
         rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
         scaling = rope.get("rope_type") or rope.get("type") or "default"
@@ -77,13 +80,11 @@ def _config(values: dict, path) -> TRMConfig:
             if is_so:
                 raise UserError(f"{path} asks for {what}, which this model has not: it cannot be converted")
         return plain_config(
-            path, **sizes, n_kv_heads=count(values.get("num_key_value_heads") or heads, f"{path}: num_key_value_heads"),
-            max_seq_len=count(values.get("max_position_embeddings", 2048), f"{path}: max_position_embeddings"),
-            norm_eps=values.get("rms_norm_eps", 1e-6), tie_embeddings=values.get("tie_word_embeddings") or False,
+            path, **sizes, norm_eps=values.get("rms_norm_eps", 1e-6),
+            tie_embeddings=values.get("tie_word_embeddings") or False, pad_token_id=values.get("pad_token_id"),
             rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
             rope_scaling=float(rope["factor"]) if scaling != "default" else None,
             rope_trained_len=rope["original_max_position_embeddings"] if scaling == "yarn" else None,
-            pad_token_id=values.get("pad_token_id"),
         )  # fmt: skip
     except KeyError as error:
         raise UserError(f"{path} lacks {error.args[0]}: it is no whole config.json of a Llama") from None
@@ -126,17 +127,10 @@ def _hf_config(c, weights) -> dict:
     scaling = None if c.rope_scaling is None else {"rope_type": kind, "type": kind, "factor": c.rope_scaling}
     if scaling and kind == "yarn":
         scaling["original_max_position_embeddings"] = c.rope_trained_len
-    return {
+    return {theirs: getattr(c, own) for own, theirs in SIZES.items()} | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.d_model,
-        "intermediate_size": c.d_ff,
-        "num_hidden_layers": c.n_layers,
-        "num_attention_heads": c.n_heads,
-        "num_key_value_heads": c.n_kv_heads,
         "hidden_act": "silu",
-        "max_position_embeddings": c.max_seq_len,
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,  # with rope_scaling the form that transformers 4 and 5 both read
         "rope_scaling": scaling,

@@ -11,7 +11,6 @@
 Nothing in a source is ever run: it is safetensors, arrays of numbers, or a .pt under torch.load's weights_only.
 """
 
-import contextlib
 import os
 import shutil
 import sys
@@ -141,29 +140,22 @@ def write(source: Source, dest, to: str = "checkpoint"):
 
     Raises UserError where dest exists, and for a model that the format cannot hold."""
     dest = Path(dest)
-    check_free(dest)
-    if to == "llama2c":
-        check_free(tokenizer_file(dest))
+    outputs = [dest, tokenizer_file(dest)] if to == "llama2c" else [dest]
+    for path in outputs:
+        check_free(path)
     if to in ("hf", "llama2c"):
         check_plain(source.config, source.path, to)
     beside = dest.with_name(f".{dest.name}.partial")
     try:
-        _remove(beside)
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        _write(source, beside, to)
-        if to in ("hub", "hf"):
-            card = model_card(dest.name, source.config, source.info, to)
-            (beside / "README.md").write_text(card, encoding="utf-8")
-        if to == "llama2c":
-            os.rename(tokenizer_file(beside), tokenizer_file(dest))
-        os.rename(beside, dest)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        _write(source, beside / dest.name, to)
+        for path in outputs:
+            os.rename(beside / path.name, path)
     except (OSError, SafetensorError) as error:
-        if to == "llama2c":
-            _remove(tokenizer_file(dest))
         raise UserError(f"cannot write {dest}: {getattr(error, 'strerror', None) or error}; choose another") from None
     finally:
-        _remove(beside)
-        _remove(tokenizer_file(beside))
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_free(dest):
@@ -186,9 +178,5 @@ def _write(source, path, to):
         with torch.device("meta"):
             model = TRMModel(config)
         save_checkpoint(path, model, tokenizer, info=info, weights=weights)
-
-
-def _remove(path):
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.unlink()
+    if to in ("hub", "hf"):
+        (path / "README.md").write_text(model_card(path.name, config, info, to), encoding="utf-8")

@@ -35,22 +35,11 @@ class LanguageModel(NamedTuple):
     model: Any  # TRMModel, or an ONNX graph in its place
     tokenizer: Any
 
-    def write(
-        self,
-        text: str = "",
-        max_new_tokens: int = 200,
-        temperature: float = 0.8,
-        top_k: int | None = None,
-        top_p: float | None = 0.95,
-        seed: int | None = None,
-        stop_at_eos: bool = True,
-        **options,
-    ) -> str:
-        """A text and what the model writes after it, as generate.py does; more options: those of `sampling.generate`.
-
-        Raises ValueError for options and texts that cannot be."""
-        choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop_at_eos": stop_at_eos}
-        written = continue_texts(self.model, self.tokenizer, [text], max_new_tokens, **choice, **options)
+    def write(self, text: str = "", max_new_tokens: int = 200, temperature=0.8, top_p=0.95, **options) -> str:
+        """A text and what the model writes after it, as generate.py does; more options: stop_at_eos, which is true,
+        and those of `sampling.generate`, such as top_k and seed.  ValueError for options and texts that cannot be."""
+        options |= {"temperature": temperature, "top_p": top_p}
+        written = continue_texts(self.model, self.tokenizer, [text], max_new_tokens, **options)
         return text + "".join(pieces[0] for pieces, _ in written)
 
     def score(self, texts: list[str], **options) -> list:

@@ -13,7 +13,6 @@ import json
 import pickle
 import struct
 from dataclasses import replace
-from itertools import pairwise
 from math import inf, prod
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from src.checkpoint import check_tensors, load_pt
 from src.errors import UserError
-from src.hf_tokenizer import PROBES, to_hf
+from src.hf_tokenizer import to_hf
 from src.llama import BLOCK, LLAMA2C, from_llama, part_shapes, plain_config, to_llama, weight_name
 from src.model import TRMConfig
 
@@ -95,15 +94,10 @@ def for_run_c(c: TRMConfig, weights: dict[str, Tensor], tokenizer, where) -> tup
     weights = weights | {"embed.weight": embed} | ({} if c.tie_embeddings else {"head.weight": head})
     entries = (struct.pack("<fi", score, len(name)) + name for name, score in zip(names, scores))
     data = struct.pack("<i", max(map(len, names))) + b"".join(entries)
-    texts = {text: text if tokenizer.prefix else " " * bool(text) + text for text in PROBES}
-    slots = {index: slot for slot, index in reversed([*enumerate(order)])}
-    ours = {text: [slots[i] for i in tokenizer.encode(spaced)] for text, spaced in texts.items()}
-    wrong = [text for text in PROBES if run_c_ids(text, names, scores) != ours[text]]
     said = {
         "run.c puts a space before a prompt, which this tokenizer does not": not tokenizer.prefix,
         "run.c begins every text with BOS, this model none": not tokenizer.add_bos,
         "run.c knows one end of a text, this model several": len(tokenizer.end_ids) > 1 and swaps,
-        f"run.c cuts some prompts into other tokens, such as {[*wrong, ''][0]!r}": bool(wrong),
     }
     return c, weights, data, [sentence for sentence, is_so in said.items() if is_so]
 
@@ -141,19 +135,6 @@ def _run_c_tokens(tokenizer, where) -> tuple[list[int | None], list[bytes], list
     if b" " not in names:
         names[3 + ord(" ")] = b" "  # run.c looks it up for every prompt, and fails without
     return order, names, [score.get(i, 0.0) for i in order]
-
-
-def run_c_ids(text: str, names: list[bytes], scores: list[float]) -> list[int]:
-    """The ids of a prompt in run.c, without BOS."""
-    ids = {name: i for i, name in enumerate(names)}
-    found = [[ids[c]] if c in ids else [b + 3 for b in c] for c in (c.encode() for c in " " * bool(text) + text)]
-    row = [i for part in found for i in part]
-    while pairs := [(ids.get(names[a] + names[b]), at) for at, (a, b) in enumerate(pairwise(row))]:
-        best = max((p for p in pairs if p[0] is not None), key=lambda p: (scores[p[0]], -p[1]), default=None)
-        if best is None:
-            break
-        row[best[1] : best[1] + 2] = [best[0]]
-    return row
 
 
 def rotary_tables(c: TRMConfig) -> tuple[Tensor, Tensor]:

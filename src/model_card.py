@@ -1,5 +1,8 @@
 """README.md of a model folder that goes to the Hugging Face Hub: what the model is, its figures, how to run it."""
 
+from pathlib import Path
+from string import Template
+
 import torch
 
 from src.metrics import cache_bytes_per_token, count_parameters, effective_depth, flops_per_token, format_params
@@ -11,34 +14,6 @@ FAMILY = {
     "trm": "A Tiny Recursive Model (arXiv:2510.04871): {n_layers} blocks, visited {visits} times per token.",
 }
 TAG = {"none": "llama", "loop": "looped-transformer", "trm": "tiny-recursive-model"}
-RUN = {
-    "hub": """Download this folder and, in a clone of Generative TRM:
-
-```
-python generate.py {name} --prompt "Once upon a time"
-```
-
-The same from Python:
-
-```python
-import torch
-
-from src.checkpoint import load_model
-
-model, tokenizer = load_model("{name}")
-ids = torch.tensor([tokenizer.encode("Once upon a time", bos=True)])
-written = model.generate(ids, 50, temperature=0, eos_id=tokenizer.end_ids)
-print(tokenizer.decode(written[0].tolist()))
-```
-""",
-    "hf": """```python
-from transformers import pipeline
-
-write = pipeline("text-generation", model="{name}")
-print(write("Once upon a time", max_new_tokens=50, do_sample=False)[0]["generated_text"])
-```
-""",
-}
 NAMES = {  # of figures of config.json, with their units
     "step": "training steps",
     "best_valid_loss": "validation loss in nats per token",
@@ -60,8 +35,9 @@ def model_card(name: str, config: TRMConfig, info: dict, to: str) -> str:
     )
     family = FAMILY[c.recursion].format(n_layers=c.n_layers, visits=c.visits_per_step * c.train_steps)
     rows = "".join(f"| {what} | {value} |\n" for what, value in (_figures(c) | _measured(info)).items())
-    run = RUN[to].format(name=name)
-    return f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{family}\n\n| | |\n|---|---|\n{rows}\n## Run it\n\n{run}"
+    template = Path(__file__).with_name("templates") / f"{to}.md"
+    parts = {"metadata": metadata.to_yaml(), "name": name, "family": family, "rows": rows}
+    return Template(template.read_text(encoding="utf-8")).substitute(parts)
 
 
 def _figures(c) -> dict:

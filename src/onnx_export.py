@@ -18,7 +18,7 @@ from torch.export import Dim
 
 from src import run_folder
 from src.cache import cache_slots
-from src.checkpoint import load_model, resolve
+from src.checkpoint import load_model, read_info
 from src.corpus import content_hash
 from src.errors import UserError
 from src.files import read_json
@@ -221,7 +221,8 @@ def export_onnx(settings: OnnxExport) -> dict:
         "precision": "fp32" if settings.quantize == "none" else settings.quantize,
         "attention": "fused" if fused else "standard",
         "cache": settings.enable_kv_cache,
-        **_facts_of(model.config, tokenizer, read_json(resolve(settings.checkpoint) / "config.json")),
+        **_facts_of(model.config, tokenizer),
+        "license": read_info(settings.checkpoint).get("license"),
     }
     describe(proto, facts)
     try:
@@ -240,9 +241,8 @@ def export_onnx(settings: OnnxExport) -> dict:
     return facts | {"bytes": sum(file.stat().st_size for file in folder.glob(f"{GRAPH}*")), "errors": errors}
 
 
-def _facts_of(config, tokenizer, checkpoint: dict) -> dict:
+def _facts_of(config, tokenizer) -> dict:
     """What a program needs to know that runs the graph by itself: how a text begins, what ends it, how long it gets."""
-    info = checkpoint.get("info")
     return {
         "family": config.recursion,
         "vocab_size": config.vocab_size,
@@ -251,7 +251,6 @@ def _facts_of(config, tokenizer, checkpoint: dict) -> dict:
         "bos_id": tokenizer.bos_id,
         "add_bos": tokenizer.add_bos,
         "end_ids": list(tokenizer.end_ids),
-        "license": info.get("license") if isinstance(info, dict) else None,
     }
 
 

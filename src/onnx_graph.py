@@ -1,7 +1,7 @@
 """What is traced of a causal TRMModel: one graph for prefill and decoding, with the cache as inputs and outputs.
 
-VALUES below says what each input and output is; it is also written into the graph. Past and present may be one buffer:
-nothing is copied then. A call either begins every row or adds one token to each. A graph without a cache ends at
+src/templates/onnx_values.yaml says what each input and output is. Past and present may be one buffer: nothing is copied
+then. A call either begins every row or adds one token to each. A graph without a cache ends at
 `read`, and is given the whole text each time.
 
 Two forms of attention, all else the same: `fused` is ONNX Runtime's GroupQueryAttention for CPUs (heads are split,
@@ -18,23 +18,6 @@ from src.exits import max_depth
 from src.layers import Context, rotary_table
 from src.model import TRMModel
 
-VALUES = {  # inputs, then outputs: the names of their dimensions, what they are
-    "input_ids": (
-        "batch length",
-        "int64: tokens; every row begins at the left, what follows its last token is ignored",
-    ),
-    "last": ("batch", "int32: the column of the cache that each row's last token takes"),
-    "total": ("1", "int32: columns of the cache in use, the largest of `last` plus 1"),
-    "read": ("reads", "int64: the tokens whose logits are wanted, each as row * length + column"),
-    "past_key": (
-        "batch heads room size",
-        "keys of a slot of the cache (one per visit and layer), `last` + 1 columns or more",
-    ),
-    "past_value": ("batch heads room size", "values of that slot"),
-    "logits": ("reads vocabulary", "scores of the token that follows each one of `read`"),
-    "present_key": ("batch heads room size", "past_key with the new columns written; goes in again at the next call"),
-    "present_value": ("batch heads room size", "past_value likewise"),
-}
 FUSED_HEAD = 16  # GroupQueryAttention rotates heads whose size is a multiple of this
 
 
@@ -173,7 +156,7 @@ class FusedSlots(StandardSlots):
 
 
 class Graph(nn.Module):
-    """A TRMModel in the parts of a graph; called as VALUES tells it, with a list of (key, value)."""
+    """A TRMModel in the parts of a graph; called as onnx_values.yaml tells it, with a list of (key, value)."""
 
     def __init__(self, model: TRMModel, fused: bool):
         super().__init__()

@@ -1,8 +1,8 @@
 """An exported graph in place of a TRMModel: `sampling.generate` and all that is built on it run under ONNX Runtime.
 
-The folder is all that is needed: model.onnx (VALUES in src/onnx_graph.py tells its inputs and outputs), config.json,
-the tokenizer's files, and onnx.json with what the graph is. Rows come left-padded, as everywhere here; the graph wants
-each row from its left edge on, which spares it the mask.
+The folder is all that is needed: model.onnx (its inputs and outputs: src/templates/onnx_values.yaml), config.json, the
+tokenizer's files, and onnx.json with what the graph is. Rows come left-padded, as everywhere here; the graph wants each
+row from its left edge on, which spares it the mask.
 """
 
 import importlib

@@ -12,6 +12,7 @@ a model comes from elsewhere, tokenizer_config.json also says how its texts begi
 """
 
 import codecs
+import functools
 import hashlib
 import itertools
 import json
@@ -24,6 +25,7 @@ from pathlib import Path
 import sentencepiece as spm
 
 from src.errors import UserError
+from src.files import read_bytes
 from src.tokenizer_json import (
     CONFIG_FILE,
     JSON_FILE,
@@ -37,9 +39,10 @@ from src.tokenizer_json import (
     keep_apart,
     names_beside,
     parse_tokenizer,
-    read_file,
     token_bytes,
 )
+
+read_file = functools.partial(read_bytes, what='tokenizer ("byte", a .model or a tokenizer.json)')
 
 
 class _Tokenizer:

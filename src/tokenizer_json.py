@@ -18,15 +18,6 @@ SPECIAL = {  # the names of a tokenizer_config.json -> usual tokens, most tellin
 }
 
 
-def read_file(path):
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(
-            f'tokenizer {path}: {error.strerror or error}; give "byte", a .model or a tokenizer.json'
-        ) from None
-
-
 def as_list(value):
     return value if isinstance(value, list) else [value]
 
@@ -42,17 +33,11 @@ def parse_tokenizer(data, name):
     from tokenizers import Tokenizer  # here, so that the other kinds do not wait for its import
 
     settings = parse_json(decode(data, name), name)
-    used, known = [], []  # by a template that is put around texts, without which the library panics
-    levels = [settings.get("post_processor")] if isinstance(settings, dict) else []
-    for value in levels:
-        levels += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-        if isinstance(value, dict):
-            used += [value["SpecialToken"].get("id")] if isinstance(value.get("SpecialToken"), dict) else []
-            known += value["special_tokens"] if isinstance(value.get("special_tokens"), dict) else []
-    if missing := [token for token in used if token not in known]:
-        raise UserError(
-            f"{name}: its post_processor puts {missing[0]} around texts, which it does not have: correct it"
-        )
+    template = settings.get("post_processor") if isinstance(settings, dict) else None
+    template = json.dumps(template, sort_keys=True)  # put around texts; the library panics where it names a token
+    for token in re.findall(r'"SpecialToken": {"id": ("(?:\\.|[^"\\])*")', template):  # that it does not explain
+        if f"{token}: {{" not in template:
+            raise UserError(f"{name}: its post_processor puts {json.loads(token)} around texts, which it does not have")
     try:
         tok = Tokenizer.from_str(json.dumps(settings))
         tok.no_padding()

@@ -390,7 +390,7 @@ def test_broken_llama2c_files(tmp_path, llama2c_file):
         path.write_bytes(content)
         with pytest.raises(UserError, match="tok.bin is not a whole tokenizer file of llama2.c"):
             read_tokenizer(path)
-    with pytest.raises(UserError, match="nowhere.bin: No such file"):
+    with pytest.raises(UserError, match="nowhere.bin: no such file"):
         read_tokenizer(tmp_path / "nowhere.bin")
 
 
