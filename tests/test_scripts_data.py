@@ -103,6 +103,6 @@ def test_train_spm_refuses(tmp_path):
 def test_a_mistake_is_one_line_and_exit_code_2(script, tmp_path):
     args = ["missing.txt"] if script == "extract_texts.py" else ["--input", "missing.txt"]
     code, out, err = run_script(script, *args)
-    assert (code, out, err) == (2, "", "error: missing.txt does not exist\n")
+    assert (code, out, err) == (2, "", f"error: missing.txt does not exist in {ROOT}\n")
     code, out, _ = run_script(script, "--help")
     assert code == 0 and "--text_field" in out and "python " + script in out
