@@ -275,10 +275,8 @@ def _normalise(argv, fields, positional):
     if free and not _is_list(fields[positional]):
         out.append(f"--{positional}={free.pop(0)}")
         if free:
-            raise UserError(
-                f"{free[0]!r} is one word too many: {positional} is a single path; quote values with spaces"
-                + ("; did you mean --prompt?" if "prompt" in fields else "")
-            )
+            advice = "quote values with spaces" + "; did you mean --prompt?" * ("prompt" in fields)
+            raise UserError(f"{free[0]!r} is one word too many: {positional} is a single path; {advice}")
     return files, out + ([_list_flag(positional, free)] if free else [])
 
 

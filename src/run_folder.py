@@ -12,7 +12,7 @@ from pathlib import Path
 
 from src import folders
 from src.checkpoint import FILES, follow, load_state, save_checkpoint
-from src.errors import UserError
+from src.errors import UserError, few
 from src.files import read_json
 from src.plain_yaml import dump_yaml, read_yaml
 
@@ -78,10 +78,8 @@ def check_resume(folder: Path, settings: dict, resume: bool):
     for name, new in settings.items():
         old = before.get(name)
         if old != new and name in before and name not in free:
-            raise UserError(
-                f"--{name} is {new}, but the run in {folder} has {old}: "
-                f"resume with the same settings (--config {folder}/config.yaml) or choose another save_dir"
-            )
+            advice = f"resume with the same settings (--config {folder}/config.yaml) or choose another save_dir"
+            raise UserError(f"--{name} is {new}, but the run in {folder} has {old}: {advice}")
         if old != new and name not in _SAID_BY_ITSELF:
             print(f"--{name} is {new}, and was {old} before", file=sys.stderr)
 
@@ -91,8 +89,7 @@ def corpus_changes(folder: Path, corpus: dict) -> list[str]:
     path = folder / CORPUS
     before = read_json(path) if path.exists() else {}
     try:
-        changes = (_changes(part, before.get(part, now), now) for part, now in corpus.items())
-        return [change for each in changes for change in each]
+        return [change for part, now in corpus.items() for change in _changes(part, before.get(part, now), now)]
     except (AttributeError, TypeError, IndexError):
         raise UserError(f"{path} is broken: delete it, and the text is taken as it is") from None
 
@@ -109,8 +106,7 @@ def _changes(part, before, now):
     gone, come = ({file[0] for file in files} for files in (old.keys() - new.keys(), new.keys() - old.keys()))
     told = []
     for kind, names in (("added", come - gone), ("removed", gone - come), ("changed", come & gone)):
-        more = f" and {len(names) - 3} more" * (len(names) > 3)
-        told += [f"{part} files {kind}: {', '.join(sorted(names)[:3])}{more}"] * bool(names)
+        told += [f"{part} files {kind}: {few(sorted(names))}"] * bool(names)
     return told or [f"{part} files come in another order"] * (list(old) != list(new))
 
 
