@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 import typing
-from pathlib import Path
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, _loaders_dumpers, set_parsing_settings
 
@@ -80,24 +79,21 @@ def _drop_stdout():
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def write_text(path, text: str):
+def write_text(path, text: str, mode: str = "w"):
     """Write a file of UTF-8 text.  UserError where it cannot be written."""
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; make room, or name another file") from None
 
 
 def check_writable(path):
     """UserError where a file cannot be written: asked before long work, not after."""
-    path = Path(path)
-    is_new = not path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room, or name another file") from None
+    is_new = not os.path.exists(path)
+    write_text(path, "", "a")
     if is_new:
-        path.unlink()
+        os.unlink(path)
 
 
 class _Parser(ArgumentParser):

@@ -29,8 +29,7 @@ _NUL = "holds NUL bytes: it is binary, or UTF-16 without a byte order mark (icon
 
 
 def read_bytes(path, what: str = "", most: int = MOST_BYTES) -> bytes:
-    """The content of a file.  UserError, which begins with `what` (a flag, such as "--prompt_file"), where it cannot
-    be read, is no regular file, or holds more than `most` bytes."""
+    """The content of a file.  UserError, after `what` (a flag), where it cannot be read or is over `most` bytes."""
     where = f"{what} {path}".strip()
     try:
         check_is_file(path, where)
@@ -118,7 +117,7 @@ def decode(data: bytes, where) -> str:
 
 
 def read_text(path, what: str = "") -> str:
-    """The text of a small file; see `decode`.  UserError where it cannot be read."""
+    """The text of a small file; see `decode`."""
     return decode(read_bytes(path, what), f"{what} {path}".strip())
 
 

@@ -56,10 +56,8 @@ def check_writable(folder: Path, flag: str = "save_dir"):
 def settings_of(folder: Path) -> dict:
     """The settings in a run folder's config.yaml; none where no run has begun.  UserError where it is broken."""
     path = folder / "config.yaml"
-    if not path.exists():
-        return {}
-    settings = read_yaml(path)
-    if not settings:
+    settings = read_yaml(path) if path.exists() else {}
+    if path.exists() and not settings:
         raise UserError(f"{path} is empty, and should hold the run's settings: mend it, or choose another save_dir")
     return settings
 
@@ -148,7 +146,13 @@ class RunLock:
     def __init__(self, folder: Path):
         self.file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
         try:
-            self._take(folder / ".lock")
+            if fcntl is not None:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:  # nothing is inherited there, and a locked file cannot be read
+                from filelock import FileLock
+
+                self.held = FileLock(folder / ".lock.held", timeout=0)
+                self.held.acquire()
         except (BlockingIOError, PermissionError, TimeoutError):  # by the system, each means that it is held
             self.file.seek(0)
             holder = self.file.read().strip() or "unknown"
@@ -157,15 +161,6 @@ class RunLock:
         self.file.truncate(0)
         self.file.write(f"{os.getpid()}\n")
         self.file.flush()
-
-    def _take(self, path):
-        if fcntl is not None:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:  # nothing is inherited there, and a locked file cannot be read
-            from filelock import FileLock
-
-            self.held = FileLock(f"{path}.held", timeout=0)
-            self.held.acquire()
 
     def release(self):
         self.file.close()

@@ -181,8 +181,7 @@ def encode(examples: Iterable[Example], tokenizer, context: int) -> tuple[list[S
     """A Sample of each text, whose one target is the label, at its last token; and how many texts were cut.
 
     Rows begin as the model's texts do (`tokenizer.start`) and keep the last tokens that fit."""
-    samples, cut = [], 0
-    examples = list(examples)
+    samples, cut, examples = [], 0, list(examples)
     for example, ids in zip(examples, tokenizer.encode_batch([example.text for example in examples])):
         room = context - tokenizer.add_bos
         cut += len(ids) > room
