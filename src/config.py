@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 import typing
-from pathlib import Path
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, _loaders_dumpers, set_parsing_settings
 
@@ -80,24 +79,21 @@ def _drop_stdout():
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def write_text(path, text: str):
+def write_text(path, text: str, mode: str = "w"):
     """Write a file of UTF-8 text.  UserError where it cannot be written."""
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; make room, or name another file") from None
 
 
 def check_writable(path):
     """UserError where a file cannot be written: asked before long work, not after."""
-    path = Path(path)
-    is_new = not path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room, or name another file") from None
+    is_new = not os.path.exists(path)
+    write_text(path, "", "a")
     if is_new:
-        path.unlink()
+        os.unlink(path)
 
 
 class _Parser(ArgumentParser):
@@ -275,10 +271,8 @@ def _normalise(argv, fields, positional):
     if free and not _is_list(fields[positional]):
         out.append(f"--{positional}={free.pop(0)}")
         if free:
-            raise UserError(
-                f"{free[0]!r} is one word too many: {positional} is a single path; quote values with spaces"
-                + ("; did you mean --prompt?" if "prompt" in fields else "")
-            )
+            advice = "quote values with spaces" + "; did you mean --prompt?" * ("prompt" in fields)
+            raise UserError(f"{free[0]!r} is one word too many: {positional} is a single path; {advice}")
     return files, out + ([_list_flag(positional, free)] if free else [])
 
 

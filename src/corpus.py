@@ -20,8 +20,9 @@ import re
 import sys
 import sysconfig
 from collections import Counter
+from pathlib import Path
 
-from src.errors import UserError
+from src.errors import UserError, few
 from src.files import check_is_file, is_text, read_lines
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz", ".py")  # in capitals too
@@ -47,12 +48,10 @@ class NoDocument(UserError):
 
 
 def find_files(paths):
-    """Sorted list of the data files that files, globs and folders (searched through) name, each once, however many
-    names it has.
+    """Sorted list of the data files that files, globs and folders (linked ones too) name, each once by any name.
 
-    Linked folders are searched too. What a folder holds besides data files is said on stderr. Raises UserError for a
-    path that does not exist, cannot be searched, or leads to no file of the kinds in SUFFIXES.
-    """
+    What a folder holds besides is said on stderr. UserError for a path that does not exist, cannot be searched, or
+    leads to no file of the kinds in SUFFIXES."""
     found = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.path.expanduser(os.fspath(path))
@@ -90,25 +89,23 @@ def _files_in(root):
         is_hidden = os.path.basename(path).startswith(".")  # such as ._a.txt, which macOS puts beside a.txt
         (files if _kind(path) and not is_hidden and os.path.isfile(path) else left).append(path)
     if left:
-        left = [os.path.relpath(path, root) for path in left]
-        more = f" and {len(left) - REPORTED} more" if len(left) > REPORTED else ""
         why = "hidden, links to nowhere, unreadable, or of other kinds"
-        print(f"{root}: not read: {', '.join(left[:REPORTED])}{more} ({why})", file=sys.stderr)
+        print(f"{root}: not read: {few(os.path.relpath(path, root) for path in left)} ({why})", file=sys.stderr)
     return files
 
 
-def _walk(root, skips, left=None):
+def _walk(root, skips, left):
     """Paths of all files, through linked folders too, each folder once; those passed over are added to `left`."""
 
     def unreadable(error):
-        if left is None or error.filename == root:
+        if error.filename == root:
             raise UserError(f"{error.filename} cannot be searched: {error.strerror}")
         left.append(error.filename)
 
     seen = {same_file_key(root)}
     for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
         hidden = [d for d in subfolders if d in skips or d.startswith(".")]
-        left is None or left.extend(os.path.join(folder, name) for name in hidden if name.startswith("."))
+        left.extend(os.path.join(folder, name) for name in hidden if name.startswith("."))
         new = {same_file_key(os.path.join(folder, d)): d for d in sorted(set(subfolders) - set(hidden), reverse=True)}
         subfolders[:] = sorted(d for key, d in new.items() if key not in seen)
         seen.update(new)
@@ -121,9 +118,8 @@ def stdlib_files(min_bytes=200, valid_share=20):
     not UTF-8, or made for this machine."""
     root = sysconfig.get_paths()["stdlib"]
     parts = ([], [])
-    for path in sorted(f for f in _walk(root, _STDLIB_SKIPS) if f.endswith(".py")):
-        with open(path, "rb") as file:
-            source = file.read()
+    for path in sorted(f for f in _walk(root, _STDLIB_SKIPS, []) if f.endswith(".py")):
+        source = Path(path).read_bytes()
         is_utf8 = is_text(source.decode(errors="surrogateescape"))
         if len(source) < min_bytes or not is_utf8 or os.path.basename(path).startswith("_sysconfigdata"):
             continue
@@ -135,9 +131,7 @@ def stdlib_files(min_bytes=200, valid_share=20):
 
 
 def fingerprint_files(files):
-    """[(name without folders, bytes, digest)] of files: the digest (hex) is of size, first and last MiB, so that a
-    file which was replaced by one of the same size is noticed, whatever that size. UserError where one cannot be read.
-    """
+    """[(name without folders, bytes, digest of size, first and last MiB)] of files.  UserError where unreadable."""
     found = []
     for path in files:
         try:
@@ -170,11 +164,9 @@ def read_documents(paths, text_field="text", strict=False, skipped=None, max_doc
 def read_pieces(paths, text_field="text", strict=False, skipped=None, report=True, max_doc_mb=MAX_DOC_MB):
     """Documents as (piece, is_last) pairs; pieces are cut after a line break where there is one.
 
-    A bad line is skipped and counted by reason in `skipped` (a Counter), and, unless report=False, the first few are
-    named on stderr; strict=True makes it a UserError. So is a document of .jsonl or .parquet of over max_doc_mb million
-    characters. Raises UserError for a file that cannot be read to its end, and NoDocument where nothing is left, which
-    names the fields that are there if every line lacks the text field.
-    """
+    A bad line, and a document of .jsonl or .parquet of over max_doc_mb million characters, is counted by reason in
+    `skipped` (a Counter), and, unless report=False, the first few are named on stderr; strict=True makes it a
+    UserError. Raises UserError for a file that cannot be read to its end, and NoDocument where nothing is left."""
     files = find_files(paths)
     log = _SkipLog(strict, Counter() if skipped is None else skipped, report, int(max_doc_mb * 1e6))
     is_empty = True
@@ -189,12 +181,10 @@ def read_pieces(paths, text_field="text", strict=False, skipped=None, report=Tru
 
 
 def _refuse_empty(files, text_field, log):
-    names = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
     if log.fields:
         fields = ", ".join(log.fields)
-        raise NoDocument(f"no line of {names} has the field {text_field!r}; fields there: {fields} (--text_field)")
-    counts = f" ({log.summary()})" if log.skipped else ""
-    raise NoDocument(f"no document in {names}: {'nothing usable' if counts else 'empty'}{counts}")
+        raise NoDocument(f"no line of {few(files)} has the field {text_field!r}; fields there: {fields} (--text_field)")
+    raise NoDocument(f"no document in {few(files)}: {f'nothing usable ({log.summary()})' if log.skipped else 'empty'}")
 
 
 class _SkipLog:

@@ -86,10 +86,8 @@ def _look_at_text(folder, files, newest, may_change):
     now = corpus | ({"tokenizer": read_tokenizer(str(newest[0])).fingerprint} if newest else {})
     changes = run_folder.corpus_changes(folder, now)
     if changes and not may_change:
-        raise UserError(
-            f"the text is not that which the run in {folder} was begun with ({'; '.join(changes)}): bring it back, or "
-            "go on with what is there by --allow_changed_corpus true"
-        )
+        told = f"the text is not that which the run in {folder} was begun with ({'; '.join(changes)})"
+        raise UserError(f"{told}: bring it back, or go on with what is there by --allow_changed_corpus true")
     if changes:
         print(f"the run goes on with changed text: {'; '.join(changes)}", file=sys.stderr)
     return corpus, changes

@@ -25,15 +25,11 @@ BOMS = {  # longest first, as UTF-32's begins with UTF-16's
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-_NUL = (
-    "holds NUL bytes: it is binary, or UTF-16 without a byte order mark; save it as UTF-8 (iconv -f UTF-16{encoding} "
-    "-t UTF-8)"
-)
+_NUL = "holds NUL bytes: it is binary, or UTF-16 without a byte order mark (iconv -f UTF-16{} -t UTF-8 makes it UTF-8)"
 
 
 def read_bytes(path, what: str = "", most: int = MOST_BYTES) -> bytes:
-    """The content of a file.  UserError, which begins with `what` (a flag, such as "--prompt_file"), where it cannot
-    be read, is no regular file, or holds more than `most` bytes."""
+    """The content of a file.  UserError, after `what` (a flag), where it cannot be read or is over `most` bytes."""
     where = f"{what} {path}".strip()
     try:
         check_is_file(path, where)
@@ -63,7 +59,7 @@ def open_text(path) -> io.TextIOWrapper:
         head = file.peek(4096)[:4096]
         encoding, skip = encoding_of(head[:4])
         if encoding == "utf-8" and b"\0" in head:
-            raise UserError(f"{path} {_NUL.format(encoding='LE' if head.find(0) % 2 else 'BE')}")
+            raise UserError(f"{path} {_NUL.format('LE' if head.find(0) % 2 else 'BE')}")
         file.read(skip)
     except BaseException:
         file.close()
@@ -116,12 +112,12 @@ def decode(data: bytes, where) -> str:
     except UnicodeDecodeError:
         raise UserError(f"{where} is not UTF-8 text: save it as UTF-8 (or as UTF-16 with a byte order mark)") from None
     if "\0" in text:
-        raise UserError(f"{where} {_NUL.format(encoding='LE')}")
+        raise UserError(f"{where} {_NUL.format('LE')}")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_text(path, what: str = "") -> str:
-    """The text of a small file; see `decode`.  UserError where it cannot be read."""
+    """The text of a small file; see `decode`."""
     return decode(read_bytes(path, what), f"{what} {path}".strip())
 
 

@@ -222,19 +222,16 @@ class _Wandb:
         try:
             import wandb
         except ImportError:
-            raise UserError(
-                f"monitoring.wandb_project is {project}, but wandb is missing: pip install wandb, or leave it out"
-            ) from None
+            told = f"monitoring.wandb_project is {project}, but wandb is missing"
+            raise UserError(f"{told}: pip install wandb, or leave it out") from None
         before = next(folder.glob("wandb/*/run-*.wandb"), None)
         identity = {"id": before.stem.removeprefix("run-"), "resume": "allow"} if before else {}
         options = {"project": project, "name": folder.name, "dir": str(folder), "config": read_settings(folder)}
         try:
             self._run = wandb.init(**options, **identity)
         except wandb.errors.Error as error:
-            raise UserError(
-                f"Weights & Biases: {error}: `wandb login` first, or set WANDB_MODE=offline, or leave "
-                "monitoring.wandb_project out"
-            ) from None
+            advice = "`wandb login` first, or set WANDB_MODE=offline, or leave monitoring.wandb_project out"
+            raise UserError(f"Weights & Biases: {error}: {advice}") from None
 
     def log(self, step, now, figures) -> None:
         self._run.log({_tag(name): value for name, value in figures.items()}, step=step)
@@ -314,11 +311,8 @@ class ResourceMonitor(contextlib.AbstractContextManager):
         if began is not None:
             slowest = max(slowest, time.perf_counter() - began)
         if slowest > max(SLOW_FROM_S, self.config.slow_batch_threshold * median):
-            self._warn(
-                "slow_batch",
-                f"a batch took {slowest:.2f} s, {slowest / median:.1f} times the median of {median:.2f} s, "
-                f"past slow_batch_threshold {self.config.slow_batch_threshold:g}",
-            )
+            told = f"a batch took {slowest:.2f} s, {slowest / median:.1f} times the median of {median:.2f} s"
+            self._warn("slow_batch", f"{told}, past slow_batch_threshold {self.config.slow_batch_threshold:g}")
 
     def _warn(self, kind, sentence):
         now = time.monotonic()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from src import folders
 from src.checkpoint import FILES, follow, load_state, save_checkpoint
-from src.errors import UserError
+from src.errors import UserError, few
 from src.files import read_json
 from src.plain_yaml import dump_yaml, read_yaml
 
@@ -56,10 +56,8 @@ def check_writable(folder: Path, flag: str = "save_dir"):
 def settings_of(folder: Path) -> dict:
     """The settings in a run folder's config.yaml; none where no run has begun.  UserError where it is broken."""
     path = folder / "config.yaml"
-    if not path.exists():
-        return {}
-    settings = read_yaml(path)
-    if not settings:
+    settings = read_yaml(path) if path.exists() else {}
+    if path.exists() and not settings:
         raise UserError(f"{path} is empty, and should hold the run's settings: mend it, or choose another save_dir")
     return settings
 
@@ -78,10 +76,8 @@ def check_resume(folder: Path, settings: dict, resume: bool):
     for name, new in settings.items():
         old = before.get(name)
         if old != new and name in before and name not in free:
-            raise UserError(
-                f"--{name} is {new}, but the run in {folder} has {old}: "
-                f"resume with the same settings (--config {folder}/config.yaml) or choose another save_dir"
-            )
+            advice = f"resume with the same settings (--config {folder}/config.yaml) or choose another save_dir"
+            raise UserError(f"--{name} is {new}, but the run in {folder} has {old}: {advice}")
         if old != new and name not in _SAID_BY_ITSELF:
             print(f"--{name} is {new}, and was {old} before", file=sys.stderr)
 
@@ -91,8 +87,7 @@ def corpus_changes(folder: Path, corpus: dict) -> list[str]:
     path = folder / CORPUS
     before = read_json(path) if path.exists() else {}
     try:
-        changes = (_changes(part, before.get(part, now), now) for part, now in corpus.items())
-        return [change for each in changes for change in each]
+        return [change for part, now in corpus.items() for change in _changes(part, before.get(part, now), now)]
     except (AttributeError, TypeError, IndexError):
         raise UserError(f"{path} is broken: delete it, and the text is taken as it is") from None
 
@@ -109,8 +104,7 @@ def _changes(part, before, now):
     gone, come = ({file[0] for file in files} for files in (old.keys() - new.keys(), new.keys() - old.keys()))
     told = []
     for kind, names in (("added", come - gone), ("removed", gone - come), ("changed", come & gone)):
-        more = f" and {len(names) - 3} more" * (len(names) > 3)
-        told += [f"{part} files {kind}: {', '.join(sorted(names)[:3])}{more}"] * bool(names)
+        told += [f"{part} files {kind}: {few(sorted(names))}"] * bool(names)
     return told or [f"{part} files come in another order"] * (list(old) != list(new))
 
 
@@ -152,7 +146,13 @@ class RunLock:
     def __init__(self, folder: Path):
         self.file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
         try:
-            self._take(folder / ".lock")
+            if fcntl is not None:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:  # nothing is inherited there, and a locked file cannot be read
+                from filelock import FileLock
+
+                self.held = FileLock(folder / ".lock.held", timeout=0)
+                self.held.acquire()
         except (BlockingIOError, PermissionError, TimeoutError):  # by the system, each means that it is held
             self.file.seek(0)
             holder = self.file.read().strip() or "unknown"
@@ -161,15 +161,6 @@ class RunLock:
         self.file.truncate(0)
         self.file.write(f"{os.getpid()}\n")
         self.file.flush()
-
-    def _take(self, path):
-        if fcntl is not None:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:  # nothing is inherited there, and a locked file cannot be read
-            from filelock import FileLock
-
-            self.held = FileLock(f"{path}.held", timeout=0)
-            self.held.acquire()
 
     def release(self):
         self.file.close()

@@ -76,9 +76,8 @@ class DataConfig:
             name = "document_mask" if self.document_mask else "streaming"
             raise ValueError(f"{name} needs packing: with packing false a row holds one document")
         if self.mixture and len(self.mixture) != len(self.train_paths):
-            raise ValueError(
-                f"mixture has {len(self.mixture)} weights for {len(self.train_paths)} train_paths: give one each"
-            )
+            sizes = f"{len(self.mixture)} weights for {len(self.train_paths)} train_paths"
+            raise ValueError(f"mixture has {sizes}: give one each")
         if not all(0 < weight < math.inf for weight in self.mixture):
             raise ValueError("mixture: every weight must be a number over 0; leave out a path that is not wanted")
 

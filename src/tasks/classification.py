@@ -1,10 +1,9 @@
 """Text classification by a language model of any family: zero-shot, by the words of its labels, or fine-tuned.
 
 Data: `label ||| text` a line (.txt), columns with a tab between (.tsv), or objects (.jsonl); gzipped or not. A header
-line, and the keys of objects, name the columns (TEXT_NAMES, LABEL_NAMES); without one the label comes first. A file may
-have texts alone. Labels are the names that a file has, whatever they are, such as -1, 0, 1; with names of its own
-(a JSON list) a label may also be a name's number, from 0. A text may be empty; one that is longer than the context
-keeps its end, as a review says there what it thinks.
+line, or the keys of objects, name the columns (TEXT_NAMES, LABEL_NAMES); else the label comes first, or is left out.
+Labels are the names that a file has, such as -1, 0, 1; with a JSON list of names also their numbers, from 0. A text may
+be empty; of one that is longer than the context the end is kept, as a review says there what it thinks.
 """
 
 import itertools
@@ -89,9 +88,8 @@ def find_label_names(path) -> list[str]:
     )
     advice = "the label comes first; swap the columns, name them in a header line, or give --label_names"
     if is_swapped or len(names) > MOST_CLASSES or 20 < len(names) > len(rows) / 2:
-        raise UserError(
-            f"{path}: {len(names):,} different labels in {len(rows):,} lines, such as {labels[0]!r}: {advice}"
-        )
+        counts = f"{len(names):,} different labels in {len(rows):,} lines"
+        raise UserError(f"{path}: {counts}, such as {labels[0]!r}: {advice}")
     if len(names) < 2:
         raise UserError(f"{path}: every text has the label {labels[0]!r}: give texts of two labels or more")
     return sorted(names, key=lambda name: (0, float(name), name) if _NUMBER.fullmatch(name) else (1, 0.0, name))
@@ -183,8 +181,7 @@ def encode(examples: Iterable[Example], tokenizer, context: int) -> tuple[list[S
     """A Sample of each text, whose one target is the label, at its last token; and how many texts were cut.
 
     Rows begin as the model's texts do (`tokenizer.start`) and keep the last tokens that fit."""
-    samples, cut = [], 0
-    examples = list(examples)
+    samples, cut, examples = [], 0, list(examples)
     for example, ids in zip(examples, tokenizer.encode_batch([example.text for example in examples])):
         room = context - tokenizer.add_bos
         cut += len(ids) > room
