@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.export import Dim
 
 from src import run_folder
 from src.cache import cache_slots
@@ -60,9 +59,10 @@ def trace(model: TRMModel, fused: bool, cache: bool = True, opset: int | None = 
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not 1 <= opset <= newest:
         raise UserError(f"opset {opset} is unknown: choose {OLDEST_OPSET} to {newest}, or try an older one")
-    slots, auto = cache_slots(c) if cache else 0, Dim.DYNAMIC
+    slots = cache_slots(c) if cache else 0
     past = [tuple(torch.zeros(2, c.n_kv_heads, 5, c.head_dim) for _ in "kv") for _ in range(slots)]
     numbers = torch.full((2,), 2, dtype=torch.int32), torch.full((1,), 3, dtype=torch.int32)
+    rows = {0: "batch"}
     names = [f"{part}_{slot}" for slot in range(slots) for part in ("key", "value")]
     try:
         with _quietly(), torch.no_grad():
@@ -71,7 +71,7 @@ def trace(model: TRMModel, fused: bool, cache: bool = True, opset: int | None = 
                 (torch.zeros(2, 3, dtype=torch.long), *numbers, torch.arange(6), past),
                 input_names=["input_ids", "last", "total", "read", *(f"past_{name}" for name in names)],
                 output_names=["logits", *(f"present_{name}" for name in names)],
-                dynamic_shapes=({0: auto, 1: auto}, {0: auto}, None, {0: auto}, [({0: auto, 2: auto},) * 2] * slots),
+                dynamic_shapes=(rows | {1: "length"}, rows, None, {0: "reads"}, [(rows | {2: "room"},) * 2] * slots),
                 opset_version=None if opset is None else max(opset, OLDEST_OPSET),
                 dynamo=True,
                 verbose=False,
