@@ -86,9 +86,8 @@ def _config(reader, tensors, path) -> TRMConfig:
         return value
 
     def size(key, *default):
-        return count(
-            get(key, *default), f"{path}: llama.{key}", LIMITS["n_layers" if key == "block_count" else "d_model"]
-        )
+        most = LIMITS["n_layers" if key == "block_count" else "d_model"]
+        return count(get(key, *default), f"{path}: llama.{key}", most)
 
     name = _value(reader, "general.architecture")
     if name != "llama":

@@ -113,11 +113,9 @@ def _run_c_tokens(tokenizer, where) -> tuple[list[int | None], list[bytes], list
     """(this model's id, or None; name; score) of every token in run.c's order."""
     hf = to_hf(tokenizer)
     model = json.loads(hf.json)["model"]
-    falls_back, merges = model.get("byte_fallback"), model.get("merges", [])
-    tokens = (
-        model["vocab"] if isinstance(model["vocab"], dict) else {name: i for i, (name, _) in enumerate(model["vocab"])}
-    )
-    score = {i: float(s) for i, (_, s) in enumerate(model["vocab"])} if model["type"] == "Unigram" else {}
+    falls_back, merges, vocab = model.get("byte_fallback"), model.get("merges", []), model["vocab"]
+    tokens = vocab if isinstance(vocab, dict) else {name: i for i, (name, _) in enumerate(vocab)}
+    score = {i: float(s) for i, (_, s) in enumerate(vocab)} if model["type"] == "Unigram" else {}
     for rank, (a, b) in reversed([*enumerate(merges)]):
         score[tokens[a + b]] = -1.0 - rank
     single = {hf.id_to_bytes(i): i for i in reversed(range(hf.vocab_size))}

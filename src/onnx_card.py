@@ -16,7 +16,7 @@ def describe(proto, facts: dict):
     paths of its machine.  A node is named after its place in the model and counted there, as visits repeat it."""
     from onnx.helper import set_model_props
 
-    graph, counts, names = proto.graph, Counter(), {}
+    graph, counts = proto.graph, Counter()
     for node in graph.node:
         scopes = [re.findall(r"'([^']*)'", e.value) for e in node.metadata_props if e.key.endswith("name_scopes")]
         place = scopes[0][-2].removeprefix("model.") if scopes and len(scopes[0]) > 1 else ""
@@ -24,14 +24,9 @@ def describe(proto, facts: dict):
         counts[place] += 1
         node.name = f"{place}_{counts[place]}"
     _strip(proto)
-    ends, explained = [*graph.input, *graph.output], yaml.safe_load((TEMPLATES / "onnx_values.yaml").read_text("utf-8"))
-    for value in ends:
-        dims, value.doc_string = explained[re.sub(r"_\d+$", "", value.name)]
-        names |= {dim.dim_param: name for dim, name in zip(value.type.tensor_type.shape.dim, dims.split())}
-    for value in (*ends, *graph.value_info):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), dim.dim_param)
+    explained = yaml.safe_load((TEMPLATES / "onnx_values.yaml").read_text(encoding="utf-8"))
+    for value in (*graph.input, *graph.output):
+        value.doc_string = explained[re.sub(r"_\d+$", "", value.name)]
     graph.name = "generative_trm"
     proto.doc_string = "A language model, exported by Generative TRM; README.md beside it has an example."
     set_model_props(proto, {name: str(facts[name]) for name in PROPERTIES if facts.get(name)})

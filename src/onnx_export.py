@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.export import Dim
 
 from src import run_folder
 from src.cache import cache_slots
@@ -57,13 +56,13 @@ def at_depth(model: TRMModel, depth: int | None = None) -> TRMModel:
 def trace(model: TRMModel, fused: bool, cache: bool = True, opset: int | None = None):
     """The graph as onnx.ModelProto, at the opset asked for, default the exporter's own.  UserError if it cannot be."""
     onnx, c = need("onnx"), model.config
-    need("onnxscript")
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not 1 <= opset <= newest:
         raise UserError(f"opset {opset} is unknown: choose {OLDEST_OPSET} to {newest}, or try an older one")
-    slots, auto = cache_slots(c) if cache else 0, Dim.DYNAMIC
+    slots = cache_slots(c) if cache else 0
     past = [tuple(torch.zeros(2, c.n_kv_heads, 5, c.head_dim) for _ in "kv") for _ in range(slots)]
     numbers = torch.full((2,), 2, dtype=torch.int32), torch.full((1,), 3, dtype=torch.int32)
+    rows = {0: "batch"}
     names = [f"{part}_{slot}" for slot in range(slots) for part in ("key", "value")]
     try:
         with _quietly(), torch.no_grad():
@@ -72,7 +71,7 @@ def trace(model: TRMModel, fused: bool, cache: bool = True, opset: int | None = 
                 (torch.zeros(2, 3, dtype=torch.long), *numbers, torch.arange(6), past),
                 input_names=["input_ids", "last", "total", "read", *(f"past_{name}" for name in names)],
                 output_names=["logits", *(f"present_{name}" for name in names)],
-                dynamic_shapes=({0: auto, 1: auto}, {0: auto}, None, {0: auto}, [({0: auto, 2: auto},) * 2] * slots),
+                dynamic_shapes=(rows | {1: "length"}, rows, None, {0: "reads"}, [(rows | {2: "room"},) * 2] * slots),
                 opset_version=None if opset is None else max(opset, OLDEST_OPSET),
                 dynamo=True,
                 verbose=False,
@@ -213,22 +212,29 @@ def export_onnx(settings: OnnxExport) -> dict:
         need(package)
     trained, tokenizer = load_model(settings.checkpoint)
     model = at_depth(trained, settings.max_recursion_depth)
-    fused = settings.device == "cpu" and settings.contrib_ops and fits_fused(model.config)
-    _say(f"tracing {effective_depth(model.config).total} blocks (visits x layers), up to two seconds each")
+    c = model.config
+    fused = settings.device == "cpu" and settings.contrib_ops and fits_fused(c)
+    _say(f"tracing {effective_depth(c).total} blocks (visits x layers), up to two seconds each")
     proto = trace(model, fused, settings.enable_kv_cache, settings.opset)
-    facts = {
+    facts = {  # what the graph is, and what a program needs that runs it by itself
         "opset": opset_of(proto),
         "precision": "fp32" if settings.quantize == "none" else settings.quantize,
         "attention": "fused" if fused else "standard",
         "cache": settings.enable_kv_cache,
-        **_facts_of(model.config, tokenizer),
+        "family": c.recursion,
+        "vocab_size": c.vocab_size,
+        "context": c.max_seq_len,
+        "tokenizer": tokenizer.kind,
+        "bos_id": tokenizer.bos_id,
+        "add_bos": tokenizer.add_bos,
+        "end_ids": list(tokenizer.end_ids),
         "license": read_info(settings.checkpoint).get("license"),
     }
     describe(proto, facts)
     try:
         with replacing(folder, lambda name: _is_own(folder, name)) as beside:
             tokenizer.save(beside)
-            _write_json(beside / "config.json", {"model": model.config.to_dict(), "info": {}})
+            _write_json(beside / "config.json", {"model": c.to_dict(), "info": {}})
             _write_json(beside / FACTS, facts)
             errors, facts["contrib_ops"] = _write_graph(proto, model, beside, settings)
             (beside / README).write_text(readme(folder.name, facts), encoding="utf-8")
@@ -239,19 +245,6 @@ def export_onnx(settings: OnnxExport) -> dict:
     except UserError as error:  # the user knows the folder by its own name
         raise UserError(str(error).replace(f".{folder.name}.writing", folder.name)) from None
     return facts | {"bytes": sum(file.stat().st_size for file in folder.glob(f"{GRAPH}*")), "errors": errors}
-
-
-def _facts_of(config, tokenizer) -> dict:
-    """What a program needs to know that runs the graph by itself: how a text begins, what ends it, how long it gets."""
-    return {
-        "family": config.recursion,
-        "vocab_size": config.vocab_size,
-        "context": config.max_seq_len,
-        "tokenizer": tokenizer.kind,
-        "bos_id": tokenizer.bos_id,
-        "add_bos": tokenizer.add_bos,
-        "end_ids": list(tokenizer.end_ids),
-    }
 
 
 def _is_own(folder: Path, name: str) -> bool:
@@ -279,7 +272,7 @@ def fits_fused(config) -> bool:
     """Whether GroupQueryAttention takes heads of this size; a line on stderr where it does not."""
     multiple = FUSED_HEAD if config.positions == "rope" else FUSED_HEAD // 2
     if config.head_dim % multiple:
-        print(f"heads of {config.head_dim} channels, no multiple of {multiple}: standard attention", file=sys.stderr)
+        _say(f"heads of {config.head_dim} channels, no multiple of {multiple}: standard attention")
     return config.head_dim % multiple == 0
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import sentencepiece as spm
 
 from src.errors import UserError
-from src.files import read_bytes
+from src.files import read_bytes, read_object
 from src.tokenizer_json import (
     CONFIG_FILE,
     JSON_FILE,
@@ -197,11 +197,8 @@ class TokenizerWrapper(_Tokenizer):
         """SentencePiece's own object of the model."""
         return self._sp
 
-    def __getstate__(self):
-        return self.files[MODEL_FILE], self.ends
-
-    def __setstate__(self, state):
-        self.__init__(*state)
+    def __reduce__(self):
+        return TokenizerWrapper, (self.files[MODEL_FILE], self.ends)
 
 
 class ByteLevelTokenizer(_Tokenizer):
@@ -219,9 +216,6 @@ class ByteLevelTokenizer(_Tokenizer):
 
     def encode_batch(self, texts):
         return [list(text.encode()) for text in texts]
-
-    def lost_bytes(self, text, ids):
-        return 0
 
 
 class HFTokenizer(_Tokenizer):
@@ -263,11 +257,8 @@ class HFTokenizer(_Tokenizer):
     def encode_batch(self, texts):
         return [e.ids for e in self._tok.encode_batch(texts, add_special_tokens=False)]
 
-    def __getstate__(self):
-        return self.files[JSON_FILE], json.loads(self.files[CONFIG_FILE]) | self.ends
-
-    def __setstate__(self, state):
-        self.__init__(*state)
+    def __reduce__(self):
+        return HFTokenizer, (self.files[JSON_FILE], json.loads(self.files[CONFIG_FILE]) | self.ends)
 
 
 def read_llama2c_tokenizer(path):
@@ -316,8 +307,7 @@ def read_tokenizer(name_or_path):
                 return read_tokenizer(path / name)
         raise UserError(f"{path} holds no tokenizer ({JSON_FILE}, {MODEL_FILE} or {CONFIG_FILE})")
     if path.name == CONFIG_FILE:
-        read_file(path)  # which says what hinders it
-        names = names_beside(path)
+        names = read_object(path, "tokenizer")
         if names.get("tokenizer_kind") == "byte":
             return ByteLevelTokenizer(names)
         raise UserError(
