@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 from src import checkpoint, parallel, run_folder
@@ -19,9 +20,16 @@ from src.trainer import Trainer
 
 
 def create_model(config: TRMConfig, tokenizer, seed: int = 0) -> TRMModel:
-    """A new model for a tokenizer's vocabulary; the same seed gives the same weights."""
+    """A new model for a tokenizer's vocabulary; the same seed gives the same weights.  UserError where this machine's
+    memory cannot hold it."""
+    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id)
+    with torch.device("meta"):
+        size = sum(parameter.nbytes for parameter in TRMModel(config).parameters()) / 2**30
+    memory = psutil.virtual_memory().total / 2**30
+    if size > memory:
+        raise UserError(f"the model needs {size:,.0f} GiB, this machine has {memory:,.0f}: make it smaller")
     torch.manual_seed(seed)
-    return TRMModel(dataclasses.replace(config, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id))
+    return TRMModel(config)
 
 
 def create_trainer(settings: Settings) -> Trainer:

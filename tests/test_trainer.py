@@ -35,6 +35,12 @@ def test_every_family_learns(make, family, tmp_path):
     assert figures["valid_bits_per_byte"] > figures["valid_loss"] / math.log(2)  # EOS costs, and is no byte of text
 
 
+def test_a_model_beyond_this_machines_memory(make):
+    """Counted before any of it is made, which the system might allow and then end the process for."""
+    with pytest.raises(UserError, match=r"the model needs [\d,]+ GiB, this machine has \d+: make it smaller"):
+        make(d_model=2**20, d_ff=2**24)
+
+
 def test_bits_per_byte_only_where_the_tokenizer_gives_the_text_back(make, tmp_path, capsys):
     usual_spm(tmp_path)
     lossy = {"tokenizer": "sentencepiece", "sp_model": str(tmp_path / "usual.model")}
