@@ -69,8 +69,8 @@ class GenerateConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "fp32"
 
     def __post_init__(self):
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples is {self.num_samples}: set it to 1 or more")
+        if not 1 <= self.num_samples <= 2**20:
+            raise ValueError(f"num_samples is {self.num_samples}: set it to 1 or more, up to {2**20:,}")
         if self.onnx is not None and (self.checkpoint is not None or self.precision != "fp32"):
             raise ValueError("--onnx brings its own weights and precision: leave out checkpoint and --precision")
         if self.interactive and (self.prompt or self.prompt_file is not None):

@@ -41,6 +41,8 @@ def _guarded(function):
     """What a function of a script returns; mistakes of the user's are told in one line and end the program."""
     _prepare_streams()
     try:
+        if not os.path.exists(os.curdir):  # libraries die of it in ways of their own
+            raise UserError("the folder that this shell is in was deleted: change to one that exists")
         result = function()
         sys.stdout.flush()
         return result

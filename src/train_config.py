@@ -12,6 +12,8 @@ from src.corpus import MAX_DOC_MB
 from src.files import is_text
 from src.model_config import TRMConfig, model_settings
 
+MOST_ROWS = 2**20  # of a batch: a mistyped size would fill the memory before the first step
+
 
 @dataclass
 class RuntimeConfig:
@@ -113,6 +115,8 @@ class CurriculumStage:
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("a stage lasts either steps or epochs: give one of them")
+        if (self.batch_size or 1) > MOST_ROWS:
+            raise ValueError(f"batch_size is {self.batch_size}: set it to {MOST_ROWS:,} or less")
         for name, value in vars(self).items():
             least = "over 0" if name in ("epochs", "lr_factor") else "to 1 or more"
             if value is not None and not 0 < value < math.inf:
@@ -237,6 +241,8 @@ class TrainConfig:
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
+        if self.batch_size > MOST_ROWS:
+            raise ValueError(f"batch_size is {self.batch_size}: set it to {MOST_ROWS:,} or less")
         if self.batch_size % self.grad_accum:
             raise ValueError(f"batch_size {self.batch_size} does not divide into grad_accum {self.grad_accum} parts")
         if not (self.lr > 0 and 0 <= self.ema_decay < 1 and 0 < self.beta2 < 1 and 0 <= self.min_lr_ratio <= 1):
