@@ -41,8 +41,7 @@ def _guarded(function):
     """What a function of a script returns; mistakes of the user's are told in one line and end the program."""
     _prepare_streams()
     try:
-        if not os.path.exists(os.curdir):  # libraries die of it in ways of their own
-            raise UserError("the folder that this shell is in was deleted: change to one that exists")
+        _check_folder()
         result = function()
         sys.stdout.flush()
         return result
@@ -64,6 +63,13 @@ def _guarded(function):
         print(f"error: {one_line(error)}: make room, and try again", file=sys.stderr)
         _drop_stdout()
         sys.exit(2)
+
+
+def _check_folder():
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # libraries die of it in ways of their own
+        raise UserError("the folder that this shell is in was deleted: change to one that exists") from None
 
 
 def _prepare_streams():

@@ -351,6 +351,21 @@ def test_run(capsys, error, code, line):
     assert caught.value.code == code and capsys.readouterr().err == line
 
 
+def test_a_deleted_working_folder_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit, match="2"):
+        run(lambda: None)
+    assert "the folder that this shell is in was deleted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--batch_size", str(2**40)], ["--max_steps", "0"]])
+def test_sizes_of_a_run_are_bounded(flags):
+    with pytest.raises(UserError, match="set it to 1"):
+        parse_flags("About.", TrainConfig, argv=flags)
+
+
 class TestStart:
     """How a script begins: its flags before its imports, and whatever its streams are."""
 
