@@ -142,14 +142,34 @@ def check_tensors(tensors: dict, path) -> dict:
     return tensors
 
 
-def check_fit(config: TRMConfig, weights: dict, path):
-    """UserError where weights are not those of a model of these settings, before anything of its size is made."""
+def check_size(config: TRMConfig, weights: dict, path):
+    """UserError where weights are far from those of a model of these settings, before anything of its size is made.
+
+    Looks at the number of layers and the largest matrices alone: `check_fit` takes torch a second of imports."""
     for name in ("n_layers", "prelude_layers", "coda_layers"):
         if getattr(config, name) > len(weights):
             more = f"has {len(weights)} tensors, too few for {name} {getattr(config, name)} in its config.json"
             raise UserError(f"{path} {more}: they are of different models")
+    D, length = config.d_model, config.max_seq_len
+    shapes = {"embed.weight": (config.vocab_size, D), "net.blocks.0.mlp.down.weight": (D, config.d_ff)}
+    if config.positions == "learned":
+        shapes["pos_embed.weight"] = (length, D)
+    if config.mixer == "mlp":
+        shapes["net.blocks.0.attn.mlp.down.weight"] = (length, config.d_ff)
+    for name, shape in shapes.items():
+        if name not in weights or weights[name].shape != shape:
+            raise _no_fit(path, name)
+
+
+def check_fit(config: TRMConfig, weights: dict, path):
+    """UserError where weights are not those of a model of these settings."""
+    check_size(config, weights, path)
     with torch.device("meta"):
         load_weights(TRMModel(config), weights, path)
+
+
+def _no_fit(path, name):
+    return UserError(f"{path} does not fit its config.json (first difference: {name}): they are of different models")
 
 
 def load_weights(model: torch.nn.Module, weights: dict, path):
@@ -157,9 +177,7 @@ def load_weights(model: torch.nn.Module, weights: dict, path):
     own = own_state(model)
     wrong = sorted(set(own) ^ set(weights)) or [n for n in own if own[n].shape != weights[n].shape]
     if wrong:
-        raise UserError(
-            f"{path} does not fit its config.json (first difference: {wrong[0]}): they are of different models"
-        )
+        raise _no_fit(path, wrong[0])
     with torch.no_grad():
         for name, tensor in weights.items():
             own[name].copy_(placed_like(tensor, own[name]))
@@ -182,7 +200,7 @@ def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=
     path = folder / "ema.safetensors"
     path = path if ema and path.exists() else folder / "model.safetensors"
     weights = read_weights(path)
-    check_fit(own, weights, path)
+    check_size(own, weights, path)
     if config is not None and not _fits(config, weights, path):
         changed = [name for name, value in vars(config).items() if not _fits(own, weights, path, **{name: value})]
         raise UserError(
