@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import difflib
 import errno
+import io
 import json
 import math
 import os
@@ -58,9 +59,9 @@ def _guarded(function):
         _drop_stdout()
         sys.exit(0)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in _ADVICE:
             raise
-        print(f"error: {one_line(error)}: make room, and try again", file=sys.stderr)
+        print(f"error: {one_line(error)}: {_ADVICE[error.errno]}", file=sys.stderr)
         _drop_stdout()
         sys.exit(2)
 
@@ -72,8 +73,25 @@ def _check_folder():
         raise UserError("the folder that this shell is in was deleted: change to one that exists") from None
 
 
+_ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, and try again")
+_ADVICE[errno.ENAMETOOLONG] = "choose a shorter name"
+
+
+class _Messages(io.FileIO):
+    """A file of messages: one that cannot be written (no room, nobody reads any more) is lost, and the work goes on."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 def _prepare_streams():
     """UTF-8, whatever the locale; a stream that was closed (`>&-`) is an empty one; a notebook's cannot change."""
+    if sys.stderr is not None and sys.stderr is sys.__stderr__:
+        file = io.BufferedWriter(_Messages(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(file, encoding="utf-8", line_buffering=True)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (it takes the closed number)
@@ -150,14 +168,22 @@ def parse_flags(description, *classes, argv=None, positional=None, defaults=None
     set_parsing_settings(import_path_allowlist=sections)
     files, words = _normalise(argv, fields, positional)
     from_files = _parse_files(parser, files, fields)
-    parsed = parser.parse_args(words, from_files)
+    parsed = _expand(parser.parse_args(words, from_files), fields)
     if defaults is not None and (others := defaults(parsed)):
         parser.set_defaults(others)
-        parsed = parser.parse_args(words, from_files)
+        parsed = _expand(parser.parse_args(words, from_files), fields)
     try:
         return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls)}) for cls in classes)
     except UserError as error:
         raise UserError(f"{error} (flags over --config {', '.join(files)})" if files else error) from None
+
+
+def _expand(parsed, fields):
+    """~/x of a YAML file, or of --flag=~/x, which shells leave as it is, is in the home folder; not so in a text."""
+    for name in fields:
+        if name.split("_")[-1] not in ("prompt", "suffix", "field") and str(parsed.get(name)).startswith("~/"):
+            parsed[name] = os.path.expanduser(parsed[name])
+    return parsed
 
 
 def _parse_files(parser, files, fields):
@@ -199,6 +225,10 @@ def _checked(kind, value, where):
     kinds = typing.get_args(kind) or (kind,)
     if value is None and type(None) not in kinds and not dataclasses.is_dataclass(kind):
         raise UserError(f"{where} is left empty (null): give it a value")
+    if value == "" and type(None) in kinds:  # such as of a shell's variable that is not set
+        raise UserError(f"{where} is empty: give it a value, or leave it out")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{where} holds a NUL character: correct it")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} is {value}: give it a finite number")
     if typing.get_origin(kind) is not list and all(each in KINDS for each in kinds) and type(value) not in kinds:

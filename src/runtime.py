@@ -251,7 +251,8 @@ def peak_rss_bytes() -> int:
 
 
 class Interrupt:
-    """Turns the first SIGINT or SIGTERM into a flag that a loop polls, so that it ends with a checkpoint.
+    """Turns the first SIGINT, SIGTERM or SIGHUP (a terminal that was closed; not under nohup, which ignores it) into a
+    flag that a loop polls, so that it ends with a checkpoint.
 
     A second SIGINT raises KeyboardInterrupt. The old handlers come back at the end; outside the main thread,
     where Python allows no handlers, nothing is caught.
@@ -261,7 +262,7 @@ class Interrupt:
     """
 
     def __init__(self):
-        self.signal_name: str | None = None  # SIGINT or SIGTERM, once one has come
+        self.signal_name: str | None = None  # its name, once one has come
         self._old = {}
 
     @property
@@ -270,7 +271,10 @@ class Interrupt:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+                numbers.append(signal.SIGHUP)
+            self._old = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def _handle(self, number, frame):

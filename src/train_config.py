@@ -80,7 +80,7 @@ class DataConfig:
         if self.mixture and len(self.mixture) != len(self.train_paths):
             sizes = f"{len(self.mixture)} weights for {len(self.train_paths)} train_paths"
             raise ValueError(f"mixture has {sizes}: give one each")
-        if not all(0 < weight < math.inf for weight in self.mixture):
+        if not (all(weight > 0 for weight in self.mixture) and sum(self.mixture) < math.inf):
             raise ValueError("mixture: every weight must be a number over 0; leave out a path that is not wanted")
 
 
@@ -243,6 +243,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
         if self.batch_size > MOST_ROWS:
             raise ValueError(f"batch_size is {self.batch_size}: set it to {MOST_ROWS:,} or less")
+        if not self.save_dir:
+            raise ValueError("save_dir is empty: name a folder")
         if self.batch_size % self.grad_accum:
             raise ValueError(f"batch_size {self.batch_size} does not divide into grad_accum {self.grad_accum} parts")
         if not (self.lr > 0 and 0 <= self.ema_decay < 1 and 0 < self.beta2 < 1 and 0 <= self.min_lr_ratio <= 1):

@@ -193,6 +193,10 @@ def test_a_wrong_flag_is_one_line(capsys, words, said):
         ("weight_decay: .nan\n", ["weight_decay is nan", "finite"]),
         ("mixture: [1, .inf]\ntrain_paths: [a, b]\n", ["mixture is inf", "finite"]),
         ("monitoring: {cpu_warning_threshold: .inf}\n", ["monitoring: cpu_warning_threshold is inf"]),
+        ("mixture: [1e308, 1e308]\ntrain_paths: [a, b]\n", ["mixture", "every weight"]),
+        ('save_dir: ""\n', ["save_dir is empty"]),
+        ('cache_dir: ""\n', ["cache_dir is empty"]),
+        ('cache_dir: "a\\0b"\n', ["cache_dir holds a NUL"]),
         ("seed: !!int x\n", ["line 1", "tags"]),
         ("batch_size: 1:30\n", ["--batch_size 1:30", "int"]),
         ("config: other.yaml\n", ["there is no setting config"]),
@@ -206,6 +210,13 @@ def test_a_wrong_flag_is_one_line(capsys, words, said):
 def test_a_wrong_file_is_one_line(capsys, config_file, content, said):
     line = refused(capsys, "--config", config_file(content))
     assert all(part in line for part in said), line
+
+
+def test_the_home_folder_is_no_folder_called_tilde(config_file, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse("--save_dir=~/runs/x")["save_dir"] == "/home/me/runs/x"
+    values = parse("--config", config_file("cache_dir: ~/c\nsample_prompt: ~/is home\n"))
+    assert (values["cache_dir"], values["sample_prompt"]) == ("/home/me/c", "~/is home")
 
 
 @pytest.mark.parametrize("content", ["# only a header\n{}\n", "", "# only a header\n", "max_minutes:\nmonitoring:\n"])

@@ -179,8 +179,10 @@ def test_peak_rss_is_of_this_process_and_grows():
     assert 80e6 < after - before < 160e6
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupt_turns_the_first_signal_into_a_flag(number):
+    if number == signal.SIGHUP and signal.getsignal(number) != signal.SIG_DFL:
+        pytest.skip("the tests run under nohup")
     old = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with Interrupt() as interrupt:
         assert not interrupt.requested
@@ -197,6 +199,16 @@ def test_a_second_ctrl_c_raises_and_handlers_come_back():
         assert interrupt.signal_name == "SIGTERM"
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == old
+
+
+def test_interrupt_leaves_nohup_alone():
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.requested
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 def test_interrupt_outside_the_main_thread_does_nothing():
