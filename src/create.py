@@ -75,11 +75,11 @@ def _create_trainer(settings):
     begun = {"vocab_size": model_config.vocab_size, "pad_token_id": model_config.pad_token_id}
     first = dataclasses.replace(settings.model, **begun) if newest else None  # before the curriculum changed it
     trainer = Trainer(config, model, tokenizer, train_set, valid_set, runtime, data.num_workers, first)
+    trainer.lock = lock
     if trainer.is_main and not newest:
-        run_folder.start(folder, settings.flat())
+        trainer.lock = run_folder.start(folder, settings.flat(), lock)
     if trainer.is_main:
         run_folder.keep_corpus(folder, corpus)
-    trainer.lock = lock or (trainer.is_main and run_folder.RunLock(folder))
     if newest:
         trainer.load(*newest)
     trainer.say(f"{describe_model(model)}; {train_set} to train on")

@@ -31,13 +31,19 @@ _SAID_BY_ITSELF = {"save_dir", "resume", "allow_changed_corpus"}
 CORPUS = "corpus.json"
 
 
-def start(folder: Path, settings: dict):
-    """Make a run folder with its config.yaml, which `--config` takes back.  UserError where it cannot be written."""
+def start(folder: Path, settings: dict, lock: "RunLock | None" = None) -> "RunLock":
+    """Make a run folder with its config.yaml, which `--config` takes back, and hold it (by `lock`, where that does).
+
+    UserError where it cannot be written, or another run has begun there in the meantime."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if lock is None:
+            lock = RunLock(folder)
+            check_resume(folder, settings, resume=False)
         _write(folder / "config.yaml", dump_yaml(settings | dict.fromkeys({"resume"} & settings.keys(), False)))
     except OSError as error:
         raise UserError(f"cannot write to save_dir {folder}: {error.strerror}; choose another folder") from None
+    return lock
 
 
 def _write(path: Path, text: str):
@@ -144,7 +150,10 @@ class RunLock:
     A lock of this process alone, which its loading processes do not inherit and keep."""
 
     def __init__(self, folder: Path):
-        self.file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            self.file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"cannot hold save_dir {folder} by its .lock: {error.strerror}; correct that") from None
         try:
             if fcntl is not None:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -166,6 +175,15 @@ class RunLock:
         self.file.close()
         if fcntl is None:
             self.held.release()
+
+
+def diverged(folder: Path, what: str) -> UserError:
+    """The error of a run that cannot go on, as `what` says."""
+    last = follow(folder / "last")
+    last = last.resolve() if last.exists() else "none yet"
+    return UserError(
+        f"{what}; the last good checkpoint is {last}; try a smaller --lr, more --warmup_steps, or --precision fp32"
+    )
 
 
 def save(folder: Path, name: str, best: bool, keep: int, *checkpoint):

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from src import checkpoint, parallel, run_folder, run_state
+from src import parallel, run_folder, run_state
 from src.curriculum import CurriculumScheduler, depth_of_step, grow_average, grow_optimizers, grow_width, set_depth
 from src.dataset import create_dataloader
 from src.errors import UserError
@@ -303,12 +303,8 @@ class Trainer:
         if not is_good:
             self.say(f"step {self.step + 1}: the gradient is not finite, skipped ({self.skipped} so far)")
         if self.skipped_in_a_row >= self.config.max_skipped:
-            last = checkpoint.follow(self.folder / "last")
-            raise UserError(
-                f"step {self.step + 1}: the gradient was not finite {self.skipped_in_a_row} times in a row; the last "
-                f"good checkpoint is {last.resolve() if last.exists() else 'none yet'}; try a smaller --lr, more "
-                "--warmup_steps, or --precision fp32"
-            )
+            wrong = f"step {self.step + 1}: the gradient was not finite {self.skipped_in_a_row} times in a row"
+            raise run_folder.diverged(self.folder, wrong)
 
     def start_window(self):
         """The next line of the log is about the steps from here on."""
@@ -388,6 +384,8 @@ class Trainer:
         parts, problem = (self.raw, self.tokenizer, average, state, info, weights), None
         if self.is_main:
             try:
+                if not all(tensor.isfinite().all() for tensor in weights.values()):
+                    raise run_folder.diverged(self.folder, f"step {self.step}: weights are not finite, and not saved")
                 run_folder.save(self.folder, f"step_{self.step:08d}", best, self.config.keep_checkpoints, *parts)
             except UserError as error:
                 problem = error

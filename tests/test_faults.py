@@ -12,6 +12,7 @@ import pytest
 import torch
 from training import TINY, during, read_metrics, same
 
+from src import run_folder
 from src.checkpoint import load_model, load_state, own_state, read_weights
 from src.errors import UserError
 
@@ -54,7 +55,36 @@ class TestNotFinite:
         assert all(t.isfinite().all() for t in load_model(trainer.folder / "last")[0].parameters())
 
 
+class TestDiverged:
+    def test_weights_that_are_not_finite_are_not_saved(self, make):
+        """The gradient of the last step was finite, and its update not."""
+        trainer = make(save_every=4)
+        during(trainer, 8, lambda: next(trainer.raw.parameters()).data.fill_(float("nan")))
+        with pytest.raises(UserError, match="step 8: weights are not finite.*step_00000004; try a smaller --lr"):
+            trainer.train()
+        assert load_state(trainer.folder / "last")["step"] == 4
+
+
 class TestTwoAtOnce:
+    def test_two_that_begin_in_one_folder(self, make, tmp_path):
+        """The one that comes second changes nothing of the first, which is running or has ended."""
+        first = run_folder.start(tmp_path / "run", {"seed": 1})
+        hold = (
+            "import pathlib, sys; from src import run_folder; run_folder.start(pathlib.Path(sys.argv[1]), {'seed': 2})"
+        )
+        words = [sys.executable, "-c", hold, tmp_path / "run"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and f"in use by another run (process {os.getpid()})" in done.stderr
+        first.release()
+        with pytest.raises(UserError, match="holds a run"):
+            run_folder.start(tmp_path / "run", {"seed": 2})
+        assert run_folder.settings_of(tmp_path / "run") == {"seed": 1}
+
+    def test_a_lock_that_cannot_be_written(self, tmp_path):
+        (tmp_path / ".lock").mkdir()
+        with pytest.raises(UserError, match="by its .lock: Is a directory"):
+            run_folder.RunLock(tmp_path)
+
     def test_another_process_is_refused(self, make, tmp_path):
         make().train()
         hold = "import sys, pathlib; from src.run_folder import RunLock; lock = RunLock(pathlib.Path(sys.argv[1]));"

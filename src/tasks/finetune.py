@@ -212,9 +212,7 @@ def finetune(
     run_folder.check_writable(folder)
     run_folder.check_resume(folder, settings, config.resume)
     is_new = not (folder / "config.yaml").exists()
-    if is_new:
-        run_folder.start(folder, settings)
-    lock = run_folder.RunLock(folder)
+    lock = run_folder.start(folder, settings) if is_new else run_folder.RunLock(folder)
     try:
         model, tokenizer = checkpoint.load_model(source, device, trains=True)
         torch.manual_seed(config.seed)
