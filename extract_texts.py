@@ -77,6 +77,8 @@ def main(argv=None):
     """Read everything, write beside the output, rename it into place when it is whole."""
     config = parse_args(argv)
     files = find_files(config.paths)
+    if not config.output or config.output.lower().endswith((".jsonl", ".gz", ".parquet", ".py")):
+        raise UserError(f"output is {config.output!r}, and plain text is written: name a file that ends in .txt")
     if os.path.realpath(config.output) in map(os.path.realpath, files):
         raise UserError(f"output {config.output} is one of the files to read; choose another with --output")
     if os.path.lexists(config.output):

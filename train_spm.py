@@ -7,6 +7,7 @@ Writes {model_prefix}.model and {model_prefix}.vocab. The same text gives the sa
 the text, at most 1 MB, is not trained on; bytes per token are measured there and printed on stderr.
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
 
@@ -53,6 +54,10 @@ class SPMConfig:
             raise ValueError(f"model_type is {self.model_type!r}; allowed are bpe and unigram")
         if not 0.9 <= self.character_coverage <= 1.0:
             raise ValueError(f"character_coverage is {self.character_coverage}; allowed is 0.9 to 1.0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; allowed is 0 to {2**32 - 1}")
+        if not os.path.basename(self.model_prefix):
+            raise ValueError(f"model_prefix is {self.model_prefix!r}, which names no file: give it a name")
 
 
 def parse_args(argv=None):

@@ -9,6 +9,7 @@ byte for byte. The last 1 % of the text, at most 1 MB, is not trained on; bytes 
 on stderr.
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -49,6 +50,8 @@ class TokenizerTrainingConfig:
     def __post_init__(self):
         if not 0.9 <= self.character_coverage <= 1.0:
             raise ValueError(f"character_coverage is {self.character_coverage}; allowed is 0.9 to 1.0")
+        if not os.path.basename(self.model_prefix):
+            raise ValueError(f"model_prefix is {self.model_prefix!r}, which names no file: give it a name")
 
 
 def parse_args(argv=None) -> TokenizerTrainingConfig:

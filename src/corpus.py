@@ -167,6 +167,8 @@ def read_pieces(paths, text_field="text", strict=False, skipped=None, report=Tru
     A bad line, and a document of .jsonl or .parquet of over max_doc_mb million characters, is counted by reason in
     `skipped` (a Counter), and, unless report=False, the first few are named on stderr; strict=True makes it a
     UserError. Raises UserError for a file that cannot be read to its end, and NoDocument where nothing is left."""
+    if not 1 <= max_doc_mb * 1e6 <= 1e12:
+        raise UserError(f"max_doc_mb is {max_doc_mb}: set it over 0, to a million at most")
     files = find_files(paths)
     log = _SkipLog(strict, Counter() if skipped is None else skipped, report, int(max_doc_mb * 1e6))
     is_empty = True
