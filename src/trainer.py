@@ -384,7 +384,7 @@ class Trainer:
         parts, problem = (self.raw, self.tokenizer, average, state, info, weights), None
         if self.is_main:
             try:
-                if not all(tensor.isfinite().all() for tensor in weights.values()):
+                if not all(extreme.isfinite() for tensor in weights.values() for extreme in tensor.aminmax()):
                     raise run_folder.diverged(self.folder, f"step {self.step}: weights are not finite, and not saved")
                 run_folder.save(self.folder, f"step_{self.step:08d}", best, self.config.keep_checkpoints, *parts)
             except UserError as error:

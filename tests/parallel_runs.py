@@ -36,6 +36,7 @@ def main(spec):
             }
         )
     Path(f"{spec}.{trainer.rank}").write_text(json.dumps(found))
+    trainer.accelerator.end_training()  # a process that goes while the other still talks to it makes that one abort
 
 
 if __name__ == "__main__":

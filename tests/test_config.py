@@ -212,11 +212,11 @@ def test_a_wrong_file_is_one_line(capsys, config_file, content, said):
     assert all(part in line for part in said), line
 
 
-def test_the_home_folder_is_no_folder_called_tilde(config_file, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert parse("--save_dir=~/runs/x")["save_dir"] == "/home/me/runs/x"
+def test_the_home_folder_is_no_folder_called_tilde(config_file, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse("--save_dir=~/runs/x")["save_dir"] == f"{tmp_path}/runs/x"
     values = parse("--config", config_file("cache_dir: ~/c\nsample_prompt: ~/is home\n"))
-    assert (values["cache_dir"], values["sample_prompt"]) == ("/home/me/c", "~/is home")
+    assert (values["cache_dir"], values["sample_prompt"]) == (f"{tmp_path}/c", "~/is home")
 
 
 @pytest.mark.parametrize("content", ["# only a header\n{}\n", "", "# only a header\n", "max_minutes:\nmonitoring:\n"])

@@ -62,7 +62,7 @@ def two(tmp_path_factory, corpus):
         *(run("one_to_ddp", resume=True), run("one_to_fsdp", resume=True, shard=True)),
     ]
     done = launch(folder / "runs.json", runs)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     found = [json.loads((folder / f"runs.json.{rank}").read_text()) for rank in (0, 1)]
     return folder, [dict(zip([Path(r["settings"]["save_dir"]).name for r in runs], f)) for f in found], done
 
