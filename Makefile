@@ -39,10 +39,10 @@ test-slow: $(DEV)  ## the tests that take longer
 	$(VENV) -m pytest $(SLOW)
 
 test-kill: $(DEV)  ## kill a run 25 times, tokenized and streaming: about ten minutes
-	$(VENV) -m pytest $(SLOW) tests/test_kill.py
+	$(VENV) -m pytest $(SLOW) tests/training/test_kill.py
 
 fuzz: $(DEV)    ## broken files to everything that reads files: make fuzz N=100000
-	$(VENV) tests/fuzz.py $(or $(N),10000)
+	$(VENV) tests/fuzz/fuzz.py $(or $(N),10000)
 
 lint: $(DEV)  ## ruff: mistakes and format
 	$(VENV) -m ruff check .

@@ -55,8 +55,8 @@ def parse_args(argv=None) -> ConvertConfig:
     return config
 
 
-from src.interop import check_free, read_source, recognize, write
-from src.llama2c import tokenizer_file
+from src.interop.formats import check_free, read_source, recognize, write
+from src.interop.llama2c import tokenizer_file
 from src.metrics import format_params
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from src.config import before_torch, parse_flags, run
 from src.errors import UserError
 from src.model_config import TRMConfig
-from src.train_config import DataConfig, RuntimeConfig, TrainConfig
+from src.training.train_config import DataConfig, RuntimeConfig, TrainConfig
 
 DEFAULT_VOCAB = 16000  # that of train_spm.py
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}

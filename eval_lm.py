@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from src.config import before_torch, check_writable, parse_flags, run, write_text
-from src.corpus import MAX_DOC_MB
+from src.data.corpus import MAX_DOC_MB
 from src.errors import UserError
 from src.model_config import ExitRule
 
@@ -96,11 +96,12 @@ def parse_args(argv=None) -> tuple[EvalConfig, ExitRule]:
 from tqdm import tqdm
 
 from src.checkpoint import load_model, resolve
-from src.corpus import read_pieces, stdlib_files
+from src.data.corpus import read_pieces, stdlib_files
+from src.evaluation.depth_curve import cheapest_points, depth_curve, draw_depth_curve, full_point
+from src.evaluation.scoring import choose_stride, score_corpus
 from src.exits import max_depth
 from src.metrics import describe_model
 from src.runtime import DTYPES, choose_device, choose_precision
-from src.scoring import cheapest_points, choose_stride, depth_curve, draw_depth_curve, full_point, score_corpus
 
 
 def read_text(config):
@@ -175,7 +176,7 @@ def draw_curve(model, tokenizer, config, rule) -> dict:
 
 def run_harness(model, tokenizer, config, rule) -> dict:
     """Run tasks of the lm-evaluation-harness and print its table."""
-    from src.harness import run_tasks
+    from src.evaluation.harness import run_tasks
 
     options = (config.include_path, config.num_fewshot, config.max_docs, config.batch_size, rule)
     results, table = run_tasks(model, tokenizer, config.lm_eval, *options)

@@ -19,7 +19,7 @@ import json
 import sys
 
 from src.config import before_torch, parse_flags, run
-from src.onnx_config import OnnxExport
+from src.onnx.config import OnnxExport
 
 
 @before_torch
@@ -27,7 +27,7 @@ def parse_args(argv=None) -> OnnxExport:
     return parse_flags(__doc__, OnnxExport, argv=argv, positional="checkpoint")[0]
 
 
-from src.onnx_export import export_onnx
+from src.onnx.export import export_onnx
 
 
 def describe(settings: OnnxExport, facts: dict) -> str:

@@ -5,8 +5,8 @@
 
 Reads .jsonl, .txt (gzipped or not), .parquet and .py: files, globs, and folders with all that lies in them. Writes one
 UTF-8 text file with a line <|endoftext|> after each document, which every script here reads back as the same documents
-(src/corpus.py says how a document that holds such a line is written). Memory stays flat. Counts, and what was skipped
-and why, go to stderr.
+(src/data/corpus.py says how a document that holds such a line is written). Memory stays flat. Counts go to stderr, and
+what was skipped and why.
 """
 
 import os
@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from src.config import parse_flags, run
-from src.corpus import MAX_DOC_MB, SEPARATOR, escaped, find_files, read_pieces
+from src.data.corpus import MAX_DOC_MB, SEPARATOR, escaped, find_files, read_pieces
 from src.errors import UserError
-from src.files import check_is_file
+from src.files.text import check_is_file
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import Literal
 
 from src.config import before_torch, parse_flags, run
 from src.errors import UserError
-from src.files import is_text, read_text
+from src.files.text import is_text, read_text
 from src.model_config import ExitRule
 
 __all__ = ["load_model", "main", "parse_args"]
@@ -94,12 +94,12 @@ def parse_args(argv=None) -> tuple[GenerateConfig, ExitRule]:
 import torch
 
 from src.checkpoint import load_model
+from src.evaluation.trace import Trace, check_path, print_table, write_json
+from src.evaluation.trace_picture import draw_trace
 from src.exits import max_depth, visits_per_recursion_step
 from src.language_model import continue_texts
 from src.quantize import quantize
 from src.runtime import DTYPES, choose_device, choose_precision, mix_seed
-from src.trace import Trace, check_path, print_table, write_json
-from src.trace_picture import draw_trace
 
 
 def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRule):
@@ -162,7 +162,7 @@ def converse(model, tokenizer, config, rule):
 def load(config):
     """The model, or the graph in its place, and the tokenizer."""
     if config.onnx is not None:
-        from src.onnx_session import load_onnx
+        from src.onnx.session import load_onnx
 
         return load_onnx(config.onnx, config.device)
     if config.checkpoint is not None and not Path(config.checkpoint).exists():

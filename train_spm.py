@@ -12,9 +12,9 @@ import sys
 from dataclasses import dataclass, field
 
 from src.config import parse_flags, run
-from src.corpus import MAX_DOC_MB
+from src.data.corpus import MAX_DOC_MB
+from src.data.tokenizer_training import hold_back, report_bytes_per_token, train_sentencepiece
 from src.errors import UserError
-from src.tokenizer_training import hold_back, report_bytes_per_token, train_sentencepiece
 
 VOCAB_SIZE = 16000
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from src.config import parse_flags, run
-from src.corpus import MAX_DOC_MB
+from src.data.corpus import MAX_DOC_MB
+from src.data.tokenizer_training import MAX_BYTES, train_tokenizer
 from src.errors import UserError
-from src.tokenizer_training import MAX_BYTES, train_tokenizer
 
 VOCAB_SIZE = 16000
 

@@ -13,7 +13,7 @@ checkpoints step_NNNNNNNN/ with the links last and best. Ctrl-C ends a run with 
 import sys
 
 from src.config import before_torch, run
-from src.train_config import Settings, read_settings
+from src.training.train_config import Settings, read_settings
 
 __all__ = ["create_model", "create_trainer", "evaluate", "main", "parse_args", "save_checkpoint"]
 
@@ -24,9 +24,9 @@ def parse_args(argv=None) -> Settings:
 
 
 from src.checkpoint import save_checkpoint
-from src.create import create_model, create_trainer
-from src.evaluation import evaluate
+from src.evaluation.evaluation import evaluate
 from src.losses import bits_text
+from src.training.create import create_model, create_trainer
 
 
 def main(argv=None):

@@ -39,15 +39,15 @@ import torch
 from common import ROOT, interleaved, machine, median, print_json, print_table, seconds
 
 from src.config import parse_flags, run
-from src.corpus import find_files, read_documents, stdlib_files
+from src.data.corpus import find_files, read_documents, stdlib_files
+from src.data.loader import create_train_loader
+from src.data.stream import Shards, StreamingDataset
+from src.data.token_store import ON_THE_SPOT_BYTES, ON_THE_SPOT_VOCAB, tokenize_corpus
+from src.data.tokenizer_training import train_sentencepiece
 from src.dataset import PackedDataset
 from src.errors import UserError
-from src.loader import create_train_loader
 from src.runtime import choose_device, peak_rss_bytes
-from src.stream import Shards, StreamingDataset
-from src.token_store import ON_THE_SPOT_BYTES, ON_THE_SPOT_VOCAB, tokenize_corpus
 from src.tokenizer import read_tokenizer
-from src.tokenizer_training import train_sentencepiece
 
 MIB = 1024**2
 N_SHARDS, TIMES = 4, 10

@@ -19,12 +19,12 @@ import torch
 from common import interleaved, machine, median, print_json, print_table
 
 from src.config import parse_flags, run
-from src.create import create_trainer
 from src.dataset import DataConfig
 from src.model import TRMConfig
 from src.optim import make_optimizers
 from src.runtime import autocast
-from src.train_config import RuntimeConfig, Settings, TrainConfig
+from src.training.create import create_trainer
+from src.training.train_config import RuntimeConfig, Settings, TrainConfig
 
 
 @dataclass

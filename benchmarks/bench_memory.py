@@ -30,7 +30,7 @@ from common import ROOT, machine, print_json, print_table
 from src.config import parse_flags, run
 from src.errors import UserError
 from src.runtime import GIB, peak_rss_bytes
-from src.train_config import RuntimeConfig
+from src.training.train_config import RuntimeConfig
 
 MIB = 1024**2
 
@@ -88,8 +88,8 @@ def groups(args: MemoryBench) -> dict[str, list[dict]]:
 def training_peak(args: MemoryBench, settings: dict) -> dict:
     """Bytes: RSS before the first step, and the peak after the last."""
     from src.model import TRMConfig, TRMModel
-    from src.train_config import TrainConfig
     from src.trainer import Trainer
+    from src.training.train_config import TrainConfig
 
     config = TRMConfig(vocab_size=256, d_model=args.d_model, max_seq_len=args.seq_len, **settings)
     torch.manual_seed(0)
@@ -155,7 +155,7 @@ def measure_training(args: MemoryBench) -> list[dict]:
 
 def write_corpus(path: Path, size: float) -> None:
     """A .jsonl.gz of about `size` bytes: the standard library's files, one a line, as equal gzip members in a row."""
-    from src.corpus import stdlib_files
+    from src.data.corpus import stdlib_files
 
     block, length = [], 0
     for file in sum(stdlib_files(), []):

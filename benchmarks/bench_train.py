@@ -28,8 +28,8 @@ from src.errors import UserError
 from src.metrics import count_parameters, flops_per_token
 from src.model import TRMConfig, TRMModel
 from src.runtime import DTYPES, keep_freed_memory  # noqa: E402
-from src.train_config import RuntimeConfig, TrainConfig  # noqa: E402
 from src.trainer import Trainer
+from src.training.train_config import RuntimeConfig, TrainConfig  # noqa: E402
 
 FAMILIES = {
     "none": {"recursion": "none", "n_layers": 6, "norm": "pre"},

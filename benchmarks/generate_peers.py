@@ -46,8 +46,8 @@ def in_precision(config, weights: dict, path: str, folder: str):
 
 def _onnx_model(model, in_int8, folder):
     """The model as export_onnx.py makes it, but without a tokenizer."""
-    from src import onnx_export
-    from src.onnx_session import GRAPH, OnnxModel, need
+    from src.onnx import export as onnx_export
+    from src.onnx.session import GRAPH, OnnxModel, need
 
     runtime = need("onnxruntime")
     proto = onnx_export.trace(model, fused=onnx_export.fits_fused(model.config))
@@ -77,7 +77,7 @@ def available(paths: list[str]) -> list[str]:
     for path in paths:
         try:
             if path in ONNX:
-                from src.onnx_session import need
+                from src.onnx.session import need
 
                 need("onnxruntime"), need("onnxscript")
             if path == "transformers":

@@ -20,7 +20,9 @@ from matplotlib.ticker import EngFormatter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
 
 from src.config import parse_flags, run  # noqa: E402
-from src.curves import (  # noqa: E402
+from src.errors import UserError
+from src.metrics import format_params  # noqa: E402
+from src.training.curves import (  # noqa: E402
     AMBER,
     BLUE,
     GREEN,
@@ -40,8 +42,6 @@ from src.curves import (  # noqa: E402
     set_limits,
     style_axes,
 )
-from src.errors import UserError
-from src.metrics import format_params  # noqa: E402
 
 COLORS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY, INK)
 X = {"step": ("step", 1, "optimizer step"), "tokens": ("tokens", 1, "training tokens")}

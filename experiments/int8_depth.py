@@ -21,10 +21,10 @@ import torch  # noqa: E402
 
 from src.checkpoint import load_model, resolve  # noqa: E402
 from src.config import parse_flags, run  # noqa: E402
-from src.corpus import read_pieces, stdlib_files  # noqa: E402
+from src.data.corpus import read_pieces, stdlib_files  # noqa: E402
+from src.evaluation.scoring import score_corpus  # noqa: E402
 from src.exits import ExitRule, max_depth, visits_per_recursion_step  # noqa: E402
 from src.quantize import quantize  # noqa: E402
-from src.scoring import score_corpus  # noqa: E402
 
 PRECISIONS = ("fp32", "bf16", "int8")
 

@@ -20,7 +20,7 @@ from src.checkpoint import load_model, resolve, save_checkpoint  # noqa: E402
 from src.config import parse_flags, run  # noqa: E402
 from src.dataset import DataConfig, create_dataloader, prepare_data  # noqa: E402
 from src.errors import UserError
-from src.evaluation import evaluate  # noqa: E402
+from src.evaluation.evaluation import evaluate  # noqa: E402
 
 LARGEST_CHANGE = 0.001  # nats per token
 

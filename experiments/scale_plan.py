@@ -38,12 +38,12 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
 
 from src.config import parse_flags, run  # noqa: E402
+from src.data.token_store import ON_THE_SPOT_VOCAB  # noqa: E402
 from src.errors import UserError
 from src.metrics import count_parameters, flops_per_token, format_params  # noqa: E402
 from src.model import TRMConfig, TRMModel  # noqa: E402
 from src.runtime import GIB, autocast  # noqa: E402
-from src.token_store import ON_THE_SPOT_VOCAB  # noqa: E402
-from src.train_config import Settings  # noqa: E402
+from src.training.train_config import Settings  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -33,13 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from experiments import records  # noqa: E402
 from src.config import build, parse_flags, run  # noqa: E402
 from src.errors import UserError
-from src.evaluation import evaluate  # noqa: E402
+from src.evaluation.evaluation import evaluate  # noqa: E402
 from src.losses import IGNORE  # noqa: E402
 from src.metrics import count_parameters, flops_per_token  # noqa: E402
 from src.model import TRMConfig, TRMModel  # noqa: E402
 from src.runtime import keep_freed_memory  # noqa: E402
-from src.train_config import RuntimeConfig, TrainConfig  # noqa: E402
 from src.trainer import Trainer  # noqa: E402
+from src.training.train_config import RuntimeConfig, TrainConfig  # noqa: E402
 
 PROTOTYPE = {
     **{"d_model": 256, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "batch_size": 32, "max_steps": 1500},

@@ -1,7 +1,7 @@
 """Checkpoint folders: model.safetensors, config.json, the tokenizer's files, ema.safetensors, state/ for resuming.
 
-A checkpoint is written whole or not at all (`src.folders`), so a crash at any moment leaves the previous one whole.
-Loading never unpickles code. `src.run_folder` keeps those of a run.
+A checkpoint is written whole or not at all (`src.files.folders`): a crash at any moment leaves the previous one whole.
+Loading never unpickles code. `src.training.run_folder` keeps those of a run.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from src.config import build
+from src.data.tokenizer_json import TOKENIZER_FILES
 from src.decode import store_for_decoding
 from src.errors import UserError
-from src.files import read_object
-from src.folders import replacing
+from src.files.folders import replacing
+from src.files.text import read_object
 from src.language_model import LanguageModel
 from src.model import TRMConfig, TRMModel
-from src.parallel import placed_like
 from src.tokenizer import read_tokenizer
-from src.tokenizer_json import TOKENIZER_FILES
+from src.training.parallel import placed_like
 
 FORMAT = 2  # of config.json; checkpoints from before the loop could have a loss at each visit have none
 # all that a checkpoint consists of

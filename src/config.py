@@ -16,7 +16,7 @@ import typing
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, _loaders_dumpers, set_parsing_settings
 
 from src.errors import UserError, one_line
-from src.plain_yaml import PlainLoader, read_yaml
+from src.files.plain_yaml import PlainLoader, read_yaml
 
 _loaders_dumpers.yaml_default_loader = PlainLoader  # of a flag's value: its own crashes on deep nesting
 set_parsing_settings(import_path_denylist=["*"])  # besides the sections, see `parse_flags`

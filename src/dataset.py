@@ -1,15 +1,15 @@
 """Documents -> tokens -> windows -> batches.
 
-1. `src.corpus` reads files as a stream of documents.
-2. `src.token_store` keeps their tokens on disk, one flat stream with EOS after each document, keyed by the content of
-   files and tokenizer, so the second time it is only opened; `TokenStore` is that stream, memory-mapped.
+1. `src.data.corpus` reads files as a stream of documents.
+2. `src.data.token_store` keeps their tokens on disk, one flat stream with EOS after each document, keyed by the content
+   of files and tokenizer, so the second time it is only opened; `TokenStore` is that stream, memory-mapped.
 3. `PackedDataset` cuts it into full windows; `WikiJsonlDataset` is the padded form, one document per row;
    `MixedDataset` is several corpora, drawn from by weight.
 4. `create_dataloader` makes batches, in an order that is a pure function of (seed, epoch, index).
 5. `prepare_data` does all of it from `DataConfig`, the flags.
 
-`src.samples` has the rows of 3, `src.order` the orders of 4. `src.stream` reads while training what is too large for
-2; training takes its batches from `src.loader`.
+`src.data.samples` has the rows of 3, `src.data.order` the orders of 4. `src.data.stream` reads while training what is
+too large for 2; training takes its batches from `src.data.loader`.
 """
 
 import itertools
@@ -20,13 +20,11 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from src.corpus import NoDocument, content_hash, find_files, fingerprint_files, stdlib_files
-from src.errors import UserError
-from src.losses import IGNORE
-from src.order import EndlessSampler, MixtureSampler, RankBatches
-from src.samples import Sample, collate_batch, window_sample
-from src.stream import Shards, StreamingDataset
-from src.token_store import (
+from src.data.corpus import NoDocument, content_hash, find_files, fingerprint_files, stdlib_files
+from src.data.order import EndlessSampler, MixtureSampler, RankBatches
+from src.data.samples import Sample, collate_batch, window_sample
+from src.data.stream import Shards, StreamingDataset
+from src.data.token_store import (
     HOLD_BACK,
     ON_THE_SPOT_BYTES,
     ON_THE_SPOT_VOCAB,
@@ -37,8 +35,10 @@ from src.token_store import (
     sampled,
     tokenize_corpus,
 )
+from src.errors import UserError
+from src.losses import IGNORE
 from src.tokenizer import read_tokenizer, warn_of_loss
-from src.train_config import DataConfig
+from src.training.train_config import DataConfig
 
 MOST_VALID_TOKENS = 1_000_000  # of the tail that is held back where documents are few
 

@@ -46,7 +46,7 @@ class LanguageModel(NamedTuple):
         """`scoring.Figures` of each text by itself, after BOS: loss in nats per token, bits per byte, and more.
 
         Options are those of `scoring.score_corpus`, such as stride or rule. UserError for a text without tokens."""
-        from src.scoring import score_corpus  # here, as it builds on data sets
+        from src.evaluation.scoring import score_corpus  # here, as it builds on data sets
 
         return [score_corpus(self.model, self.tokenizer, [text], **options).figures for text in texts]
 

@@ -24,9 +24,7 @@ from pathlib import Path
 
 import sentencepiece as spm
 
-from src.errors import UserError
-from src.files import read_bytes, read_object
-from src.tokenizer_json import (
+from src.data.tokenizer_json import (
     CONFIG_FILE,
     JSON_FILE,
     MODEL_FILE,
@@ -41,6 +39,8 @@ from src.tokenizer_json import (
     parse_tokenizer,
     token_bytes,
 )
+from src.errors import UserError
+from src.files.text import read_bytes, read_object
 
 read_file = functools.partial(read_bytes, what='tokenizer ("byte", a .model or a tokenizer.json)')
 

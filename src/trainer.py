@@ -13,25 +13,24 @@ from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from src import parallel, run_folder, run_state
-from src.curriculum import CurriculumScheduler, depth_of_step, grow_average, grow_optimizers, grow_width, set_depth
+from src.data.loader import create_train_loader
 from src.dataset import create_dataloader
 from src.errors import UserError
-from src.evaluation import evaluate, sample_text
-from src.loader import create_train_loader
+from src.evaluation.evaluation import evaluate, sample_text
 from src.losses import IGNORE, bits_per_byte, bits_text
 from src.metrics import describe_model, flops_per_token
 from src.model import TRMConfig, TRMModel
 from src.model_config import loss_weights
-from src.monitor import ResourceMonitor, TRMTrainingLogger
 from src.optim import EMA, learning_rate_factor, make_optimizers
-from src.progress import Clock, Window, progress_bar
 from src.runtime import Interrupt, autocast, choose_compile, choose_device, choose_precision, compile_parts, mix_seed
-from src.train_config import TrainConfig
+from src.training import curriculum, parallel, run_folder, run_state
+from src.training.monitor import ResourceMonitor, TRMTrainingLogger
+from src.training.progress import Clock, Window, progress_bar
+from src.training.train_config import TrainConfig
 
 
 class Trainer:
-    """One run: `create_trainer(...)` of src/create.py builds it from settings, `train()` runs it."""
+    """One run: `create_trainer(...)` of src/training/create.py builds it from settings, `train()` runs it."""
 
     def __init__(
         self, config: TrainConfig, model: TRMModel, tokenizer, train_set, valid_set, runtime, num_workers=0, first=None
@@ -56,7 +55,9 @@ class Trainer:
         """The stages of the run."""
         c = self.config
         self.first = first
-        self.curriculum = CurriculumScheduler(c.curriculum.stages, first, c.batch_size, c.max_steps, self._windows)
+        self.curriculum = curriculum.CurriculumScheduler(
+            c.curriculum.stages, first, c.batch_size, c.max_steps, self._windows
+        )
         for stage in self.curriculum.stages:
             if stage.batch_size % (c.grad_accum * self.world):
                 raise UserError(
@@ -80,7 +81,7 @@ class Trainer:
 
     def _windows(self, seq_len: int) -> int:
         if not hasattr(self.train_set, "__len__"):
-            raise UserError("epochs of a stage need text that is tokenized first: give steps, or streaming false")
+            raise UserError("a stage in `epochs` needs a tokenized corpus: use `steps`, or set `--streaming false`")
         return len(self.train_set.with_seq_len(seq_len))
 
     def enter_stage(self):
@@ -94,7 +95,7 @@ class Trainer:
             torch.compiler.reset()  # of each function torch keeps graphs of a few shapes only
         if (wide.d_model, wide.d_ff) > (self.raw.config.d_model, self.raw.config.d_ff):
             self._grow(wide)
-        set_depth(self.raw, wide)
+        curriculum.set_depth(self.raw, wide)
         if self.train_set is None:
             return
         position = None if self.loader is None else self.loader.state_dict()
@@ -109,10 +110,12 @@ class Trainer:
         if self.world > 1:
             raise UserError("dim of a stage grows in one process only: leave it out, or start one process")
         old, optimizers = self.raw, [optimizer.optimizer for optimizer in self.optimizers]
-        new = grow_width(old, wide.d_model, wide.d_ff, mix_seed(self.config.seed, self.stage.index)).to(self.device)
-        states = [o.state_dict() for o in grow_optimizers(old, new, optimizers, self._make_optimizers)]
+        new = curriculum.grow_width(old, wide.d_model, wide.d_ff, mix_seed(self.config.seed, self.stage.index)).to(
+            self.device
+        )
+        states = [o.state_dict() for o in curriculum.grow_optimizers(old, new, optimizers, self._make_optimizers)]
         if self.ema is not None:
-            self.ema.average = grow_average(self.ema.average, old, new)
+            self.ema.average = curriculum.grow_average(self.ema.average, old, new)
         self.accelerator.free_memory()  # else accelerate keeps the old model
         self._take_model(new)
         for optimizer, state in zip(self.optimizers, states, strict=True):
@@ -122,9 +125,8 @@ class Trainer:
         """This process's device and its place among the processes of the run; returns the precision and why."""
         config, device = self.config, choose_device(runtime.device)
         if device.index:
-            raise UserError(
-                f"--device {device}: choose the GPU with CUDA_VISIBLE_DEVICES={device.index} and --device cuda"
-            )
+            visible = f"CUDA_VISIBLE_DEVICES={device.index}"
+            raise UserError(f"--device {device}: choose the GPU with {visible} and --device cuda")
         self.precision, why = choose_precision(runtime.precision, device)
         if self.precision == "fp16" and config.optimizer == "muon":
             raise UserError("--optimizer muon has no loss scaling for fp16: choose --precision fp32, or adamw")
@@ -271,7 +273,7 @@ class Trainer:
     def _depth_of_step(self):
         """Inside, the model recurses as deeply as this step is to."""
         whole = self.raw.config
-        self.raw.config = depth_of_step(self.config, whole, self.step, self.progress())
+        self.raw.config = curriculum.depth_of_step(self.config, whole, self.step, self.progress())
         try:
             yield
         finally:

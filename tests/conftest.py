@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 from src.model import TRMConfig, TRMModel  # noqa: E402
 
-pytest.register_assert_rewrite("scripts", "training")  # fixtures that several files share
+pytest.register_assert_rewrite("scripts", "trainers")  # fixtures that several files share
 
 
 def kernels() -> str:

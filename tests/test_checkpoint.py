@@ -19,8 +19,8 @@ from src.checkpoint import load_config, load_model, load_state, read_weights, re
 from src.errors import UserError
 from src.model import TRMConfig, TRMModel
 from src.model_config import loss_weights
-from src.run_folder import point, prune
 from src.tokenizer import ByteLevelTokenizer
+from src.training.run_folder import point, prune
 
 TOKENIZER = ByteLevelTokenizer()
 

@@ -17,7 +17,7 @@ from src.config import before_torch, parse_flags, run
 from src.dataset import DataConfig
 from src.errors import UserError
 from src.model import TRMConfig
-from src.train_config import RuntimeConfig, TrainConfig
+from src.training.train_config import RuntimeConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = (TrainConfig, DataConfig, TRMConfig, RuntimeConfig)

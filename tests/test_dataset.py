@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from texts import BYTE, store_of, tokens_of, write
 
-from src.corpus import read_documents
+from src.data.corpus import read_documents
 from src.dataset import (
     IGNORE,
     DataConfig,

@@ -12,16 +12,16 @@ from transformers import AutoConfig
 import generate
 import train_classifier
 from src.checkpoint import load_model, own_state, save_checkpoint
+from src.data.tokenizer_training import train_sentencepiece
 from src.errors import UserError
-from src.evaluation import sample_text
-from src.harness import Answers
-from src.hf_llama import write_hf
-from src.interop import read_source, write
-from src.scoring import Size, corpus_windows, encode_pair, score_corpus
+from src.evaluation.evaluation import sample_text
+from src.evaluation.harness import Answers
+from src.evaluation.scoring import Size, corpus_windows, encode_pair, score_corpus
+from src.evaluation.trace import Trace
+from src.interop.formats import read_source, write
+from src.interop.hf_llama import write_hf
 from src.tasks.classification import Example, encode
 from src.tokenizer import ByteLevelTokenizer, HFTokenizer, read_tokenizer
-from src.tokenizer_training import train_sentencepiece
-from src.trace import Trace
 
 N, END = 9, 3  # tokens asked for, and which of them is an end
 

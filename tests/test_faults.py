@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import TINY, during, read_metrics, same
+from trainers import TINY, during, read_metrics, same
 
-from src import run_folder
 from src.checkpoint import load_model, load_state, own_state, read_weights
 from src.errors import UserError
+from src.training import run_folder
 
-pytest_plugins = "training"  # the fixtures make and corpus
+pytest_plugins = "trainers"  # the fixtures make and corpus
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -87,7 +87,8 @@ class TestTwoAtOnce:
 
     def test_another_process_is_refused(self, make, tmp_path):
         make().train()
-        hold = "import sys, pathlib; from src.run_folder import RunLock; lock = RunLock(pathlib.Path(sys.argv[1]));"
+        hold = "import sys, pathlib; from src.training.run_folder import RunLock\n"
+        hold += "lock = RunLock(pathlib.Path(sys.argv[1]));"
         hold += "print('held', flush=True); input()"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run"], cwd=ROOT, **pipes) as other:

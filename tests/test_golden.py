@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from src.checkpoint import RELEASED, load_model
-from src.onnx_export import OnnxExport, export_onnx
-from src.onnx_session import load_onnx
+from src.onnx.export import OnnxExport, export_onnx
+from src.onnx.session import load_onnx
 from src.sampling import generate_ids
 
 pytest.importorskip("onnxruntime")

@@ -38,7 +38,7 @@ test_quantize.py::test_greedy_text_with_the_cache_is_that_without
 test_quantize.py::test_generate_with_the_widths_of_a_llama2c_model
 """.split()
 # An export takes as long as all of these: at the lowest level alone.
-ONNX = "test_onnx_export.py::test_an_export_gives_the_logits_of_its_model test_onnx_export.py::test_int8".split()
+ONNX = ("test_an_export_gives_the_logits_of_its_model", "test_int8")
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -46,7 +46,8 @@ def test_the_numbers_hold_under(level, record_property):
     if level not in LOWER:
         pytest.skip(f"this process runs the {BEST} kernels")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | LEVELS[level]
-    tests = [f"tests/{name}" for name in SUBSET + ONNX * (level == LOWER[-1])]
+    exports = [f"onnx/test_onnx_export.py::{name}" for name in ONNX] if level == LOWER[-1] else []
+    tests = [f"tests/{name}" for name in SUBSET + exports]
     words = "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *tests
     child = start(*words, env=environment, stderr=subprocess.STDOUT)
     try:

@@ -6,9 +6,9 @@ from texts import BYTE
 
 import generate
 from src.checkpoint import load_model, save_checkpoint
+from src.evaluation.scoring import score_corpus
 from src.exits import ExitRule
 from src.language_model import LanguageModel, continue_texts
-from src.scoring import score_corpus
 from src.tokenizer import ByteLevelTokenizer
 
 SIZE = {"vocab_size": BYTE.vocab_size, "n_layers": 1, "max_seq_len": 32}

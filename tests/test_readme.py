@@ -19,6 +19,7 @@ from src.model import TRMConfig, TRMModel
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
+MAP = ROOT / "docs" / "architecture.md"
 SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SUFFIXES = ".py .md .txt .yaml .toml .png .sh .model .vocab .json .jsonl .gz .parquet .safetensors".split()
@@ -77,8 +78,8 @@ def is_made(path):
 
 
 def exists(path):
-    """Whether a path or glob is in the repository, from its root or, as the tree's comments say it, from src."""
-    return any(next(base.glob(path), None) is not None for base in (ROOT, ROOT / "src", ROOT / "tests"))
+    """Whether a path or glob is in the repository, from its root."""
+    return next(ROOT.glob(path), None) is not None
 
 
 def refused(script, words):
@@ -163,9 +164,10 @@ def test_every_inline_flag_is_real():
     assert named <= known | {"version"}, named - known
 
 
-@needs_readme
-def test_every_path_is_real():
-    paths = re.findall(r"`([\w./*~-]+)`", TEXT) + re.findall(r"\]\(([^)#\s]+)\)", TEXT)
+@pytest.mark.parametrize("page", [README, MAP], ids=lambda page: page.name)
+def test_every_path_is_real(page):
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(r"`([\w./*~-]+)`", text) + re.findall(r"\]\(([^)#\s]+)\)", text)
     wrong = [
         path
         for path in paths
@@ -174,24 +176,24 @@ def test_every_path_is_real():
     assert not wrong
 
 
-@needs_readme
 def test_the_tree_is_the_tree():
-    entries = list(tree_entries(TEXT))
-    assert len(entries) > 20, "the README has no annotated tree"
+    """The map names every script, module and recipe, and nothing else."""
+    entries = list(tree_entries(MAP.read_text(encoding="utf-8")))
     wrong = [path for path in entries if not is_made(path) and next(ROOT.glob(path), None) is None]
     assert not wrong
-    named = {name for entry in entries for name in (p.name for p in ROOT.glob(entry))}
-    missing = {p.name for p in (*ROOT.glob("*.py"), *(ROOT / "src").glob("*.py"))} - named - {"__init__.py"}
-    assert not missing, f"files that the tree leaves out: {missing}"
+    named = {path for entry in entries for path in ROOT.glob(entry)}
+    real = {*ROOT.glob("*.py"), *(ROOT / "src").rglob("*.py"), *CONFIGS}
+    assert {path.name for path in real - named} <= {"__init__.py"}
 
 
-@needs_readme
-def test_named_code_is_real():
+@pytest.mark.parametrize("page", [README, MAP], ids=lambda page: page.name)
+def test_named_code_is_real(page):
     """`src/model.py`'s `TRMModel.latent_recursion` and the like: names of classes and functions with a dot or call."""
+    text = page.read_text(encoding="utf-8")
     source = "\n".join(p.read_text() for p in (*ROOT.glob("*.py"), *(ROOT / "src").rglob("*.py")))
-    defined = set(re.findall(r"^\s*(?:def|class) (\w+)", source, re.M))
-    named = set(re.findall(r"`(?:[A-Z]\w+\.)?(\w+)\(\)`", TEXT)) | set(re.findall(r"`[A-Z]\w+\.(\w+)`", TEXT))
-    assert {name for name in named if name not in defined and not re.search(rf"\b{name}\b", source)} == set()
+    named = set(re.findall(r"`(?:[A-Z]\w+\.)?(\w+)\(\)`", text)) | set(re.findall(r"`[A-Za-z]\w+\.([a-z]\w+)`", text))
+    named = {name for name in named if f".{name}" not in SUFFIXES}
+    assert {name for name in named if not re.search(rf"^\s*(?:def|class) {name}\b|\.{name}\b", source, re.M)} == set()
 
 
 @needs_readme

@@ -24,7 +24,7 @@ from src.runtime import (
     mix_seed,
     peak_rss_bytes,
 )
-from src.train_config import RuntimeConfig
+from src.training.train_config import RuntimeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")

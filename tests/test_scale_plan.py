@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # as when torchrun runs this file
 
-from training import TINY, trainer_of  # noqa: E402
+from trainers import TINY, trainer_of  # noqa: E402
 
 from experiments.scale_plan import (  # noqa: E402
     PeakBytes,
@@ -29,9 +29,9 @@ from src.config import UserError  # noqa: E402
 from src.metrics import flops_per_token  # noqa: E402
 from src.model import TRMConfig  # noqa: E402
 from src.runtime import GIB  # noqa: E402
-from src.train_config import RuntimeConfig, Settings  # noqa: E402
+from src.training.train_config import RuntimeConfig, Settings  # noqa: E402
 
-pytest_plugins = "training"  # the fixtures make and corpus
+pytest_plugins = "trainers"  # the fixtures make and corpus
 WIDE = {"d_model": 64, "n_heads": 4, "d_ff": 192, "batch_size": 16}
 PLAIN = "--recursion none --n_layers 1 --d_model 64 --n_heads 4 --vocab_size 100 --max_seq_len 32 --batch_size 16"
 

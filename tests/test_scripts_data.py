@@ -10,7 +10,7 @@ import pytest
 
 import extract_texts
 import train_spm
-from src.corpus import read_documents
+from src.data.corpus import read_documents
 from src.errors import UserError
 from src.tokenizer import read_tokenizer
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import usual_spm
 
+from src.data.tokenizer_training import train_sentencepiece, train_tokenizer
 from src.errors import UserError
 from src.tokenizer import (
     ByteLevelTokenizer,
@@ -22,7 +23,6 @@ from src.tokenizer import (
     read_llama2c_tokenizer,
     read_tokenizer,
 )
-from src.tokenizer_training import train_sentencepiece, train_tokenizer
 
 TRAINED_SIZE = 320
 TOK512 = Path(__file__).parents[2] / "shared" / "data" / "stories260K" / "tok512.bin"

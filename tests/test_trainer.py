@@ -12,17 +12,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from texts import usual_spm
-from training import TINY, assert_same_checkpoints, during, read_metrics, same
+from trainers import TINY, assert_same_checkpoints, during, read_metrics, same
 
 import train_trm_lm
 from src.checkpoint import load_model
-from src.create import create_trainer
 from src.errors import UserError
 from src.losses import IGNORE, cross_entropy
 from src.model import TRMConfig
-from src.train_config import RuntimeConfig, TrainConfig, read_settings
+from src.training.create import create_trainer
+from src.training.train_config import RuntimeConfig, TrainConfig, read_settings
 
-pytest_plugins = "training"  # the fixtures make and corpus
+pytest_plugins = "trainers"  # the fixtures make and corpus
 pytestmark = pytest.mark.usefixtures("unchecked")  # whole runs; the tests of the parts check annotations
 
 

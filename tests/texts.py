@@ -8,8 +8,8 @@ import json
 import sentencepiece as spm
 import torch
 
-from src.corpus import SEPARATOR
-from src.token_store import tokenize_corpus
+from src.data.corpus import SEPARATOR
+from src.data.token_store import tokenize_corpus
 from src.tokenizer import ByteLevelTokenizer, TokenizerWrapper
 
 BYTE = ByteLevelTokenizer()

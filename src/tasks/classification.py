@@ -18,16 +18,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from src.config import write_text
-from src.curves import GREY, INK, add_title, new_figure, save_picture
+from src.data.samples import Sample, collate_batch
 from src.errors import UserError
+from src.evaluation.scoring import encode_pair, score_continuations
 from src.exits import ExitRule, max_depth
-from src.files import is_text, parse_json, read_json, read_lines
+from src.files.text import is_text, parse_json, read_json, read_lines
 from src.layers import Attention
 from src.losses import IGNORE
 from src.runtime import autocast
-from src.samples import Sample, collate_batch
-from src.scoring import encode_pair, score_continuations
 from src.tasks.config import SUFFIX
+from src.training.curves import GREY, INK, add_title, new_figure, save_picture
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 

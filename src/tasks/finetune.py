@@ -14,17 +14,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from src import checkpoint, run_folder
-from src.corpus import content_hash
+from src import checkpoint
+from src.data.corpus import content_hash
+from src.data.samples import Sample, collate_batch
 from src.errors import UserError
 from src.model_config import loss_weights
-from src.monitor import TRMTrainingLogger
 from src.optim import learning_rate_factor
-from src.parallel import load_optimizer
 from src.runtime import Interrupt, autocast, mix_seed
-from src.samples import Sample, collate_batch
 from src.tasks.classification import Example, LlamaEmbeddingClassifier, encode, predict
 from src.tasks.config import FinetuneConfig
+from src.training import run_folder
+from src.training.monitor import TRMTrainingLogger
+from src.training.parallel import load_optimizer
 
 CLASSIFIER_FILE = "classifier.safetensors"
 ADAPTED = ["qkv", "out", "gate_up", "down"]  # the linear layers that LoRA adds to

@@ -1,0 +1,267 @@
+"""A tokenizer of the user's own text: `train_sentencepiece`, and `train_tokenizer` for a tokenizer.json.
+
+Both read the text as a stream, in flat memory, and the same text gives the same file, byte for byte.
+"""
+
+import heapq
+import io
+import itertools
+import operator
+import os
+import random
+import re
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+
+import sentencepiece as spm
+
+from src.data.corpus import MAX_DOC_MB, read_documents, read_pieces
+from src.errors import UserError
+from src.tokenizer import JSON_FILE, MODEL_FILE, SPACE, HFTokenizer, TokenizerWrapper
+
+SAMPLE_CHARS = 4_000_000  # as much text as the line-break pieces are counted on
+MAX_BREAKS = 16  # more of them no longer shorten source code
+LINE_CHARS = 4096  # a longer line is cut for training, so that no text is ignored
+MAX_BYTES = 10_000_000  # BPE takes 80 bytes of memory for each byte of a text without spaces
+HELD_BACK_BYTES = 1_000_000
+HELD_BACK_SHARE = 0.01
+SPECIAL_TOKENS = ["<pad>", "<unk>", "<s>", "</s>"]  # ids 0, 1, 2, 3, in SentencePiece models as well
+_LINE_BREAKS = re.compile(r"\n+(?: +|\t+)?")
+
+
+def train_tokenizer(
+    data_path,
+    vocab_size,
+    save_path,
+    model_type="bpe",
+    character_coverage=0.9995,
+    max_bytes=MAX_BYTES,
+    text_field="text",
+    seed=0,
+    max_doc_mb=MAX_DOC_MB,
+):
+    """Train a tokenizer.json on files, globs and folders (str, or a list), write it, measure it; an HFTokenizer.
+
+    bpe: byte-level BPE (arXiv:1508.07909, of bytes as in GPT-2), digits one by one. unigram (arXiv:1804.10959): trained
+    by SentencePiece; characters beyond character_coverage become bytes. Both are lossless. pad, unk, BOS, EOS are 0, 1,
+    2, 3. save_path: a .json file, or a folder for tokenizer.json. Of a longer text about `max_bytes` are used, drawn at
+    random. Raises UserError for a vocabulary that the text cannot fill, or is too small for it.
+    """
+    from tokenizers.processors import TemplateProcessing  # here, so that SentencePiece does not wait for its import
+
+    texts, tail = hold_back(data_path, text_field, max_doc_mb)
+    texts = _drawn(texts, max_bytes, seed)
+    tok = _byte_level_bpe(texts, vocab_size) if model_type == "bpe" else _unigram(texts, vocab_size, character_coverage)
+    tok.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tok.token_to_id("<s>"))])
+    data = tok.to_str(pretty=True).encode()
+    path = Path(save_path) if str(save_path).endswith(".json") else Path(save_path, JSON_FILE)
+    _write(path, data)
+    tokenizer = HFTokenizer(data, {})
+    print(f"wrote {path}: {tokenizer.vocab_size} tokens", file=sys.stderr)
+    report_bytes_per_token(tokenizer, tail)
+    return tokenizer
+
+
+def _byte_level_bpe(texts, vocab_size):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tok = Tokenizer(models.BPE())
+    digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Sequence([digits, words]), decoders.ByteLevel()
+    options = {"special_tokens": SPECIAL_TOKENS, "initial_alphabet": words.alphabet(), "show_progress": False}
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
+    size = tok.get_vocab_size()
+    if size < vocab_size:
+        raise UserError(_too_large(vocab_size, size))
+    if size > vocab_size:
+        raise UserError(f"vocab_size {vocab_size} is too small: special tokens and bytes alone need {size}; raise it")
+    return tok
+
+
+def _unigram(texts, vocab_size, character_coverage):
+    """SentencePiece's pieces and scores. The trainer of `tokenizers` gives another vocabulary at every run."""
+    from tokenizers import Tokenizer, decoders, models
+
+    sp = train_sentencepiece(texts, None, vocab_size, "unigram", character_coverage).processor
+    pieces = [(sp.id_to_piece(i).replace(SPACE, " "), sp.get_score(i)) for i in range(vocab_size)]
+    tok = Tokenizer(models.Unigram(pieces, unk_id=sp.unk_id(), byte_fallback=True))
+    tok.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tok.add_special_tokens(SPECIAL_TOKENS)
+    return tok
+
+
+def _drawn(texts, max_bytes, seed):
+    """A list of texts, about max_bytes of them drawn at random where there are more; only these are in memory."""
+    rng, kept, total = random.Random(seed), [], 0
+    for number, text in enumerate(texts):
+        heapq.heappush(kept, (rng.random(), number, text))
+        total += len(text.encode())
+        while total > max_bytes and len(kept) > 1:
+            total -= len(heapq.heappop(kept)[2].encode())
+    return [text for _, _, text in sorted(kept, key=operator.itemgetter(1))]
+
+
+def train_sentencepiece(
+    texts,
+    model_prefix=None,
+    vocab_size=16000,
+    model_type="bpe",
+    character_coverage=0.9995,
+    byte_fallback=True,
+    split_by_unicode_script=False,
+    max_sentences=2_000_000,
+    seed=0,
+    verbose=False,
+):
+    """Train SentencePiece on documents (an iterable of str, or the path of a text file); returns a TokenizerWrapper.
+
+    Lossless by its settings: no normalisation, spaces kept, bytes for rare characters. A line break is one piece, and
+    so are the line breaks with indentation that are frequent in the text. pad, unk, BOS, EOS are 0, 1, 2, 3. The same
+    text gives the same bytes. Writes {model_prefix}.model and .vocab unless model_prefix is None. Of longer texts a
+    random `max_sentences` lines are used. verbose shows the equivalent spm_train command on stderr. Raises UserError
+    for a vocabulary that the text cannot fill, or is too small for it.
+    """
+    if isinstance(texts, (str, os.PathLike)):
+        texts = read_documents([os.fspath(texts)])
+    head, texts = _peek(iter(texts), SAMPLE_CHARS)
+    flags = spm_flags(vocab_size, model_type, character_coverage, byte_fallback, split_by_unicode_script, max_sentences)
+    flags["user_defined_symbols"] = [s.replace(" ", SPACE) for s in frequent_line_breaks(head)]
+    if verbose:
+        shown = {"model_prefix": model_prefix, **flags, "user_defined_symbols": ",".join(flags["user_defined_symbols"])}
+        print("spm_train", *(f"--{k}={shlex.quote(str(v))}" for k, v in shown.items()), file=sys.stderr)
+    spm.set_random_generator_seed(seed)
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(sentence_iterator=_lines(texts), model_writer=model, minloglevel=2, **flags)
+    except RuntimeError as error:
+        raise UserError(_explain(str(error), vocab_size)) from None
+    tokenizer = TokenizerWrapper(model.getvalue())
+    if model_prefix is not None:
+        _write_model(tokenizer, model_prefix)
+    return tokenizer
+
+
+def spm_flags(vocab_size, model_type, character_coverage, byte_fallback, split_by_unicode_script, max_sentences):
+    """SentencePiece's own settings: name -> value. Threads are fixed in number because sums depend on their order."""
+    return {
+        "vocab_size": vocab_size,
+        "model_type": model_type,
+        "character_coverage": character_coverage,
+        "byte_fallback": byte_fallback,
+        "split_by_unicode_script": split_by_unicode_script,
+        "split_digits": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        "allow_whitespace_only_pieces": True,
+        "max_sentence_length": 4 * LINE_CHARS + 1,  # in bytes
+        "num_threads": 2,
+        "input_sentence_size": max_sentences,
+        "shuffle_input_sentence": True,
+        "pad_id": 0,
+        "unk_id": 1,
+        "bos_id": 2,
+        "eos_id": 3,
+    }
+
+
+def hold_back(paths, text_field="text", max_doc_mb=MAX_DOC_MB):
+    """(Iterator over the texts to train on, a list that is filled with the rest as the iterator comes to its end).
+
+    The rest is the last 1 % of the text, at most 1 MB."""
+    total, tail = (
+        sum(len(text.encode()) for text, _ in read_pieces(paths, text_field, report=False, max_doc_mb=max_doc_mb)),
+        [],
+    )
+    n_train = total - min(HELD_BACK_BYTES, int(total * HELD_BACK_SHARE))
+    return before_tail(read_pieces(paths, text_field, max_doc_mb=max_doc_mb), n_train, tail), tail
+
+
+def before_tail(pieces, n_bytes, tail):
+    """The text of the first n_bytes of a stream of pieces; the rest is appended to the list `tail`."""
+    left = n_bytes
+    for text, _ in pieces:
+        head = text.encode()[:left].decode(errors="ignore") if left else ""
+        if len(head) < len(text):
+            head = head[: head.rfind("\n") + 1] or head
+            left = 0
+            tail.append(text[len(head) :])
+        left -= len(head.encode()) if left else 0
+        if head:
+            yield head
+
+
+def report_bytes_per_token(tokenizer, texts):
+    """Print on stderr how many bytes of text a token holds."""
+    n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
+    n_bytes = sum(len(text.encode()) for text in texts)
+    if n_tokens:
+        print(f"held-back text: {n_bytes} bytes, {n_bytes / n_tokens:.3f} bytes per token", file=sys.stderr)
+
+
+def frequent_line_breaks(texts):
+    """The line breaks of a text with the blanks that follow, most frequent first; "\\n" is always among them."""
+    counts, chars = Counter(), 0
+    for text in texts:
+        counts.update(_LINE_BREAKS.findall(text))
+        chars += len(text)
+    frequent = [s for s, n in counts.most_common(MAX_BREAKS) if s != "\n" and n * 20_000 >= chars and len(s) <= 32]
+    return ["\n", *sorted(frequent)]
+
+
+def _peek(texts, n_chars):
+    """(The first texts, about n_chars in all; an iterator over all of them)."""
+    head, size = [], 0
+    for text in texts:
+        head.append(text)
+        size += len(text)
+        if size >= n_chars:
+            break
+    return head, itertools.chain(head, texts)
+
+
+def _lines(texts):
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), LINE_CHARS):
+                yield line[start : start + LINE_CHARS]
+
+
+def _explain(message, vocab_size):
+    """SentencePiece's complaint as one sentence that names the size to use."""
+    if largest := re.search(r"size too high.*value <= (\d+)", message):
+        return _too_large(vocab_size, largest[1])
+    if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"vocab_size {vocab_size} is too small: the special tokens, bytes and characters of this text alone need "
+            f"{smallest[1]}; raise it or lower character_coverage"
+        )
+    if "sentences_.empty()" in message:
+        return "there is no text to train a SentencePiece model on"
+    return f"SentencePiece refused: {message}"
+
+
+def _too_large(vocab_size, largest):
+    return f"vocab_size {vocab_size} is too large for this text: the largest possible is {largest}"
+
+
+def _write_model(tokenizer, model_prefix):
+    """{prefix}.model and {prefix}.vocab (piece, tab, score; \\n and \\t spelt out), written beside, then renamed."""
+    sp = tokenizer.processor
+    pieces = (sp.id_to_piece(i).replace("\n", "\\n").replace("\t", "\\t") for i in range(tokenizer.vocab_size))
+    vocab = "".join(f"{piece}\t{sp.get_score(i):g}\n" for i, piece in enumerate(pieces))
+    for suffix, data in ((".vocab", vocab.encode()), (".model", tokenizer.files[MODEL_FILE])):
+        _write(Path(f"{model_prefix}{suffix}"), data)
+
+
+def _write(path, data):
+    """Write a file beside its place, then rename it into it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from None

@@ -1,0 +1,182 @@
+"""Models into and out of other programs' formats.
+
+| format     | is                                                            | read | written | families |
+|------------|---------------------------------------------------------------|------|---------|----------|
+| checkpoint | a checkpoint folder of this project                           | yes  | yes     | all      |
+| hub        | the same with a model card, for the Hugging Face Hub          | yes  | yes     | all      |
+| hf         | a Llama folder of Hugging Face (`src/interop/hf_llama.py`)            | yes  | yes     | plain    |
+| llama2c    | llama2.c's legacy .bin and its tokens, its .pt (`src/interop/llama2c.py`) | yes | .bin | plain    |
+| gguf       | a GGUF of Llama architecture (`src/interop/gguf_reader.py`)           | yes  | no      | plain    |
+
+Nothing in a source is ever run: it is safetensors, arrays of numbers, or a .pt under torch.load's weights_only.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from src.checkpoint import check_fit, load_config, read_info, read_weights, resolve, save_checkpoint
+from src.errors import UserError
+from src.files.text import read_object
+from src.interop.gguf_reader import MAGIC, read_gguf, read_gguf_ends, read_gguf_tokenizer
+from src.interop.hf_llama import read_ends, read_hf, write_hf
+from src.interop.llama import check_plain
+from src.interop.llama2c import for_run_c, is_bin, read_bin, read_pt, tokenizer_file, write_bin
+from src.interop.model_card import model_card
+from src.model import TRMConfig, TRMModel
+from src.tokenizer import read_tokenizer
+
+
+class Source(NamedTuple):
+    """A model on its way from one format to another."""
+
+    path: Path
+    config: TRMConfig
+    weights: dict[str, Tensor]  # under this model's names, in the dtype of the source
+    tokenizer: Any
+    info: dict  # figures for config.json and the model card
+
+
+class Format(NamedTuple):
+    """How a kind of source is called and read."""
+
+    name: str
+    read: Callable  # path -> (config, weights, info)
+    read_tokenizer: Callable  # path -> tokenizer
+    read_ends: Callable | None  # path, tokenizer -> arguments of tokenizer.set_ends; None: the tokenizer knows them
+
+
+def _read_checkpoint(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
+    """(config, weights, info) of a checkpoint or run folder: the averaged weights where they exist."""
+    folder = resolve(path)
+    config, averaged = load_config(folder), folder / "ema.safetensors"
+    path = averaged if averaged.exists() else folder / "model.safetensors"
+    print(f"{folder}: {'EMA' if path is averaged else 'plain'} weights", file=sys.stderr)
+    weights = read_weights(path)
+    check_fit(config, weights, path)
+    return config, weights, read_info(folder)
+
+
+def _read_tokenizer_beside(path):
+    if not tokenizer_file(path).is_file():
+        raise UserError(f"{path}: llama2.c keeps the tokenizer in a file of its own: give it with --tokenizer")
+    return read_tokenizer(tokenizer_file(path))
+
+
+def _ends_with_bos(path, tokenizer) -> dict:
+    return {"ends": [tokenizer.bos_id]}  # where run.c stops
+
+
+FORMATS = {
+    "checkpoint": Format(
+        "a checkpoint of this project", _read_checkpoint, lambda path: read_tokenizer(resolve(path)), None
+    ),
+    "hf": Format("a Llama folder of Hugging Face", read_hf, read_tokenizer, read_ends),
+    "gguf": Format("a GGUF", read_gguf, read_gguf_tokenizer, read_gguf_ends),
+    "pt": Format("a .pt checkpoint of llama2.c", read_pt, _read_tokenizer_beside, _ends_with_bos),
+    "bin": Format("a legacy .bin of llama2.c", read_bin, _read_tokenizer_beside, _ends_with_bos),
+}
+SPARE_ROWS = 128  # of an embedding, where the tokenizer is another file: more, and it is of another model
+
+
+def recognize(path) -> Format:
+    """The format of a source, judged by what it holds.  UserError where it is none of FORMATS."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"there is no {path}: correct the path of the model")
+    if path.is_dir():
+        is_hf = (path / "config.json").is_file() and "model_type" in read_object(path / "config.json")
+        return FORMATS["hf" if is_hf else "checkpoint"]
+    try:
+        with open(path, "rb") as file:
+            start = file.read(28)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    for kind, is_it in (("gguf", start[:4] == MAGIC), ("pt", start[:4] == b"PK\x03\x04"), ("bin", is_bin(start))):
+        if is_it:
+            return FORMATS[kind]
+    raise UserError(f"{path} is none of: {', '.join(format.name for format in FORMATS.values())}")
+
+
+def read_source(path, tokenizer=None) -> Source:
+    """A model of any format that is read, with the tokenizer of a file (`tokenizer`), else its own.
+
+    Raises UserError for what is missing, broken, not a Llama, or does not fit together."""
+    path, source = Path(path), recognize(path)
+    config, weights, info = source.read(path)
+    own = read_tokenizer(tokenizer) if tokenizer is not None else source.read_tokenizer(path)
+    if source.read_ends is not None:
+        own.set_ends(**source.read_ends(path, own))
+    spare, is_ours = config.vocab_size - own.vocab_size, source is FORMATS["checkpoint"]
+    if spare < 0 or spare and (is_ours or tokenizer is not None and spare >= SPARE_ROWS):
+        raise UserError(
+            f"{path}: {tokenizer or 'its tokenizer'} has {own.vocab_size} tokens, the model {config.vocab_size}: "
+            "they do not belong together; give the model's own with --tokenizer"
+        )
+    if spare:
+        config, weights = _without_spare_rows(path, config, weights, own.vocab_size)
+    converted = {} if is_ours else {"converted_from": f"{source.name}: {path.name}"}
+    return Source(path, config, weights, own, converted | info)
+
+
+def _without_spare_rows(path, config, weights, tokens):
+    """A model without the rows that no token has: they only make its size a rounder number."""
+    print(f"{path}: {config.vocab_size} rows for {tokens} tokens; those beyond are left out", file=sys.stderr)
+    pad = config.pad_token_id if (config.pad_token_id or 0) < tokens else None
+    tables = {n: t[:tokens].clone() for n, t in weights.items() if n in ("embed.weight", "head.weight")}
+    return replace(config, vocab_size=tokens, pad_token_id=pad), weights | tables
+
+
+def write(source: Source, dest, to: str = "checkpoint"):
+    """Write a model as `to` (checkpoint, hub, hf or llama2c), whole or not at all.
+
+    Raises UserError where dest exists, and for a model that the format cannot hold."""
+    dest = Path(dest)
+    outputs = [dest, tokenizer_file(dest)] if to == "llama2c" else [dest]
+    for path in outputs:
+        check_free(path)
+    if to in ("hf", "llama2c"):
+        check_plain(source.config, source.path, to)
+    beside = dest.with_name(f".{dest.name}.partial")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        _write(source, beside / dest.name, to)
+        for path in outputs:
+            os.rename(beside / path.name, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {dest}: {getattr(error, 'strerror', None) or error}; choose another") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_free(dest):
+    """UserError where something is at `dest` already."""
+    if os.path.lexists(dest):
+        raise UserError(f"{dest} exists: choose another place, or remove it first")
+
+
+def _write(source, path, to):
+    _, config, weights, tokenizer, info = source
+    if to == "llama2c":
+        config, weights, tokens, differences = for_run_c(config, weights, tokenizer, source.path)
+        write_bin(path, config, weights, source.path)
+        tokenizer_file(path).write_bytes(tokens)
+        for sentence in differences:
+            print(sentence, file=sys.stderr)
+    elif to == "hf":
+        write_hf(path, config, weights, tokenizer)
+    else:
+        with torch.device("meta"):
+            model = TRMModel(config)
+        save_checkpoint(path, model, tokenizer, info=info, weights=weights)
+    if to in ("hub", "hf"):
+        (path / "README.md").write_text(model_card(path.name, config, info, to), encoding="utf-8")

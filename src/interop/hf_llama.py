@@ -1,0 +1,141 @@
+"""Llama folders of Hugging Face: config.json, generation_config.json, safetensors (also sharded), tokenizer files."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+from src.checkpoint import read_weights, save_tensors
+from src.data.tokenizer_json import CONFIG_FILE, SPECIAL, as_list
+from src.errors import UserError
+from src.files.text import read_object
+from src.interop.hf_tokenizer import save_for_transformers
+from src.interop.llama import HF, count, from_llama, plain_config, to_llama
+from src.model_config import LIMITS, TRMConfig
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SETTINGS = "config.json", "generation_config.json"
+SIZES = {
+    **{"vocab_size": "vocab_size", "d_model": "hidden_size", "n_heads": "num_attention_heads"},
+    **{"n_layers": "num_hidden_layers", "d_ff": "intermediate_size", "n_kv_heads": "num_key_value_heads"},
+    "max_seq_len": "max_position_embeddings",
+}
+YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None}  # none other known
+
+
+def read_hf(folder) -> tuple[TRMConfig, dict[str, Tensor], dict]:
+    """(config, this model's weights, its licence) of a Llama folder.  UserError for what this model has not."""
+    folder = Path(folder)
+    c = _config(read_object(folder / "config.json"), folder / "config.json")
+    tensors = {name: t for name, t in _tensors(folder).items() if not name.endswith("rotary_emb.inv_freq")}
+    return c, from_llama(c, tensors, HF, folder), _licence(folder)
+
+
+def _licence(folder) -> dict:
+    """{"license": ...} where the model card names one."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.match(r"---\n(?:(?!---\n).*\n)*?license: *([\w.-]+)\n", text)
+    return {"license": found[1]} if found else {}
+
+
+def read_ends(folder, tokenizer) -> dict:
+    """How texts begin and end by a folder's settings: the arguments of `tokenizer.set_ends`.
+
+    `add_bos_token` decides about BOS, else whether tokenizer.json puts it before a text; folders that this project
+    wrote before it said so mean it."""
+    files = [Path(folder, name) for name in (CONFIG_FILE, *SETTINGS)]
+    names, *settings = (read_object(file) if file.is_file() else {} for file in files)
+    ends = [values.get("eos_token_id") for values in settings]
+    add_bos = names.get("add_bos_token")
+    if not isinstance(add_bos, bool):
+        add_bos = tokenizer.kind != "hf" or tokenizer.puts_bos or names.keys() <= {"tokenizer_class", *SPECIAL}
+    return {"add_bos": add_bos, "ends": [i for end in ends for i in as_list(end)]}
+
+
+def _config(values: dict, path) -> TRMConfig:
+    """TRMConfig of Hugging Face's config.json; what is not in it has LlamaConfig's default."""
+    if values.get("model_type") != "llama":
+        raise UserError(f"{path} is of model_type {values.get('model_type')}: only llama can be converted")
+    try:
+        kv_heads = values.get("num_key_value_heads") or values["num_attention_heads"]
+        given = {"max_position_embeddings": 2048, **values, "num_key_value_heads": kv_heads}
+        sizes = {own: count(given[name], f"{path}: {name}", LIMITS[own]) for own, name in SIZES.items()}
+        dim, heads = sizes["d_model"], sizes["n_heads"]
+        rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+        scaling = rope.get("rope_type") or rope.get("type") or "default"
+        unsupported = {
+            "attention_bias": bool(values.get("attention_bias")),
+            "mlp_bias": bool(values.get("mlp_bias")),
+            f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") not in ("silu", "swish"),
+            f"head_dim {values.get('head_dim')}": (values.get("head_dim") or dim // heads) * heads != dim,
+            f"rope scaling {scaling}": scaling not in ("default", "linear", "yarn"),
+            "YaRN with numbers of its own": scaling == "yarn" and any(rope.get(k) not in (None, YARN[k]) for k in YARN),
+            "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
+            "quantization_config": bool(values.get("quantization_config")),
+        }
+        for what, is_so in unsupported.items():
+            if is_so:
+                raise UserError(f"{path} asks for {what}, which this model has not: it cannot be converted")
+        return plain_config(
+            path, **sizes, norm_eps=values.get("rms_norm_eps", 1e-6),
+            tie_embeddings=values.get("tie_word_embeddings") or False, pad_token_id=values.get("pad_token_id"),
+            rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
+            rope_scaling=float(rope["factor"]) if scaling != "default" else None,
+            rope_trained_len=rope["original_max_position_embeddings"] if scaling == "yarn" else None,
+        )  # fmt: skip
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error.args[0]}: it is no whole config.json of a Llama") from None
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path} holds a value of the wrong kind ({error}): correct it") from None
+
+
+def _tensors(folder) -> dict[str, Tensor]:
+    if not (folder / INDEX).is_file():
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(f"{folder} holds no {WEIGHTS}: other weight files may run code, save it as safetensors")
+        return read_weights(folder / WEIGHTS)
+    shards, tensors = read_object(folder / INDEX).get("weight_map"), {}
+    if not isinstance(shards, dict) or any(not isinstance(n, str) or Path(n).name != n for n in shards.values()):
+        raise UserError(f"{folder / INDEX} has no weight_map of files beside it: copy the folder again")
+    for shard in sorted(set(shards.values())):
+        for name, tensor in read_weights(folder / shard).items():
+            if shards.get(name) != shard:
+                raise UserError(f"{folder / shard} holds {name}, which {INDEX} does not say: copy the folder again")
+            tensors[name] = tensor
+    return tensors
+
+
+def write_hf(folder, c: TRMConfig, weights: dict[str, Tensor], tokenizer):
+    """Write a plain model (`src.interop.llama.check_plain`) as a Llama folder that transformers opens."""
+    folder = Path(folder)
+    folder.mkdir()
+    tensors = {name: tensor.clone() for name, tensor in to_llama(c, weights, HF).items()}  # no shared storage
+    save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids)}
+    config = _hf_config(c, weights) | special | {"pad_token_id": c.pad_token_id}
+    for name, values in zip(SETTINGS, (config, special | {"pad_token_id": tokenizer.pad_id})):
+        (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    for text in save_for_transformers(tokenizer, folder, c.max_seq_len)[:1]:
+        print(f"{folder.name}: transformers cuts some texts into other tokens, such as {text!r}", file=sys.stderr)
+
+
+def _hf_config(c, weights) -> dict:
+    kind = "linear" if c.rope_trained_len is None else "yarn"
+    scaling = None if c.rope_scaling is None else {"rope_type": kind, "type": kind, "factor": c.rope_scaling}
+    if scaling and kind == "yarn":
+        scaling["original_max_position_embeddings"] = c.rope_trained_len
+    return {theirs: getattr(c, own) for own, theirs in SIZES.items()} | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope_theta,  # with rope_scaling the form that transformers 4 and 5 both read
+        "rope_scaling": scaling,
+        "tie_word_embeddings": c.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": str(weights["embed.weight"].dtype).removeprefix("torch."),
+    }

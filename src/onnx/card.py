@@ -1,0 +1,58 @@
+"""What an export says of itself: names and explanations inside the graph, and a README.md with an example to run."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from string import Template
+
+import yaml
+
+PROPERTIES = "family", "vocab_size", "context", "license"  # facts that the graph itself holds too
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+def describe(proto, facts: dict):
+    """Put names and explanations into a graph (onnx.ModelProto), in the place of the exporter's notes, which hold
+    paths of its machine.  A node is named after its place in the model and counted there, as visits repeat it."""
+    from onnx.helper import set_model_props
+
+    graph, counts = proto.graph, Counter()
+    for node in graph.node:
+        scopes = [re.findall(r"'([^']*)'", e.value) for e in node.metadata_props if e.key.endswith("name_scopes")]
+        place = scopes[0][-2].removeprefix("model.") if scopes and len(scopes[0]) > 1 else ""
+        place = node.op_type if place.startswith("_") or not place else f"{place}/{node.op_type}"
+        counts[place] += 1
+        node.name = f"{place}_{counts[place]}"
+    _strip(proto)
+    explained = yaml.safe_load((TEMPLATES / "values.yaml").read_text(encoding="utf-8"))
+    for value in (*graph.input, *graph.output):
+        value.doc_string = explained[re.sub(r"_\d+$", "", value.name)]
+    graph.name = "generative_trm"
+    proto.doc_string = "A language model, exported by Generative TRM; README.md beside it has an example."
+    set_model_props(proto, {name: str(facts[name]) for name in PROPERTIES if facts.get(name)})
+
+
+def _strip(message):
+    for field, value in message.ListFields():
+        if field.name in ("metadata_props", "doc_string"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                _strip(part)
+
+
+def contrib_operators(proto) -> list[str]:
+    """The operators of a graph that are not ONNX's own, sorted."""
+    return sorted({node.op_type for node in proto.graph.node if node.domain not in ("", "ai.onnx")})
+
+
+def readme(folder_name: str, facts: dict) -> str:
+    """README.md of an export folder; `facts` are those of its onnx.json."""
+    template, kinds = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("readme.md", "tokenizers.yaml"))
+    operators = ", ".join(facts["contrib_ops"])
+    more = {
+        "name": folder_name,
+        "license": f" Licence: {facts['license']}." if facts.get("license") else "",
+        "contrib": f"{operators} (com.microsoft, of ONNX Runtime)" if operators else "none",
+    }
+    return Template(template).substitute(facts | yaml.safe_load(kinds)[facts["tokenizer"]] | more)

@@ -1,0 +1,185 @@
+"""What is traced of a causal TRMModel: one graph for prefill and decoding, with the cache as inputs and outputs.
+
+templates/values.yaml says what each input and output is. Past and present may be one buffer: nothing is copied
+then. A call either begins every row or adds one token to each. A graph without a cache ends at
+`read`, and is given the whole text each time.
+
+Two forms of attention, all else the same: `fused` is ONNX Runtime's GroupQueryAttention for CPUs (heads are split,
+rotated, cached and attended in one operator); `standard` is made of ONNX's own operators, for CUDA and other runtimes.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from src.cache import cache_slots
+from src.exits import max_depth
+from src.layers import Context, rotary_table
+from src.model import TRMModel
+
+FUSED_HEAD = 16  # GroupQueryAttention rotates heads whose size is a multiple of this
+
+
+class MatMul(nn.Module):
+    """A linear layer stored as (in, out): the graph multiplies by the weight itself, not by a transposed one, which
+    the exporter leaves as a node where visits share it, and which is then not quantized."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight.detach().t().contiguous()), bias
+
+    def forward(self, x):
+        return x @ self.weight if self.bias is None else x @ self.weight + self.bias
+
+
+class Norm(nn.Module):
+    """RMSNorm step by step, in the form that ONNX Runtime fuses, at any opset."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.eps, self.weight = norm.eps, norm.weight
+
+    def forward(self, x):
+        return x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt() * self.weight
+
+
+class Gated(nn.Module):
+    """SwiGLU in two products, as opsets under 18 have another Split."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.gate, self.up = (MatMul(part) for part in mlp.gate_up.weight.chunk(2))
+        self.down = MatMul(mlp.down.weight)
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class GraphAttention(nn.Module):
+    """Attention whose heads and cache are in the hands of ctx.cache.  (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.qkv, self.out = MatMul(attention.qkv.weight), MatMul(attention.out.weight)
+        norms = attention.q_norm, attention.k_norm
+        self.q_norm, self.k_norm = (None if norm is None else Norm(norm) for norm in norms)
+
+    def forward(self, x, ctx, slot):
+        return self.out(ctx.cache.attend(self, self.qkv(x), slot))
+
+
+PARTS = {
+    "Linear": lambda layer: MatMul(layer.weight, layer.bias),
+    "RMSNorm": Norm,
+    "SwiGLU": Gated,
+    "Attention": GraphAttention,
+}
+
+
+def _rebuilt(module: nn.Module) -> nn.Module:
+    """The module with every part that a graph does otherwise replaced."""
+    for name, child in module.named_children():
+        part = PARTS.get(type(child).__name__)
+        setattr(module, name, _rebuilt(child) if part is None else part(child))
+    return module
+
+
+def _rotate(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+class StandardSlots:
+    """The cache inside a graph, in ONNX's own operators.  `present`: new keys and values of every slot."""
+
+    def __init__(self, graph: "Graph", last, total, positions, past):
+        self.config, self.past, self.present = graph.config, past, [None] * len(past)
+        length = past[0][0].shape[2] if past else positions.shape[1]
+        is_hidden = torch.arange(length)[None, None] > positions[:, :, None]  # (B, T, S)
+        self.is_hidden, self.columns = is_hidden[:, None, None], positions[:, None, :, None]
+        self.rotary = [table[positions][:, None] for table in graph.rotary]  # cos, sin: (B, 1, T, E)
+
+    def coda_slot(self, step: int) -> int:
+        return cache_slots(self.config, 0)  # only the last step is read out
+
+    def attend(self, attention, qkv, slot) -> Tensor:
+        """qkv (B, T, (H + 2K) E) -> (B, T, D); the new columns go into the slot."""
+        c, (B, T, _) = self.config, qkv.shape
+        H, K = c.n_heads, c.n_kv_heads
+        heads = qkv.view(B, T, H + 2 * K, c.head_dim).transpose(1, 2)
+        q, k, v = heads[:, :H], heads[:, H : H + K], heads[:, H + K :]
+        if c.qk_norm:
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        if self.rotary:
+            q, k = _rotate(q, *self.rotary), _rotate(k, *self.rotary)
+        if self.past:
+            columns = self.columns.expand_as(k)
+            k, v = self.present[slot] = [past.scatter(2, columns, new) for past, new in zip(self.past[slot], (k, v))]
+        q = q.reshape(B, K, H // K, T, c.head_dim)
+        scores = q @ k[:, :, None].transpose(-1, -2) * c.head_dim**-0.5  # (B, K, H/K, T, S)
+        y = scores.masked_fill(self.is_hidden, -torch.inf).softmax(-1) @ v[:, :, None]
+        return y.reshape(B, H, T, -1).transpose(1, 2).reshape(B, T, -1)
+
+
+class FusedSlots(StandardSlots):
+    """The same in ONNX Runtime's GroupQueryAttention, which takes the rows' lengths in place of a mask."""
+
+    def __init__(self, graph, last, total, positions, past):
+        self.config, self.past, self.present = graph.config, past, [None] * len(past)
+        self.last, self.total = last, total
+        self.rotary = [table[:, : graph.config.head_dim // 2] for table in graph.rotary] or [None, None]
+
+    def attend(self, attention, qkv, slot) -> Tensor:
+        c, (B, T, _) = self.config, qkv.shape
+        q, k, v = qkv, None, None  # packed, unless the heads are normalised before
+        if c.qk_norm:
+            D, size = c.d_model, c.n_kv_heads * c.head_dim
+            q, k, v = qkv[..., :D], qkv[..., D : D + size], qkv[..., D + size :]
+            q, k = (
+                norm(heads.unflatten(-1, (-1, c.head_dim))).flatten(-2)
+                for norm, heads in ((attention.q_norm, q), (attention.k_norm, k))
+            )
+        past = self.past[slot] if self.past else (None, None)
+        shape = past[0].shape if self.past else (B, c.n_kv_heads, T, c.head_dim)
+        y, *present = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            (q, k, v, *past, self.last, self.total, *self.rotary),
+            {"num_heads": c.n_heads, "kv_num_heads": c.n_kv_heads, "do_rotary": int(c.positions == "rope")},
+            dtypes=[qkv.dtype] * 3,
+            shapes=[(B, T, c.d_model), shape, shape],
+            version=1,
+        )
+        if self.past:
+            self.present[slot] = present
+        return y
+
+
+class Graph(nn.Module):
+    """A TRMModel in the parts of a graph; called as values.yaml tells it, with a list of (key, value)."""
+
+    def __init__(self, model: TRMModel, fused: bool):
+        super().__init__()
+        self.config, self.slots = model.config, FusedSlots if fused else StandardSlots
+        self.model, c = _rebuilt(copy.deepcopy(model)), model.config
+        every = torch.arange(c.max_seq_len)[None]
+        rope = c.head_dim, c.rope_theta, c.rope_scaling, model.embed.weight.dtype, c.rope_trained_len
+        tables = [t[0, 0] for t in rotary_table(every, *rope)] if c.positions == "rope" else []  # (max_seq_len, E)
+        self.rotary = nn.ParameterList(nn.Parameter(table, requires_grad=False) for table in tables)
+
+    def forward(self, input_ids, last, total, read, past):
+        m, c, T = self.model, self.config, input_ids.shape[1]
+        start = (last.long() + 1 - T).clamp(min=0)  # a row that begins with this call is no longer than it
+        positions = start[:, None] + torch.arange(T)
+        x = m.embed(input_ids) * c.embed_scale
+        x = x if m.pos_embed is None else x + m.pos_embed(positions)
+        slots = self.slots(self, last, total, positions, past)
+        ctx = Context(None, None, False, slots)
+        for layer, block in enumerate(m.prelude):
+            x = block(x, ctx, layer)
+        y, z, _ = m.initial_state(x)
+        depth = max_depth(c)
+        for step in range(depth):
+            y, z = m.recursion_step(x, y, z, ctx, step)
+        h = m.before_head(y, ctx, depth - 1)
+        return m.head(h.flatten(0, 1).index_select(0, read)), slots.present

@@ -1,0 +1,257 @@
+"""Curriculum: a run in stages, each with its own sequence length, batch size, recursion depth and width.
+
+    curriculum:
+      stages:
+        - {epochs: 0.5, seq_len: 64, batch_size: 64, latent_steps: 1}
+        - {steps: 2000, seq_len: 256, batch_size: 32, latent_steps: 2, dim: 384}
+
+The stage of a step is a pure function of the step. Depth changes on the live model; width grows into a new model that
+computes the same (function-preserving expansion, arXiv:2308.06103, and here for post and sandwich norms, recursive
+states, injections and gates as well). Of the D' channels of every stream the first D keep their values, the rest are 0:
+
+- what writes to a new channel, and what carries back the output of a new head or hidden unit, is 0;
+- what reads a new channel has random starting values, so that gradient reaches the zeros: all zero would never train;
+- RMSNorm's mean now runs over D' channels: gain x sqrt(D/D'), eps x D/D';
+- queries and keys that have a norm of their own (qk_norm) share that eps: their rows are x sqrt(D/D'), which it undoes.
+
+`place` knows where an old tensor stands in a new one; weights, optimizer state and moving average all go through it.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from src.errors import UserError
+from src.layers import injection_of
+from src.model import TRMConfig, TRMModel
+from src.runtime import mix_seed
+from src.training.train_config import CurriculumStage, TrainConfig
+
+DEPTH = ("latent_steps", "deep_steps", "supervision_steps")
+INJECTED = {"inject_z": 3, "inject_y": 2}  # the streams that each reads
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage with every value filled in."""
+
+    index: int
+    start: int  # its first step
+    steps: int
+    seq_len: int  # tokens
+    batch_size: int  # windows
+    lr_factor: float
+    model: TRMConfig
+
+    def __str__(self):
+        c = self.model
+        visits = f"{c.visits_per_step * c.train_steps} visits"
+        return (
+            f"stage {self.index + 1}: steps {self.start} to {self.start + self.steps}, batches of {self.batch_size} x "
+            f"{self.seq_len} tokens, {visits}, d_model {c.d_model}"
+        )
+
+
+class CurriculumScheduler:
+    """Which stage each step of a run belongs to.
+
+    model: the config that the run began with, which the stages change in their order; windows(seq_len): training
+    windows of that length, which turn epochs into steps. Without stages the run is one stage of max_steps.
+    Raises UserError for a stage that its model or data cannot follow.
+    """
+
+    def __init__(
+        self,
+        stages: list[CurriculumStage],
+        model: TRMConfig,
+        batch_size: int,
+        max_steps: int,
+        windows: Callable[[int], int],
+    ):
+        now = Stage(-1, 0, 0, model.max_seq_len, batch_size, 1.0, model)
+        self.stages: list[Stage] = []
+        for stage in stages or [CurriculumStage(steps=max_steps)]:
+            try:
+                now = _next_stage(now, stage, windows)
+            except ValueError as error:
+                raise UserError(f"curriculum.stages[{now.index + 1}]: {error}") from None
+            self.stages.append(now)
+        self.total_steps = now.start + now.steps
+
+    def at(self, step: int) -> Stage:
+        """The stage of a step, counted from 0; after the end, the last stage."""
+        return self.stages[bisect_right(self.starts, step) - 1]
+
+    @property
+    def starts(self) -> list[int]:
+        """The first step of each stage."""
+        return [stage.start for stage in self.stages]
+
+    def tokens(self, step: int) -> int:
+        """Tokens of all batches before this step."""
+        return sum(
+            s.batch_size * s.seq_len * (min(step, s.start + s.steps) - s.start) for s in self.stages if step > s.start
+        )
+
+    def state_dict(self) -> dict:
+        return {"starts": self.starts}
+
+    def load_state_dict(self, state: dict):
+        """Nothing to restore: refuse, with a UserError, to go on where the stages no longer begin at the same steps."""
+        if state["starts"] != self.starts:
+            raise UserError(
+                f"the stages of the curriculum began at steps {state['starts']}, but now at {self.starts}: "
+                "resume with the same stages and training text"
+            )
+
+
+def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, progress: float) -> TRMConfig:
+    """The model's config with the depth of one training step: see sample_depth and recursion_from."""
+    if progress < config.recursion_from:
+        deep, supervision = 1, 1
+    elif config.sample_depth:
+        deep, supervision = 1 + mix_seed(config.seed, step, 1) % whole.deep_steps, whole.supervision_steps
+    else:
+        return whole
+    cut = min(whole.grad_deep_steps, deep)
+    return replace(whole, deep_steps=deep, supervision_steps=supervision, grad_deep_steps=cut)
+
+
+def _next_stage(before: Stage, change: CurriculumStage, windows) -> Stage:
+    model = before.model
+    dim = change.dim or model.d_model
+    if (dim, change.d_ff or model.d_ff) != (model.d_model, model.d_ff):
+        model = grown_config(model, dim, change.d_ff)
+    depth = {name: getattr(change, name) or getattr(model, name) for name in DEPTH}
+    follows = replace(model, grad_deep_steps=None) == model
+    model = replace(model, **depth, grad_deep_steps=None if follows else model.grad_deep_steps)
+    seq_len, batch_size = change.seq_len or before.seq_len, change.batch_size or before.batch_size
+    if seq_len > model.max_seq_len:
+        raise ValueError(f"seq_len {seq_len} is over max_seq_len {model.max_seq_len}: lower it, or raise max_seq_len")
+    if seq_len < model.max_seq_len and model.mixer == "mlp":
+        raise ValueError(f"seq_len {seq_len} differs from max_seq_len, which mixer mlp needs: leave it out")
+    steps = change.steps or max(1, round(change.epochs * windows(seq_len) / batch_size))
+    start, lr_factor = before.start + before.steps, change.lr_factor or before.lr_factor
+    return Stage(before.index + 1, start, steps, seq_len, batch_size, lr_factor, model)
+
+
+def set_depth(model: TRMModel, config: TRMConfig):
+    """Give a live model the recursion depth of another config; weights and compiled parts stay.
+
+    The visits are Python loops that read `model.config` at each forward call, outside of the compiled blocks."""
+    model.config = replace(model.config, **{name: getattr(config, name) for name in (*DEPTH, "grad_deep_steps")})
+
+
+def grown_config(config: TRMConfig, dim: int, d_ff: int | None = None) -> TRMConfig:
+    """The config of a model grown to width `dim`: more heads of the same size, in groups of the same size.
+
+    d_ff grows in proportion, rounded up to 64, unless it is given. ValueError for a width that it cannot grow to."""
+    if dim < config.d_model:
+        raise ValueError(f"dim {dim} is under the width so far, {config.d_model}: a width can only grow")
+    size, group = config.head_dim, config.n_heads // config.n_kv_heads
+    if dim % (size * group):
+        raise ValueError(
+            f"dim {dim} is no multiple of {size * group}, which is {group} query heads (per key/value head) "
+            f"of {size} channels: choose a multiple"
+        )
+    d_ff = -(-config.d_ff * dim // (64 * config.d_model)) * 64 if d_ff is None else d_ff
+    if d_ff < config.d_ff:
+        raise ValueError(f"d_ff {d_ff} is under the width so far, {config.d_ff}: a width can only grow")
+    heads, eps = dim // size, config.norm_eps * config.d_model / dim
+    return replace(config, d_model=dim, n_heads=heads, n_kv_heads=heads // group, d_ff=d_ff, norm_eps=eps)
+
+
+@torch.no_grad()
+def grow_width(model: TRMModel, dim: int, d_ff: int | None = None, seed: int = 0) -> TRMModel:
+    """A wider model with the same output, on the same device; the new entries are a function of the seed alone.
+
+    Compiled parts are not taken along: compile the new model again. Raises as `grown_config`."""
+    old = model.config
+    with torch.random.fork_rng(devices=[]):  # the run's random numbers stay as they were
+        torch.default_generator.manual_seed(seed)
+        grown = TRMModel(grown_config(old, dim, d_ff))
+    grown.to(model.embed.weight).train(model.training)
+    before = model.state_dict()
+    for name, weight in (*grown.named_parameters(), *grown.named_buffers()):
+        kind = _kind(name)
+        if kind in ("embed", "pos_embed", "y_init", "z_init", "out", "down"):
+            weight.zero_()
+        elif kind in INJECTED:
+            weight[old.d_model :] = 0
+        place(name, before[name], weight, old, grown.config)
+    return grown
+
+
+def grow_optimizers(
+    old: TRMModel, new: TRMModel, optimizers: list[Optimizer], make: Callable[[TRMModel], list[Optimizer]]
+) -> list[Optimizer]:
+    """make(new): the optimizers of the wider model, with the state of the old ones; zeros for new entries."""
+    names, params = {p: name for name, p in old.named_parameters()}, dict(new.named_parameters())
+    grown = make(new)
+    for before, after in zip(optimizers, grown, strict=True):
+        for p, state in before.state.items():
+            name, wider = names[p], params[names[p]]
+            after.state[wider] = {
+                key: _grown_state(name, key, value, wider, old.config, new.config) for key, value in state.items()
+            }
+    return grown
+
+
+def _grown_state(name, key, value, wider, old, new):
+    if not isinstance(value, Tensor) or not value.dim():  # the number of steps
+        return deepcopy(value)
+    room = value.new_zeros(wider.shape)
+    # the gradient of a weight that was made s times as large is 1/s as large
+    place(name, value, room, old, new, power=-2 if key == "exp_avg_sq" else -1)
+    return room
+
+
+def grow_average(average: dict[str, Tensor], old: TRMModel, new: TRMModel) -> dict[str, Tensor]:
+    """Moving averages of the old model's weights as those of the new one's; a new entry's average is its value."""
+    wide = new.state_dict()
+    grown = {name: wide[name].clone() for name in average}
+    for name, tensor in average.items():
+        place(name, tensor, grown[name], old.config, new.config)
+    return grown
+
+
+@torch.no_grad()
+def place(name: str, tensor: Tensor, room: Tensor, old: TRMConfig, new: TRMConfig, power: int = 1):
+    """Write a tensor of the old model's weight `name` to its place in `room`, which has the new model's shape.
+
+    Each part of the weight (queries, keys, values; gate, up; x, y, z) begins where the new part begins and is
+    multiplied by (the factor that keeps the output the same) ** power: 1 for weights, -1 for gradients."""
+    (axis, sizes), (_, new_sizes) = _parts(name, old, tensor), _parts(name, new, room)
+    shrink, kind = math.sqrt(old.d_model / new.d_model), _kind(name)
+    factors = [1.0] * len(sizes)
+    if kind.endswith("norm") and kind not in ("q_norm", "k_norm"):
+        factors = [shrink]
+    elif kind == "qkv" and old.qk_norm:
+        factors = [shrink, shrink, 1.0]
+    for part, space, factor in zip(tensor.split(sizes, axis), room.split(new_sizes, axis), factors, strict=True):
+        space[tuple(map(slice, part.shape))] = part * factor**power
+
+
+def _parts(name, c, tensor):
+    """(axis, sizes along it) of the parts that a weight is made of; most are of one part."""
+    head, stream = c.head_dim, c.d_model
+    fused = {
+        "qkv": (0, [c.n_heads * head, c.n_kv_heads * head, c.n_kv_heads * head]),
+        "gate_up": (0, [c.d_ff, c.d_ff]),
+        "gate": (1, [stream] * 2),
+    }
+    fused |= {kind: (1, injection_of(c).parts(streams, stream)) for kind, streams in INJECTED.items()}
+    axis, sizes = fused.get(_kind(name), (0, None))
+    return (axis, sizes) if sizes and axis < tensor.dim() else (0, [len(tensor)])
+
+
+def _kind(name: str) -> str:
+    """net.blocks.0.attn.qkv.weight -> qkv; whatever an injection is made of -> inject_z or inject_y"""
+    injected = [part for part in name.split(".") if part in INJECTED]
+    return injected[0] if injected else name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]

@@ -1,0 +1,130 @@
+"""Tokenizers as transformers reads them: the ids of ours, the texts of generate.py, what is said where they differ."""
+
+import io
+import json
+
+import pytest
+import sentencepiece
+import torch
+
+import generate
+from src.checkpoint import save_checkpoint
+from src.data.tokenizer_training import train_sentencepiece, train_tokenizer
+from src.errors import UserError
+from src.interop.formats import read_source, write
+from src.interop.hf_tokenizer import PROBES, save_for_transformers, to_json
+from src.tokenizer import ByteLevelTokenizer, TokenizerWrapper, read_tokenizer
+
+TEXTS = [
+    "class A:\n    def f(self, x):\n        if x:\n            return  x[10:]  # no\n" * 8,
+    "京都は日本の都市である。\n人口は百四十万人。\n" * 8,
+    "the cat sat on the mat and the dog ate the hat\n" * 8,
+]
+PROMPTS = ["the cat", "京都は", "def f(x):\n    if", "  <s>a</s> <pad>", "\u2581"]
+KINDS = ["byte", "bpe", "unigram", "json bpe", "json unigram", "with a space before"]
+
+
+def foreign(**options):
+    """A SentencePiece model that others trained."""
+    out = io.BytesIO()
+    options = {"model_type": "bpe", "vocab_size": 340, "byte_fallback": True, "minloglevel": 2} | options
+    lines = (line for text in TEXTS for line in text.split("\n") if line)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=out, **options)
+    return TokenizerWrapper(out.getvalue())
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "t.txt").write_text("".join(TEXTS))
+    made = {f"json {k}": train_tokenizer(folder / "t.txt", 316, folder / f"{k}.json", k) for k in ("bpe", "unigram")}
+    made |= {k: train_sentencepiece(TEXTS, vocab_size=316, model_type=k) for k in ("bpe", "unigram")}
+    llama = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    return made | {"byte": ByteLevelTokenizer(), "with a space before": foreign(**llama)}
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request, tokenizers):
+    return tokenizers[request.param]
+
+
+@pytest.fixture
+def folders(tokenizer, tiny, tmp_path):
+    """(a checkpoint, the same for transformers) of a model that writes whole characters, and never the unknown one."""
+    sizes = {"vocab_size": tokenizer.vocab_size, "d_model": 32, "max_seq_len": 64}
+    model = tiny(recursion="none", norm="pre", seed=3, **sizes)
+    parts = [i for i in range(tokenizer.vocab_size) if len(b := tokenizer.id_to_bytes(i)) == 1 and b[0] > 127]
+    with torch.no_grad():  # the mean of all logits is never the largest
+        model.head.weight[[*parts, tokenizer.unk_id]] = model.head.weight.mean(0)
+    save_checkpoint(tmp_path / "ours", model, tokenizer)
+    write(read_source(tmp_path / "ours"), tmp_path / "theirs", "hf")
+    return tmp_path / "ours", tmp_path / "theirs"
+
+
+def test_the_ids_and_the_roles_are_ours(tokenizer, folders):
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folders[1])
+    for text in [*PROBES[1:], *PROMPTS]:
+        assert theirs(text).input_ids == tokenizer.encode(text, bos=True)
+        assert theirs.decode(tokenizer.encode(text)) == tokenizer.prefix + text
+    roles = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert roles == (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    batch = theirs(["the", "the cat sat"], padding=True)
+    assert batch["attention_mask"][0][0] == 0 and batch["input_ids"][0][0] == tokenizer.pad_id
+
+
+def test_the_texts_are_those_of_generate(folders, capsys):
+    from transformers import pipeline
+
+    ours, theirs = map(str, folders)
+    write = pipeline("text-generation", model=theirs)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    together = [row[0]["generated_text"] for row in write(PROMPTS, batch_size=3, **options)]
+    for prompt, text in zip(PROMPTS, together):
+        generate.main([ours, "--prompt", prompt, "--max_new_tokens", "12", "--temperature", "0"])
+        assert capsys.readouterr().out == text + "\n"
+        assert write(prompt, **options)[0]["generated_text"] == text
+
+
+def test_read_back_it_is_the_same_tokenizer(tokenizer, folders):
+    again = read_source(folders[1]).tokenizer
+    assert (again.kind, again.end_ids, again.add_bos) == (tokenizer.kind, tokenizer.end_ids, True)
+    assert [again.encode(text, bos=True) for text in PROBES] == [tokenizer.encode(text, bos=True) for text in PROBES]
+
+
+def test_all_ends_and_no_bos_go_along(tokenizers, tiny, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = read_tokenizer(_saved(tokenizers["bpe"], tmp_path / "bpe")).set_ends(add_bos=False, ends=[300, 2])
+    model = tiny(recursion="none", norm="pre", vocab_size=316)
+    save_checkpoint(tmp_path / "ours", model, tokenizer)
+    write(read_source(tmp_path / "ours"), tmp_path / "theirs", "hf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert theirs("the cat").input_ids == tokenizer.encode("the cat")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    assert loaded.generation_config.eos_token_id == loaded.config.eos_token_id == [3, 300, 2]
+    assert loaded.generation_config.pad_token_id == 0
+    again = read_source(tmp_path / "theirs").tokenizer
+    assert (again.end_ids, again.add_bos) == ((3, 300, 2), False)
+
+
+def _saved(tokenizer, folder):
+    tokenizer.save(folder)
+    return folder
+
+
+def test_what_differs_is_found(capsys, tiny, tmp_path):
+    """A model with white space of its own, and without bytes: U+2581 is three unknown tokens here, one there."""
+    tokenizer = foreign(vocab_size=80, byte_fallback=False)
+    data, different = to_json(tokenizer)
+    assert "\u2581 mark\u2581" in different and set(different) < set(PROBES)
+    assert json.loads(data)["post_processor"]["single"][0]["SpecialToken"]["id"] == "<s>"
+    save_checkpoint(tmp_path / "ours", tiny(recursion="none", norm="pre", vocab_size=80), tokenizer)
+    write(read_source(tmp_path / "ours"), tmp_path / "theirs", "hf")
+    assert f"transformers cuts some texts into other tokens, such as {different[0]!r}" in capsys.readouterr().err
+
+
+def test_words_have_no_tokenizer_json(tmp_path):
+    with pytest.raises(UserError, match="words or characters"):
+        save_for_transformers(foreign(model_type="char", vocab_size=60, byte_fallback=False), tmp_path, 16)

@@ -1,0 +1,91 @@
+"""Tiny training runs for tests: the fixture `make`, and comparisons of what runs leave behind."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from src.checkpoint import load_state
+from src.training.create import create_trainer
+from src.training.curves import scan_metrics
+from src.training.train_config import Settings
+
+CLASSES = Settings.__annotations__.values()
+TINY = {
+    **{"d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 32, "max_seq_len": 16, "tokenizer": "byte"},
+    **{"batch_size": 8, "max_steps": 8, "warmup_steps": 2, "lr": 3e-3, "eval_batches": 0, "log_every": 1},
+    **{"sample_tokens": 0, "compile": False, "device": "cpu", "precision": "fp32"},
+}
+
+
+def trainer_of(values):
+    """The Trainer of {setting: value}."""
+    names = [{f.name for f in dataclasses.fields(c)} for c in CLASSES]
+    assert values.keys() <= set().union(*names), "no such settings"
+    parts = ({name: values[name] for name in own & values.keys()} for own in names)
+    return create_trainer(Settings(*(cls(**part) for cls, part in zip(CLASSES, parts))))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Settings that name a small corpus of short documents, and a cache that all tests of this file share."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, numbers in (("train", range(120)), ("valid", range(120, 150))):
+        lines = (json.dumps({"text": f"def f{n}(x):\n    return x{' + x' * (n % 7)}\n"}) + "\n" for n in numbers)
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    paths = {f"{name}_paths": [str(folder / f"{name}.jsonl")] for name in ("train", "valid")}
+    return {**paths, "cache_dir": str(folder / "cache")}
+
+
+@pytest.fixture
+def make(corpus, tmp_path, monkeypatch):
+    """make(name, **settings): a Trainer of tiny settings whose run folder is tmp_path/name.
+
+    It draws no learning curve, which takes longer than a tiny run, unless draws=True."""
+
+    def make(name="run", draws=False, **changes):
+        if not draws:
+            monkeypatch.setattr("src.training.monitor.plot_learning_curve", lambda *args: None)
+        return trainer_of({**TINY, **corpus, "save_dir": str(tmp_path / name), **changes})
+
+    return make
+
+
+def read_metrics(folder):
+    """The lines of folder/metrics.jsonl, all at once."""
+    return [record for record, _ in scan_metrics(folder)]
+
+
+def during(trainer, step, action):
+    """Let `action` happen at the end of the given training step."""
+    train_step = trainer.train_step
+
+    def with_action(batch):
+        train_step(batch)
+        if trainer.step == step:
+            action()
+
+    trainer.train_step = with_action
+
+
+def same(a, b):
+    """Whether two nests of tensors, numbers and containers are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_checkpoints(a, b):
+    """Weights, averages, and all that resuming needs but the time it took."""
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    states = load_state(a), load_state(b)
+    for state in states:
+        state.pop("elapsed")
+        state["window"].pop("seconds")
+    assert same(*states)

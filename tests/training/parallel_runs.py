@@ -1,0 +1,46 @@
+"""Several runs by the processes that torchrun starts, one after the other: python -m torch.distributed.run ... SPEC.
+
+SPEC is a JSON file of [{"settings": {...}, "stop": {"rank": r, "step": s, "signal": name}}, ...]. What each rank found
+is written to SPEC.rank: whether parameters are sharded, how many numbers it holds, where it ended."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from torch.distributed.tensor import DTensor
+from trainers import during, trainer_of
+
+from src.training import monitor
+
+
+def main(spec):
+    found = []
+    monitor.plot_learning_curve = lambda *args: None  # takes longer than a tiny run
+    for run in json.loads(Path(spec).read_text()):
+        trainer, stop = trainer_of(run["settings"]), run.get("stop", {})
+        if stop.get("rank") == trainer.rank:
+            number = getattr(signal, stop["signal"])
+            during(trainer, stop["step"], lambda number=number: os.kill(os.getpid(), number))
+        parameters = list(trainer.raw.parameters())
+        trainer.train()
+        found.append(
+            {
+                "sharded": all(isinstance(p, DTensor) for p in parameters),
+                "held": sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters),
+                "whole": sum(p.numel() for p in parameters),
+                "step": trainer.step,
+            }
+        )
+    Path(f"{spec}.{trainer.rank}").write_text(json.dumps(found))
+    trainer.accelerator.end_training()  # a process that goes while the other still talks to it makes that one abort
+
+
+if __name__ == "__main__":
+    from src.config import run
+
+    run(lambda: main(sys.argv[1]))

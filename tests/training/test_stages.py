@@ -1,0 +1,139 @@
+"""A curriculum through the trainer: its stages are entered on time, learned in, and gone on with after a stop."""
+
+import signal
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from trainers import assert_same_checkpoints, during, read_metrics
+
+import train_trm_lm
+from src.errors import UserError
+from src.training.train_config import CurriculumConfig, CurriculumStage
+
+pytest_plugins = "trainers"  # the fixtures make and corpus
+pytestmark = pytest.mark.usefixtures("unchecked")  # whole runs; the tests of the parts check annotations
+STAGES = [
+    {"steps": 3, "seq_len": 8, "batch_size": 16, "latent_steps": 1, "supervision_steps": 1},
+    {"steps": 4, "latent_steps": 2, "dim": 32},
+    {"steps": 3, "seq_len": 16, "batch_size": 8, "supervision_steps": 2, "dim": 48, "lr_factor": 0.5},
+]
+
+
+def curriculum(*stages):
+    return CurriculumConfig([CurriculumStage(**stage) for stage in stages])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stages_are_entered_and_logged(make, optimizer, capsys):
+    trainer = make(curriculum=curriculum(*STAGES), optimizer=optimizer, schedule="constant")
+    trainer.train()
+    assert trainer.step == 10 and trainer.raw.config.d_model == 48 and trainer.raw.config.n_heads == 6
+    lines = [r for r in read_metrics(trainer.folder) if "loss" in r]
+    assert [r["tokens"] for r in lines] == [128 * n for n in range(1, 11)]
+    assert [r["recursion_depth"] for r in lines] == [4, 4, 4, 6, 6, 6, 6, 12, 12, 12]
+    assert [r["lr"] for r in lines][-4:] == pytest.approx([3e-3, 1.5e-3, 1.5e-3, 1.5e-3])
+    assert "stage 2: steps 3 to 7" in capsys.readouterr().err
+    assert load_file(trainer.folder / "last" / "model.safetensors")["embed.weight"].shape[1] == 48
+
+
+@pytest.mark.parametrize("stop", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5, 9)), 3, 7])
+def test_a_run_goes_on_in_its_stage(make, stop):
+    """Also where it stopped at the very step at which a stage ends."""
+    settings = {"curriculum": curriculum(*STAGES), "dropout": 0.1}
+    straight = make("straight", **settings)
+    straight.train()
+    first = make("broken", **settings)
+    during(first, stop, lambda: signal.raise_signal(signal.SIGINT))
+    first.train()
+    second = make("broken", resume=True, **settings)
+    assert second.step == stop
+    second.train()
+    assert_same_checkpoints(straight.folder / "last", second.folder / "last")
+    logs = [[(r["step"], r["loss"]) for r in read_metrics(t.folder) if "loss" in r] for t in (straight, second)]
+    assert logs[0] == logs[1] and len(logs[0]) == 10
+
+
+def test_growing_keeps_the_validation_loss(make):
+    trainer = make(curriculum=curriculum({"steps": 20}, {"steps": 1, "dim": 32}), lr=1e-2)
+    trainer.loss_before = None
+    during(trainer, 20, lambda: setattr(trainer, "loss_before", trainer.measure(None)["valid_loss"]))
+    enter = trainer.enter_stage
+
+    def measured():
+        enter()
+        if trainer.step == 20:
+            assert trainer.raw.config.d_model == 32
+            assert trainer.measure(None)["valid_loss"] == pytest.approx(trainer.loss_before, abs=1e-5)
+
+    trainer.enter_stage = measured
+    trainer.train()
+    assert trainer.loss_before < 5
+
+
+def test_epochs_become_steps(make):
+    trainer = make(curriculum=curriculum({"epochs": 0.25, "seq_len": 8}, {"epochs": 0.5, "seq_len": 16}))
+    windows = len(trainer.train_set)
+    assert trainer.curriculum.starts == [0, pytest.approx(0.5 * windows / 8, abs=1)]
+    assert trainer.curriculum.total_steps == pytest.approx(windows / 8, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("stages", "changes", "message"),
+    [
+        ([{"steps": 2, "batch_size": 6}], {"grad_accum": 4}, "batch_size 6 does not divide into grad_accum 4"),
+        ([{"epochs": 1}], {"streaming": True}, "give steps, or streaming false"),
+        ([{"steps": 2, "seq_len": 99}], {}, "seq_len 99 is over max_seq_len 16"),
+        ([{"steps": 2, "dim": 8}], {}, "a width can only grow"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_refused(make, stages, changes, message):
+    with pytest.raises(UserError, match=message):
+        make(curriculum=curriculum(*stages), **changes)
+
+
+def test_changed_stages_are_refused_on_resume(make):
+    make(curriculum=curriculum(*STAGES))
+    with pytest.raises(UserError, match="--curriculum is .* but the run in .* has"):
+        make(curriculum=curriculum(*STAGES[:2]), resume=True)
+
+
+def test_the_section_of_the_yaml(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"curriculum": {"stages": STAGES}, "monitoring": {"slow_batch_threshold": 9}}))
+    settings = train_trm_lm.parse_args(["--config", str(path)])
+    assert settings.train.curriculum == curriculum(*STAGES)
+    assert settings.train.monitoring.slow_batch_threshold == 9
+
+
+class TestDepthByStep:
+    def test_sampled(self, make):
+        trainer = make(sample_depth=True, deep_steps=3, grad_deep_steps=2, max_steps=30)
+        trainer.train()
+        depths = {r["recursion_depth"] / 6 for r in read_metrics(trainer.folder) if "loss" in r}
+        assert depths == {1, 2, 3}  # cycles, of three visits in each of two supervision steps
+        assert trainer.raw.config.deep_steps == 3 and trainer.raw.config.grad_deep_steps == 2
+
+    def test_switched_on_late(self, make):
+        trainer = make(recursion_from=0.5, deep_steps=2, max_steps=8)
+        trainer.train()
+        depths = [r["recursion_depth"] for r in read_metrics(trainer.folder) if "loss" in r]
+        assert depths == [3] * 4 + [12] * 4
+
+    def test_a_sampled_depth_is_one_of_the_step(self, make):
+        """The same in a run that stopped, and the gradient of a shallow step is that of a shallow model."""
+        a, b = make("a", sample_depth=True, deep_steps=2, max_steps=6), make("b", deep_steps=1, max_steps=6)
+        a.enter_stage()
+        batch = next(a.loader)
+        while True:
+            with a._depth_of_step():
+                if a.raw.config.deep_steps == 1:
+                    break
+            a.step += 1
+        b.step = a.step
+        a.train_step(batch)
+        b.train_step(batch)
+        for ours, theirs in zip(a.raw.parameters(), b.raw.parameters()):
+            assert torch.equal(ours, theirs)
