@@ -69,9 +69,8 @@ class TestTwoAtOnce:
     def test_two_that_begin_in_one_folder(self, make, tmp_path):
         """The one that comes second changes nothing of the first, which is running or has ended."""
         first = run_folder.start(tmp_path / "run", {"seed": 1})
-        hold = (
-            "import pathlib, sys; from src import run_folder; run_folder.start(pathlib.Path(sys.argv[1]), {'seed': 2})"
-        )
+        hold = "import pathlib, sys; from src.training.run_folder import start\n"
+        hold += "start(pathlib.Path(sys.argv[1]), {'seed': 2})"
         words = [sys.executable, "-c", hold, tmp_path / "run"]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and f"in use by another run (process {os.getpid()})" in done.stderr

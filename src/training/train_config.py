@@ -306,7 +306,8 @@ def _model_of_source(parsed) -> dict:
     """The model's settings of the checkpoint that a run starts from, or of the run itself once it has begun."""
     if parsed.init_from is None:
         return {}
-    from src import checkpoint, run_folder  # here, as they import torch
+    from src import checkpoint  # here, as they import torch
+    from src.training import run_folder
 
     begun = run_folder.settings_of(Path(parsed.save_dir))
     if begun:

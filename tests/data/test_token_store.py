@@ -120,7 +120,7 @@ def test_two_processes_at_once(tmp_path):
 def test_a_killed_run_leaves_no_half_cache(tmp_path):
     path = write(tmp_path / "a.jsonl", [f"line {i}" for i in range(300)])
     program = (
-        "import os, sys; from src import token_store as t; from src.tokenizer import ByteLevelTokenizer as B\n"
+        "import os, sys; from src.data import token_store as t; from src.tokenizer import ByteLevelTokenizer as B\n"
         "take, n = t._take, []\n"
         "def dying(*a):\n    n.append(1)\n    return os._exit(9) if len(n) == 2 else take(*a)\n"
         f"t._take = dying\nt.tokenize_corpus([{path!r}], B(), cache_dir={str(tmp_path / 'cache')!r})"

@@ -83,7 +83,7 @@ def test_epochs_become_steps(make):
     ("stages", "changes", "message"),
     [
         ([{"steps": 2, "batch_size": 6}], {"grad_accum": 4}, "batch_size 6 does not divide into grad_accum 4"),
-        ([{"epochs": 1}], {"streaming": True}, "give steps, or streaming false"),
+        ([{"epochs": 1}], {"streaming": True}, "needs a tokenized corpus: use `steps`"),
         ([{"steps": 2, "seq_len": 99}], {}, "seq_len 99 is over max_seq_len 16"),
         ([{"steps": 2, "dim": 8}], {}, "a width can only grow"),
     ],
