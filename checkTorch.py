@@ -1,11 +1,12 @@
-"""What torch, device and precision this machine offers, what training would choose here and why.
+"""Show what PyTorch offers on this machine, and which device, precision and compilation training would choose.
 
-    python checkTorch.py                    # about five seconds
-    python checkTorch.py --device cpu
-    python checkTorch.py --json             # the same as one JSON object
+    python checkTorch.py                    # takes about five seconds
+    python checkTorch.py --device cpu       # check the CPU, even if there is a GPU
+    python checkTorch.py --json             # print one JSON object
 
-Prints torch, python, the devices, the choices of train_trm_lm.py, and a check of square matrix products in each
-precision on the chosen device: GFLOP/s, and the relative error against float64. Writes nothing.
+Prints the versions, the devices, the C++ compiler, and the choices of train_trm_lm.py with their reasons. Then it
+multiplies square matrices on the chosen device in each precision, and prints the speed in GFLOP/s and the relative
+error against float64. It writes no files. The exit code is 1 if the products are wrong in the chosen precision.
 """
 
 import json
@@ -17,19 +18,19 @@ from dataclasses import dataclass
 from src.config import before_torch, parse_flags, run
 from src.errors import UserError
 
-# Relative error (Frobenius) that rounding alone explains: a product's inputs are exact, its sum is wider than its
-# result, so the result's own rounding is left: 2^-9 for bf16, 2^-12 for fp16. fp32 may run as TF32 on a GPU.
+# Largest relative error (Frobenius norm) that rounding explains. The inputs are exact and the sums are accumulated in
+# a wider format, so only the result is rounded: by 2^-9 for bf16, 2^-12 for fp16. fp32 may run as TF32 on a GPU.
 TOLERANCE = {"fp32": 2e-3, "bf16": 6e-3, "fp16": 2e-3}
 
 
 @dataclass
 class CheckConfig:
-    """What to check, and how long.
+    """What to check.
 
     Args:
-        device: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
-        seconds: time for all matrix products together
-        json: print one JSON object instead
+        device: device to check: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
+        seconds: total time to spend on matrix products
+        json: print one JSON object instead of text
     """
 
     device: str = "auto"
@@ -41,7 +42,7 @@ class CheckConfig:
 def parse_args(argv=None) -> CheckConfig:
     (args,) = parse_flags(__doc__, CheckConfig, argv=argv)
     if not args.seconds > 0:
-        raise UserError(f"--seconds {args.seconds}: set it over 0")
+        raise UserError(f"--seconds {args.seconds}: set it above 0")
     return args
 
 
@@ -60,15 +61,20 @@ from src.runtime import (
 
 
 def matmul_check(device: torch.device, precision: str, seconds: float) -> dict:
-    """Square products for `seconds` s: {size, gflops, relative_error, correct}, or {error} where the device refuses."""
+    """Multiply square matrices for about `seconds` s, in sizes that grow as long as time allows.
+
+    Returns {size, gflops, relative_error, correct}, or {error} if the device does not support the precision."""
     dtype, generator = DTYPES[precision], torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator).to(dtype) for _ in range(2))
     try:
         exact = a.double() @ b.double()
         error = ((a.to(device) @ b.to(device)).cpu().double() - exact).norm() / exact.norm()
-        size, elapsed = 256, _time_matmul(device, dtype, 256, 1)
-        while size < 8192 and 16 * elapsed < seconds / 4:  # twice the size is eight times the work; warm-up included
-            size, elapsed = 2 * size, _time_matmul(device, dtype, 2 * size, 1)
+        size = 256
+        elapsed = _time_matmul(device, dtype, size, 1)
+        # twice the size is 8 times the work, done twice because _time_matmul warms up: 16 times the time
+        while size < 8192 and 16 * elapsed < seconds / 4:
+            size *= 2
+            elapsed = _time_matmul(device, dtype, size, 1)
         repeats = max(1, round(seconds / 3 / max(elapsed, 1e-6)))
         elapsed = _time_matmul(device, dtype, size, repeats)
     except RuntimeError as refusal:
@@ -78,7 +84,7 @@ def matmul_check(device: torch.device, precision: str, seconds: float) -> dict:
 
 
 def _time_matmul(device, dtype, size, repeats) -> float:
-    """Seconds of one product of size x size, the mean of `repeats` after one that is not counted."""
+    """Returns the mean time of one size x size product in seconds, over `repeats` products after a warm-up."""
     a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
     a @ b
     synchronize(device)
@@ -90,7 +96,7 @@ def _time_matmul(device, dtype, size, repeats) -> float:
 
 
 def report(args: CheckConfig) -> dict:
-    """All that is printed, as one dict."""
+    """Returns everything that is printed, as one dict; its keys are those of --json."""
     device = choose_device(args.device)
     devices = {f"cuda:{i}": describe(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
     if torch.backends.mps.is_available():
@@ -114,7 +120,7 @@ def report(args: CheckConfig) -> dict:
 
 
 def show(facts: dict) -> None:
-    """The report as text."""
+    """Print the report as text."""
     print(f"torch      {facts['torch']}, python {facts['python']}, {facts['system']}")
     for name, text in facts["devices"].items():
         print(f"{name:10} {text}")
@@ -126,7 +132,7 @@ def show(facts: dict) -> None:
     print(f"\nmatrix products on {facts['device']}")
     for name, result in facts["matmul"].items():
         if "error" in result:
-            print(f"  {name}  not here: {result['error']}")
+            print(f"  {name}  not supported here: {result['error']}")
             continue
         verdict = "correct" if result["correct"] else "WRONG"
         speed = f"{result['gflops']:9,.1f} GFLOP/s at {result['size']} cubed"
@@ -139,7 +145,7 @@ def main(argv=None) -> int:
     print(json.dumps(facts, indent=2)) if args.json else show(facts)
     wrong = [name for name, result in facts["matmul"].items() if result.get("correct") is False]
     if wrong:
-        print(f"warning: wrong products in {', '.join(wrong)}: do not train in it here", file=sys.stderr)
+        print(f"warning: wrong products in {', '.join(wrong)}: do not train in this precision", file=sys.stderr)
     return 1 if facts["precision"] in wrong else 0
 
 

@@ -1,11 +1,12 @@
-"""Parameters, effective depth, FLOPs per token and key/value-cache bytes of a model, without making its weights.
+"""Count a model's parameters, effective depth, FLOPs per token and key/value-cache bytes, without creating its weights.
 
-    python count_params.py runs/demo                          # a checkpoint folder, or a run folder (its best)
-    python count_params.py --config configs/ja_wiki.yaml      # a training recipe
+    python count_params.py runs/demo                          # a trained model: a checkpoint folder or a run folder
+    python count_params.py --config configs/ja_wiki.yaml      # the model of a training recipe
     python count_params.py --recursion none --n_layers 12 --d_model 768 --n_heads 12 --vocab_size 50257
-    python count_params.py runs/demo --json                   # one JSON object instead
+    python count_params.py runs/demo --json                   # print one JSON object
 
-Reads config.json or the recipe alone, prints to stdout, writes nothing. How FLOPs are counted: src/metrics.py.
+Reads only the checkpoint's config.json or the recipe. It prints to stdout and writes no files. src/metrics.py explains
+how FLOPs are counted.
 """
 
 import json
@@ -17,7 +18,7 @@ from src.errors import UserError
 from src.model_config import TRMConfig
 from src.training.train_config import DataConfig, RuntimeConfig, TrainConfig
 
-DEFAULT_VOCAB = 16000  # that of train_spm.py
+DEFAULT_VOCAB = 16000  # the default of train_spm.py
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -26,8 +27,9 @@ class CountConfig:
     """What to count.
 
     Args:
-        checkpoint: a checkpoint or run folder; needs no flag. Without one, the flags or the recipe are counted
-        json: print one JSON object instead
+        checkpoint: checkpoint folder, or run folder (its best checkpoint is counted); the flag name may be left
+            out. Without it, the model of the flags below and of --config is counted
+        json: print one JSON object instead of text
     """
 
     checkpoint: list[str] = field(default_factory=list)
@@ -36,22 +38,24 @@ class CountConfig:
 
 @before_torch
 def parse_args(argv=None) -> tuple[CountConfig, TRMConfig]:
-    """What to print, and the model to count.  Raises UserError where both a checkpoint and a model are given."""
+    """Returns the script's own settings and the model to count.
+
+    Raises UserError if both a checkpoint and model settings are given."""
     argv = list(sys.argv[1:] if argv is None else argv)
     classes = [CountConfig, TRMConfig]
-    if any(word.partition("=")[0] == "--config" for word in argv):  # a recipe holds all settings of a training run
+    if any(word.partition("=")[0] == "--config" for word in argv):  # a recipe also has settings of data and training
         classes += [DataConfig, TrainConfig, RuntimeConfig]
     args, config, *_ = parse_flags(__doc__, *classes, argv=argv, positional="checkpoint")
     if len(args.checkpoint) > 1:
         raise UserError(f"{len(args.checkpoint)} checkpoints ({', '.join(args.checkpoint)}): count them one at a time")
     if args.checkpoint and config != TRMConfig():
-        raise UserError(f"{args.checkpoint[0]} brings its own model settings: leave out --config and the model flags")
+        raise UserError(f"{args.checkpoint[0]} has its own model settings: leave out --config and the model flags")
     if args.checkpoint:
-        from src.checkpoint import load_config  # here, as it imports torch
+        from src.checkpoint import load_config  # imports torch, so it is not at the top
 
         config = load_config(args.checkpoint[0])
     if config.vocab_size is None:
-        print(f"vocab_size is not given: counting with {DEFAULT_VOCAB:,} tokens", file=sys.stderr)
+        print(f"vocab_size is not given: assuming {DEFAULT_VOCAB:,} tokens", file=sys.stderr)
         config = replace(config, vocab_size=DEFAULT_VOCAB)
     return args, config
 
@@ -63,8 +67,8 @@ from src.model import TRMModel
 
 
 def count(config: TRMConfig) -> dict:
-    """All figures of a model, made on the meta device: the largest costs neither time nor memory."""
-    with torch.device("meta"):
+    """Returns all figures of a model; its keys are those of --json."""
+    with torch.device("meta"):  # tensors without storage: even the largest model takes no memory or time
         model = TRMModel(config)
     depth, flops = effective_depth(config), flops_per_token(config)
     cache = {name: cache_bytes_per_token(config, size) for name, size in DTYPE_BYTES.items()}
@@ -87,7 +91,7 @@ def count(config: TRMConfig) -> dict:
 
 
 def show(config: TRMConfig, facts: dict) -> None:
-    """The figures as text."""
+    """Print the figures as text."""
     c, n = config, facts["parameters"]
     family = {
         "none": "plain transformer",

@@ -1,13 +1,14 @@
-"""Measure a trained language model on text: loss, bits per byte, bits per character, accuracy, per recursion step.
+"""Measure a language model on text: loss, bits per byte, bits per character and accuracy after each recursion step.
 
-    python eval_lm.py                                             # the released checkpoint, its validation text
+    python eval_lm.py                                             # the released checkpoint on its validation text
     python eval_lm.py runs/ja_wiki --paths data/ja_wiki/valid_*.jsonl.gz --max_tokens 100000 --json ja_wiki.json
-    python eval_lm.py runs/trm --exit halt --act_threshold 0.8    # tokens that stop recursing early
-    python eval_lm.py runs/trm --depth_curve runs/curve.png            # what depth buys: bits per byte against visits
+    python eval_lm.py runs/trm --exit halt --act_threshold 0.8    # let each token stop recursing early
+    python eval_lm.py runs/trm --depth_curve runs/curve.png       # draw bits per byte against recursion depth
     python eval_lm.py runs/trm --lm_eval capitals --include_path my_tasks    # EleutherAI's lm-evaluation-harness
 
-Every document is scored by itself after BOS; each of its tokens counts once, BOS and EOS do not. A document that is
-longer than the context is scored in windows that advance by --stride tokens. stdout has the tables, stderr the rest.
+Each document is scored separately, starting from BOS. Each of its tokens counts once; BOS and EOS do not count. A
+document longer than the model's context is scored in overlapping windows, which advance by --stride tokens. The tables
+go to stdout, progress and messages to stderr.
 """
 
 import json
@@ -22,7 +23,7 @@ from src.data.corpus import MAX_DOC_MB
 from src.errors import UserError
 from src.model_config import ExitRule
 
-CURVE_TOKENS = 10_000  # of a depth curve, each of whose points is a pass over them
+CURVE_TOKENS = 10_000  # default for depth curves, kept small because every point is a pass over the text
 
 
 @dataclass
@@ -30,23 +31,24 @@ class EvalConfig:
     """What to measure, and on which text.
 
     Args:
-        checkpoint: checkpoint or run folder (a run folder means its best); none = the released checkpoint
-        paths: files, globs, folders of .jsonl .txt (gzipped or not) .parquet .py; none = the validation part of this
-            Python's standard library
-        text_field: name of the text field (jsonl) or column (parquet)
-        max_doc_mb: documents of .jsonl and .parquet longer than this (million characters) are skipped
-        max_docs: documents that are read at most; with lm_eval, examples per task
-        max_tokens: tokens that are scored at most; the depth curve's default is 10,000
-        stride: tokens by which the windows of a long document advance; default half the context
-        batch_size: windows at a time
-        json: write the figures to this file too
-        depth_curve: draw bits per byte against mean visits per token, for each exit rule, into this .png (and .json);
-            up to the trained depth, or a larger max_recursion_depth
-        lm_eval: names or YAML files of tasks for the lm-evaluation-harness, instead of text
-        include_path: folder with more tasks for it
-        num_fewshot: solved examples before each question of its tasks; none = as the task says
-        device: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
-        precision: of weights and arithmetic
+        checkpoint: checkpoint folder, or run folder (its best checkpoint is used); the flag name may be left out. If
+            not given, the released checkpoint is measured
+        paths: text to score: files, globs or folders of .jsonl and .txt (also gzipped), .parquet and .py. If not
+            given, the validation files of this Python's standard library are scored
+        text_field: name of the JSON field or parquet column that holds the text
+        max_doc_mb: skip .jsonl and .parquet documents longer than this many million characters
+        max_docs: read at most this many documents; with --lm_eval, use at most this many examples per task
+        max_tokens: score at most this many tokens; a depth curve uses 10,000 if not given
+        stride: tokens by which the windows over a long document advance; half the context if not given
+        batch_size: windows scored at once
+        json: also write the figures to this JSON file
+        depth_curve: draw bits per byte against the mean visits per token for each exit rule, as a .png, with the
+            numbers in a .json beside it. Depths go up to the trained one, or to --max_recursion_depth if that is larger
+        lm_eval: run these tasks of the lm-evaluation-harness (names or YAML files) instead of scoring text
+        include_path: folder with additional tasks for --lm_eval
+        num_fewshot: solved examples shown before each question of --lm_eval; as the task defines if not given
+        device: device to run on: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
+        precision: number format of weights and arithmetic
     """
 
     checkpoint: str | None = None
@@ -70,15 +72,15 @@ class EvalConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
         if self.depth_curve is not None and not self.depth_curve.endswith(".png"):
-            raise ValueError(f"depth_curve is {self.depth_curve}: name a file that ends in .png")
+            raise ValueError(f"depth_curve is {self.depth_curve}: choose a file name that ends in .png")
         if self.lm_eval and (self.paths or self.depth_curve or self.stride or self.max_tokens):
-            raise ValueError("lm_eval brings its own text: leave out paths, depth_curve, stride and max_tokens")
+            raise ValueError("lm_eval tasks have their own text: leave out paths, depth_curve, stride and max_tokens")
         if not self.lm_eval and (self.include_path is not None or self.num_fewshot is not None):
-            raise ValueError("include_path and num_fewshot are for lm_eval: name its tasks, or leave them out")
+            raise ValueError("include_path and num_fewshot need lm_eval: name its tasks, or leave both out")
 
 
 def curve_json(config) -> Path | None:
-    """The data of the depth curve stand beside its picture."""
+    """Returns the path of the depth curve's numbers: the picture's path with the suffix .json."""
     return None if config.depth_curve is None else Path(config.depth_curve).with_suffix(".json")
 
 
@@ -86,7 +88,7 @@ def curve_json(config) -> Path | None:
 def parse_args(argv=None) -> tuple[EvalConfig, ExitRule]:
     config, rule = parse_flags(__doc__, EvalConfig, ExitRule, argv=argv, positional="checkpoint")
     if config.depth_curve is not None and rule != ExitRule(max_recursion_depth=rule.max_recursion_depth):
-        raise UserError("depth_curve goes through all exit rules: leave out exit, act_threshold and kl_threshold")
+        raise UserError("depth_curve tries all exit rules: leave out exit, act_threshold and kl_threshold")
     for path in (config.json, config.depth_curve, curve_json(config)):
         if path is not None:
             check_writable(path)
@@ -105,23 +107,23 @@ from src.runtime import DTYPES, choose_device, choose_precision
 
 
 def read_text(config):
-    """Pieces of the documents to score."""
+    """Yields the documents to score, in pieces."""
     paths = config.paths
     if not paths:
         paths = stdlib_files()[1]
-        print(f"no paths: the validation part of the Python standard library, {len(paths)} files", file=sys.stderr)
+        print(f"no paths given: scoring {len(paths)} validation files of the Python standard library", file=sys.stderr)
     return read_pieces(paths, config.text_field, max_doc_mb=config.max_doc_mb)
 
 
 def print_table(names, rows):
-    """Columns as wide as their widest cell, right-aligned."""
+    """Print a table with right-aligned columns."""
     widths = [max(map(len, column)) for column in zip(names, *rows)]
     for row in (names, *rows):
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
 
 
 def measure_text(model, tokenizer, config, rule) -> dict:
-    """Score the text and print: what was read, a row per recursion step, the depth that was used."""
+    """Score the text.  Prints the size of the text, a row per recursion step, and the mean depth used."""
     bounds = {"max_docs": config.max_docs, "max_tokens": config.max_tokens}
     options = {"stride": config.stride, "batch_size": config.batch_size, "rule": rule, "per_step": True}
     pieces = read_text(config)
@@ -145,7 +147,7 @@ def measure_text(model, tokenizer, config, rule) -> dict:
 
 
 def print_points(points, full):
-    """A row per point of a depth curve; full = the one that its bits per byte are compared with."""
+    """Print a row per point of a depth curve; `full` is the point whose bits per byte the others are compared with."""
     rows = [
         [p.exit, f"{p.setting:g}", f"{p.depth:.2f}", f"{p.visits:.2f}", f"{p.saved:.1%}", f"{p.bits_per_byte:.4f}"]
         + [f"{p.bits_per_byte / full.bits_per_byte - 1:+.2%}"]
@@ -155,7 +157,7 @@ def print_points(points, full):
 
 
 def draw_curve(model, tokenizer, config, rule) -> dict:
-    """Draw the depth curve and print its points, and the cheapest of each rule within 1 % of the full depth."""
+    """Draw the depth curve.  Prints its points, and each rule's cheapest point within 1 % of the trained depth."""
     bounds = {"max_docs": config.max_docs, "max_tokens": config.max_tokens or CURVE_TOKENS}
     options = {"stride": config.stride, "batch_size": config.batch_size}
     pieces, trained = read_text(config), max_depth(model.config)
@@ -163,11 +165,11 @@ def draw_curve(model, tokenizer, config, rule) -> dict:
         points = depth_curve(model, tokenizer, pieces, rule.max_recursion_depth, **options, **bounds, bar=bar)
     best, full = cheapest_points(points, trained), full_point(points, trained)
     print_points(points, full)
-    print("\ncheapest within 1 % of the trained depth's bits per byte:\n")
+    print("\nfewest visits within 1 % of the bits per byte at the trained depth:\n")
     print_points(best.values(), full)
     shallow = min((p for p in points if p.exit == "fixed" and p.setting <= trained), key=lambda p: p.bits_per_byte)
-    if shallow is not full:  # then to leave early is no art
-        print(f"\ndepth {shallow.setting:g} is better than the trained depth {trained}: compare the rules with it")
+    if shallow is not full:  # any rule that stops early then looks good for the wrong reason
+        print(f"\na fixed depth of {shallow.setting:g} beats the trained depth {trained}: compare the rules with it")
     draw_depth_curve(points, trained, config.depth_curve, describe_model(model), str(resolve(config.checkpoint)))
     found = {"points": [p._asdict() for p in points], "cheapest": {name: p._asdict() for name, p in best.items()}}
     write_json(curve_json(config), found)
@@ -175,7 +177,7 @@ def draw_curve(model, tokenizer, config, rule) -> dict:
 
 
 def run_harness(model, tokenizer, config, rule) -> dict:
-    """Run tasks of the lm-evaluation-harness and print its table."""
+    """Run tasks of the lm-evaluation-harness and print the table that it makes."""
     from src.evaluation.harness import run_tasks
 
     options = (config.include_path, config.num_fewshot, config.max_docs, config.batch_size, rule)
@@ -185,7 +187,7 @@ def run_harness(model, tokenizer, config, rule) -> dict:
 
 
 def write_json(path, found):
-    found = json.loads(json.dumps(found), parse_constant=lambda name: None)  # JSON has no NaN
+    found = json.loads(json.dumps(found), parse_constant=lambda name: None)  # JSON has no NaN: write null
     write_text(path, json.dumps(found, indent=1) + "\n")
 
 
@@ -199,8 +201,12 @@ def main(argv=None):
         rule.check(model.config)
     except ValueError as error:
         raise UserError(error) from None
-    measure = run_harness if config.lm_eval else draw_curve if config.depth_curve else measure_text
-    found = measure(model, tokenizer, config, rule)
+    if config.lm_eval:
+        found = run_harness(model, tokenizer, config, rule)
+    elif config.depth_curve:
+        found = draw_curve(model, tokenizer, config, rule)
+    else:
+        found = measure_text(model, tokenizer, config, rule)
     if config.json is not None:
         write_json(config.json, {"checkpoint": str(resolve(config.checkpoint)), "exit": asdict(rule), **found})
 

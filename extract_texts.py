@@ -1,12 +1,13 @@
-"""Gather the text of many files into one training file.
+"""Collect the documents of many files in one text file for training.
 
     python extract_texts.py data/wiki/*.jsonl.gz --output data/train_texts.txt
     python extract_texts.py books/ more.parquet --text_field body --max_docs 10000
+    python extract_texts.py notes.jsonl --strict --output data/notes.txt     # stop at the first bad line
 
-Reads .jsonl, .txt (gzipped or not), .parquet and .py: files, globs, and folders with all that lies in them. Writes one
-UTF-8 text file with a line <|endoftext|> after each document, which every script here reads back as the same documents
-(src/data/corpus.py says how a document that holds such a line is written). Memory stays flat. Counts go to stderr, and
-what was skipped and why.
+Reads .jsonl and .txt (also gzipped), .parquet and .py, given as files, globs or folders (with their subfolders).
+Writes one UTF-8 text file with the line <|endoftext|> after each document. All scripts of this project read it back as
+the same documents; src/data/corpus.py explains how a document that contains such a line is escaped. Text is streamed,
+so memory use does not grow with its size. stderr reports the counts, and what was skipped and why.
 """
 
 import os
@@ -24,15 +25,15 @@ from src.files.text import check_is_file
 
 @dataclass
 class ExtractConfig:
-    """Where text comes from, and where it goes.
+    """What to read and where to write it.
 
     Args:
-        paths: files, globs, folders (needs no flag name)
-        output: the text file to write
-        max_docs: stop after this many documents; none = all
-        text_field: name of the text field (jsonl) or column (parquet)
-        strict: a bad line is an error, not skipped
-        max_doc_mb: documents of .jsonl and .parquet longer than this (million characters) are skipped
+        paths: files, globs or folders to read; the flag name may be left out
+        output: text file to write
+        max_docs: stop after this many documents; all if not given
+        text_field: name of the JSON field or parquet column that holds the text
+        strict: stop with an error at a bad line, instead of skipping it
+        max_doc_mb: skip .jsonl and .parquet documents longer than this many million characters
     """
 
     paths: list[str] = field(default_factory=list)
@@ -44,19 +45,20 @@ class ExtractConfig:
 
     def __post_init__(self):
         if self.max_docs is not None and self.max_docs < 1:
-            raise ValueError(f"max_docs is {self.max_docs}; it must be 1 or more")
+            raise ValueError(f"max_docs is {self.max_docs}: set it to 1 or more")
 
 
 def parse_args(argv=None):
-    """Flags -> ExtractConfig."""
     (config,) = parse_flags(__doc__, ExtractConfig, argv=argv, positional="paths")
     if not config.paths:
-        raise UserError("no paths given: name files, globs or folders to read")
+        raise UserError("no paths given: give files, globs or folders to read")
     return config
 
 
 def extract(files, config, output, skipped):
-    """Write the documents of `files` to an open text file; returns (documents, bytes of text)."""
+    """Write the documents of `files` to an open text file.
+
+    Returns (number of documents, bytes of text), and counts what was skipped in `skipped`, {reason: count}."""
     n_docs = n_bytes = 0
     with tqdm(unit="B", unit_scale=True, desc="text") as bar:
         pieces = read_pieces(files, config.text_field, config.strict, skipped, max_doc_mb=config.max_doc_mb)
@@ -74,13 +76,13 @@ def extract(files, config, output, skipped):
 
 
 def main(argv=None):
-    """Read everything, write beside the output, rename it into place when it is whole."""
+    """Write OUTPUT.part first and rename it when it is complete, so that a crash leaves no half-written output."""
     config = parse_args(argv)
     files = find_files(config.paths)
     if not config.output or config.output.lower().endswith((".jsonl", ".gz", ".parquet", ".py")):
-        raise UserError(f"output is {config.output!r}, and plain text is written: name a file that ends in .txt")
+        raise UserError(f"output is {config.output!r}, but plain text is written: choose a name that ends in .txt")
     if os.path.realpath(config.output) in map(os.path.realpath, files):
-        raise UserError(f"output {config.output} is one of the files to read; choose another with --output")
+        raise UserError(f"output {config.output} is one of the files to read: choose another --output")
     if os.path.lexists(config.output):
         check_is_file(config.output, f"output {config.output}")
     part, skipped = f"{config.output}.part", Counter()

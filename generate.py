@@ -1,14 +1,15 @@
-"""Write text with a trained model.
+"""Generate text with a trained model.
 
-    python generate.py --prompt "def main("                       # the released checkpoint
+    python generate.py --prompt "def main("                       # with the released checkpoint
     python generate.py runs/trm --prompt "Once upon a time" --temperature 0.7 --top_k 40 --seed 1
     python generate.py runs/trm --prompt_file prompts.txt --num_samples 3 > runs/texts.txt
-    python generate.py runs/trm --interactive
-    python generate.py runs/trm --prompt "def " --exit halt --max_recursion_depth 8   # each token its own depth
-    python generate.py runs/trm --prompt "def " --trace runs/out.png   # see it think: a picture, its data beside it
-    python generate.py --onnx onnx/trm --prompt "def "             # an export of export_onnx.py, under ONNX Runtime
+    python generate.py runs/trm --interactive                     # continue each line that you type
+    python generate.py runs/trm --prompt "def " --exit halt --max_recursion_depth 8   # each token stops by itself
+    python generate.py runs/trm --prompt "def " --trace runs/out.png   # draw the prediction after each recursion step
+    python generate.py --onnx onnx/trm --prompt "def "             # run an export of export_onnx.py with ONNX Runtime
 
-stdout carries the text alone, a single one as it is made; progress and speed go to stderr.
+stdout gets only the text: a single text as it is generated, several texts at the end with a blank line between them.
+Messages and speed go to stderr.
 """
 
 import io
@@ -26,30 +27,32 @@ from src.model_config import ExitRule
 
 __all__ = ["load_model", "main", "parse_args"]
 
-ROWS = 16  # texts that are written at once
+ROWS = 16  # texts in one batch; more prompts are generated in several batches
 
 
 @dataclass
 class GenerateConfig:
-    """What to write, and how to choose the next token.
+    """What to generate, and how to choose the next token.
 
     Args:
-        checkpoint: checkpoint or run folder (a run folder means its best); none = the released checkpoint
-        onnx: folder that export_onnx.py wrote, run under ONNX Runtime in the checkpoint's place
-        prompt: one or more texts to continue; empty = start from BOS
-        prompt_file: file of prompts, one a line
-        interactive: read prompts from the terminal, one a line, until an end of file
-        num_samples: texts per prompt
-        max_new_tokens: length of the continuation in tokens
-        temperature: 0 = always the likeliest token (greedy); higher = more varied
-        top_k: choose among the k likeliest tokens
-        top_p: choose among the likeliest tokens that hold this much probability
-        seed: the same seed gives the same text; none = a new one each time
-        trace: show how the likeliest next tokens of the first text change over the recursion steps: alone as a table on
-            stderr, with a file (.png, .pdf, .svg) as a picture and its data beside it as .json
-        no_cache: encode the whole text again for each token, to compare
-        device: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
-        precision: of weights and arithmetic; int8: of weights, on a CPU
+        checkpoint: checkpoint folder, or run folder (its best checkpoint is used); the flag name may be left out. If
+            not given, the released checkpoint is used
+        onnx: folder written by export_onnx.py, to run with ONNX Runtime instead of a checkpoint
+        prompt: one or more texts to continue; an empty prompt starts from BOS
+        prompt_file: text file with one prompt per line
+        interactive: read prompts from the terminal, one per line, until end of file (Ctrl-D)
+        num_samples: texts to generate for each prompt
+        max_new_tokens: most tokens to add to a prompt; a text ends earlier at EOS
+        temperature: randomness of the choice; 0 always takes the most probable token, higher values vary more
+        top_k: choose only among the k most probable tokens
+        top_p: choose only among the most probable tokens that together have this probability
+        seed: random seed; the same seed gives the same text. If not given, every run differs
+        trace: show how the prediction of each token in the first text changes over the recursion steps. Without a value
+            it prints a table on stderr; with a file name (.png, .pdf, .svg) it draws a picture, with its data in a
+            .json beside it
+        no_cache: run the whole text through the model for each token, without the key/value cache; slow, to compare
+        device: device to run on: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
+        precision: number format of weights and arithmetic; int8 stores the weights in 8 bits and runs on a CPU only
     """
 
     checkpoint: str | None = None
@@ -70,16 +73,16 @@ class GenerateConfig:
 
     def __post_init__(self):
         if not 1 <= self.num_samples <= 2**20:
-            raise ValueError(f"num_samples is {self.num_samples}: set it to 1 or more, up to {2**20:,}")
+            raise ValueError(f"num_samples is {self.num_samples}: set it from 1 to {2**20:,}")
         if self.onnx is not None and (self.checkpoint is not None or self.precision != "fp32"):
-            raise ValueError("--onnx brings its own weights and precision: leave out checkpoint and --precision")
+            raise ValueError("--onnx has its own weights and precision: leave out checkpoint and --precision")
         if self.interactive and (self.prompt or self.prompt_file is not None):
-            raise ValueError("--interactive reads its prompts from the terminal: leave out --prompt and --prompt_file")
+            raise ValueError("--interactive reads prompts from the terminal: leave out --prompt and --prompt_file")
         if self.trace and self.max_new_tokens == 0:
             raise ValueError("--trace shows how tokens are chosen: set max_new_tokens to 1 or more")
 
     def prompts(self) -> list[str]:
-        """The prompts of flags and file; a single empty one where there are none."""
+        """Returns the prompts of --prompt and --prompt_file, or one empty prompt if there are none."""
         prompts = list(self.prompt)
         if self.prompt_file is not None:
             prompts += read_text(self.prompt_file, "--prompt_file").removesuffix("\n").split("\n")
@@ -103,8 +106,9 @@ from src.runtime import DTYPES, choose_device, choose_precision, mix_seed
 
 
 def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRule):
-    """Continue all prompts as one batch; a single text is printed as it is made, several one after the other."""
-    texts, made, shown, streams = list(prompts), 0, 0, len(prompts) == 1
+    """Continue all prompts as one batch.  Prints a single text while it is generated, several texts at the end."""
+    texts, streams = list(prompts), len(prompts) == 1
+    made = shown = 0  # tokens generated, characters printed
     options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p", "seed")}
     if rule != ExitRule():
         options |= {"exit": rule, "depths": []}
@@ -113,8 +117,9 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
     start = time.perf_counter()
     try:
         for pieces, tokens in continue_texts(model, tokenizer, prompts, config.max_new_tokens, **options):
-            texts, made = [text + piece for text, piece in zip(texts, pieces)], made + tokens
-            if streams:  # the prompt with the first piece, not before it is accepted
+            texts = [text + piece for text, piece in zip(texts, pieces)]
+            made += tokens
+            if streams:  # the first piece also prints the prompt: a prompt that is rejected is never printed
                 print(texts[0][shown:], end="", flush=True)
                 shown = len(texts[0])
     except ValueError as error:
@@ -125,14 +130,14 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
     if "depths" in options and made:
         mean = torch.stack(options["depths"]).double().mean().item()
         visits = mean * visits_per_recursion_step(model.config)
-        speed += f"; {mean:.2f} of {max_depth(model.config, rule)} recursion steps, {visits:.1f} visits a token"
+        speed += f"; {mean:.2f} of {max_depth(model.config, rule)} recursion steps, {visits:.1f} visits per token"
     print(speed, file=sys.stderr)
     if trace:
         show(trace, config.trace, prompts[0])
 
 
 def show(trace: Trace, where: bool | str, prompt: str):
-    """A table on stderr, or a picture in the file `where` and the trace beside it as JSON."""
+    """Print the trace as a table on stderr, or draw it in the file `where` with its data in a .json beside it."""
     if where is True:
         return print_table(trace, sys.stderr)
     data = Path(where).with_suffix(".json")
@@ -142,25 +147,25 @@ def show(trace: Trace, where: bool | str, prompt: str):
 
 
 def converse(model, tokenizer, config, rule):
-    """Continue each line typed, until an end of file."""
-    if isinstance(sys.stdin, io.TextIOWrapper):  # a wrong byte is a mistake in one line, not the end
+    """Continue each line that is typed, until end of file."""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # invalid UTF-8 is then an error of one line, not of the program
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     while True:
         try:
             print("prompt> ", end="", file=sys.stderr, flush=True)
-            prompt = input().removeprefix("\ufeff")  # PowerShell begins a pipe with it
+            prompt = input().removeprefix("\ufeff")  # PowerShell puts a BOM at the start of a pipe
         except EOFError:
             return
         try:
             if not is_text(prompt):
                 raise UserError("the prompt is not UTF-8 text: type it again")
             write_texts(model, tokenizer, [prompt] * config.num_samples, config, rule)
-        except UserError as error:  # a wrong prompt should not end the conversation
+        except UserError as error:  # report it and wait for the next prompt
             print(f"error: {error}", file=sys.stderr)
 
 
 def load(config):
-    """The model, or the graph in its place, and the tokenizer."""
+    """Returns (model, tokenizer); with --onnx the model is an ONNX session with the same interface."""
     if config.onnx is not None:
         from src.onnx.session import load_onnx
 
@@ -172,7 +177,7 @@ def load(config):
         )
     device, in_int8 = choose_device(config.device), config.precision == "int8"
     if in_int8 and device.type != "cpu":
-        raise UserError(f"--precision int8 is for a CPU, not {device.type}: choose --device cpu, or another precision")
+        raise UserError(f"--precision int8 needs a CPU, not {device.type}: use --device cpu or another precision")
     precision, _ = choose_precision("fp32" if in_int8 else config.precision, device)
     model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision])
     return quantize(model) if in_int8 else model, tokenizer
@@ -188,7 +193,7 @@ def main(argv=None):
         converse(model, tokenizer, config, rule)
     seed = config.seed
     for start in range(0, 0 if config.interactive else len(prompts), ROWS):
-        if start:  # texts go on as if there were one batch: a blank line between them, other random numbers
+        if start:  # later batches look like one batch: a blank line between texts, and other random numbers
             print()
             config.trace, config.seed = False, None if config.seed is None else mix_seed(seed, start)
         write_texts(model, tokenizer, prompts[start : start + ROWS], config, rule)

@@ -1,14 +1,15 @@
-"""Classify text with a language model of any family, plain or recursive: zero-shot by prompts, or fine-tuned.
+"""Classify text with a language model of any family, plain or recursive: zero-shot with a prompt, or fine-tuned.
 
-    python train_classifier.py runs/trm --option prompt --label_names names.json --dev dev.txt     # no training at all
+    python train_classifier.py runs/trm --option prompt --label_names names.json --dev dev.txt     # without training
     python train_classifier.py runs/trm --option finetune --train train.txt --dev dev.txt --label_names names.json
     python train_classifier.py runs/trm --option finetune --train train.tsv --dev dev.tsv --tune lora --lr 1e-3
     python train_classifier.py runs/classifier --option predict --test new.txt --test_out runs/answers.txt
     python train_classifier.py runs/trm --option generate --prompt "I saw this movie and"
 
-Data: `label ||| text` a line, .tsv with label and text (or a header that names them), or .jsonl with `label` and
-`text`. Labels are what the file has, or names of --label_names or their numbers; texts to predict need none. Answers
-are written with the same labels, in the order of the texts. stdout has the figures, stderr the rest.
+A data file has one example per line: `label ||| text` in .txt, a label and a text column in .tsv (in this order, or in
+any order with a header that names them), or the fields `label` and `text` in .jsonl. A label is a name from
+--label_names or its number, counted from 0; without --label_names it is any string. Texts to predict need no labels.
+Answers are written with the same labels, in the order of the texts. Results go to stdout, messages to stderr.
 """
 
 import itertools
@@ -24,24 +25,26 @@ from src.tasks.config import SUFFIX, FinetuneConfig
 
 @dataclass
 class ClassifierConfig:
-    """What to do, with which model, on which texts.
+    """What to do, with which model and which texts.
 
     Args:
-        checkpoint: checkpoint or run folder (a run folder means its best); none = the released checkpoint
-        option: generate = go on from a prompt; prompt = zero-shot; finetune = train; predict = by a trained one
-        train: labelled texts to train on
-        dev: labelled texts that choose the best epoch
-        test: texts to answer at the end; where they have labels, figures are given
-        label_names: JSON list of the labels' names; none = the labels that train has
-        dev_out: file (.txt, .tsv, .jsonl) for the answers on dev; with finetune, by default in save_dir
-        test_out: the same for the answers on test
-        suffix: what follows each text in a zero-shot prompt; {labels} in it becomes the names
-        prompt: start of the text that generate writes
-        max_new_tokens: length of its continuation in tokens
-        generated_sentence_low_temp_out: file for the text written at temperature 0
-        generated_sentence_high_temp_out: file for the text written at temperature 1
-        device: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
-        precision: of the arithmetic, while training and after
+        checkpoint: checkpoint folder, or run folder (its best checkpoint is used); the flag name may be left out. If
+            not given, the released checkpoint is used
+        option: prompt classifies zero-shot, finetune trains a classifier, predict uses a classifier that finetune
+            trained, generate continues a prompt
+        train: file of labelled texts to train on
+        dev: file of labelled texts to measure accuracy on; with finetune they also select the best epoch
+        test: file of texts to classify at the end; accuracy is printed if they have labels
+        label_names: JSON file with the list of label names; if not given, finetune uses the labels in --train
+        dev_out: file (.txt, .tsv, .jsonl) for the answers on --dev; by default, finetune writes save_dir/dev_out.txt
+        test_out: file (.txt, .tsv, .jsonl) for the answers on --test; by default, finetune writes save_dir/test_out.txt
+        suffix: text that follows each example in a zero-shot prompt; {labels} is replaced by the label names
+        prompt: text that --option generate continues
+        max_new_tokens: most tokens that --option generate adds
+        generated_sentence_low_temp_out: file for the text that --option generate writes at temperature 0
+        generated_sentence_high_temp_out: file for the text that --option generate writes at temperature 1
+        device: device to run on: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
+        precision: number format of the arithmetic, in training and in prediction
     """
 
     checkpoint: str | None = None
@@ -70,7 +73,7 @@ class ClassifierConfig:
         for name in ("dev_out", "test_out", "generated_sentence_low_temp_out", "generated_sentence_high_temp_out"):
             path = getattr(self, name)
             if path is not None and not Path(path).absolute().parent.is_dir():
-                raise ValueError(f"{name} {path}: there is no such folder; make it first")
+                raise ValueError(f"{name} {path}: its folder does not exist: create it first")
 
 
 @before_torch
@@ -89,7 +92,7 @@ from src.tasks.finetune import finetune, load_classifier
 
 
 def write_sentences(config, device):
-    """Go on from the prompt at temperature 0 and at temperature 1, each into its file where one is named."""
+    """Continue the prompt at temperatures 0 and 1.  Prints both texts, and writes them to the files that are given."""
     model, tokenizer = load_model(config.checkpoint, device)
     ids = torch.tensor([tokenizer.encode(config.prompt, bos=True)], device=device)
     outs = (config.generated_sentence_low_temp_out, config.generated_sentence_high_temp_out)
@@ -107,14 +110,16 @@ def write_sentences(config, device):
 
 
 def read_examples(config, names, *parts) -> dict:
-    """{part: its examples} of those of the parts that are given."""
+    """Returns {part: its examples} for those of the parts train, dev and test that have a file."""
     paths = {part: getattr(config, part) for part in parts}
     labelled = ("train", "dev") if config.option == "finetune" else ()
     return {part: task.read_examples(path, names, part in labelled) for part, path in paths.items() if path}
 
 
 def zero_shot(config, device):
-    """(examples by part, names, function from a list of them to (S, N, C) scores, one per recursion step)."""
+    """Returns (examples by part, label names, score) for a zero-shot classifier.
+
+    score(examples) returns scores (S, N, C): recursion steps, examples, labels."""
     names = task.read_label_names(config.label_names)
     classifier = task.LlamaZeroShotClassifier(*load_model(config.checkpoint, device), names, config.suffix)
 
@@ -126,10 +131,12 @@ def zero_shot(config, device):
 
 
 def tuned(config, tuning, device, precision):
-    """The same of a fine-tuned classifier, which option finetune makes first; None where that was interrupted."""
+    """Returns the same as `zero_shot` for a fine-tuned classifier, which --option finetune trains first.
+
+    Returns None if the training was interrupted."""
     if config.option == "finetune":
         names = task.read_label_names(config.label_names) if config.label_names else task.find_label_names(config.train)
-        examples = read_examples(config, names, "train", "dev", "test")  # a mistake is told before the training
+        examples = read_examples(config, names, "train", "dev", "test")  # so that mistakes show before the training
         train, dev = examples["train"], examples.get("dev", [])
         made = finetune(tuning, config.checkpoint, train, dev, names, device, precision)
         if made is None:
@@ -148,8 +155,9 @@ def tuned(config, tuning, device, precision):
 
 
 def judge(part, examples, scores, names, out, spelt):
-    """Write the answers, `spelt` as the file has its labels, print how good they are, and return the report of the last
-    step; None where the texts have no labels."""
+    """Write the answers of the last recursion step to the file `out`, and print how good they are.
+
+    `spelt` has the labels as the data file spells them. Returns the report, or None if the texts have no labels."""
     answers, texts = scores.argmax(-1), [example.text for example in examples]
     written = [spelt[answer] for answer in answers[-1].tolist()]
     if out is not None:
@@ -163,7 +171,7 @@ def judge(part, examples, scores, names, out, spelt):
     found = task.report(answers[-1], labels, len(names))
     print(f"{part}: {len(examples):,} texts, accuracy {found.accuracy:.4f}, macro F1 {found.macro_f1:.4f}")
     if len(labels.unique()) == 1:
-        print("all of these texts have one label: if the labels are hidden, the figures mean nothing")
+        print("all these texts have the same label: if it is a placeholder, the figures mean nothing")
     if len(answers) > 1:
         by_step = (f"{accuracy:.4f}" for accuracy in task.accuracies(scores, examples))
         print("accuracy by recursion step: " + ", ".join(by_step))

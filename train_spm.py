@@ -1,10 +1,12 @@
-"""Train a SentencePiece tokenizer on text.
+"""Train a SentencePiece tokenizer on your text.
 
     python train_spm.py --input train_texts.txt --model_prefix data/spm
     python train_spm.py --input wiki.jsonl.gz --model_prefix data/spm --vocab_size 8000 --model_type unigram
+    python train_trm_lm.py --train_paths train_texts.txt --sp_model data/spm.model     # train a model with it
 
-Writes {model_prefix}.model and {model_prefix}.vocab. The same text gives the same files, byte for byte. The last 1 % of
-the text, at most 1 MB, is not trained on; bytes per token are measured there and printed on stderr.
+Writes {model_prefix}.model and {model_prefix}.vocab. The same text always gives the same files, byte for byte. The
+last 1 % of the text (at most 1 MB) is held back from training. The mean number of bytes per token is measured on it and
+printed on stderr: more bytes per token mean shorter sequences.
 """
 
 import os
@@ -21,20 +23,22 @@ VOCAB_SIZE = 16000
 
 @dataclass
 class SPMConfig:
-    """What the vocabulary is made from.
+    """The text, and the kind of tokenizer.
 
     Args:
-        input: text: files, globs, folders of .txt .jsonl (gzipped or not) .parquet .py
-        model_prefix: path of the result without its .model and .vocab
-        vocab_size: number of pieces, with special tokens and bytes
-        model_type: bpe (fast to train) or unigram
-        character_coverage: share of the text's characters that become pieces, the rest bytes; 0.9995 suits Japanese
-        byte_fallback: rare characters become bytes instead of an unknown token
-        split_by_unicode_script: no piece mixes scripts, or letters and punctuation (shorter pieces, closer to words)
-        max_sentences: train on this many lines, drawn at random, where there are more
-        text_field: name of the text field (jsonl) or column (parquet)
-        max_doc_mb: documents of .jsonl and .parquet longer than this (million characters) are skipped
-        seed: of that draw
+        input: text to train on: files, globs or folders of .txt and .jsonl (also gzipped), .parquet and .py
+        model_prefix: path of the output files without the suffixes .model and .vocab
+        vocab_size: number of pieces, including special tokens and byte pieces
+        model_type: algorithm: bpe (faster to train) or unigram
+        character_coverage: share of the characters in the text that get a piece of their own, from 0.9 to 1; rarer
+            characters are written as bytes. 0.9995 suits Japanese
+        byte_fallback: write rare characters as bytes; if false, they become an unknown token and are lost
+        split_by_unicode_script: keep scripts, and letters and punctuation, in separate pieces; pieces are then shorter
+            and closer to words
+        max_sentences: train on at most this many lines, chosen at random if there are more
+        text_field: name of the JSON field or parquet column that holds the text
+        max_doc_mb: skip .jsonl and .parquet documents longer than this many million characters
+        seed: random seed for choosing the lines
     """
 
     input: list[str] = field(default_factory=list)
@@ -51,17 +55,16 @@ class SPMConfig:
 
     def __post_init__(self):
         if self.model_type not in ("bpe", "unigram"):
-            raise ValueError(f"model_type is {self.model_type!r}; allowed are bpe and unigram")
+            raise ValueError(f"model_type is {self.model_type!r}: set it to bpe or unigram")
         if not 0.9 <= self.character_coverage <= 1.0:
-            raise ValueError(f"character_coverage is {self.character_coverage}; allowed is 0.9 to 1.0")
+            raise ValueError(f"character_coverage is {self.character_coverage}: set it from 0.9 to 1.0")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; allowed is 0 to {2**32 - 1}")
+            raise ValueError(f"seed is {self.seed}: set it from 0 to {2**32 - 1}")
         if not os.path.basename(self.model_prefix):
-            raise ValueError(f"model_prefix is {self.model_prefix!r}, which names no file: give it a name")
+            raise ValueError(f"model_prefix is {self.model_prefix!r}, which has no file name: add one")
 
 
 def parse_args(argv=None):
-    """Flags -> SPMConfig."""
     (config,) = parse_flags(__doc__, SPMConfig, argv=argv)
     if not config.input:
         raise UserError("--input is missing: give text files, globs or folders")
@@ -69,7 +72,6 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """Train, write the two files, measure."""
     config = parse_args(argv)
     texts, tail = hold_back(config.input, config.text_field, config.max_doc_mb)
     tokenizer = train_sentencepiece(

@@ -1,12 +1,12 @@
-"""Train a tokenizer.json (of the `tokenizers` library) on text: byte-level BPE, or unigram.
+"""Train a tokenizer.json on your text (the format of Hugging Face's `tokenizers`): byte-level BPE or unigram.
 
     python train_tokenizer.py --input train_texts.txt --model_prefix data/bpe
     python train_tokenizer.py --input wiki.jsonl.gz --model_prefix data/unigram --vocab_size 8000 --model_type unigram
-    python train_trm_lm.py --train_paths train_texts.txt --tokenizer data/bpe.json
+    python train_trm_lm.py --train_paths train_texts.txt --tokenizer data/bpe.json     # train a model with it
 
-Writes {model_prefix}.json, which `transformers` and other programs read as well. The same text gives the same file,
-byte for byte. The last 1 % of the text, at most 1 MB, is not trained on; bytes per token are measured there and printed
-on stderr.
+Writes {model_prefix}.json, which `transformers` and other programs can also read. The same text always gives the same
+file, byte for byte. The last 1 % of the text (at most 1 MB) is held back from training. The mean number of bytes per
+token is measured on it and printed on stderr: more bytes per token mean shorter sequences.
 """
 
 import os
@@ -23,18 +23,19 @@ VOCAB_SIZE = 16000
 
 @dataclass
 class TokenizerTrainingConfig:
-    """What the vocabulary is made from.
+    """The text, and the kind of tokenizer.
 
     Args:
-        input: text: files, globs, folders of .txt .jsonl (gzipped or not) .parquet .py
-        model_prefix: path of the result without its .json
-        vocab_size: number of tokens, with special tokens and bytes
-        model_type: bpe (of bytes; fast to train) or unigram (of characters, as SentencePiece makes it)
-        character_coverage: unigram: share of the text's characters that become tokens, the rest bytes
-        max_bytes: train on about this many bytes of text, drawn at random, where there are more
-        text_field: name of the text field (jsonl) or column (parquet)
-        max_doc_mb: documents of .jsonl and .parquet longer than this (million characters) are skipped
-        seed: of that draw
+        input: text to train on: files, globs or folders of .txt and .jsonl (also gzipped), .parquet and .py
+        model_prefix: path of the output file without the suffix .json
+        vocab_size: number of tokens, including special tokens and bytes
+        model_type: algorithm: bpe merges bytes (faster to train); unigram works on characters, like SentencePiece
+        character_coverage: share of the characters in the text that get a token of their own, from 0.9 to 1; rarer
+            characters are written as bytes. Used by unigram only
+        max_bytes: train on about this many bytes of text, chosen at random if there are more
+        text_field: name of the JSON field or parquet column that holds the text
+        max_doc_mb: skip .jsonl and .parquet documents longer than this many million characters
+        seed: random seed for choosing the text
     """
 
     input: list[str] = field(default_factory=list)
@@ -49,9 +50,9 @@ class TokenizerTrainingConfig:
 
     def __post_init__(self):
         if not 0.9 <= self.character_coverage <= 1.0:
-            raise ValueError(f"character_coverage is {self.character_coverage}; allowed is 0.9 to 1.0")
+            raise ValueError(f"character_coverage is {self.character_coverage}: set it from 0.9 to 1.0")
         if not os.path.basename(self.model_prefix):
-            raise ValueError(f"model_prefix is {self.model_prefix!r}, which names no file: give it a name")
+            raise ValueError(f"model_prefix is {self.model_prefix!r}, which has no file name: add one")
 
 
 def parse_args(argv=None) -> TokenizerTrainingConfig:

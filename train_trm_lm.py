@@ -1,13 +1,15 @@
-"""Train a language model: a recursive one (TRM), a looped transformer, or a plain Llama.
+"""Train a language model: a Tiny Recursive Model (TRM), a looped transformer, or a plain transformer (Llama).
 
-    python train_trm_lm.py                                    # on the Python standard library: no download, no paths
-    python train_trm_lm.py --config configs/demo.yaml --max_minutes 3
+    python train_trm_lm.py                                    # on Python's standard library: needs no data and no flags
+    python train_trm_lm.py --config configs/demo.yaml --max_minutes 3            # a recipe, with one setting changed
     python train_trm_lm.py --train_paths wiki/train_*.jsonl.gz --valid_paths wiki/validation_0.jsonl.gz
-    python train_trm_lm.py --recursion none --n_layers 6 --norm pre --save_dir runs/llama
-    python train_trm_lm.py --config runs/trm/config.yaml --resume
+    python train_trm_lm.py --recursion none --n_layers 6 --norm pre --save_dir runs/llama      # a plain Llama
+    python train_trm_lm.py --config runs/trm/config.yaml --resume                # continue a run that was stopped
 
-Writes the run folder `save_dir`: config.yaml, metrics.jsonl, TensorBoard events, learning_curve.png, samples.txt, and
-checkpoints step_NNNNNNNN/ with the links last and best. Ctrl-C ends a run with a checkpoint; --resume goes on from it.
+Writes a run folder, `save_dir`: the settings in config.yaml, the log in metrics.jsonl, TensorBoard events,
+learning_curve.png, sample texts in samples.txt, and checkpoints in step_NNNNNNNN/. The links `last` and `best` point to
+the newest checkpoint and to the one with the lowest validation loss. Ctrl-C saves a checkpoint before it ends the run,
+and --resume continues from it. Messages go to stderr.
 """
 
 import sys

@@ -1,4 +1,7 @@
-"""Settings: dataclasses become flat flags and YAML keys.  Order: defaults < --config file < flags."""
+"""Turns dataclasses into command-line flags and YAML settings, and user mistakes into one-line errors.
+
+A --config file overrides the defaults of the dataclasses, and flags override the file.
+"""
 
 import collections
 import dataclasses
@@ -18,18 +21,22 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, _loade
 from src.errors import UserError, one_line
 from src.files.plain_yaml import PlainLoader, read_yaml
 
-_loaders_dumpers.yaml_default_loader = PlainLoader  # of a flag's value: its own crashes on deep nesting
-set_parsing_settings(import_path_denylist=["*"])  # besides the sections, see `parse_flags`
+_loaders_dumpers.yaml_default_loader = PlainLoader  # jsonargparse's own loader crashes on deeply nested flag values
+set_parsing_settings(import_path_denylist=["*"])  # settings must not import code; `parse_flags` allows its sections
 
 
 def run(main):
-    """Run a script's main() and end with its exit code: a UserError is one line on stderr and 2, Ctrl-C is 130."""
+    """Run a script's main() and exit with the code that it returns.
+
+    A UserError is printed as one line on stderr and exits with code 2. Ctrl-C exits with code 130."""
     sys.exit(_guarded(main))
 
 
 def before_torch(parse_args):
-    """Decorator of a script's parse_args: where the script is what runs, the command line is read here and now, so that
-    --help and a wrong flag are answered before the script goes on to import torch, which takes seconds."""
+    """Decorator for the parse_args of a script that imports torch after it.
+
+    If the script is run (not imported), the command line is parsed right here. So --help and wrong flags are answered
+    at once, before the import of torch, which takes seconds."""
     if parse_args.__module__ != "__main__":
         return parse_args
     parsed = _guarded(parse_args)
@@ -39,7 +46,7 @@ def before_torch(parse_args):
 
 
 def _guarded(function):
-    """What a function of a script returns; mistakes of the user's are told in one line and end the program."""
+    """Returns function(). Mistakes of the user are printed as one line and end the program."""
     _prepare_streams()
     try:
         _check_folder()
@@ -55,7 +62,7 @@ def _guarded(function):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of stdout went away (`| head`): not a mistake
+    except BrokenPipeError:  # the reader of stdout has closed it (`| head`), which is not a mistake
         _drop_stdout()
         sys.exit(0)
     except OSError as error:
@@ -69,16 +76,17 @@ def _guarded(function):
 def _check_folder():
     try:
         os.getcwd()
-    except FileNotFoundError:  # libraries die of it in ways of their own
-        raise UserError("the folder that this shell is in was deleted: change to one that exists") from None
+    except FileNotFoundError:  # checked here, because libraries fail later with a traceback
+        raise UserError("the current folder was deleted: change to a folder that exists") from None
 
 
-_ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, and try again")
+# Advice for the OSErrors that are mistakes of the user; any other OSError is a bug and keeps its traceback.
+_ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some disk space and try again")
 _ADVICE[errno.ENAMETOOLONG] = "choose a shorter name"
 
 
 class _Messages(io.FileIO):
-    """A file of messages: one that cannot be written (no room, nobody reads any more) is lost, and the work goes on."""
+    """stderr that drops a message if it cannot be written (disk full, reader gone), so that the work continues."""
 
     def write(self, data):
         try:
@@ -88,34 +96,37 @@ class _Messages(io.FileIO):
 
 
 def _prepare_streams():
-    """UTF-8, whatever the locale; a stream that was closed (`>&-`) is an empty one; a notebook's cannot change."""
+    """Make the standard streams UTF-8 in any locale, and replace closed ones (`>&-`) by /dev/null.
+
+    The streams of a notebook cannot be reconfigured and stay as they are."""
     if sys.stderr is not None and sys.stderr is sys.__stderr__:
         file = io.BufferedWriter(_Messages(sys.stderr.fileno(), "w", closefd=False))
         sys.stderr = io.TextIOWrapper(file, encoding="utf-8", line_buffering=True)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (it takes the closed number)
+            # opening it now also takes the closed file descriptor, so no later file can get number 1 or 2
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream, errors in ((sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 def _drop_stdout():
-    """What is still to be written to stdout would fail once more."""
+    """Discard what is still buffered for stdout: Python flushes it at exit, which would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def write_text(path, text: str, mode: str = "w"):
-    """Write a file of UTF-8 text.  UserError where it cannot be written."""
+    """Write text to a file as UTF-8.  Raises UserError if the file cannot be written."""
     try:
         with open(path, mode, encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room, or name another file") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; correct the path, or free disk space") from None
 
 
 def check_writable(path):
-    """UserError where a file cannot be written: asked before long work, not after."""
+    """Raises UserError if a file cannot be written.  Call it before long work, to fail early."""
     is_new = not os.path.exists(path)
     write_text(path, "", "a")
     if is_new:
@@ -123,19 +134,21 @@ def check_writable(path):
 
 
 class _Parser(ArgumentParser):
-    file = None  # the --config file whose values are parsed
+    """jsonargparse's parser with its error messages rewritten as one plain line."""
+
+    file = None  # the --config file that is being parsed, for error messages
 
     def error(self, message, ex=None):
-        if not self.exit_on_error:  # the parser of one item of a section: its parser says where it stands
+        if not self.exit_on_error:  # a nested parser for one item of a section; the outer parser adds the location
             super().error(message, ex)
         where = f"--config {self.file}: " if self.file else ""
         print(f"error: {where}{self._plainly(one_line(message))} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
     def _plainly(self, message):
-        """The parser's message about a wrong value as flag, value, what is allowed."""
+        """Rewrite jsonargparse's message about a wrong value as "--flag value: expected type"."""
         if imports := re.match(r'Parser key "([\w.]+)": .*Importing .* is not allowed', message):
-            return f"--{imports[1]}: this is no section: settings are plain values and import nothing"
+            return f"--{imports[1]}: this is not a section: settings are plain values and import nothing"
         item = re.match(r'Parser key "([\w.]+)": Problem with given class_path \S+ (.*)$', message)
         if item:
             return f"{item[1]}: {self._plainly(item[2]).removeprefix('--')}"
@@ -143,23 +156,27 @@ class _Parser(ArgumentParser):
         if not wrong:
             return re.sub(r'Parser key "([\w.]+)":', r"--\1:", message)
         action = next((a for a in self._actions if a.dest == wrong[1]), None)
-        told = re.search(r"Subtypes: \[(.*?)\]|Expected an? (<.*?>)", message)  # an item's field has no action here
-        allowed = str(getattr(action, "_typehint", told and (told[1] or told[2]) or "another type"))
+        if action is not None and hasattr(action, "_typehint"):
+            allowed = str(action._typehint)
+        else:  # a field inside a section's item has no action here, so the type is taken from the message
+            types = re.search(r"Subtypes: \[(.*?)\]|Expected an? (<.*?>)", message)
+            allowed = (types[1] or types[2]) if types else "another type"
         allowed = re.sub(r"typing\.Literal|<class '([\w.]+)'>", lambda m: m[1] or "one of ", allowed)
         return f"--{wrong[1]} {wrong[2]}: expected {allowed}"
 
 
 def parse_flags(description, *classes, argv=None, positional=None, defaults=None):
-    """Flags and YAML into instances of the dataclasses `classes`, in their order.
+    """Parse flags and --config files into instances of the dataclasses `classes`, and return them in that order.
 
-    Every field is a flag of its own name; its help is its line under `Args:` in the class docstring. A list takes one
-    or more values, a bool takes `--x`, `--x true` or `--x false`, a `bool | str` also `--x word`. `positional` names a
-    field that needs no flag; `defaults(parsed)` gives {name: value} that replace defaults of the classes.
-    Raises UserError where a dataclass refuses its values; a wrong flag ends the program with one line and code 2.
+    Each field becomes a flag with the field's name. Its help text is its line under `Args:` in the class docstring.
+    A list takes one or more values. A bool takes `--x`, `--x true` or `--x false`; a `bool | str` takes `--x word` too.
+    `description` is the text at the top of --help, usually the script's docstring. `positional` names the field that
+    takes the words without a flag. `defaults(parsed)` may return {name: value} to replace defaults of the classes.
+    Raises UserError if a dataclass rejects its values. A wrong flag ends the program with one line and exit code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(description=description, formatter_class=_Formatter, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file of the same names as the flags below")
+    parser.add_argument("--config", help="YAML file of settings named like the flags below; flags override it")
     for cls in classes:
         parser.add_class_arguments(cls, as_group=True)
     fields = {name: field for cls in classes for name, field in _flags(cls)}
@@ -175,11 +192,13 @@ def parse_flags(description, *classes, argv=None, positional=None, defaults=None
     try:
         return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls)}) for cls in classes)
     except UserError as error:
-        raise UserError(f"{error} (flags over --config {', '.join(files)})" if files else error) from None
+        raise UserError(f"{error} (settings from --config {', '.join(files)} and flags)" if files else error) from None
 
 
 def _expand(parsed, fields):
-    """~/x of a YAML file, or of --flag=~/x, which shells leave as it is, is in the home folder; not so in a text."""
+    """Replace ~/ by the home folder, which the shell does not do in a YAML file or in --flag=~/x.
+
+    Values that are text rather than paths (prompts, suffixes, field names) stay as they are."""
     for name in fields:
         if name.split("_")[-1] not in ("prompt", "suffix", "field") and str(parsed.get(name)).startswith("~/"):
             parsed[name] = os.path.expanduser(parsed[name])
@@ -187,7 +206,7 @@ def _expand(parsed, fields):
 
 
 def _parse_files(parser, files, fields):
-    """What the --config files set, a later file over an earlier one."""
+    """Returns the settings of the --config files; a later file overrides an earlier one."""
     parsed = None
     for parser.file in files:
         values = read_yaml(parser.file, "--config")
@@ -199,13 +218,15 @@ def _parse_files(parser, files, fields):
 
 
 def _unknown(name, fields, flag=""):
+    """The message for an unknown setting, with the closest known name; flag is "--" or empty."""
     close = difflib.get_close_matches(name, fields, 1)
     return f"there is no setting {flag}{name}" + (f": did you mean {flag}{close[0]}?" if close else ": see --help")
 
 
 def build(cls, values, where=""):
-    """cls(**values) and its sections.  UserError for a setting that is unknown, left empty, of another kind than its
-    field, or not finite, and where the class itself refuses it by a ValueError."""
+    """Returns cls(**values), with nested sections built as well.  `where` is a prefix of error messages.
+
+    Raises UserError if a setting is unknown, null, not finite or of the wrong type, or if cls raises a ValueError."""
     kinds = {f.name: f.type for f in dataclasses.fields(cls)}
     if unknown := sorted(values.keys() - kinds.keys()):
         raise UserError(f"{where}there is no setting {unknown[0]}: correct its name, or leave it out")
@@ -215,20 +236,20 @@ def build(cls, values, where=""):
         raise UserError(f"{where}{error}") from None
 
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "nothing"}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "nothing"}
 
 
 def _checked(kind, value, where):
-    """A field's value, made into the dataclass (or the list of them) that its type asks for; 16.0 into the integer 16.
+    """Returns a field's value converted to the field's type `kind`: 16.0 to the int 16, dicts to dataclasses.
 
-    UserError where it is of another kind than the field, for the plain kinds."""
+    Raises UserError if the value does not fit the type. `where` names the setting in that message."""
     kinds = typing.get_args(kind) or (kind,)
     if value is None and type(None) not in kinds and not dataclasses.is_dataclass(kind):
         raise UserError(f"{where} is left empty (null): give it a value")
-    if value == "" and type(None) in kinds:  # such as of a shell's variable that is not set
+    if value == "" and type(None) in kinds:  # often an unset shell variable, as in --cache_dir "$CACHE"
         raise UserError(f"{where} is empty: give it a value, or leave it out")
     if isinstance(value, str) and "\0" in value:
-        raise UserError(f"{where} holds a NUL character: correct it")
+        raise UserError(f"{where} holds a NUL character: remove it")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} is {value}: give it a finite number")
     if typing.get_origin(kind) is not list and all(each in KINDS for each in kinds) and type(value) not in kinds:
@@ -245,24 +266,24 @@ def _checked(kind, value, where):
     if not dataclasses.is_dataclass(kind) or isinstance(value, kind):
         return value
     if not isinstance(value, (dict, Namespace, type(None))):
-        raise UserError(f"{where} is {value!r}: it is a section, give it settings of its own")
+        raise UserError(f"{where} is {value!r}: this is a section: give its settings instead")
     return build(kind, dict(value or {}), f"{where}: ")
 
 
 def literal_fields(cls) -> dict:
-    """{field name: allowed values} of a dataclass's Literal fields."""
+    """Returns {field name: allowed values} for the Literal fields of a dataclass."""
     return {
         f.name: typing.get_args(f.type) for f in dataclasses.fields(cls) if typing.get_origin(f.type) is typing.Literal
     }
 
 
 class _Formatter(DefaultHelpFormatter):
-    def _fill_text(self, text, width, indent):  # keep a script's example commands as they are written
+    def _fill_text(self, text, width, indent):  # argparse would re-wrap the example commands of the description
         return "".join(f"{indent}{line}\n" for line in text.strip().splitlines())
 
 
 def _flags(cls, start=""):
-    """(flag, field) of all fields; those of a section (a field that is a dataclass itself) are `section.field`."""
+    """Yields (flag name, field) for every field; fields of a nested dataclass are named `section.field`."""
     for field in dataclasses.fields(cls):
         yield start + field.name, field
         if dataclasses.is_dataclass(field.type):
@@ -270,14 +291,17 @@ def _flags(cls, start=""):
 
 
 def _is_list(field):
-    """Whether the field takes a list of words; a list of sections is given as JSON."""
+    """Whether the flag takes several words.  A list of dataclasses does not: it is given as JSON."""
     return typing.get_origin(field.type) is list and not dataclasses.is_dataclass(typing.get_args(field.type)[0])
 
 
 def _normalise(argv, fields, positional):
-    """(files of --config, words): `--flag` -> `--flag=true`; `--paths a b` -> `--paths=["a", "b"]`; free words -> the
-    positional field."""
-    out, free, files, words = [], [], [], collections.deque(argv)
+    """Rewrite the command line into the form that jsonargparse parses.  Returns (--config files, rewritten words).
+
+    `--flag` becomes `--flag=true`, and `--paths a b` becomes `--paths=["a", "b"]`. Words without a flag become the
+    value of the positional field."""
+    out, free, files = [], [], []
+    words = collections.deque(argv)
     while words:
         word = words.popleft()
         name, is_assigned, value = word.partition("=")
@@ -298,8 +322,9 @@ def _normalise(argv, fields, positional):
             is_word = field.type == bool | str and following[:1] != "-"
             has_value = is_word or following.lower() in ("true", "false", "yes", "no")
             out.append(f"{name}={words.popleft() if has_value else 'true'}")
-        else:  # the value is the next word, whatever it looks like
-            value = value if is_assigned else words.popleft() if words else None
+        else:  # the value is the next word, even if it looks like a flag
+            if not is_assigned:
+                value = words.popleft() if words else None
             if field is not None:
                 out.append(name if value is None else f"{name}={value}")
             elif value:
@@ -309,8 +334,8 @@ def _normalise(argv, fields, positional):
     if free and not _is_list(fields[positional]):
         out.append(f"--{positional}={free.pop(0)}")
         if free:
-            advice = "quote values with spaces" + "; did you mean --prompt?" * ("prompt" in fields)
-            raise UserError(f"{free[0]!r} is one word too many: {positional} is a single path; {advice}")
+            advice = "quote values that contain spaces" + "; did you mean --prompt?" * ("prompt" in fields)
+            raise UserError(f"unexpected word {free[0]!r}: {positional} is a single path; {advice}")
     return files, out + ([_list_flag(positional, free)] if free else [])
 
 

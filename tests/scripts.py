@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, for tests: how to start one, small settings, a small corpus."""
+"""Helpers for tests that run scripts in their own process: starting one, small settings, a small corpus."""
 
 import json
 import signal
@@ -14,15 +14,15 @@ SMALL += "--tokenizer byte --precision fp32 --device cpu --sample_tokens 4 --eva
 
 
 def start(*words, **options):
-    """A script in a process of its own, which Ctrl-C ends even where the tests run in the background."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background jobs inherit it, and hand it on
+    """Start a script in its own process.  It can be stopped with SIGINT even if the tests run in the background."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # inherited by background jobs of a shell
         signal.signal(signal.SIGINT, signal.default_int_handler)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, **(pipes | options))
 
 
 def run_script(*words, stdin=None):
-    """(exit code, stdout, stderr) of a script in a process of its own."""
+    """Run a script in its own process.  Returns (exit code, stdout, stderr)."""
     child = start(*words, stdin=subprocess.PIPE)
     out, err = child.communicate(stdin, timeout=300)
     return child.returncode, out, err
@@ -35,7 +35,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(home):
-    """Flags that name a small corpus and a cache."""
+    """Flags for a small corpus and a cache folder."""
     for name, numbers in (("train", range(100)), ("valid", range(100, 130))):
         lines = (json.dumps({"text": f"def f{n}(x):\n    return x{' + x' * (n % 7)}\n"}) + "\n" for n in numbers)
         (home / f"{name}.jsonl").write_text("".join(lines))

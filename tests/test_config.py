@@ -1,4 +1,4 @@
-"""Flags and YAML: their order and forms, and one clear line with exit code 2 for every mistake."""
+"""Flags and YAML files: precedence, forms of values, and one clear line with exit code 2 for every mistake."""
 
 import dataclasses
 import io
@@ -39,7 +39,7 @@ def config_file(tmp_path):
 
 
 def refused(capsys, *argv, parse_args=train_trm_lm.parse_args):
-    """The one line that a command line is refused with."""
+    """Returns the one-line error that a wrong command line ends with."""
     with pytest.raises(SystemExit) as caught:
         run(lambda: parse_args(list(argv)))
     out = capsys.readouterr()
@@ -120,7 +120,7 @@ class TestForms:
 
     @pytest.mark.parametrize("text", ["[1, 2", "[[京都]]", "[1, 2]", "[a]", "[]"])
     def test_a_prompt_may_look_like_a_list(self, text):
-        """Python and wiki text begin with brackets."""
+        """Python code and wiki markup may begin with brackets."""
         assert generate.parse_args(["--prompt", text])[0].prompt == [text]
 
     def test_positional(self):
@@ -147,7 +147,7 @@ class TestForms:
         (["--optimizer", "sgd"], ["--optimizer sgd", "adamw", "muon"]),
         (["--norm", "mid"], ["--norm mid", "post", "pre", "sandwich"]),
         (["--learning_rate", "1"], ["--learning_rate"]),
-        (["--max_step", "1"], ["--max_step"]),  # a beginning is not the name: lists and switches would go wrong
+        (["--max_step", "1"], ["--max_step"]),  # no abbreviations: they would break lists and switches
         (["--batch", "8"], ["--batch"]),
         (["word"], ["word"]),
         (["-x"], ["-x"]),
@@ -288,7 +288,7 @@ def test_too_many_words(capsys):
 
 
 def documented(cls, start=""):
-    """(flag, field's name, its class's docstring) of every setting, those of a section as `section.name`."""
+    """Yields (flag, field name, class docstring) for every setting; the flags of a section are `section.name`."""
     for f in dataclasses.fields(cls):
         if dataclasses.is_dataclass(f.type):
             yield from documented(f.type, f"{start}{f.name}.")
@@ -368,7 +368,7 @@ def test_a_deleted_working_folder_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "gone").rmdir()
     with pytest.raises(SystemExit, match="2"):
         run(lambda: None)
-    assert "the folder that this shell is in was deleted" in capsys.readouterr().err
+    assert "the current folder was deleted: change to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--batch_size", str(2**40)], ["--max_steps", "0"]])
@@ -378,10 +378,10 @@ def test_sizes_of_a_run_are_bounded(flags):
 
 
 class TestStart:
-    """How a script begins: its flags before its imports, and whatever its streams are."""
+    """The start of a script: flags are parsed before slow imports, and any state of the standard streams works."""
 
     def test_flags_are_answered_before_torch_is_imported(self):
-        """For --help and for a wrong flag, of every script; all in one process, as none of them imports torch."""
+        """--help and a wrong flag, for every script. One process is enough, because none of them imports torch."""
         code = """if True:
             import contextlib, glob, io, runpy, sys
             sys.path.insert(0, ".")
@@ -414,7 +414,7 @@ class TestStart:
         assert first(["--seed"]) == ["--seed"] and times == [None, ["--seed"]]
 
     def test_a_notebooks_streams(self, monkeypatch):
-        """%run: stdout has neither reconfigure nor a file behind it."""
+        """Under %run in a notebook, stdout has no reconfigure() and no file descriptor."""
         out = io.StringIO()
         monkeypatch.setattr(sys, "stdout", out)
         monkeypatch.setattr(sys, "stderr", io.StringIO())

@@ -1,4 +1,4 @@
-"""How a run of the tests ends when one of them dies or blocks, by the settings of pyproject.toml."""
+"""The pytest settings of pyproject.toml: a test that crashes or hangs ends the run and is named."""
 
 import os
 import re
@@ -9,7 +9,7 @@ ENDINGS = {"dies": "os.kill(os.getpid(), signal.SIGSEGV)", "blocks": "threading.
 
 
 def test_a_test_that_dies_or_blocks_ends_the_run_by_name(tmp_path):
-    """In files of their own among others, some of which wait for a worker when it happens."""
+    """Both tests are in their own file, among other files that still wait for a worker when the crash happens."""
     for name in (*ENDINGS, "a", "b", "c", "d", "e", "f"):
         tests = f"def test_before(): pass\ndef test_{name}(): {ENDINGS.get(name, 'pass')}\ndef test_after(): pass\n"
         (tmp_path / f"test_{name}.py").write_text(f"import os, signal, threading\n{tests}")
@@ -23,4 +23,4 @@ def test_a_test_that_dies_or_blocks_ends_the_run_by_name(tmp_path):
     assert child.returncode == 1
     for name in ENDINGS:
         assert re.search(rf"worker 'gw.' crashed while running '.*test_{name}\.py::test_{name}'", out)
-        assert f'test_{name}.py", line 3 in test_{name}' in err  # and where it was
+        assert f'test_{name}.py", line 3 in test_{name}' in err  # the stack shows the line

@@ -107,10 +107,10 @@ class TestGenerating:
         words = [trained[0], "--prompt", "def f", "--max_new_tokens", 20, "--temperature", 0]
         plain = call("generate.py", *words)
         full = call("generate.py", *words, "--exit", "halt", "--act_threshold", 1)
-        assert full[1] == plain[1] and "; 2.00 of 2 recursion steps, 12.0 visits a token" in full[2]
+        assert full[1] == plain[1] and "; 2.00 of 2 recursion steps, 12.0 visits per token" in full[2]
         assert "recursion steps" not in plain[2]
         none = call("generate.py", *words, "--exit", "halt", "--act_threshold", 0, "--max_recursion_depth", 7)
-        assert "; 1.00 of 7 recursion steps, 6.0 visits a token" in none[2]
+        assert "; 1.00 of 7 recursion steps, 6.0 visits per token" in none[2]
         deeper = call("generate.py", *words, "--max_recursion_depth", 3)
         assert deeper[0] == 0 and "; 3.00 of 3 recursion steps" in deeper[2]
         assert_one_line(*call("generate.py", *words, "--max_recursion_depth", 0), "max_recursion_depth is 0")

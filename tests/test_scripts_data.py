@@ -60,7 +60,7 @@ def test_extract_texts_refuses(tmp_path):
         ([], "no paths given"),
         ([str(tmp_path / "nowhere.jsonl")], "nowhere.jsonl does not exist"),
         ([str(text), "--output", str(text)], "is one of the files to read"),
-        ([str(text), "--output", str(tmp_path / "o.txt.gz")], "plain text is written: name a file that ends in .txt"),
+        ([str(text), "--output", str(tmp_path / "o.txt.gz")], "plain text is written: choose a name that ends in .txt"),
         ([str(text), "--output", ""], "plain text is written"),
         ([str(text), "--max_doc_mb", "1e300"], "max_doc_mb is 1e.300: set it over 0"),
         ([str(text), "--max_doc_mb", "-1"], "max_doc_mb is -1.0: set it over 0"),
@@ -96,9 +96,9 @@ def test_train_spm_refuses(tmp_path):
         (["--input", str(tmp_path / "no.txt")], "no.txt does not exist"),
         (["--input", str(text)], "vocab_size 16000 is too large for this text: the largest possible is"),
         (["--input", str(text), "--vocab_size", "20"], "too small"),
-        (["--input", str(text), "--model_type", "words"], "allowed are bpe and unigram"),
-        (["--input", str(text), "--seed", "-1"], "seed is -1; allowed is 0 to 4294967295"),
-        (["--input", str(text), "--model_prefix", ""], "model_prefix is '', which names no file"),
+        (["--input", str(text), "--model_type", "words"], "set it to bpe or unigram"),
+        (["--input", str(text), "--seed", "-1"], "seed is -1: set it from 0 to 4294967295"),
+        (["--input", str(text), "--model_prefix", ""], "model_prefix is '', which has no file name"),
         (["--input", str(text), "--vocab_size", "275", "--model_prefix", str(text / "m")], "cannot write"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""What surrounds a script: a stderr that takes nothing, a name that is too long."""
+"""Scripts on a difficult system: stderr that cannot be written, a file name that is too long."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def test_messages_to_a_full_disk(tmp_path):
 
 
 def test_messages_that_nobody_reads_any_more(tmp_path):
-    """`train_trm_lm.py 2>&1 | head`, or a terminal that was closed."""
+    """As with `train_trm_lm.py 2>&1 | head`, or after the terminal was closed."""
     child = subprocess.Popen([sys.executable, "-c", CODE, tmp_path / "end"], cwd=ROOT, stderr=subprocess.PIPE)
     child.stderr.close()
     assert child.wait(timeout=60) == 0 and (tmp_path / "end").read_text() == "done"

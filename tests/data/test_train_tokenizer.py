@@ -183,8 +183,8 @@ def test_the_script_refuses(corpus, tmp_path, capsys):
         ([], "--input is missing"),
         (["--input", str(tmp_path / "no.txt")], "no.txt does not exist"),
         (["--input", str(corpus)], "vocab_size 16000 is too large for this text: the largest possible is"),
-        (["--input", str(corpus), "--character_coverage", "2"], "character_coverage is 2.0; allowed is 0.9 to 1.0"),
-        (["--input", str(corpus), "--model_prefix", f"{corpus}/"], "which names no file"),
+        (["--input", str(corpus), "--character_coverage", "2"], "character_coverage is 2.0: set it from 0.9 to 1.0"),
+        (["--input", str(corpus), "--model_prefix", f"{corpus}/"], "which has no file name"),
         (["--input", str(corpus / "b.jsonl.gz"), "--text_field", "x"], "fields there: text"),
         (["--input", str(corpus), "--vocab_size", "300", "--model_prefix", no_folder], "cannot write"),
     ]:

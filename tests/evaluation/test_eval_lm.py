@@ -81,7 +81,7 @@ def test_the_standard_library_is_the_default_text(home, capsys):
     with open(stdlib_files()[1][0], encoding="utf-8") as file:
         first = file.read(40)
     assert out.out.startswith(f"1 document, 40 tokens, 40 bytes, {len(first)} characters")
-    assert "the validation part of the Python standard library" in out.err
+    assert "validation files of the Python standard library" in out.err
 
 
 def test_depth_curve(home, model, capsys):
@@ -96,7 +96,7 @@ def test_depth_curve(home, model, capsys):
     assert [row[5] for row in rows[:4]] == [f"{f.bits_per_byte:.4f}" for f in fixed.steps]
     assert rows[2][6] == "+0.00%"
     best = min(range(3), key=lambda step: fixed.steps[step].bits_per_byte)
-    better = f"depth {best + 1} is better than the trained depth 3: compare the rules with it\n"
+    better = f"a fixed depth of {best + 1} beats the trained depth 3: compare the rules with it\n"
     assert note == ([] if best == 2 else [better])
     assert {row[0]: row[1] for row in rows_of(cheapest)} == {
         k: f"{p['setting']:g}" for k, p in found["cheapest"].items()
@@ -116,7 +116,7 @@ def test_depth_curve(home, model, capsys):
         (["--depth_curve", "curve.jpg"], "ends in .png"),
         (["--depth_curve", "nowhere/curve.png"], "cannot write nowhere/curve.png: No such file"),
         (["--json", "{home}"], "Is a directory"),
-        (["--num_fewshot", "2"], "include_path and num_fewshot are for lm_eval"),
+        (["--num_fewshot", "2"], "include_path and num_fewshot need lm_eval"),
         (["--act_threshold", "0.5"], "act_threshold is for --exit halt"),
         (["--exit", "halt", "--kl_threshold", "0.5"], "kl_threshold is for --exit kl"),
         (["--depth_curve", "curve.png", "--exit", "kl"], "leave out exit"),

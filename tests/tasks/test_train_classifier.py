@@ -138,7 +138,7 @@ def test_predict_takes_texts_without_labels(home, capsys):
         (["--option", "predict", "--test", "train.txt"], "is no classifier (no classifier.safetensors)"),
         (["--option", "generate", "--prompt", "x" * 60], "the prompt has 61 tokens, the context holds 48"),
         (["--option", "guess"], "--option guess: expected one of"),
-        (["--option", "generate", "--dev_out", "none/out.txt"], "dev_out none/out.txt: there is no such folder"),
+        (["--option", "generate", "--dev_out", "none/out.txt"], "dev_out none/out.txt: its folder does not exist"),
         (["--epoch", "3"], "did you mean --epochs"),
     ],
 )  # fmt: skip
