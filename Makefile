@@ -1,4 +1,5 @@
-# Every target makes the .venv that it needs; PYTHON=python3.12 make test chooses the interpreter it is made with.
+# Every target first creates the virtual environment .venv that it needs. PYTHON selects the interpreter for a new one:
+# PYTHON=python3.12 make test
 PYTHON ?= python3
 VENV := .venv/bin/python
 CORE := .venv/.installed
@@ -8,10 +9,10 @@ SLOW := -m slow -n 0 -o faulthandler_timeout=3600
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-kill fuzz lint bench clean
 
-help:           ## list the targets
+help:           ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
-venv: $(DEV)     ## .venv with all packages: requirements-dev.txt, which includes requirements.txt
+venv: $(DEV)     ## create .venv with all packages, those for the tests included
 
 $(CORE): requirements.txt
 	@$(call install,requirements.txt)
@@ -27,28 +28,28 @@ test -x $(VENV) || $(PYTHON) -m venv .venv
 $(VENV) -m pip install --quiet --disable-pip-version-check -r $(1)
 endef
 
-demo: $(CORE)  ## train a small model on Python's standard library, and let it write: about five minutes
+demo: $(CORE)  ## train a small model on Python's standard library and generate text with it (about 5 minutes)
 	rm -rf runs/demo
 	$(VENV) train_trm_lm.py --config configs/demo.yaml --save_dir runs/demo
 	$(VENV) generate.py runs/demo --prompt "def main(" "class Reader:" --max_new_tokens 150 --seed 1
 
-test: $(DEV)  ## the tests: some minutes
+test: $(DEV)  ## run the tests (a few minutes)
 	$(VENV) -m pytest
 
-test-slow: $(DEV)  ## the tests that take longer
+test-slow: $(DEV)  ## run the tests that are marked slow
 	$(VENV) -m pytest $(SLOW)
 
-test-kill: $(DEV)  ## kill a run 25 times, tokenized and streaming: about ten minutes
+test-kill: $(DEV)  ## kill and resume a training run 25 times, tokenized and streaming (about 10 minutes)
 	$(VENV) -m pytest $(SLOW) tests/training/test_kill.py
 
-fuzz: $(DEV)    ## broken files to everything that reads files: make fuzz N=100000
+fuzz: $(DEV)    ## feed broken files to everything that reads files; more of them with make fuzz N=100000
 	$(VENV) tests/fuzz/fuzz.py $(or $(N),10000)
 
-lint: $(DEV)  ## ruff: mistakes and format
+lint: $(DEV)  ## check the code and its format with ruff
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
 
-bench: $(DEV)  ## speed and memory: a table and one JSON line each
+bench: $(DEV)  ## measure speed and memory; each benchmark prints tables and one JSON line
 	$(VENV) benchmarks/bench_train.py
 	$(VENV) benchmarks/bench_generate.py
 	$(VENV) benchmarks/bench_load.py
@@ -56,6 +57,6 @@ bench: $(DEV)  ## speed and memory: a table and one JSON line each
 	$(VENV) benchmarks/bench_data.py
 	$(VENV) benchmarks/bench_engine.py
 
-clean:          ## remove caches and the demo run; .venv, data and other runs stay
+clean:          ## remove caches and the demo run; keep .venv, data and other runs
 	rm -rf runs/demo .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
