@@ -1,16 +1,18 @@
-"""SST-5 and CFIMDB: zero-shot and fine-tuned accuracy of language models, plain and recursive side by side.
+"""Compare language models on SST-5 and CFIMDB (film reviews): zero-shot and fine-tuned accuracy, plain and recursive.
 
     python convert.py data/stories260K/stories260K.bin runs/stories260K --tokenizer data/stories260K/tok512.bin
     python train_trm_lm.py --config configs/english.yaml
     python train_trm_lm.py --config configs/english.yaml --recursion none --n_layers 4 --prelude_layers 0 \\
         --coda_layers 0 --max_steps 2400 --save_dir runs/english_plain
     python experiments/classify.py --models runs/stories260K runs/english_plain runs/english_trm --seeds 0 1 2
-    python experiments/classify.py --models runs/english_trm --tasks sst --seeds 0 --lr 1e-3 --epochs 8   # a change
+    python experiments/classify.py --models runs/english_trm --tasks sst --seeds 0 --lr 1e-3 --epochs 8   # override
     python experiments/classify.py --table                     # mean and spread of all runs so far
 
-`data` holds sst-train.txt, sst-dev.txt, sst-label-mapping.json, and the same of cfimdb. A fine-tuned figure is the
-accuracy on the dev set of the epoch that is best there, as the published ones are; a seed is that of the order of
-examples and of dropout. Zero-shot has no seed. Every run appends one JSON line to `output`; then comes a table.
+The first three commands make the models, and the fourth compares them. The folder `data` holds sst-train.txt,
+sst-dev.txt and sst-label-mapping.json, and the same three files of cfimdb. A fine-tuned accuracy is that of the best
+epoch on the dev set, measured on the same dev set, as in the published figures. A seed changes the order of examples
+and the dropout; zero-shot has no seed. Each run appends one JSON line to `output`. A table of all runs ends the output.
+Each setting of fine-tuning is a flag that overrides the task's own.
 """
 
 import dataclasses
@@ -35,7 +37,7 @@ from src.runtime import choose_device, keep_freed_memory  # noqa: E402
 from src.tasks import classification as task  # noqa: E402
 from src.tasks.finetune import FinetuneConfig, finetune  # noqa: E402
 
-# what differs from FinetuneConfig's defaults
+# settings that differ from the defaults of FinetuneConfig
 TASKS = {
     "sst": {"epochs": 3, "batch_size": 32, "lr": 1e-3},
     "cfimdb": {"epochs": 3, "batch_size": 16, "lr": 1e-3},
@@ -47,15 +49,15 @@ class ClassifyConfig:
     """What to run.
 
     Args:
-        models: checkpoint or run folders of language models
-        tasks: sst, cfimdb
-        options: prompt (zero-shot), finetune
-        seeds: seeds of fine-tuning; one run each
-        data: folder of the labelled texts
-        output: file that one JSON line per run is appended to
-        table: print the table of `output` and run nothing
-        threads: CPU threads; default as torch chooses
-        device: auto, cpu, cuda, ...
+        models: checkpoint folders or run folders of the language models
+        tasks: data sets: sst, cfimdb, or both
+        options: methods: prompt (zero-shot), finetune, or both
+        seeds: seeds of fine-tuning; each seed is one run
+        data: folder with the labelled texts
+        output: file to which each run appends one JSON line
+        table: only print the table of `output`, without new runs
+        threads: number of CPU threads; torch chooses if not given
+        device: device to run on: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
     """
 
     models: list[str] = field(default_factory=list)
@@ -72,34 +74,34 @@ class ClassifyConfig:
         for name, known in (("tasks", TASKS), ("options", ("prompt", "finetune"))):
             for value in getattr(self, name):
                 if value not in known:
-                    raise ValueError(f"{name} {value}: choose of {', '.join(known)}")
+                    raise ValueError(f"{name} {value}: choose from {', '.join(known)}")
         if not (self.models or self.table):
             raise ValueError("models is missing: give checkpoint or run folders, or --table")
 
 
 TUNED = [f for f in dataclasses.fields(FinetuneConfig) if f.name not in ("save_dir", "seed", "resume")]
-Overrides = records.overrides("Change the fine-tuning (by default as the task says).", TUNED, FinetuneConfig)
+Overrides = records.overrides("Settings of fine-tuning, each of which overrides the task's own.", TUNED, FinetuneConfig)
 
 
 def parse_args(argv=None) -> tuple[ClassifyConfig, dict]:
-    """The settings of the script, and those that replace a task's."""
+    """Returns the script's settings, and {name: value} of the fine-tuning settings that override a task's own."""
     config, changes = parse_flags(__doc__, ClassifyConfig, Overrides, argv=argv)
     return config, records.given(changes)
 
 
 def zero_shot(folder, names, dev, device) -> list[float]:
-    """Accuracy by recursion step."""
+    """Returns the accuracy after each recursion step."""
     classifier = task.LlamaZeroShotClassifier(*load_model(folder, device), names)
     scores = classifier.by_depth([example.text for example in dev], batch_size=16)
     return task.accuracies(scores, dev)
 
 
 def fine_tuned(folder, names, train, dev, device, settings) -> list[float]:
-    """Accuracy of the best epoch by supervision step."""
+    """Fine-tune, and return the accuracy of the best epoch after each supervision step."""
     with tempfile.TemporaryDirectory() as save_dir:
         config = FinetuneConfig(save_dir=f"{save_dir}/run", **settings)
         made = finetune(config, folder, train, dev, names, device)
-    if made is None:
+    if made is None:  # Ctrl-C during the training
         raise KeyboardInterrupt
     best, tokenizer = made
     samples, _ = task.encode(dev, tokenizer, best.model.config.max_seq_len)
@@ -107,7 +109,7 @@ def fine_tuned(folder, names, train, dev, device, settings) -> list[float]:
 
 
 def measure(config, changes, name, folder, option, seed) -> dict:
-    """One run: its figures, as they are written to `output`."""
+    """Do one run and return its record, which is one line of `output`."""
     data, device, start = Path(config.data), choose_device(config.device), time.monotonic()
     names = task.read_label_names(data / f"{name}-label-mapping.json")
     train, dev = (task.read_examples(data / f"{name}-{part}.txt", names) for part in ("train", "dev"))
@@ -127,9 +129,9 @@ def measure(config, changes, name, folder, option, seed) -> dict:
 
 
 def print_table(path) -> None:
-    """Per model, task and option: runs, mean and standard deviation of the accuracy, and the mean of each step.
+    """Print a row per model, task and option: runs, mean and standard deviation of the accuracy, mean per step.
 
-    Of runs with the same settings and seed, the last counts."""
+    If a seed was run several times with the same settings, its last run counts."""
     runs = records.by_seed(path, "task", "option", name="model")
     width = max((len(model) for *_, model in runs), default=5)
     print(f"task    option    {'model':{width}}  parameters  runs  accuracy  sd      minutes  by step")

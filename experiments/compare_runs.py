@@ -1,10 +1,12 @@
-"""Several runs drawn over each other: bits per byte of training and validation, learning rate; and a small table.
+"""Draw the learning curves of several runs in one picture, and print a table of their results.
 
     python experiments/compare_runs.py runs/trm runs/llama
     python experiments/compare_runs.py runs/* --x tokens --output runs/all.png
+    python experiments/compare_runs.py runs/trm runs/llama --x elapsed      # against training time
 
-A run's label is its folder's name and the settings in which the runs differ. The table, on stdout: best validation bits
-per byte and their step, steps and tokens done, median tokens per second. Writes the picture `output`.
+The picture `output` shows bits per byte in training and validation, the learning rate, and the speed. A run is labelled
+by its folder name and the settings in which the runs differ. The table on stdout has each run's best validation bits
+per byte and its step, the steps and tokens done, and the median tokens per second.
 """
 
 import sys
@@ -46,8 +48,8 @@ from src.training.curves import (  # noqa: E402
 COLORS = (BLUE, ORANGE, GREEN, PINK, AMBER, SKY, INK)
 X = {"step": ("step", 1, "optimizer step"), "tokens": ("tokens", 1, "training tokens")}
 X["elapsed"] = ("elapsed_s", 1 / 60, "minutes")
-NO_TRAIT = ("save_dir", "resume", "cache_dir", "monitoring.")  # where a run lies and who looks on, not what it is
-LABEL_WIDTH = 150  # characters
+NO_TRAIT = ("save_dir", "resume", "cache_dir", "monitoring.")  # settings that do not influence the result
+LABEL_WIDTH = 150  # characters per line of the legend
 NAMES = {"lr": "learning rate", "tokens_per_s": "tokens per second"}
 SERIES = ("bits_per_byte", "valid_bits_per_byte", "lr", "tokens", "tokens_per_s", "elapsed_s")
 
@@ -57,9 +59,9 @@ class CompareConfig:
     """What to compare.
 
     Args:
-        runs: run folders
-        output: picture to write
-        x: what runs along the x axis: optimizer steps, training tokens, or elapsed minutes
+        runs: run folders to compare; the flag name may be left out
+        output: picture file to write
+        x: quantity on the x axis: optimizer steps, training tokens, or elapsed minutes
     """
 
     runs: list[str] = field(default_factory=list)
@@ -72,7 +74,7 @@ class CompareConfig:
 
 
 class Run(NamedTuple):
-    """A run folder's name, settings and logged series (each (N, 2): steps and values)."""
+    """A run: the name of its folder, its settings, and its logged series (each (N, 2): steps and values)."""
 
     name: str
     settings: dict
@@ -91,7 +93,8 @@ def load_run(folder: str) -> Run:
 
 
 def labels(runs: list[Run]) -> list[str]:
-    """Name and the settings in which the runs differ, such as `llama: recursion none, n_layers 6`."""
+    """Returns a label per run: its name and the settings in which the runs differ, as in
+    `llama: recursion none, n_layers 6`."""
     names = dict.fromkeys(name for r in runs for name in r.settings if not name.startswith(NO_TRAIT))
     differ = [name for name in names if any(r.settings.get(name) != runs[0].settings.get(name) for r in runs)]
     traits = [", ".join(f"{name} {r.settings[name]}" for name in differ if name in r.settings) for r in runs]
@@ -99,7 +102,7 @@ def labels(runs: list[Run]) -> list[str]:
 
 
 def along(run: Run, x: str) -> dict:
-    """The run's series with its steps turned into tokens or minutes."""
+    """Returns the run's series with steps converted to the unit of the x axis: tokens or minutes."""
     name, unit, _ = X[x]
     if x == "step":
         return run.series
@@ -114,7 +117,7 @@ def along(run: Run, x: str) -> dict:
 
 
 def draw(runs: list[Run], x: str, output: str) -> Path:
-    """The picture: training and validation bits per byte to one scale, learning rate, speed, labels."""
+    """Draw the picture: bits per byte in training and validation on the same scale, learning rate, speed, legend."""
     texts = [textwrap.fill(label, LABEL_WIDTH, subsequent_indent="    ") for label in labels(runs)]
     figure, grid = new_figure(5.8 + 0.17 * "\n".join(texts).count("\n") + 0.17)
     train = figure.add_subplot(grid[0, 0])
@@ -135,7 +138,7 @@ def draw(runs: list[Run], x: str, output: str) -> Path:
 
 
 def _draw_bits(train, valid, series):
-    """Each curve's end is labelled: of training where it stands, of validation with its best."""
+    """Draw the upper panels.  Training curves are labelled with their last value, validation curves with their best."""
     style_axes(train, "training, bits per byte")
     style_axes(valid, "validation, bits per byte (the best ringed)")
     curves, ends, bests = [], [], []
@@ -146,14 +149,14 @@ def _draw_bits(train, valid, series):
         if len(points["valid_bits_per_byte"]):
             curves.append(points["valid_bits_per_byte"])
             bests.append((curves[-1][-1, 1], f"best {draw_judged(valid, curves[-1], color)[1]:.3f}", color))
-    set_limits(train, curves, start=0.15)  # the ends are what differs
+    set_limits(train, curves, start=0.15)  # the steep start is cut off, because runs differ at the end
     for axes, texts in ((train, ends), (valid, bests)):
         axes.tick_params(labelbottom=False)
         label_ends(axes, texts)
 
 
 def print_table(runs: list[Run]) -> None:
-    """Run, best validation bits per byte, its step, steps, tokens, median tokens per second; `-` where not logged."""
+    """Print a row per run; `-` stands for a value that was not logged."""
     width = max(3, *(len(r.name) for r in runs))
     print(f"{'run':{width}}  best valid bits/byte  at step    steps   tokens  tokens/s")
     for name, _, series in runs:

@@ -1,6 +1,9 @@
-"""Draw the architecture: what one token's state goes through, and which settings turn it into which family.
+"""Draw the architecture: the path of one token's state through the model, and the settings of each family.
 
-python experiments/draw_architecture.py                       # writes docs/architecture.png
+    python experiments/draw_architecture.py                       # writes docs/architecture.png
+    python experiments/draw_architecture.py --output model.svg
+
+The drawing is fixed: it reads no model and no settings.
 """
 
 import sys
@@ -19,17 +22,17 @@ WIDTH, HEIGHT = 12.0, 5.6  # inches; also the units of all coordinates below
 
 @dataclass
 class DrawConfig:
-    """Where the picture goes.
+    """Where to write the picture.
 
     Args:
-        output: the picture to write (.png, .svg or .pdf)
+        output: picture file to write (.png, .svg or .pdf)
     """
 
     output: str = str(Path(__file__).resolve().parent.parent / "docs" / "architecture.png")
 
 
 class Canvas:
-    """A figure without axes, in inches, with the three shapes that the drawing is made of."""
+    """A figure whose coordinates are inches, with methods for the three shapes of the drawing: box, text, arrow."""
 
     def __init__(self):
         from matplotlib.figure import Figure
@@ -40,7 +43,7 @@ class Canvas:
         self.axes.axis("off")
 
     def box(self, x, y, width, height, text="", color=INK, fill="white", size=10, **style):
-        """A rounded box whose lower left corner is (x, y), with centred text."""
+        """Draw a rounded box with centred text; (x, y) is its lower left corner."""
         from matplotlib.patches import FancyBboxPatch
 
         shape = f"round,pad=0,rounding_size={min(0.12, height / 4)}"
@@ -52,9 +55,9 @@ class Canvas:
         self.axes.text(x, y, text, color=color, fontsize=size, **{"va": "center", "linespacing": 1.4} | style)
 
     def arrow(self, start, end, color=INK, bend=0.0, **style):
-        """An arrow; `bend` curves it to one side."""
-        way = {"arrowstyle": "-|>", "color": color, "lw": 1.3, "connectionstyle": f"arc3,rad={bend}", "shrinkA": 0}
-        self.axes.annotate("", end, start, arrowprops=way | {"shrinkB": 0} | style)
+        """Draw an arrow; `bend` curves it to one side."""
+        props = {"arrowstyle": "-|>", "color": color, "lw": 1.3, "connectionstyle": f"arc3,rad={bend}", "shrinkA": 0}
+        self.axes.annotate("", end, start, arrowprops=props | {"shrinkB": 0} | style)
 
 
 def draw() -> Canvas:

@@ -1,12 +1,12 @@
-"""What rounding weights costs as a recursive model goes deeper: loss in bf16 and int8 over fp32, per recursion step.
+"""Measure what bf16 and int8 cost at each recursion depth: the increase of the loss over fp32.
 
     python experiments/int8_depth.py                                   # the released checkpoint
     python experiments/int8_depth.py runs/trm runs/loop --max_recursion_depth 12 --max_tokens 50000
 
-A recursion step feeds its rounding error to the next one. Each model is read in fp32, in bf16 (weights and arithmetic)
-and with int8 weights (src/quantize.py), and scores the same text at every fixed depth from 1 to max_recursion_depth,
-also over the trained one. Prints a table per checkpoint, then one JSON line: nats per token and bits per byte in fp32,
-and what the others add to them.
+Each recursion step passes its rounding error on to the next, so the error could grow with depth. Each model is loaded
+in fp32, in bf16 (weights and arithmetic) and with int8 weights (src/quantize.py). It scores the same text at every
+fixed depth from 1 to max_recursion_depth, which may exceed the trained depth. Prints a table per checkpoint, then one
+JSON line: nats per token and bits per byte in fp32, and how much bf16 and int8 add to them.
 """
 
 import json
@@ -34,10 +34,11 @@ class DepthConfig:
     """What to measure.
 
     Args:
-        checkpoints: checkpoint or run folders; none = the released checkpoint
-        paths: text to score; none = the validation part of this Python's standard library
-        max_tokens: tokens that are scored
-        max_recursion_depth: deepest depth; default twice the trained one, 4 at least
+        checkpoints: checkpoint folders or run folders; the flag name may be left out. If not given, the released
+            checkpoint is measured
+        paths: text files to score; if not given, the validation files of this Python's standard library
+        max_tokens: number of tokens to score
+        max_recursion_depth: deepest recursion to measure; if not given, twice the trained depth, but at least 4
     """
 
     checkpoints: list[str] = field(default_factory=list)
@@ -47,7 +48,7 @@ class DepthConfig:
 
     def __post_init__(self):
         if self.max_tokens < 1 or (self.max_recursion_depth or 1) < 1:
-            raise ValueError("max_tokens and max_recursion_depth must be 1 or more")
+            raise ValueError("max_tokens and max_recursion_depth must be 1 or more: correct them")
 
 
 def parse_args(argv=None) -> DepthConfig:
@@ -60,7 +61,7 @@ def load(folder, precision):
 
 
 def measure(folder, config: DepthConfig) -> list[dict]:
-    """A row for each recursion step of one checkpoint."""
+    """Returns a row per recursion step of one checkpoint."""
     scores, rule = {}, None
     for precision in PRECISIONS:
         model, tokenizer = load(folder, precision)
@@ -84,7 +85,7 @@ def measure(folder, config: DepthConfig) -> list[dict]:
 
 
 def print_rows(folder, rows):
-    print(f"{folder}: nats/token (bits/byte) in fp32, and what is added to them\n")
+    print(f"{folder}: nats/token (bits/byte) in fp32, and what bf16 and int8 add\n")
     print(f"{'step':>7}  {'visits':>6}  {'fp32':>17}  {'bf16':>19}  {'int8':>19}")
     for row in rows:
         cells = [f"{row['nats']:.4f} ({row['bits_per_byte']:.4f})"]

@@ -1,4 +1,4 @@
-"""What the experiments of several seeds share: a file of one JSON line per run, and flags that change a recipe."""
+"""Shared by the experiments with several seeds: a file with one JSON line per run, and flags that override a recipe."""
 
 import dataclasses
 import json
@@ -8,16 +8,17 @@ from src.errors import UserError
 
 
 def keep(output, record: dict) -> None:
-    """Append one run to the file, which is made where there is none."""
+    """Append one run to the file, which is created if needed."""
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with open(output, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def by_seed(output, *kind: str, name: str) -> dict[tuple, list[dict]]:
-    """{(values of `kind`, name and changes): records, one per seed}; of runs with the same seed, the last counts.
+    """Group the runs in a file by what was run.  Returns {key: records, one per seed}.
 
-    UserError where the file is none of runs."""
+    A key has the values of the fields `kind`, then the field `name` with the changed settings. If a seed was run more
+    than once, its last run counts. Raises UserError if the file is not a file of runs."""
     runs = {}
     try:
         for line in Path(output).read_text(encoding="utf-8").splitlines():
@@ -26,17 +27,19 @@ def by_seed(output, *kind: str, name: str) -> dict[tuple, list[dict]]:
             key = (*(record[part] for part in kind), f"{record[name]} {changes}".strip())
             runs.setdefault(key, {})[record["seed"]] = record
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--output {output}: no file of runs ({error}); run one first") from None
+        raise UserError(f"--output {output}: this is not a file of runs ({error}): do a run first") from None
     return {key: list(seeds.values()) for key, seeds in runs.items()}
 
 
 def overrides(doc: str, fields, *classes):
-    """A dataclass of the same fields, none of which is set, with the classes' words on them: flags for changes."""
+    """Returns a dataclass of optional fields, for flags that override a recipe: None means "as in the recipe".
+
+    `fields` are taken from the dataclasses `classes`, and so are their help texts."""
     cls = dataclasses.make_dataclass("Overrides", [(f.name, f.type | None, None) for f in fields])
     cls.__doc__ = f"{doc}\n\n    Args:" + "".join(c.__doc__.split("Args:")[1].rstrip() for c in classes)
     return cls
 
 
 def given(changes) -> dict:
-    """{flag: value} of the overrides that are set."""
+    """Returns {name: value} of the overrides that are set."""
     return {name: value for name, value in dataclasses.asdict(changes).items() if value is not None}

@@ -1,11 +1,11 @@
-"""A run's best checkpoint made small: its averaged weights in fp16, config.json, the tokenizer, and nothing else.
+"""Make a small copy of a run's best checkpoint: only its averaged weights in fp16, config.json and the tokenizer.
 
     python experiments/release.py runs/stdlib checkpoints/stdlib
     python experiments/release.py runs/wiki checkpoints/wiki --valid_paths wiki/validation_0.jsonl.gz
 
-Writes the second folder as a checkpoint that load_model opens. Then reads both and compares their losses on the first
-validation batches (of the standard library, where no valid_paths are given): they must be as good as equal, or the
-exit code is 1. Prints the bytes of each file.
+Writes the second folder as a checkpoint that load_model can open, and prints the size of each file. Then it compares
+the losses of both checkpoints on the first validation batches. If they differ by more than 0.001 nats per token, the
+exit code is 1.
 """
 
 import json
@@ -30,9 +30,9 @@ class ReleaseConfig:
     """What to release.
 
     Args:
-        folders: the run (or checkpoint) folder, and the folder to write
-        valid_paths: text to compare the losses on; default: the standard library's validation files
-        batches: how many batches of it
+        folders: the run (or checkpoint) folder to read and the folder to write; the flag name may be left out
+        valid_paths: text to compare the losses on; if not given, the standard library's validation files
+        batches: number of batches to compare the losses on
         batch_size: windows per batch
     """
 
@@ -43,7 +43,7 @@ class ReleaseConfig:
 
     def __post_init__(self):
         if len(self.folders) != 2:
-            raise ValueError("give two folders: the run, and the checkpoint to write")
+            raise ValueError("give two folders: the run to read, and the checkpoint to write")
 
 
 def parse_args(argv=None) -> ReleaseConfig:
@@ -51,20 +51,22 @@ def parse_args(argv=None) -> ReleaseConfig:
 
 
 def release(run_folder, output) -> Path:
-    """Write the best checkpoint of a run to `output`, averaged weights in fp16; returns the checkpoint that it was."""
+    """Write the best checkpoint of a run to `output`, with the averaged weights in fp16.
+
+    Returns the checkpoint folder that was read. Raises UserError if `output` holds other files."""
     source, output = resolve(run_folder), Path(output)
     if output.exists() and any(output.iterdir()) and not (output / "config.json").exists():
-        raise UserError(f"{output} holds other files than a checkpoint: choose another folder")
+        raise UserError(f"{output} has files but no checkpoint: choose another folder")
     if output.resolve() == source.resolve():
         raise UserError(f"{output} is the checkpoint itself: choose another folder")
-    model, tokenizer = load_model(source)
+    model, tokenizer = load_model(source)  # the averaged weights, if the run has them
     info = json.loads((source / "config.json").read_text(encoding="utf-8")).get("info")
     save_checkpoint(output, model.half(), tokenizer, info=info)
     return source
 
 
 def losses(folders, args: ReleaseConfig) -> list[float]:
-    """Nats per token of each checkpoint on the same first validation batches."""
+    """Returns the loss of each checkpoint in nats per token, on the same first validation batches."""
     found = []
     for folder in folders:
         model, tokenizer = load_model(folder)
@@ -83,10 +85,10 @@ def main(argv=None) -> int:
     sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir())}
     for name, size in sizes.items():
         print(f"{name:20}{size:>12,} bytes")
-    print(f"{'together':20}{sum(sizes.values()):>12,} bytes")
+    print(f"{'total':20}{sum(sizes.values()):>12,} bytes")
     before, after = losses((source, output), args)
     is_equal = math.isclose(before, after, rel_tol=0, abs_tol=LARGEST_CHANGE)
-    print(f"validation loss {before:.5f} before, {after:.5f} in fp16: {'as good as equal' if is_equal else 'CHANGED'}")
+    print(f"validation loss {before:.5f} before, {after:.5f} in fp16: {'equal enough' if is_equal else 'CHANGED'}")
     return 0 if is_equal else 1
 
 

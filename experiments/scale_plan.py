@@ -1,24 +1,29 @@
-"""What a training run past this machine needs: memory per process, days, checkpoints, text. Computed, not run.
+"""Estimate what a large training run needs, without running it: memory per process, days, checkpoint sizes, text.
 
     python experiments/scale_plan.py --config configs/default.yaml --vocab_size 32000 --devices 8
     python experiments/scale_plan.py --recursion none --norm pre --n_layers 24 --d_model 2048 --n_heads 32 \
         --vocab_size 32000 --max_seq_len 2048 --batch_size 512 --grad_accum 4 --devices 64 --tokens 1e12
 
-Parameters and FLOPs are those of src/metrics.py, of a model on the meta device. Memory, in bytes per parameter, as the
-engine holds it, W processes, weights and all that follows from them in fp32:
+It takes the flags of train_trm_lm.py, and those of "What is planned" below. Prints tables, then one JSON line. GB are
+10^9 bytes, GiB are 1024^3 bytes. The figures come from these rules:
 
-    DDP     weights 4, gradients 4, buckets in which they are exchanged 4, AdamW's moments 8, average 4
-    shard   the same divided by W, without buckets, and whole weights 4 and gradients 4: one gathering serves every
-            visit; to write a checkpoint all but the gradients is made whole once more, in every process
+Parameters and FLOPs are counted as in src/metrics.py. Memory is the sum of what each of W processes holds. Weights,
+gradients and AdamW's moments are in fp32; in bytes per parameter:
 
-Activations are simulated: forward and backward pass of one part of a process's batch on fake tensors (shapes without
-numbers), at each operation of which the bytes of all live storages are added up. Eager; a compiled step holds less.
+    DDP     weights 4, gradients 4, buckets that exchange the gradients 4, AdamW's moments 8, averaged weights 4
+    shard   the same divided by W, without buckets; plus the gathered weights 4 and their gradients 4, because the
+            weights are gathered once for all visits. Writing a checkpoint gathers everything but the gradients once
+            more, in every process
 
-Days are training FLOPs (attention included; with gradient checkpointing a third more, which is an upper bound) over
-devices x peak x utilisation: what exchange, evaluation, checkpoints and waiting for text cost is not in them, and a
-utilisation that was measured on one machine is a guess on another. Exchange of gradients is by rings: each process
-sends 8 (W - 1) / W bytes per parameter and update; sharded, 4 (W - 1) / W for each gathering and for each update.
-AdamW is assumed; Muon holds less. Prints tables, then one JSON line; GB are 10^9 bytes, GiB 1024^3.
+Activations are simulated: the forward and backward pass of one accumulation part runs on fake tensors, which have
+shapes but no data, and the bytes of all live tensors are added up at each operation. This is eager mode; a compiled
+step needs less.
+
+Days are the training FLOPs divided by devices x peak x utilisation. The FLOPs include attention, and a third more with
+gradient checkpointing, which is an upper bound. Days leave out the time for exchange, evaluation, checkpoints and
+waiting for text. A utilisation measured on one machine is only a guess for another. Gradients are exchanged by ring
+all-reduce: each process sends 8 (W - 1) / W bytes per parameter and update. With sharding it sends 4 (W - 1) / W for
+each gathering and for each update. The optimizer is AdamW; Muon needs less memory.
 """
 
 import json
@@ -53,16 +58,16 @@ class ScalePlan:
     """What is planned.
 
     Args:
-        tokens: training tokens, one or more numbers such as 1e9
-        devices: GPUs, one process each
-        peak_tflops: TFLOP/s of a device; 312 is an A100's in bf16, dense, by NVIDIA's data sheet
-        utilisation: part of it that training reaches; 0.29 to 0.39 was measured on a CPU, see docs/RESULTS.md
-        link_gb_per_s: GB/s that a process sends to others; 25 is a 200 Gbit/s network card for each
+        tokens: number of training tokens, such as 1e9; several numbers give several columns
+        devices: number of GPUs, with one process each
+        peak_tflops: peak TFLOP/s of a device; 312 is dense bf16 on an A100, by NVIDIA's data sheet
+        utilisation: fraction of the peak that training reaches; 0.29 to 0.39 was measured on a CPU, see docs/RESULTS.md
+        link_gb_per_s: GB/s that a process can send to others; 25 is one 200 Gbit/s network card per process
         disk_gb_per_s: GB/s at which process 0 writes a checkpoint
-        bytes_per_token: UTF-8 bytes of text per token
+        bytes_per_token: mean UTF-8 bytes of text per token
         shard_gb: GB of text in one training file
-        reader_mb_per_s: MB of text that a loading process reads and tokenizes per second; 2.5 as measured on one core:
-            78 batches of 32 x 256 tokens, docs/RESULTS.md
+        reader_mb_per_s: MB of text that one loading process reads and tokenizes per second; 2.5 was measured on one
+            core (78 batches of 32 x 256 tokens, docs/RESULTS.md)
     """
 
     tokens: list[float] = field(default_factory=lambda: [1e9, 1e12])
@@ -78,15 +83,17 @@ class ScalePlan:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not all(0 < number < math.inf for number in (value if isinstance(value, list) else [value])):
-                raise ValueError(f"{name} is {value}: set it over 0")
+                raise ValueError(f"{name} is {value}: set it above 0")
 
 
 def parse_args(argv=None) -> tuple[ScalePlan, Settings]:
-    """The plan's own settings and those of the run; a vocabulary that only the text would tell is assumed."""
+    """Returns the plan's own settings and those of the training run.
+
+    If no vocabulary size is given, the one of a tokenizer that is trained on the spot is assumed."""
     plan, *parts = parse_flags(__doc__, ScalePlan, *Settings.__annotations__.values(), argv=argv)
     settings = Settings(*parts)
     if settings.model.vocab_size is None:
-        print(f"vocab_size is not given: planning with {ON_THE_SPOT_VOCAB:,} tokens", file=sys.stderr)
+        print(f"vocab_size is not given: assuming {ON_THE_SPOT_VOCAB:,} tokens", file=sys.stderr)
         settings = settings._replace(model=replace(settings.model, vocab_size=ON_THE_SPOT_VOCAB))
     parts = settings.train.grad_accum * plan.devices
     if settings.train.batch_size % parts:
@@ -98,8 +105,10 @@ def parse_args(argv=None) -> tuple[ScalePlan, Settings]:
 
 
 class PeakBytes(TorchDispatchMode):
-    """Inside, `now` and `peak` follow the bytes of all storages alive that operations have taken or given, and of those
-    that were given to `add`. One that is resized counts anew when it is next seen."""
+    """Within this context, `now` and `peak` are the current and largest number of bytes in live tensor storages.
+
+    A storage counts once an operation has read or returned it, or once it was passed to `add`. The size of a resized
+    storage is updated when an operation next uses it."""
 
     def __init__(self):
         super().__init__()
@@ -127,15 +136,15 @@ class PeakBytes(TorchDispatchMode):
 
 
 def activation_bytes(config: TRMConfig, rows: int, precision: str = "bf16") -> int:
-    """What forward and backward passes over rows x max_seq_len tokens hold at their peak beside weights and gradients.
+    """Returns the peak bytes of a forward and backward pass over rows x max_seq_len tokens.
 
-    One supervision step after the other, as in training, or all at once with full_bptt. The gradients are there from
-    the start, which is right where several backward passes add to them; a single one makes them as activations go, and
-    may hold less."""
+    Weights and gradients are not included. Supervision steps run one after the other, as in training, or all at once
+    with full_bptt. The gradients exist from the start. This is exact if several backward passes add to them. A single
+    pass creates them while activations are freed, so it may need less."""
     with torch.device("meta"):
         model = TRMModel(config)
     at_once = config.full_bptt or config.train_steps == 1
-    # the attention kernel that holds no T x T scores, as a GPU's
+    # MOST_SCORES 0 selects the attention kernel that never stores T x T scores, as on a GPU
     with FakeTensorMode(allow_non_fake_inputs=True), patch("src.attention.MOST_SCORES", 0), PeakBytes() as memory:
         model.to_empty(device=CPU)
         ids, carry = torch.zeros(rows, config.max_seq_len, dtype=torch.int64), None
@@ -152,16 +161,17 @@ def activation_bytes(config: TRMConfig, rows: int, precision: str = "bf16") -> i
 
 
 def plan_memory(parameters: int, settings: Settings, world: int) -> dict:
-    """{"DDP": {what: bytes}, "shard": {...}} of one process."""
+    """Returns {"DDP": {what: bytes}, "shard": {what: bytes}}, the memory of one process."""
     train, model = settings.train, settings.model
     rows = train.batch_size // train.grad_accum // world
     precision = "bf16" if settings.runtime.precision == "auto" else settings.runtime.precision
     activations = activation_bytes(model, rows, precision)
-    if model.recursion == "trm":  # the other parts' y and z, kept until the next supervision step
+    if model.recursion == "trm":  # y and z of the other accumulation parts wait for the next supervision step
         activations += (train.grad_accum - 1) * 2 * rows * model.max_seq_len * model.d_model * 4
     average = 4 if train.ema_decay else 0
 
     def column(held, whole, buckets):
+        """{what: bytes}: states are split into `held` parts; gathered weights and buckets are in bytes per parameter."""
         sizes = {
             "weights": 4 / held,
             "whole weights": whole,
@@ -178,13 +188,14 @@ def plan_memory(parameters: int, settings: Settings, world: int) -> dict:
 
 
 def plan_speed(plan: ScalePlan, settings: Settings, parameters: int, flops: float) -> dict:
-    """Seconds of an optimizer step, tokens per second, checkpoints, readers."""
+    """Returns the speed of a run: seconds per optimizer step, tokens per second, checkpoints, loading processes."""
     train, model, world = settings.train, settings.model, plan.devices
     tokens = train.batch_size * model.max_seq_len
     products = tokens * flops / (world * plan.peak_tflops * 1e12 * plan.utilisation)
     at_once = model.full_bptt or model.train_steps == 1
     passes = 1 if at_once else model.train_steps
     updates = passes if train.optimizer_step == "supervision" else 1
+    # one pass around the ring: each process sends 4 (W - 1) / W bytes per parameter
     ring = 4 * parameters * (world - 1) / world / (plan.link_gb_per_s * 1e9)
     checkpoint = (12 + 4 * bool(train.ema_decay)) * parameters
     seconds = checkpoint / (plan.disk_gb_per_s * 1e9)
@@ -197,14 +208,14 @@ def plan_speed(plan: ScalePlan, settings: Settings, parameters: int, flops: floa
         "checkpoint_bytes": checkpoint,
         "checkpoint_s": seconds,
         "save_every_1_percent": math.ceil(100 * seconds / products),
-        "run_folder_bytes": (train.keep_checkpoints + 2) * checkpoint,  # the best, and the one that is being written
+        "run_folder_bytes": (train.keep_checkpoints + 2) * checkpoint,  # plus the best one and the one being written
         "readers": readers,
         "readers_per_process": math.ceil(readers / world),
     }
 
 
 def plan_run(plan: ScalePlan, settings: Settings, speed: dict, flops: float, tokens: float) -> dict:
-    """What one number of training tokens takes."""
+    """Returns what a run over `tokens` training tokens needs: steps, days, text, disk space."""
     text = tokens * plan.bytes_per_token
     return {
         "tokens": tokens,
@@ -219,7 +230,7 @@ def plan_run(plan: ScalePlan, settings: Settings, speed: dict, flops: float, tok
 
 
 def make_plan(plan: ScalePlan, settings: Settings) -> dict:
-    """All figures; bytes, seconds, FLOPs."""
+    """Returns all figures, in bytes, seconds and FLOPs; its keys are those of the JSON line."""
     with torch.device("meta"):
         parameters = count_parameters(TRMModel(settings.model))["total"]
     flops = flops_per_token(settings.model).train
@@ -237,7 +248,7 @@ def make_plan(plan: ScalePlan, settings: Settings) -> dict:
 
 
 def show(plan: ScalePlan, settings: Settings, facts: dict) -> None:
-    """The figures as tables."""
+    """Print the figures as tables."""
     model, train, speed, memory = settings.model, settings.train, facts["speed"], facts["memory"]
     rows = train.batch_size // train.grad_accum // plan.devices
     print(
@@ -280,13 +291,14 @@ def show(plan: ScalePlan, settings: Settings, facts: dict) -> None:
 
 
 def clock(days: float) -> str:
-    """14.1 days, 8.2 hours, 12 minutes."""
+    """Format a duration in the largest unit that gives 1 or more: 14.1 days, 8.2 hours, 12 minutes."""
     units = (("days", days), ("hours", 24 * days), ("minutes", 1440 * days))
     unit, number = next((u for u in units if u[1] >= 1), units[-1])
     return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> None:
+    """Print an empty line and a table: the first column is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     print()
     for first, *rest in (header, *rows):

@@ -1,20 +1,22 @@
-"""tinyshakespeare by characters: the recursive families beside plain transformers, and beside published figures.
+"""Compare recursive models with plain transformers and published figures on tinyshakespeare, one token per character.
 
     python experiments/shakespeare.py --recipe prototypes --seeds 0 1
     python experiments/shakespeare.py --recipe anchor_trm anchor_loop anchor_plain --seeds 0 1
-    python experiments/shakespeare.py --recipe anchor_trm --lr 2e-3 --optimizer muon --d_model 160   # change a recipe
+    python experiments/shakespeare.py --recipe anchor_trm --lr 2e-3 --optimizer muon --d_model 160   # override
     python experiments/shakespeare.py --recipe choices --seeds 0 1 2 --threads 1
     python experiments/shakespeare.py --table                  # mean and spread of all runs so far
 
-The customary split: the first 90 % of the text to train, the last 10 % to validate; 65 characters; each step takes
-random windows, as nanoGPT does. A step is the trainer's own (`Trainer.train_step`). At the end the whole validation
-text is read in non-overlapping windows, once with the last weights and once with their moving average: nats per
-character. Every run appends one JSON line to `output` as soon as it is done; with `--table`, or after the last run,
-a table per recipe. Any setting of the model and of training is a flag that replaces the recipe's own.
+The split is the usual one: the first 90 % of the text for training, the last 10 % for validation. The vocabulary is its
+65 characters. Each step takes random windows, as in nanoGPT, and is a step of the trainer (`Trainer.train_step`). At
+the end the whole validation text is scored in non-overlapping windows, in nats per character: once with the last
+weights and once with their moving average. Each run appends one JSON line to `output` when it is done. A table with a
+row per recipe ends the output. The settings of the model and most settings of training are flags that override the
+recipe's own.
 
-Recipes: `prototypes` (width 256, 1,500 steps of 32 x 128) repeat figures of a prototype of this design; `anchor` has
-the budget of nanoGPT's CPU setting, 2,000 steps of 12 x 64 and at most 0.8 M parameters, which reaches 1.88 there
-(README of github.com/karpathy/nanoGPT); `choices` compare one training choice at a time, in 600 steps of that size.
+Groups of recipes: `prototypes` (width 256, 1,500 steps of 32 x 128 tokens) repeats the figures of a prototype of this
+design. `anchor` has the budget of nanoGPT's CPU example, 2,000 steps of 12 x 64 tokens and at most 0.8 M parameters;
+nanoGPT reaches 1.88 with it (README of github.com/karpathy/nanoGPT). `choices` changes one training setting at a time,
+in 600 steps of that size.
 """
 
 import dataclasses
@@ -53,7 +55,7 @@ ANCHOR = PROTOTYPE | {
 TRM = {"recursion": "trm", "latent_steps": 2, "deep_steps": 1, "supervision_steps": 1}
 CHOICES = ANCHOR | TRM | {"supervision_steps": 2, "max_steps": 600}
 DEEPER = CHOICES | {"supervision_steps": 1, "deep_steps": 2}
-# name: (settings of TRMConfig and TrainConfig, the figure to compare with)
+# {name: (settings of TRMConfig and TrainConfig, nats per character to compare with)}
 RECIPES = {
     "plain_2": (PROTOTYPE | {"recursion": "none", "norm": "pre"}, 1.570),
     "plain_6": (PROTOTYPE | {"recursion": "none", "norm": "pre", "n_layers": 6}, 1.514),
@@ -65,7 +67,7 @@ RECIPES = {
     "anchor_loop": (ANCHOR | {"recursion": "loop", "deep_steps": 3, "norm": "pre"}, 1.88),
     "anchor_trm": (ANCHOR | TRM, 1.88),
     "choice_muon": (CHOICES, None),
-    "choice_adamw": (CHOICES | {"optimizer": "adamw", "lr": 1e-3}, None),  # the best of 5e-4, 1e-3, 2e-3, 3e-3
+    "choice_adamw": (CHOICES | {"optimizer": "adamw", "lr": 1e-3}, None),  # best of 5e-4, 1e-3, 2e-3, 3e-3
     "choice_step_per_supervision": (CHOICES | {"optimizer_step": "supervision"}, None),
     "choice_last_gradient": (DEEPER | {"grad_deep_steps": 1}, None),
     "choice_full_gradient": (DEEPER | {"full_bptt": True}, None),
@@ -82,12 +84,12 @@ class ShakespeareConfig:
     """What to run.
 
     Args:
-        recipe: names of recipes, or prototypes, or anchor
-        seeds: seeds of weights, windows and dropout; one run each
-        path: tinyshakespeare's input.txt
-        output: file that one JSON line per run is appended to
-        table: print the table of `output` and run nothing
-        threads: CPU threads; default as torch chooses
+        recipe: names of recipes, or of the groups prototypes, anchor and choices
+        seeds: seeds of weights, windows and dropout; each seed is one run
+        path: path of tinyshakespeare's input.txt
+        output: file to which each run appends one JSON line
+        table: only print the table of `output`, without new runs
+        threads: number of CPU threads; torch chooses if not given
     """
 
     recipe: list[str] = field(default_factory=list)
@@ -101,27 +103,27 @@ class ShakespeareConfig:
         self.recipe = [name for given in self.recipe for name in GROUPS.get(given, [given])]
         for name in self.recipe:
             if name not in RECIPES:
-                raise ValueError(f"recipe {name}: choose of {', '.join((*GROUPS, *RECIPES))}")
+                raise ValueError(f"recipe {name}: choose from {', '.join((*GROUPS, *RECIPES))}")
         if not (self.recipe or self.table):
-            raise ValueError(f"recipe is missing: choose of {', '.join((*GROUPS, *RECIPES))}, or --table")
+            raise ValueError(f"recipe is missing: choose from {', '.join((*GROUPS, *RECIPES))}, or give --table")
 
 
 MODEL = {f.name: f for f in dataclasses.fields(TRMConfig) if f.name not in ("vocab_size", "pad_token_id")}
 TRAIN = {f.name: f for f in dataclasses.fields(TrainConfig)}
 TRAIN = {name: TRAIN[name] for name in PROTOTYPE.keys() & TRAIN.keys() | {"optimizer", "optimizer_step", "compile"}}
 Overrides = records.overrides(
-    "Change the recipe (by default as it says).", (*TRAIN.values(), *MODEL.values()), TrainConfig, TRMConfig
+    "Settings that override the recipe's own.", (*TRAIN.values(), *MODEL.values()), TrainConfig, TRMConfig
 )
 
 
 def parse_args(argv=None) -> tuple[ShakespeareConfig, dict, RuntimeConfig]:
-    """The settings of the script, those that replace a recipe's, and the device's."""
+    """Returns the script's settings, {name: value} that override a recipe's settings, and device and precision."""
     config, changes, runtime = parse_flags(__doc__, ShakespeareConfig, Overrides, RuntimeConfig, argv=argv)
     return config, records.given(changes), runtime
 
 
 def load_text(path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(training ids, validation ids, characters): the first 90 % and the last 10 % of a text, one id a character."""
+    """Returns (training ids, validation ids, characters): the first 90 % and last 10 % of a text, one id per character."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -137,14 +139,14 @@ def load_text(path) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 
 def random_batch(ids: np.ndarray, rows: int, length: int, generator: np.random.Generator) -> dict:
-    """Windows of `length` inputs from anywhere in the text: input_ids and target_ids (rows, length)."""
+    """Draw windows from random places in the text: {input_ids, target_ids}, each (rows, length)."""
     starts = generator.integers(0, len(ids) - length, rows)
     windows = torch.from_numpy(np.stack([ids[start : start + length + 1] for start in starts]))
     return {"input_ids": windows[:, :-1].contiguous(), "target_ids": windows[:, 1:].contiguous()}
 
 
 def validation_batches(ids: np.ndarray, length: int, rows: int = 64):
-    """All of a text in windows side by side; each character but the first is a target once."""
+    """Yields batches of non-overlapping windows over the whole text; each character but the first is a target once."""
     ids = torch.from_numpy(ids)
     padding = -(len(ids) - 1) % length
     inputs = torch.nn.functional.pad(ids[:-1], (0, padding)).view(-1, length)
@@ -154,7 +156,7 @@ def validation_batches(ids: np.ndarray, length: int, rows: int = 64):
 
 
 def train(name: str, seed: int, changes: dict, texts: tuple, runtime: RuntimeConfig) -> dict:
-    """One run of a recipe: its figures, as they are written to `output`."""
+    """Do one run of a recipe and return its record, which is one line of `output`."""
     settings, published = RECIPES[name]
     settings = settings | changes
     train_ids, valid_ids, characters = texts
@@ -163,7 +165,7 @@ def train(name: str, seed: int, changes: dict, texts: tuple, runtime: RuntimeCon
     training = build(TrainConfig, {key: settings[key] for key in settings.keys() & TRAIN.keys()} | {"seed": seed})
     if min(len(train_ids), len(valid_ids)) < config.max_seq_len + 2:
         raise UserError(f"the text has {len(valid_ids)} validation characters: give more, or a smaller max_seq_len")
-    torch._dynamo.reset()  # compiled graphs of the run before
+    torch._dynamo.reset()  # drop the compiled graphs of the previous run
     torch.manual_seed(seed)
     trainer = Trainer(training, TRMModel(config), None, None, None, runtime)
     parameters = count_parameters(trainer.raw)["total"]
@@ -190,13 +192,13 @@ def train(name: str, seed: int, changes: dict, texts: tuple, runtime: RuntimeCon
 
 
 def valid_loss(trainer: Trainer, ids: np.ndarray) -> float:
-    """Nats per character of the whole text, by all supervision steps' answer, in fp32."""
+    """Returns nats per character of the whole text in fp32, for the answer after all supervision steps."""
     batches = validation_batches(ids, trainer.raw.config.max_seq_len)
     return evaluate(trainer.raw, batches, bytes_per_token=1.0)["valid_loss"]
 
 
 def average_valid_loss(trainer: Trainer, ids: np.ndarray) -> float | None:
-    """The same of the moving average of weights; None where the run keeps none."""
+    """Returns the same for the moving average of the weights, or None if the run keeps no average."""
     if trainer.ema is None:
         return None
     with trainer.averaged_weights():
@@ -204,9 +206,9 @@ def average_valid_loss(trainer: Trainer, ids: np.ndarray) -> float | None:
 
 
 def print_table(path) -> None:
-    """Per recipe: runs, parameters, mean and spread (largest less smallest) of the losses, the figure to compare with.
+    """Print a row per recipe: runs, parameters, mean and spread of the losses, the figure to compare with, minutes.
 
-    Of runs with the same settings and seed, the last counts."""
+    If a seed was run more than once with the same settings, its last run counts."""
     runs = {name: seeds for (name,), seeds in records.by_seed(path, name="recipe").items()}
     width = max(map(len, runs), default=6)
     print(f"{'recipe':{width}}  runs  parameters  nats/char  spread  EMA     spread  compare  minutes")
@@ -220,6 +222,7 @@ def print_table(path) -> None:
 
 
 def spread(values: list) -> str:
+    """Format the mean of the values and their spread, which is the largest minus the smallest."""
     if None in values:
         return "-"
     return f"{statistics.mean(values):.4f}  {max(values) - min(values):.4f}"
