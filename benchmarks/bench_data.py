@@ -1,22 +1,25 @@
-"""Data: tokenizing speed, batches per second against what training needs, and memory while a corpus is streamed.
+"""Benchmark the data pipeline: tokenizing speed, batches per second, memory while streaming, time to resume.
 
-    python benchmarks/bench_data.py                              # some minutes
+    python benchmarks/bench_data.py                              # takes a few minutes
     python benchmarks/bench_data.py --paths data/ja_wiki         # on your own text
-    python benchmarks/bench_data.py --need 40                    # batches/s that your training takes
-    python benchmarks/bench_data.py --quick                      # tiny sizes: does it run?
+    python benchmarks/bench_data.py --need 40                    # compare with the batches/s of your training
+    python benchmarks/bench_data.py --quick                      # tiny sizes, to check that it runs
 
-Tokenizing: MB of text (10^6 bytes) per second of `tokenize_corpus`, from .jsonl.gz files to the cache on disk, with 1
-and 2 processes, for several files and for one; beside them SentencePiece alone, on the same text in memory, in the same
-rounds. `ratio` is to SentencePiece alone in as many processes.
+Prints four tables and one JSON line. The text is the source code of the standard library unless --paths are given.
 
-Loader: batches per second of the training loader, tokenized before or streamed, with 0 and 2 loading processes. `ratio`
-is to the need: by default batches/s of forward and backward passes of a model with the default settings, here.
+Tokenizing: MB (10^6 bytes) of text per second of `tokenize_corpus`, from .jsonl.gz files to the cache on disk, with 1
+and 2 processes, for several files and for one. SentencePiece alone on the same text in memory is measured in the same
+rounds. `ratio` compares with SentencePiece alone in as many processes.
 
-Streaming: resident memory (RSS) of a fresh process that streams the corpus once, and ten times as many files; `added`
-is what streaming added to a process that had already loaded everything, at its peak and at its end. `growth` is of the
-whole. State: bytes of what a checkpoint keeps, and seconds to the next batch of a loader that resumes there.
+Loader: batches per second of the training loader, from tokenized text and streamed, with 0 and 2 loading processes.
+`ratio` compares with the need: the batches/s of training. By default that is the speed of forward and backward passes
+of a model with the default settings on this machine.
 
-The text is the standard library's sources where no paths are given. Prints four tables, one JSON line.
+Streaming: resident memory (RSS) of a fresh process that streams the corpus once, and of one that streams ten times as
+many files. `added` is the memory that streaming added after everything was loaded, at its peak and at its end. `growth`
+compares the total memory with that of the small corpus.
+
+State: the bytes that a checkpoint stores about a stream, and the seconds until a loader resumed from it gives a batch.
 """
 
 import functools
@@ -58,17 +61,17 @@ class DataBench:
     """What to measure.
 
     Args:
-        paths: text to measure on, files, globs or folders; none = this Python's standard library
-        text_mb: MB of it that are used, again and again where it is less
-        vocab_size: of the SentencePiece model
+        paths: text to measure on: files, globs or folders; if not given, this Python's standard library
+        text_mb: MB of text to use; a smaller text is repeated
+        vocab_size: vocabulary size of the SentencePiece model
         batch_size: windows per batch
         seq_len: tokens per window
-        shuffle_buffer: windows that a stream shuffles at a time
-        batches: how many are timed per round
-        repeats: rounds; the median is told
-        need: batches/s that training takes; none = measured with a model of the default settings
-        quick: tiny sizes: does it run?
-        child: used by the script itself: the corpus to stream, as JSON
+        shuffle_buffer: number of windows in the shuffle buffer of a stream
+        batches: batches that are timed per round
+        repeats: number of rounds; the median is printed
+        need: batches/s that training needs; if not given, it is measured with a model of the default settings
+        quick: use tiny sizes, to check that the benchmark runs
+        child: internal: the corpus to stream in a child process, as JSON
     """
 
     paths: list[str] = field(default_factory=list)
@@ -88,9 +91,9 @@ class DataBench:
             self.text_mb, self.vocab_size, self.batch_size, self.seq_len = 0.3, 600, 4, 32
             self.shuffle_buffer, self.batches, self.repeats = 16, 5, 1
         if min(self.batch_size, self.seq_len, self.batches, self.repeats, self.shuffle_buffer) < 1 or self.text_mb <= 0:
-            raise ValueError("batch_size, seq_len, batches, repeats, shuffle_buffer must be 1 or more, text_mb over 0")
+            raise ValueError("batch_size, seq_len, batches, repeats, shuffle_buffer must be 1 or more, text_mb above 0")
         if self.need is not None and self.need <= 0:
-            raise ValueError(f"need is {self.need}: set it over 0")
+            raise ValueError(f"need is {self.need}: set it above 0")
 
 
 def parse_args(argv=None) -> DataBench:
@@ -98,7 +101,7 @@ def parse_args(argv=None) -> DataBench:
 
 
 def read_texts(args: DataBench) -> list[str]:
-    """About text_mb MB of documents, the same again where there is less."""
+    """Returns about text_mb MB of documents; a smaller text is repeated."""
     files = find_files(args.paths) if args.paths else stdlib_files()[0]
     texts, left = [], args.text_mb * 1e6
     for text in itertools.chain.from_iterable(read_documents(files) for _ in itertools.count()):
@@ -109,7 +112,7 @@ def read_texts(args: DataBench) -> list[str]:
 
 
 def write_shards(folder: Path, texts: list[str], n_shards: int) -> list[str]:
-    """The texts in .jsonl.gz files, about as much in each."""
+    """Write the texts into n_shards .jsonl.gz files of similar size.  Returns their paths."""
     folder.mkdir()
     for shard in range(n_shards):
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[shard::n_shards])
@@ -121,7 +124,8 @@ def write_shards(folder: Path, texts: list[str], n_shards: int) -> list[str]:
 
 
 def measure_tokenizing(args: DataBench, texts, tokenizer, folder: Path) -> list[dict]:
-    import datasets  # noqa: F401  (so that its import is not timed)
+    """Returns a row per job and number of processes: MB/s, and the ratio to SentencePiece alone."""
+    import datasets  # noqa: F401  (imported here, so that its import is not timed)
 
     one, several = (write_shards(folder / name, texts, n) for name, n in (("one", 1), ("several", N_SHARDS)))
     caches = itertools.count()
@@ -142,7 +146,7 @@ def measure_tokenizing(args: DataBench, texts, tokenizer, folder: Path) -> list[
 
 
 def encode_alone(tokenizer, texts, n_processes) -> None:
-    """Texts that are in memory to tokens that nobody takes."""
+    """Tokenize texts in memory with SentencePiece and drop the tokens: the upper limit of the speed."""
     if n_processes == 1:
         return tokenizer.encode_batch(texts)
     shares = [texts[process::n_processes] for process in range(n_processes)]
@@ -157,7 +161,7 @@ def encode_alone(tokenizer, texts, n_processes) -> None:
 
 
 def measure_need(args: DataBench, vocab_size: int) -> float:
-    """Batches/s of forward and backward passes."""
+    """Returns the batches/s of forward and backward passes of a model with the default settings."""
     from src.model import TRMConfig, TRMModel
 
     device = choose_device()
@@ -168,11 +172,12 @@ def measure_need(args: DataBench, vocab_size: int) -> float:
         model.zero_grad()
         model(ids, ids).loss.backward()
 
-    step()  # the first one is slower
+    step()  # the first step is slower
     return 1 / seconds(step, device)
 
 
 def measure_loader(args: DataBench, sets: dict, need: float) -> list[dict]:
+    """Returns a row per data set and number of loading processes: batches/s, and the ratio to the need."""
     loaders = {
         (name, workers): create_train_loader(data, args.batch_size, num_workers=workers)
         for name, data in sets.items()
@@ -190,7 +195,9 @@ def measure_loader(args: DataBench, sets: dict, need: float) -> list[dict]:
 
 
 def measure_resume(args: DataBench, data, workers: int) -> dict:
-    """Of a stream that has given some batches: bytes of its state, seconds to make one, and to the next batch after."""
+    """Save a stream after some batches and resume it.
+
+    Returns the size of its state in bytes, the seconds to save it, and the seconds until a resumed loader gives a batch."""
     loader = create_train_loader(data, args.batch_size, num_workers=workers)
     for _ in range(args.batches):
         next(loader)
@@ -204,7 +211,7 @@ def measure_resume(args: DataBench, data, workers: int) -> dict:
     again = next(other)
     done = time.perf_counter()
     if not torch.equal(again["input_ids"], next(loader)["input_ids"]):
-        raise UserError("a resumed stream gave another batch than the unbroken one")
+        raise UserError("the resumed stream gave another batch than the uninterrupted one: this is a bug")
     return {"workers": workers, "bytes": len(file.getvalue()), "save_s": saved - start, "resume_s": done - saved}
 
 
@@ -212,7 +219,8 @@ def measure_resume(args: DataBench, data, workers: int) -> dict:
 
 
 def stream_here(args: DataBench) -> None:
-    """RSS in bytes: before the first batch, at the peak, and on average over the last quarter of one epoch."""
+    """In the child process: stream the corpus once and print RSS in bytes, before the first batch, at the peak, and on
+    average over the last quarter of the epoch."""
     job, process = json.loads(args.child), psutil.Process()
     data = stream_of(args, job["files"], read_tokenizer(job["tokenizer"]))
     loader, seen = create_train_loader(data, args.batch_size), []
@@ -225,6 +233,7 @@ def stream_here(args: DataBench) -> None:
 
 
 def measure_memory(args: DataBench, files, model_file: str) -> list[dict]:
+    """Returns a row for one file and a row for all files: memory of a child process that streams them."""
     rows = []
     for times, corpus in ((1, files[:1]), (TIMES, files)):
         job = json.dumps({"files": corpus, "tokenizer": model_file})
@@ -284,6 +293,7 @@ def main(argv=None) -> None:
 
 
 def _mib(row) -> list:
+    """The memory cells of a row: peak and end, added at peak and end, growth at peak and end."""
     sizes = [row[name] / MIB for name in ("peak", "end")]
     added = [(row[name] - row["before"]) / MIB for name in ("peak", "end")]
     return sizes + added + [f"{row[f'{name}_growth_percent']:+.1f}" for name in ("peak", "end")]

@@ -1,14 +1,15 @@
-"""What the training engine costs: its loop with all its parts against a bare loop of the same steps.
+"""Benchmark the overhead of the training engine: its loop against a bare loop that does the same steps.
 
     python benchmarks/bench_engine.py
     python benchmarks/bench_engine.py --d_model 384 --batch_size 32 --rounds 3
-    python benchmarks/bench_engine.py --quick                  # tiny sizes: does it run?
+    python benchmarks/bench_engine.py --quick                  # tiny sizes, to check that it runs
 
-The bare loop draws a batch, runs the model forward and backward, clips the gradient and updates by AdamW. The engine's
-is `Trainer.train`, run folder and all: moving average, guards, metrics.jsonl and TensorBoard every 10 steps, the
-monitor, a checkpoint every `save_every` steps, tqdm. Both work on windows of the standard library, with equal models,
-in rounds that alternate; the engine's rounds go on where the one before ended. Prints milliseconds per step of each
-(medians), then one JSON line. Evaluations are left out on both sides: they are work, not overhead.
+The bare loop loads a batch, runs the model forward and backward, clips the gradient and updates with AdamW. The engine
+is `Trainer.train` with everything it does: the moving average, the checks for non-finite values, metrics.jsonl and
+TensorBoard every 10 steps, the monitor, a checkpoint every `save_every` steps, and the progress bar. Both use equal
+models and windows of the standard library. Their rounds alternate, and each round of the engine continues the one
+before. Evaluations are left out, because they are work that a bare loop would also do. Prints the median milliseconds
+per step of each loop, then one JSON line.
 """
 
 import tempfile
@@ -32,16 +33,16 @@ class EngineBench:
     """What to measure.
 
     Args:
-        rounds: rounds that are measured, after one that is not
-        steps: training steps of a round
+        rounds: measured rounds, after one warm-up round
+        steps: training steps per round
         save_every: steps between checkpoints
         batch_size: windows per step
         seq_len: tokens per window
-        d_model: width
-        num_workers: loading processes of both loops
-        threads: CPU threads; default as torch chooses
-        compile: torch.compile; by default where a compiler is present
-        quick: tiny sizes and few steps: does it run?
+        d_model: width of the model
+        num_workers: loading processes of each loop
+        threads: number of CPU threads; torch chooses if not given
+        compile: use torch.compile; if not given, decided as in training
+        quick: use tiny sizes and few steps, to check that the benchmark runs
     """
 
     rounds: int = 3
@@ -64,7 +65,7 @@ class EngineBench:
 
 
 def make_trainer(args: EngineBench, folder: Path):
-    """A trainer that never evaluates."""
+    """Returns a trainer whose evaluation is switched off."""
     train = TrainConfig(
         save_dir=str(folder), batch_size=args.batch_size, max_steps=args.steps, save_every=args.save_every,
         sample_tokens=0, compile=args.compile, warmup_steps=1,
@@ -77,7 +78,7 @@ def make_trainer(args: EngineBench, folder: Path):
 
 
 class Bare:
-    """The same steps without the engine, on a trainer's model, precision and windows."""
+    """The bare loop: the same steps without the engine, with a trainer's model, precision and loader."""
 
     def __init__(self, trainer):
         self.trainer, config = trainer, trainer.config
@@ -99,6 +100,7 @@ class Bare:
 
 
 def engine(trainer, steps: int):
+    """Train `steps` more steps with the engine."""
     trainer.curriculum.total_steps = trainer.step + steps
     trainer.train()
 

@@ -1,23 +1,28 @@
-"""Generation speed: every path of ours beside transformers with the same weights; looped models; the cache.
+"""Benchmark generation: plain and looped models in every precision, against transformers with the same weights.
 
     python benchmarks/bench_generate.py --threads 1
     python benchmarks/bench_generate.py --shapes 6x384 --batch_sizes 1 --paths fp32 int8 --repeats 9
-    python benchmarks/bench_generate.py --quick                # tiny sizes: does it run?
+    python benchmarks/bench_generate.py --quick                # tiny sizes, to check that it runs
 
-For each shape and batch size, greedy, new tokens per second of all rows, prompts included: the plain family in each
-path, transformers' LlamaForCausalLM.generate in fp32 (scaled_dot_product_attention, its own cache, no EOS), and a
-looped model of the same FLOPs in each path (a third of the layers three times, or a quarter four times). Rounds run
-all of them, one after the other; figures are medians. ratio: plain over transformers; loop_ratio: loop over plain.
-The rows of a batch have prompts of different lengths, padded on the left. Paths: fp32, bf16 (weights and arithmetic)
-and int8 (weights, src/quantize.py) in torch; onnx_fp32 and onnx_int8 as export_onnx.py makes them. What is not
-installed is left out with a line on stderr. `same_tokens`, of fp32 paths: both models wrote the text that transformers
-and the fp32 path wrote, or differ where two tokens are as likely up to rounding; exit code 1 where not.
+For each shape and batch size it generates greedily and measures new tokens per second over all rows, with the time for
+the prompt included. It compares three models: the plain family, transformers' LlamaForCausalLM.generate in fp32 (scaled
+dot-product attention, its own cache, no EOS), and a looped model with the same FLOPs as the plain one (a third of the
+layers applied three times, or a quarter applied four times). Prompts in a batch have different lengths and are padded
+on the left. Each round runs all models, one after the other; figures are medians.
 
-Then, for the first shape, cached against uncached decoding: new_tokens after a prompt of context - new_tokens, so that
-the text ends at `context` tokens. Prints tables, then one JSON line.
+Our models run in several paths. fp32, bf16 (weights and arithmetic) and int8 (weights only, src/quantize.py) use torch;
+onnx_fp32 and onnx_int8 run what export_onnx.py makes. A path whose package is missing is skipped with a line on stderr.
 
-Shapes are layers x width: 6x384 has a vocabulary of 4,096 (what training on the spot makes), the others 32,000; 6x288
-has the hidden width of the Llama models that are trained on TinyStories.
+    ratio         speed of the plain model over transformers
+    loop_ratio    speed of the looped model over the plain model
+    same_tokens   fp32 paths only: both models wrote the same text as transformers and the fp32 path, except from a
+                  token on at which two choices are equal up to rounding; if false, the exit code is 1
+
+Then it compares decoding with and without the cache for the first shape: new_tokens tokens after a prompt of
+context - new_tokens tokens. Prints tables, then one JSON line.
+
+Shapes are layers x width. 6x384 has a vocabulary of 4,096 (like a tokenizer trained on the spot), the others 32,000.
+6x288 has the hidden width of the Llama models that are trained on TinyStories.
 """
 
 import sys
@@ -41,7 +46,7 @@ SHAPES = {
 PLAIN = {"recursion": "none", "n_layers": 6, "norm": "pre"}
 LOOP = {"recursion": "loop", "n_layers": 2, "deep_steps": 3, "norm": "pre"}
 DEEPER = {"8x512": ({"n_layers": 8}, {"deep_steps": 4})}
-TIE = 1e-4  # of two logits: the paths sum in different orders
+TIE = 1e-4  # logits this close are equal: the paths add numbers in different orders
 
 
 @dataclass
@@ -49,17 +54,17 @@ class GenerateBench:
     """What to measure.
 
     Args:
-        shapes: which of 6x384, 6x288, 8x512, tiny
-        batch_sizes: rows that are generated at once; default 1 and 16
-        paths: which of fp32, bf16, int8, onnx_fp32, onnx_int8; default all
-        prompt_tokens: length of the longest prompt
+        shapes: model shapes to measure, from 6x384, 6x288, 8x512 and tiny
+        batch_sizes: numbers of texts generated at once; if not given, 1 and 16
+        paths: precisions to measure, from fp32, bf16, int8, onnx_fp32 and onnx_int8; if not given, all
+        prompt_tokens: length of the longest prompt in tokens
         new_tokens: tokens to generate
-        repeats: rounds that are measured, after one that is not
-        context: length of the text at the end of the comparison with uncached decoding, in tokens
-        uncached_repeats: rounds of that comparison; 0 = none
+        repeats: measured rounds, after one warm-up round
+        context: final length of the text, in tokens, when decoding with and without the cache is compared
+        uncached_repeats: rounds of that comparison; 0 skips it
         max_seq_len: context length of the models
-        threads: CPU threads; default as torch chooses
-        quick: tiny sizes, few repeats, and fp32 alone if paths are not given: does it run?
+        threads: number of CPU threads; torch chooses if not given
+        quick: use tiny sizes, few repeats, and only fp32 unless --paths are given, to check that the benchmark runs
     """
 
     shapes: list[str] = field(default_factory=lambda: ["6x384", "6x288", "8x512"])
@@ -80,7 +85,7 @@ class GenerateBench:
         for name, values, known in (("shapes", self.shapes, SHAPES), ("paths", self.paths, TORCH + ONNX)):
             for value in values:
                 if value not in known:
-                    raise ValueError(f"{name} {value}: choose of {', '.join(known)}")
+                    raise ValueError(f"{name} {value}: choose from {', '.join(known)}")
         if self.quick:
             self.shapes, self.new_tokens, self.repeats, self.uncached_repeats = ["tiny"], 8, 2, 1
             self.prompt_tokens, self.context, self.max_seq_len = 4, 32, 64
@@ -88,7 +93,7 @@ class GenerateBench:
             raise ValueError("prompt_tokens, new_tokens, repeats and batch_sizes must be 1 or more")
         longest = self.prompt_tokens + self.new_tokens
         if not self.new_tokens < self.context <= self.max_seq_len or longest > self.max_seq_len:
-            raise ValueError("context must be over new_tokens, and no text longer than max_seq_len")
+            raise ValueError("context must be above new_tokens, and no text may be longer than max_seq_len")
 
 
 def parse_args(argv=None) -> GenerateBench:
@@ -96,7 +101,7 @@ def parse_args(argv=None) -> GenerateBench:
 
 
 def families(shape: str) -> dict[str, dict]:
-    """Settings of the plain and the looped model, which has the same FLOPs."""
+    """Returns the settings of the plain model and of a looped model with the same FLOPs."""
     plain, loop = DEEPER.get(shape, ({}, {}))
     return {"plain": PLAIN | plain, "loop": LOOP | loop}
 
@@ -107,14 +112,16 @@ def make_model(args: GenerateBench, shape: str, family: dict) -> TRMModel:
 
 
 def random_prompts(vocab_size: int, rows: int, length: int):
-    """ids (B, T), and for several rows a mask (B, T): they get shorter row by row, down to half the length."""
+    """Returns ids (B, T) and a mask (B, T): prompts get shorter row by row, down to half the length.
+
+    The mask is None for one row."""
     ids = torch.randint(0, vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
     padding = torch.arange(rows) * length // (2 * rows)
     return ids, (torch.arange(length) >= padding[:, None]).long() if rows > 1 else None
 
 
 def measure_shape(args: GenerateBench, shape: str) -> list[dict]:
-    """A row for each batch size and path."""
+    """Returns a row per batch size and path."""
     models = {name: make_model(args, shape, family) for name, family in families(shape).items()}
     runs, rows = {}, []
     for path in available(args.paths):
@@ -141,7 +148,7 @@ def measure_shape(args: GenerateBench, shape: str) -> list[dict]:
 
 
 def _same_tokens(jobs: dict[tuple, Greedy], models, path, mask) -> bool:
-    """Whether both models wrote in this path what the others write in fp32."""
+    """Whether both models wrote in this path the same text as transformers and as the fp32 path."""
     others = ("transformers", "plain"), ("fp32", "plain"), ("fp32", "loop")
     pairs = [((path, name), (other, name)) for other, name in others if (other, name) in jobs]
     return all(same_greedy(models[a[1]], jobs[a].ids, jobs[b].ids, mask) for a, b in pairs)
@@ -149,7 +156,8 @@ def _same_tokens(jobs: dict[tuple, Greedy], models, path, mask) -> bool:
 
 @torch.no_grad()
 def same_greedy(model: TRMModel, ids, others, mask=None) -> bool:
-    """Whether two greedy texts (B, T) agree, up to their first choice between tokens that are equally likely."""
+    """Whether two batches of greedy texts (B, T) agree.  A difference is allowed if the first differing tokens have
+    equal logits up to rounding."""
     start = torch.zeros(len(ids), dtype=torch.long) if mask is None else (mask == 0).sum(1)
     for row, other, first in zip(ids, others, start.tolist()):
         differ = (row != other).nonzero()
@@ -162,7 +170,7 @@ def same_greedy(model: TRMModel, ids, others, mask=None) -> bool:
 
 
 def measure_cache(args: GenerateBench, shape: str) -> dict:
-    """Cached against uncached decoding of the plain model of one shape."""
+    """Returns the speed of the plain model with and without the cache, for one shape."""
     model = make_model(args, shape, families(shape)["plain"])
     fast = in_precision(model.config, model.state_dict(), "fp32", "")
     prompt, _ = random_prompts(model.config.vocab_size, 1, args.context - args.new_tokens)
@@ -195,7 +203,7 @@ def main(argv=None) -> int:
     cache = measure_cache(args, args.shapes[0]) if args.uncached_repeats else None
     if cache:
         columns = "prompt_tokens new_tokens cached_tokens_per_s uncached_tokens_per_s ratio same_tokens".split()
-        print("\nwith the cache, and without\n")
+        print("\nwith and without the key/value cache\n")
         print_rows([cache], ("shape",), columns)
     print_json("generate", {"machine": machine(), "rows": rows, "cache": cache})
     wrong = [f"{row['shape']} {row['path']}" for row in rows if row["same_tokens"] is False]

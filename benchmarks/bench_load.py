@@ -1,13 +1,13 @@
-"""generate.py alone, and while other processes keep every core busy.
+"""Benchmark generate.py on an idle machine and while other processes keep every core busy.
 
     python benchmarks/bench_load.py
     python benchmarks/bench_load.py --repeats 9 --precision int8
-    python benchmarks/bench_load.py --quick                    # one short round: does it run?
+    python benchmarks/bench_load.py --quick                    # one short round, to check that it runs
 
-Rounds run generate.py as it is, in a process of its own, on the released checkpoint and on a plain model with random
-weights (6 layers of 384), in turn alone and beside one endless loop a core. Figures are the best of all rounds, in
-tokens/s without the start. ratio: alone over busy. Prints a table, then one JSON line; exit code 1 where a ratio is
-over 3. `machine` tells the threads that it has when alone.
+Each round starts generate.py in its own process, first alone and then beside one endless loop per core. It runs the
+released checkpoint, and a plain model with random weights (6 layers, width 384). Figures are the best of all rounds, in
+tokens/s without the start-up time. `ratio` is the speed alone over the speed on the busy machine. Prints a table, then
+one JSON line; its `machine` has the number of threads when alone. The exit code is 1 if a ratio is above 3.
 """
 
 import os
@@ -26,7 +26,7 @@ from src.model import TRMModel
 from src.model_config import TRMConfig
 from src.tokenizer import read_tokenizer
 
-LIMIT = 3
+LIMIT = 3  # largest acceptable ratio
 
 
 @dataclass
@@ -34,10 +34,10 @@ class LoadBench:
     """What to measure.
 
     Args:
-        new_tokens: length of each text
-        repeats: rounds
-        precision: of generate.py
-        quick: one round of few tokens, whatever the ratio
+        new_tokens: tokens to generate per run
+        repeats: number of rounds
+        precision: --precision of generate.py
+        quick: run one short round and accept any ratio, to check that the benchmark runs
     """
 
     new_tokens: int = 300
@@ -51,7 +51,7 @@ class LoadBench:
 
 
 def speed(folder, args: LoadBench) -> float:
-    """Tokens/s of one run of generate.py, as it says on stderr."""
+    """Run generate.py once and return the tokens/s that it prints on stderr."""
     words = (
         f"--prompt def --seed 1 --device cpu --max_new_tokens {args.new_tokens} --precision {args.precision}".split()
     )
@@ -62,7 +62,7 @@ def speed(folder, args: LoadBench) -> float:
 
 
 def busy_speed(folder, args: LoadBench) -> float:
-    """The same beside one endless loop a core."""
+    """Returns the same while one endless loop per core is running."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
     try:
         return speed(folder, args)

@@ -1,16 +1,18 @@
-"""Memory: the peak of a training step over recursion depth, and of loading a large corpus; a fresh process each.
+"""Benchmark memory: the peak of a training step at several recursion depths, and the peak of loading a large corpus.
 
-    python benchmarks/bench_memory.py                          # some minutes, most of them for the corpus
+    python benchmarks/bench_memory.py                          # takes a few minutes, mostly for the corpus
     python benchmarks/bench_memory.py --corpus_mb 0            # without the corpus
-    python benchmarks/bench_memory.py --quick                  # tiny sizes: does it run?
+    python benchmarks/bench_memory.py --quick                  # tiny sizes, to check that it runs
 
-Training: peak resident memory (RSS) of three eager steps of the trainer (forward and backward per supervision step,
-AdamW), for supervision_steps 1 to 8 and for deep_steps 1 to 4 with grad_deep_steps 1, where it should stay flat, and
-for full_bptt, where it should not. `step` is what the steps added to a process that had already loaded everything;
-`growth` is that of the peak, `step growth` the stricter one of `step`, both against the first line of their group.
+Each measurement runs in a fresh process. Prints two tables, then one JSON line.
 
-Corpus: a .jsonl.gz of `corpus_mb` MB (10^6 bytes) is made in a temporary folder from the standard library's sources,
-again and again, and loaded by `prepare_data`; its peak RSS should stay under 1 GiB. Prints two tables, one JSON line.
+Training: peak resident memory (RSS) of three eager steps of the trainer (forward and backward pass per supervision
+step, AdamW). It should stay flat for supervision_steps 1 to 8, and for deep_steps 1 to 4 with grad_deep_steps 1. It
+should grow with full_bptt. `step` is the memory that the steps added after everything was loaded. `growth` compares the
+peak with the first line of its group; `step growth` does the same for `step`, which is stricter.
+
+Corpus: a .jsonl.gz of `corpus_mb` MB (10^6 bytes) is made in a temporary folder by repeating the source code of the
+standard library. `prepare_data` loads it; the peak RSS should stay under 1 GiB.
 """
 
 import gzip
@@ -42,13 +44,13 @@ class MemoryBench:
     Args:
         batch_size: windows per step
         seq_len: tokens per window
-        d_model: width
+        d_model: width of the model
         steps: training steps per process
-        corpus_mb: size of the compressed corpus in MB; 0 = leave it out
-        corpus_tokenizer: byte, or sentencepiece (trained on the spot)
-        precision: as in training
-        quick: tiny sizes and few settings: does it run?
-        child: used by the script itself: the one setting to measure, as JSON
+        corpus_mb: size of the compressed corpus in MB; 0 skips the corpus
+        corpus_tokenizer: tokenizer for the corpus: byte, or sentencepiece (trained on the spot)
+        precision: precision of training: auto, fp32, bf16 or fp16
+        quick: use tiny sizes and few settings, to check that the benchmark runs
+        child: internal: the one measurement to do in a child process, as JSON
     """
 
     batch_size: int = 32
@@ -73,7 +75,7 @@ def parse_args(argv=None) -> MemoryBench:
 
 
 def groups(args: MemoryBench) -> dict[str, list[dict]]:
-    """{what varies: settings of the model}; the first setting of a group is what the others are compared with."""
+    """Returns {what varies: settings of the model}; the others of a group are compared with its first setting."""
     supervision, deep, full = ((1, 2, 4, 8), (1, 2, 4), (1, 2, 4)) if not args.quick else ((1, 2), (1, 2), (1,))
     return {
         "supervision_steps": [{"supervision_steps": n, "deep_steps": 2} for n in supervision],
@@ -82,11 +84,11 @@ def groups(args: MemoryBench) -> dict[str, list[dict]]:
     }
 
 
-# ---- in the fresh process -------------------------------------------------------------------------------------------
+# ---- in the child process -------------------------------------------------------------------------------------------
 
 
 def training_peak(args: MemoryBench, settings: dict) -> dict:
-    """Bytes: RSS before the first step, and the peak after the last."""
+    """Run training steps.  Returns RSS in bytes before the first step, and the peak after the last."""
     from src.model import TRMConfig, TRMModel
     from src.trainer import Trainer
     from src.training.train_config import TrainConfig
@@ -105,7 +107,7 @@ def training_peak(args: MemoryBench, settings: dict) -> dict:
 
 
 def corpus_peak(path: str, cache_dir: str, tokenizer: str, seq_len: int) -> dict:
-    """Peak RSS in bytes after a corpus was prepared and some shuffled batches were drawn from it."""
+    """Prepare a corpus and load 20 shuffled batches.  Returns peak RSS in bytes, tokens, bytes of text, seconds."""
     from src.dataset import DataConfig, create_dataloader, prepare_data
 
     start = time.perf_counter()
@@ -123,11 +125,11 @@ def measure_here(args: MemoryBench) -> None:
     print(json.dumps(corpus_peak(**job["corpus"]) if "corpus" in job else training_peak(args, job)))
 
 
-# ---- in the process that was started --------------------------------------------------------------------------------
+# ---- in the parent process ------------------------------------------------------------------------------------------
 
 
 def in_fresh_process(args: MemoryBench, job: dict) -> dict:
-    """What a process of its own measured; its messages go to stderr."""
+    """Do one measurement in a child process and return its figures; its messages go to stderr."""
     flags = ["batch_size", "seq_len", "d_model", "steps", "precision"]
     command = [sys.executable, __file__, "--child", json.dumps(job)]
     command += [word for name in flags for word in (f"--{name}", str(getattr(args, name)))]
@@ -138,6 +140,7 @@ def in_fresh_process(args: MemoryBench, job: dict) -> dict:
 
 
 def measure_training(args: MemoryBench) -> list[dict]:
+    """Returns a row per setting: memory before, peak, added by the steps, and growth within its group."""
     rows = []
     for varies, settings in groups(args).items():
         first = None
@@ -154,14 +157,14 @@ def measure_training(args: MemoryBench) -> list[dict]:
 
 
 def write_corpus(path: Path, size: float) -> None:
-    """A .jsonl.gz of about `size` bytes: the standard library's files, one a line, as equal gzip members in a row."""
+    """Write a .jsonl.gz of about `size` bytes: one file of the standard library per line, repeated as gzip members."""
     from src.data.corpus import stdlib_files
 
     block, length = [], 0
     for file in sum(stdlib_files(), []):
         block.append(json.dumps({"text": Path(file).read_text(encoding="utf-8")}) + "\n")
         length += len(block[-1])
-        if length > 4 * size:  # a small corpus needs no more of it
+        if length > 4 * size:  # enough for a small corpus
             break
     packed = gzip.compress("".join(block).encode(), compresslevel=6, mtime=0)
     with path.open("wb") as out:

@@ -1,20 +1,25 @@
-"""Training speed: how much of the machine's matrix-product speed reaches the model.
+"""Benchmark training: the speed of the model as a fraction of the machine's matrix-product speed.
 
-    python benchmarks/bench_train.py                           # none x 6 layers, loop 2 x 3, trm (2, 2, 2): minutes
+    python benchmarks/bench_train.py                           # plain, looped and TRM; takes minutes
     python benchmarks/bench_train.py --families trm --steps 20
-    python benchmarks/bench_train.py --families trm --profile  # where one step's time goes, by kind of operation
-    python benchmarks/bench_train.py --quick                   # tiny sizes: does it run?
+    python benchmarks/bench_train.py --families trm --profile  # the time of one step by kind of operation
+    python benchmarks/bench_train.py --quick                   # tiny sizes, to check that it runs
 
-Prints tokens/s, the model's GFLOP/s, the GFLOP/s of 2048 cubed matrix products in the same process and precision, and
-their ratio; then one JSON line. A step is the trainer's own (`Trainer.train_step`: deep supervision with one backward
-pass per step, clipping, AdamW, moving average). Rounds of products and of one step alternate, so that a machine that
-slows down slows both; figures are medians over the rounds, `best` is the fastest step beside the fastest products.
+Prints tokens/s, the model's GFLOP/s, the GFLOP/s of 2048 x 2048 x 2048 matrix products in the same process and
+precision, and their ratio; then one JSON line. A step is a step of the trainer (`Trainer.train_step`: one backward pass
+per supervision step, clipping, AdamW, moving average). Matrix products and training steps alternate, so that a machine
+that slows down for a while slows both. Figures are medians over the rounds; `best` compares the fastest step with the
+fastest products.
 
-FLOPs are those of `metrics.flops_per_token`: 6 x weights visited with gradient + 2 x those visited without, head
-included, no recomputation. Attention counts 4*T*D forward and 8*T*D backward per token and layer visit: the whole
-square, though a causal model needs half of it. `ratio` leaves attention out, `ratio_attention` has it.
-`shapes` is the ceiling that the block's own products set: forward, input gradient and weight gradient of its linear
-layers at batch x length rows, written into memory that is there already, in the family's mix of the three.
+FLOPs are counted by `metrics.flops_per_token`: 6 x the weights visited with gradient + 2 x the weights visited without,
+with the head and without recomputation. Attention costs 4*T*D forward and 8*T*D backward per token and layer visit.
+This counts the whole square of scores, though a causal model needs half of it.
+
+    ratio             model over matrix products, without the FLOPs of attention
+    ratio_attention   the same with them
+    shapes            the speed limit set by the shapes of the model: the products of a block's linear layers for the
+                      forward pass, input gradient and weight gradient, at batch x length rows, written into existing
+                      memory, and mixed as often as the family needs each of the three
 """
 
 import time
@@ -43,18 +48,19 @@ class TrainBench:
     """What to measure.
 
     Args:
-        families: which of none, loop, trm
-        steps: rounds that are measured, each a burst of matrix products and one training step
-        warmup: steps before them; the first compiles
+        families: families to measure: none (6 layers), loop (2 layers applied 3 times), trm (2 layers; 2 latent, deep
+            and supervision steps each)
+        steps: measured rounds; each has a burst of matrix products and one training step
+        warmup: training steps before the measurement; the first one compiles the model
         batch_size: windows per step
         seq_len: tokens per window
-        d_model: width
-        n_heads: attention heads
-        vocab_size: tokens in the vocabulary
-        matmul_size: n of the n x n x n products
-        compile: torch.compile; by default where a compiler is present, as in training
-        profile: instead of measuring, profile one step (CPU) and group its time by kind of operation
-        quick: tiny sizes and few steps: does it run?
+        d_model: width of the model
+        n_heads: number of attention heads
+        vocab_size: number of tokens in the vocabulary
+        matmul_size: n of the n x n x n matrix products
+        compile: use torch.compile; if not given, decided as in training
+        profile: instead of measuring speed, profile one step on the CPU and group its time by kind of operation
+        quick: use tiny sizes and few steps, to check that the benchmark runs
     """
 
     families: list[str] = field(default_factory=lambda: list(FAMILIES))
@@ -73,7 +79,7 @@ class TrainBench:
     def __post_init__(self):
         for family in self.families:
             if family not in FAMILIES:
-                raise ValueError(f"families {family}: choose of {', '.join(FAMILIES)}")
+                raise ValueError(f"families {family}: choose from {', '.join(FAMILIES)}")
         if min(self.steps, self.warmup, self.batch_size) < 1:
             raise ValueError("steps, warmup and batch_size must be 1 or more")
         if self.quick:
@@ -91,8 +97,8 @@ def model_config(args: TrainBench, family: str) -> TRMConfig:
 
 
 def training_step(args: TrainBench, config: TRMConfig, runtime: RuntimeConfig):
-    """(trainer, a function that does one training step), after the warm-up."""
-    torch._dynamo.reset()  # graphs of the family before
+    """Returns (trainer, a function that does one training step), after the warm-up steps."""
+    torch._dynamo.reset()  # drop the compiled graphs of the previous family
     torch.manual_seed(0)
     settings = TrainConfig(batch_size=args.batch_size, compile=args.compile, max_steps=10**6)
     trainer = Trainer(settings, TRMModel(config), None, None, None, runtime)
@@ -104,7 +110,7 @@ def training_step(args: TrainBench, config: TRMConfig, runtime: RuntimeConfig):
 
 
 class Burst:
-    """Matrix products of one size for a fifth of a second or so; `flops` of one call."""
+    """A job of n x n x n matrix products that takes at least about 0.2 s; `flops` is the work of one call."""
 
     def __init__(self, size: int, dtype, device):
         self.a, self.b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -120,7 +126,9 @@ class Burst:
 
 
 class BlockProducts:
-    """The products of one TinyBlock's four linear layers at `rows` rows, as jobs: forward, grad_input, grad_weight."""
+    """The matrix products of one TinyBlock's four linear layers for `rows` tokens.
+
+    `jobs` has one function per kind: forward, grad_input (x = y w) and grad_weight (w = y^T x)."""
 
     def __init__(self, config: TRMConfig, rows: int, dtype, device):
         def empty(*shape):
@@ -132,7 +140,7 @@ class BlockProducts:
             (empty(rows, m.in_features), empty(m.out_features, m.in_features), empty(rows, m.out_features))
             for m in linears
         ]
-        self.flops = sum(2 * rows * m.in_features * m.out_features for m in linears)  # of each kind
+        self.flops = sum(2 * rows * m.in_features * m.out_features for m in linears)  # per kind
         self.jobs = {kind: getattr(self, kind) for kind in ("forward", "grad_input", "grad_weight")}
 
     def forward(self):
@@ -148,18 +156,20 @@ class BlockProducts:
             torch.mm(y.t(), x, out=w)
 
     def ceiling(self, times: dict, forwards: float) -> float:
-        """FLOP/s of a mix of `forwards` forward products to one of each gradient; times of each kind in s."""
+        """Returns the FLOP/s of a mix with `forwards` forward products for one of each gradient.
+
+        `times` has the seconds of each kind."""
         elapsed = forwards * times["forward"] + times["grad_input"] + times["grad_weight"]
         return (forwards + 2) * self.flops / elapsed
 
 
 def forwards_per_backward(config: TRMConfig) -> float:
-    """Visits of the network to one visit that carries gradient."""
+    """Returns how many visits of the network there are for each visit that carries gradient."""
     return 1.0 if config.recursion == "none" else config.deep_steps / config.grad_deep_steps
 
 
 def measure(args: TrainBench, family: str, runtime: RuntimeConfig) -> dict:
-    """The figures of one family."""
+    """Returns the figures of one family."""
     config = model_config(args, family)
     start = time.perf_counter()
     trainer, step = training_step(args, config, runtime)
@@ -197,8 +207,8 @@ def measure(args: TrainBench, family: str, runtime: RuntimeConfig) -> dict:
     }
 
 
-KINDS = (  # (kind, parts of the names of its operations); the first that fits
-    ("compiled elementwise kernels", ("cpp_fused",)),  # named after all operations that it fuses, attention too
+KINDS = (  # (kind, parts of the names of its operations); the first match counts
+    ("compiled elementwise kernels", ("cpp_fused",)),  # first, because its name lists all operations that it fuses
     ("attention backward products", ("flash_attention_for_cpu_backward", "aten::bmm", "aten::baddbmm")),
     ("attention forward", ("flash_attention_for_cpu",)),
     ("products of linear layers", ("aten::mm", "aten::addmm", "mkldnn::_linear", "aten::linear", "aten::matmul")),
@@ -208,19 +218,19 @@ KINDS = (  # (kind, parts of the names of its operations); the first that fits
 
 
 def kind_of(name: str) -> str:
-    """The kind of an operation of the profiler's table."""
+    """Returns the kind of an operation, given its name in the profiler's table."""
     return next((kind for kind, parts in KINDS if any(part in name for part in parts)), "Python, dispatch and the rest")
 
 
 def profile(args: TrainBench, family: str, runtime: RuntimeConfig) -> dict:
-    """{kind of operation: ms} of one training step."""
+    """Profile one training step.  Returns {kind of operation: ms}, the largest first."""
     import torch._inductor.config
     from torch.profiler import ProfilerActivity
 
-    torch._inductor.config.cpp.enable_kernel_profile = True  # or compiled kernels have no names
+    torch._inductor.config.cpp.enable_kernel_profile = True  # otherwise compiled kernels have no names
     trainer, step = training_step(args, model_config(args, family), runtime)
     if trainer.device.type != "cpu":
-        raise UserError("--profile reads CPU time: add --device cpu")
+        raise UserError("--profile measures CPU time: add --device cpu")
     with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as record:
         step()
     kinds = {}

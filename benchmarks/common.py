@@ -1,4 +1,4 @@
-"""What the benchmarks share: the repository root on sys.path, clocks, a table for people, JSON for programs."""
+"""Shared by the benchmarks: timing, tables, and the JSON line.  Importing it puts the repository root on sys.path."""
 
 import json
 import statistics
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # `python benchmarks/bench_x.py` finds src and tests; import this module before them
+sys.path.insert(0, str(ROOT))  # for `python benchmarks/bench_x.py`; import this module before src and tests
 
 from src.runtime import describe, synchronize  # noqa: E402
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def seconds(job, device=CPU) -> float:
-    """Wall time of one call of job(), s."""
+    """Returns the wall time of one call of job() in seconds."""
     synchronize(device)
     start = time.perf_counter()
     job()
@@ -26,8 +26,10 @@ def seconds(job, device=CPU) -> float:
 
 
 def interleaved(jobs: dict, repeats: int, device=CPU) -> dict[str, list[float]]:
-    """{name: [s, ...]} of `repeats` rounds, each of which runs every job once: what slows the machine for a while
-    slows all jobs alike, so that their ratios hold. Run each job once before, where its first call is slower."""
+    """Time jobs in alternating rounds.  Returns {name: [seconds, ...]}, one number per round.
+
+    A round runs every job once. If the machine slows down for a while, it slows all jobs alike, and their ratios still
+    hold. There is no warm-up: call each job once before, if its first call is slower."""
     times = {name: [] for name in jobs}
     for _ in range(repeats):
         for name, job in jobs.items():
@@ -39,12 +41,12 @@ median = statistics.median
 
 
 def machine(device=CPU) -> dict:
-    """What was measured on: device (with threads), torch."""
+    """Returns the device (with its number of threads) and the version of torch."""
     return {"device": describe(device), "torch": torch.__version__}
 
 
 def print_table(header: list[str], rows: list[list]) -> None:
-    """Columns as wide as needed; numbers with three digits or more, right-aligned."""
+    """Print a table: the first column left-aligned, the others right-aligned, floats with three digits or more."""
     cells = [header] + [[_cell(value) for value in row] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
     for line in cells:
@@ -59,12 +61,12 @@ def _cell(value) -> str:
 
 
 def print_json(name: str, facts: dict) -> None:
-    """The last line of a benchmark's output."""
+    """Print the figures as one JSON line, which is the last line of a benchmark's output."""
     print(json.dumps({"benchmark": name} | _rounded(facts)))
 
 
 def _rounded(value):
-    """Five significant digits are more than a clock can tell."""
+    """Round all floats to five significant digits, which is more precise than the measurements."""
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,9 +1,9 @@
-"""The ways to generate that bench_generate.py compares: our torch and ONNX paths, and transformers, as jobs to time."""
+"""The generators that bench_generate.py compares, as jobs to time: our torch and ONNX paths, and transformers."""
 
 import sys
 from pathlib import Path
 
-import common  # noqa: F401 - the repository root on sys.path
+import common  # noqa: F401  (puts the repository root on sys.path)
 import torch
 from torch import nn
 
@@ -15,11 +15,11 @@ from src.sampling import generate_ids
 from tests.reference import llama_with_weights_of
 
 TORCH, ONNX = ("fp32", "bf16", "int8"), ("onnx_fp32", "onnx_int8")
-EXACT = ("fp32", "onnx_fp32")  # those that must write what transformers writes
+EXACT = ("fp32", "onnx_fp32")  # paths that must write the same text as transformers
 
 
 class Greedy:
-    """A job that generates greedily and keeps what it wrote."""
+    """A job that generates greedily and keeps the ids in `ids`."""
 
     def __init__(self, generate):
         self.generate, self.ids = generate, None
@@ -34,7 +34,7 @@ def ours(model, prompt, new_tokens: int, mask=None, use_cache: bool = True) -> G
 
 
 def in_precision(config, weights: dict, path: str, folder: str):
-    """A model of the weights for one of our paths.  UserError where a package is missing."""
+    """Returns a model with these weights for one of our paths.  Raises UserError if a package is missing."""
     model = TRMModel(config).eval()
     model.load_state_dict(weights)
     if path in ONNX:
@@ -45,7 +45,7 @@ def in_precision(config, weights: dict, path: str, folder: str):
 
 
 def _onnx_model(model, in_int8, folder):
-    """The model as export_onnx.py makes it, but without a tokenizer."""
+    """Returns the model as an ONNX session, exported as by export_onnx.py but without a tokenizer."""
     from src.onnx import export as onnx_export
     from src.onnx.session import GRAPH, OnnxModel, need
 
@@ -59,7 +59,7 @@ def _onnx_model(model, in_int8, folder):
 
 
 def transformers_job(model: nn.Module, prompt, new_tokens: int, mask=None) -> Greedy:
-    llama = llama_with_weights_of(model)  # it has no EOS, so it stops at new_tokens alone
+    llama = llama_with_weights_of(model)  # it has no EOS, so it always generates new_tokens
     assert llama.config._attn_implementation == "sdpa"
     options = {"max_new_tokens": new_tokens, "do_sample": False, "use_cache": True, "pad_token_id": 0}
     options["attention_mask"] = torch.ones_like(prompt) if mask is None else mask
@@ -72,7 +72,7 @@ def transformers_job(model: nn.Module, prompt, new_tokens: int, mask=None) -> Gr
 
 
 def available(paths: list[str]) -> list[str]:
-    """The paths whose packages are installed; a line on stderr for each that is left out."""
+    """Returns the paths whose packages are installed, and prints a line on stderr for each other path."""
     kept = []
     for path in paths:
         try:
@@ -84,5 +84,5 @@ def available(paths: list[str]) -> list[str]:
                 import transformers  # noqa: F401
             kept.append(path)
         except (UserError, ImportError) as error:
-            print(f"{path} is left out: {error}", file=sys.stderr)
+            print(f"{path} is skipped: {error}", file=sys.stderr)
     return kept

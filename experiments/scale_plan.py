@@ -171,7 +171,7 @@ def plan_memory(parameters: int, settings: Settings, world: int) -> dict:
     average = 4 if train.ema_decay else 0
 
     def column(held, whole, buckets):
-        """{what: bytes}: states are split into `held` parts; gathered weights and buckets are in bytes per parameter."""
+        """{what: bytes}; states are split into `held` parts, `whole` and `buckets` are in bytes per parameter."""
         sizes = {
             "weights": 4 / held,
             "whole weights": whole,

@@ -10,8 +10,8 @@ The split is the usual one: the first 90 % of the text for training, the last 10
 65 characters. Each step takes random windows, as in nanoGPT, and is a step of the trainer (`Trainer.train_step`). At
 the end the whole validation text is scored in non-overlapping windows, in nats per character: once with the last
 weights and once with their moving average. Each run appends one JSON line to `output` when it is done. A table with a
-row per recipe ends the output. The settings of the model and most settings of training are flags that override the
-recipe's own.
+row per recipe ends the output. The settings of the model and the main settings of training are flags that override
+the recipe's own.
 
 Groups of recipes: `prototypes` (width 256, 1,500 steps of 32 x 128 tokens) repeats the figures of a prototype of this
 design. `anchor` has the budget of nanoGPT's CPU example, 2,000 steps of 12 x 64 tokens and at most 0.8 M parameters;
@@ -123,7 +123,7 @@ def parse_args(argv=None) -> tuple[ShakespeareConfig, dict, RuntimeConfig]:
 
 
 def load_text(path) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Returns (training ids, validation ids, characters): the first 90 % and last 10 % of a text, one id per character."""
+    """Returns (training ids, validation ids, characters): 90 % and 10 % of a text, one id per character."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
