@@ -197,7 +197,7 @@ def measure_loader(args: DataBench, sets: dict, need: float) -> list[dict]:
 def measure_resume(args: DataBench, data, workers: int) -> dict:
     """Save a stream after some batches and resume it.
 
-    Returns the size of its state in bytes, the seconds to save it, and the seconds until a resumed loader gives a batch."""
+    Returns the bytes of its state, the seconds to save it, and the seconds until a resumed loader's first batch."""
     loader = create_train_loader(data, args.batch_size, num_workers=workers)
     for _ in range(args.batches):
         next(loader)

@@ -1,4 +1,4 @@
-"""benchmarks/ and experiments/ at tiny sizes: they run, their last line is JSON with the figures that are quoted."""
+"""benchmarks/ and experiments/ at tiny sizes: they run, and their last line is JSON with the quoted figures."""
 
 import json
 import sys
@@ -92,7 +92,7 @@ def test_bench_engine(capsys):
     row = json.loads(out.splitlines()[-1])
     each = row["seconds_per_step"]
     assert row["overhead"] == pytest.approx(each["engine"] / each["bare"] - 1, rel=1e-3) and row["steps"] == 4
-    assert each["engine"] > 0.3 * each["bare"]  # all its steps were made
+    assert each["engine"] > 0.3 * each["bare"]  # it really did all its steps
     assert "the engine costs" in out
 
 
@@ -167,7 +167,7 @@ def test_memory_of_a_stream(tmp_path, capsys):
     facts = last_json(capsys)
     assert 2**26 < facts["before"] <= facts["peak"] and facts["end"] <= facts["peak"]
     tokens = sum(len(text.encode()) + 1 for text in texts)
-    assert facts["batches"] == pytest.approx(tokens / (64 * 8), abs=4)  # the end of an epoch shows a buffer later
+    assert facts["batches"] == pytest.approx(tokens / (64 * 8), abs=4)  # the shuffle buffer delays the end of the epoch
 
 
 @pytest.mark.slow
@@ -276,7 +276,7 @@ def test_shakespeare_runs_are_kept_and_tabled(tmp_path, capsys):
 
 @pytest.fixture
 def finished_run(tmp_path):
-    """A run folder with a best checkpoint that has averaged weights and training state; and a validation text."""
+    """A run folder whose best checkpoint has averaged weights and training state, and a validation text."""
     torch.manual_seed(0)
     tokenizer = ByteLevelTokenizer()
     model = TRMModel(TRMConfig(vocab_size=tokenizer.vocab_size, d_model=16, n_heads=2, max_seq_len=16))
@@ -305,7 +305,7 @@ def test_release_keeps_the_averaged_weights_in_half_the_bytes(finished_run, tmp_
     assert next(model.parameters()).dtype == torch.float32 and tokenizer.decode(tokenizer.encode("né")) == "né"
     total = sum(path.stat().st_size for path in output.iterdir())
     assert f"{total:,} bytes" in capsys.readouterr().out
-    monkeypatch.setattr(release, "LARGEST_CHANGE", 0.0)  # fp16 does change the loss a little
+    monkeypatch.setattr(release, "LARGEST_CHANGE", 0.0)  # fp16 changes the loss slightly
     assert release.main([str(run), str(output), "--valid_paths", str(text)]) == 1
 
 
@@ -335,7 +335,7 @@ def test_classifications_are_kept_and_tabled(finished_run, tmp_path, capsys):
     runs = [json.loads(line) for line in output.read_text().splitlines()]
     kinds = [("prompt", 0), ("finetune", 0), ("finetune", 1)]
     assert [(r["task"], r["option"], r["seed"]) for r in runs] == [(t, *k) for t in ("sst", "cfimdb") for k in kinds]
-    assert all(r["accuracy"] == r["by_step"][-1] and len(r["by_step"]) == 2 for r in runs)  # a TRM of two steps
+    assert all(r["accuracy"] == r["by_step"][-1] and len(r["by_step"]) == 2 for r in runs)  # a TRM with two steps
     assert runs[1]["settings"] == classify.TASKS["sst"] | {"epochs": 1, "seed": 0}
     capsys.readouterr()
     classify.main(["--table", "--output", str(output)])

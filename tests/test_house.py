@@ -1,4 +1,5 @@
-"""The house: the core imports no wing, no two files import each other, and what is private stays in its file."""
+"""The structure of src/: the core imports no optional part, there is no circle of imports, private names stay in their
+file, and files and functions are short."""
 
 import ast
 from functools import cache
@@ -7,21 +8,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Parts that the core works without.
+# Optional parts: the core must work without them.
 WINGS = ("src.tasks", "src.onnx", "src.interop", "src.evaluation.harness")
 MOST_LINES, MOST_LINES_OF_MODEL, MOST_LINES_OF_FUNCTION = 400, 450, 60
 
 
 @cache
 def sources() -> dict[str, ast.Module]:
-    """{module, such as src.tasks.finetune: its syntax tree}."""
+    """Returns {module name, such as src.tasks.finetune: syntax tree}."""
     paths = [path for path in sorted((ROOT / "src").rglob("*.py")) if path.name != "__init__.py"]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
     return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in zip(names, paths)}
 
 
 def imports_of(tree: ast.AST, modules) -> set[str]:
-    """Modules of src that a file imports anywhere, inside functions too."""
+    """Returns the modules of src that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -33,7 +34,7 @@ def imports_of(tree: ast.AST, modules) -> set[str]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """A path from a module back to itself for each module that has one."""
+    """Returns a path from a module back to itself, for each module that has such a path."""
     found = []
     for start in graph:
         paths, seen = [[start]], set()
@@ -51,7 +52,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def privates(tree: ast.AST) -> set[str]:
-    """Names with one leading underscore that a file defines: functions, methods, classes, attributes of self."""
+    """Returns the private names (one leading underscore) of a file's functions, methods, classes and attributes."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -64,20 +65,20 @@ def privates(tree: ast.AST) -> set[str]:
 
 
 def foreign_privates(trees: dict[str, ast.AST]) -> list[tuple[str, str]]:
-    """(file, name) wherever a file uses or imports a private name that only other files define."""
+    """Returns (file, name) for each use of a private name that only other files define."""
     everyone, found = set().union(*map(privates, trees.values())), []
     for module, tree in trees.items():
-        strange = everyone - privates(tree)
+        foreign = everyone - privates(tree)
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and node.attr in strange:
+            if isinstance(node, ast.Attribute) and node.attr in foreign:
                 found.append((module, node.attr))
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("src"):
-                found += [(module, alias.name) for alias in node.names if alias.name in strange]
+                found += [(module, alias.name) for alias in node.names if alias.name in foreign]
     return sorted(set(found))
 
 
 def wing_of(module: str) -> str | None:
-    """The wing that a module such as src.onnx.graph belongs to."""
+    """Returns the optional part that a module such as src.onnx.graph belongs to, or None for the core."""
     return next((wing for wing in WINGS if f"{module}.".startswith(f"{wing}.")), None)
 
 
@@ -85,7 +86,7 @@ def test_the_core_imports_no_wing():
     trees = sources()
     core = [module for module in trees if wing_of(module) is None]
     assert [(m, i) for m in core for i in imports_of(trees[m], trees) if wing_of(i)] == []
-    assert {wing_of(module) for module in trees} == {*WINGS, None}, "a wing is gone: take it out of the list"
+    assert {wing_of(module) for module in trees} == {*WINGS, None}, "a part is gone: remove it from WINGS"
 
 
 def test_there_is_no_circle_of_imports():
@@ -94,7 +95,7 @@ def test_there_is_no_circle_of_imports():
 
 
 def test_no_file_calls_what_another_file_calls_private():
-    """A circle that imports do not show: an object passed in, whose private methods are called."""
+    """Calling a private method of an object that was passed in ties two files together without an import."""
     assert foreign_privates(sources()) == []
 
 

@@ -1,4 +1,4 @@
-"""The README against the tree: its paths, commands, flags, make targets and figures are real; configs are too."""
+"""The README, the map and the recipes match the repository: their paths, commands, flags, make targets and figures."""
 
 import contextlib
 import importlib
@@ -23,7 +23,7 @@ MAP = ROOT / "docs" / "architecture.md"
 SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SUFFIXES = ".py .md .txt .yaml .toml .png .sh .model .vocab .json .jsonl .gz .parquet .safetensors".split()
-# what is made by running things, or brought by the user: named in the README, not in the repository
+# files that commands write or users bring: the README names them, but they are not in the repository
 MADE = ("runs", "data", "../", "~", "/", "http", "$", "wiki", "step_", "state", "last", "best")
 MADE_NAMES = {
     *("config.yaml", "config.json", "metrics.jsonl", "learning_curve.png", "samples.txt", "model.safetensors"),
@@ -34,13 +34,13 @@ needs_readme = pytest.mark.skipif(not README.exists(), reason="README.md is not 
 
 
 def code_blocks(text):
-    """Texts of fenced blocks, with continued lines joined."""
+    """Returns the fenced code blocks of a text, with continued lines joined."""
     blocks = re.findall(r"^[ ]*```[^\n]*\n(.*?)^[ ]*```", text, re.S | re.M)
     return [re.sub(r"\\\n\s*", " ", block) for block in blocks]
 
 
 def commands(text):
-    """[(program, words)] of the shell lines in code blocks and comments: `python x.py ...` and `make x`."""
+    """Returns [(program, words)] for the shell commands in code blocks: `python x.py ...` and `make x`."""
     found = []
     for line in "\n".join(code_blocks(text)).splitlines():
         line = re.sub(r"^\s*(\$|>)\s+", "", line.split(" #")[0]).strip()
@@ -54,7 +54,7 @@ def commands(text):
 
 
 def tree_entries(text):
-    """Paths of the annotated tree: a code block in which most lines are an entry, its comment two spaces away."""
+    """Yields the paths of the annotated tree: a code block with one entry per line, and a comment after two spaces."""
     for block in code_blocks(text):
         if not re.search(r"^\W*(train_trm_lm\.py)\b", block, re.M) or re.search(r"^\W*python ", block, re.M):
             continue
@@ -78,12 +78,12 @@ def is_made(path):
 
 
 def exists(path):
-    """Whether a path or glob is in the repository, from its root."""
+    """Whether a path or glob, relative to the root, exists in the repository."""
     return next(ROOT.glob(path), None) is not None
 
 
 def refused(script, words):
-    """What the script's own parser says against these words, or None."""
+    """Returns the error of the script's own parser for these words, or None."""
     module = importlib.import_module(Path(script).stem)
     err = io.StringIO()
     try:
@@ -91,13 +91,13 @@ def refused(script, words):
             module.parse_args(words)
     except SystemExit as stop:
         return err.getvalue() if stop.code else None
-    except UserError as error:  # a file that does not exist before something is run is no fault of the command
+    except UserError as error:  # a file that an earlier command writes may be missing
         return None if any(map(is_made, words)) else str(error)
     return None
 
 
 def check(program, words):
-    """Assert that a command can be run: its script or target exists, and its flags are real."""
+    """Check that a command can be run: its script or make target exists, and its flags are real."""
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
         unknown = [word for word in words if "=" not in word and word not in targets]
@@ -109,7 +109,7 @@ def check(program, words):
         assert (ROOT / script).is_file(), f"python {script}: no such file"
         if "config" in "".join(words) and not any(is_made(w) for w in words if w.endswith(".yaml")):
             assert all((ROOT / w).is_file() for w in words if w.endswith(".yaml")), words
-        if any(w.endswith(".yaml") and is_made(w) for w in words):  # a run's own config: its flags alone can be tried
+        if any(w.endswith(".yaml") and is_made(w) for w in words):  # a run's config: check only the flags
             at = words.index("--config")
             words = words[:at] + words[at + 2 :]
         if "/" not in script:
@@ -177,7 +177,7 @@ def test_every_path_is_real(page):
 
 
 def test_the_tree_is_the_tree():
-    """The map names every script, module and recipe, and nothing else."""
+    """The tree in docs/architecture.md names every script, module and recipe, and nothing else."""
     entries = list(tree_entries(MAP.read_text(encoding="utf-8")))
     wrong = [path for path in entries if not is_made(path) and next(ROOT.glob(path), None) is None]
     assert not wrong
@@ -188,7 +188,7 @@ def test_the_tree_is_the_tree():
 
 @pytest.mark.parametrize("page", [README, MAP], ids=lambda page: page.name)
 def test_named_code_is_real(page):
-    """`src/model.py`'s `TRMModel.latent_recursion` and the like: names of classes and functions with a dot or call."""
+    """Names in code style with a dot or a call, such as `TRMModel.latent_recursion`, exist in the source."""
     text = page.read_text(encoding="utf-8")
     source = "\n".join(p.read_text() for p in (*ROOT.glob("*.py"), *(ROOT / "src").rglob("*.py")))
     named = set(re.findall(r"`(?:[A-Z]\w+\.)?(\w+)\(\)`", text)) | set(re.findall(r"`[A-Za-z]\w+\.([a-z]\w+)`", text))
@@ -198,12 +198,12 @@ def test_named_code_is_real(page):
 
 @needs_readme
 def test_parameter_counts():
-    """A config named beside a figure such as `1.64M parameters`, on the same line, has that many."""
+    """If a line names a config and a figure such as `1.64M parameters`, the config's model has that many."""
     for line in TEXT.splitlines():
         names, figures = re.findall(r"configs/(\w+)\.yaml", line), re.findall(r"([\d.]+[KMB]) parameters", line)
         if names and len(figures) == 1:
             config = parse_config(ROOT / "configs" / f"{names[0]}.yaml")[2]
-            if config.vocab_size is not None:  # else the tokenizer's file has it, which is not here
+            if config.vocab_size is not None:  # otherwise the tokenizer's file sets it, which is not in the repository
                 assert parameters_of(config) == figures[0], line
     released = ROOT / "checkpoints" / "stdlib"
     said = re.search(r"released[^.|]*?([\d.]+[KMB]) parameters", TEXT, re.S)
@@ -226,7 +226,7 @@ def parameters_of(config):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_configs_are_real_and_say_what_they_are(path):
-    """Every recipe parses, and its header gives a command that uses it."""
+    """Every recipe can be parsed, and its header has a command that uses it."""
     assert parse_config(path)[2] == TRMConfig(**vars(parse_config(path)[2]))
     header = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
     assert "hardware" in header

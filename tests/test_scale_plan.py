@@ -1,4 +1,4 @@
-"""experiments/scale_plan.py: its memory against what real training steps hold, its figures against sums by hand."""
+"""experiments/scale_plan.py: its memory against measured training steps, its other figures against sums by hand."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # as when torchrun runs this file
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for torchrun, which runs this file as a script
 
 from trainers import TINY, trainer_of  # noqa: E402
 
@@ -37,7 +37,7 @@ PLAIN = "--recursion none --n_layers 1 --d_model 64 --n_heads 4 --vocab_size 100
 
 
 class Resizes(PeakBytes):
-    """Looks at every storage at every operation: sharding resizes them where no operation sees it."""
+    """Updates the size of every storage at every operation, because sharding resizes storages outside of operations."""
 
     def add(self, *tensors):
         super().add(*tensors)
@@ -46,9 +46,9 @@ class Resizes(PeakBytes):
 
 
 def held(trainer):
-    """(most bytes that one training step holds, most that writing a checkpoint does), measured."""
+    """Measure (peak bytes of one training step, peak bytes of writing a checkpoint)."""
     trainer.started = time.monotonic()
-    trainer.train_step(next_batch(trainer))  # now the optimizers have their state
+    trainer.train_step(next_batch(trainer))  # creates the state of the optimizers
     state = [v for o in trainer.optimizers for s in o.state.values() for v in s.values()]
     with Resizes() as memory:
         memory.add(*trainer.raw.parameters(), *trainer.ema.average.values(), *state)
@@ -78,8 +78,8 @@ def planned(trainer, world=1):
     ids=str,
 )
 def test_a_step_holds_what_is_planned(make, changes):
-    """In eager fp32. Left out are the batch itself, norms and other small things; where one backward pass makes the
-    gradients, the plan may count up to their size too much."""
+    """Eager, in fp32. The plan leaves out the batch itself, norms and other small things. If a single backward pass
+    creates the gradients, the plan may be too large by up to their size."""
     trainer = make(**WIDE, **changes)
     step, checkpoint = held(trainer)
     plan = planned(trainer)["DDP"]
@@ -94,7 +94,7 @@ def test_a_checkpoint_is_as_large_as_planned(make):
     trainer.train()
     files = [path for path in (trainer.folder / "last").resolve().rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
-    assert planned(trainer)["DDP"]["checkpoint"] == pytest.approx(size, rel=0.05)  # the rest is headers, tokenizer
+    assert planned(trainer)["DDP"]["checkpoint"] == pytest.approx(size, rel=0.05)  # the rest: headers, tokenizer
 
 
 class TestActivations:
@@ -169,8 +169,8 @@ def test_tables_and_json(capsys):
     ("words", "said"),
     [
         ("--devices 3", "batch_size 32 does not divide into grad_accum 1 x 3 devices: make it a multiple of 3"),
-        ("--tokens 1e9 -1", "tokens is .* over 0"),
-        ("--utilisation 0", "utilisation is 0.0: set it over 0"),
+        ("--tokens 1e9 -1", "tokens is .* above 0"),
+        ("--utilisation 0", "utilisation is 0.0: set it above 0"),
     ],
 )
 def test_refused(words, said):
@@ -185,7 +185,8 @@ def test_clock():
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_shards_hold_what_is_planned(corpus, tmp_path, world):
-    """Each of several real processes; buckets of DDP are made where nothing here can see them, so shard alone."""
+    """Measured in each of several real processes. Only for --shard: the buckets of DDP are allocated where this
+    measurement cannot see them."""
     values = {**TINY, **corpus, **WIDE, "recursion": "none", "n_layers": 4, "batch_size": 2 * world}
     values |= {"shard": True, "save_dir": str(tmp_path / "run")}
     spec = tmp_path / "spec.json"

@@ -1,6 +1,6 @@
-"""train_trm_lm.py and generate.py as a user runs them: texts, and one clear line for every mistake.
+"""train_trm_lm.py and generate.py as a user runs them: the texts, and one clear line for every mistake.
 
-Most calls are in process, a few in a process of their own, because each of those costs the seconds of an import."""
+Most tests call main() in this process. Few start a process, because each process needs seconds to import torch."""
 
 import gzip
 import io
@@ -24,7 +24,7 @@ SCRIPTS = {"train_trm_lm.py": train_trm_lm.main, "generate.py": generate.main}
 
 @pytest.fixture(scope="module")
 def trained(home, data):
-    """A run folder, made by the script; and what the script said."""
+    """A run folder made by the script, and the script's stdout and stderr."""
     words = ["train_trm_lm.py", *SMALL, *data, "--save_dir", home / "run", "--max_steps", 30, "--lr", 0.01]
     code, out, err = run_script(*words)
     assert code == 0, err
@@ -33,7 +33,7 @@ def trained(home, data):
 
 @pytest.fixture
 def call(capfd):
-    """call(script, *words): (exit code, stdout, stderr) in this process."""
+    """call(script, *words) runs a script in this process and returns (exit code, stdout, stderr)."""
 
     def call(script, *words):
         capfd.readouterr()
@@ -45,7 +45,7 @@ def call(capfd):
 
 
 def assert_one_line(code, out, err, *said):
-    """A mistake of the user's: code 2, nothing on stdout, one line that begins with `error:`, after the banners."""
+    """Check how a user's mistake ends: code 2, empty stdout, and one line with `error:` at the end of stderr."""
     assert code == 2, err
     assert out == "" and "Traceback" not in err
     lines = err.splitlines()
@@ -98,7 +98,7 @@ class TestGenerating:
     )
     @pytest.mark.parametrize("prompts", [["def f"], ["def f", "x", "    return"]], ids=len)
     def test_no_cache_is_the_same_text(self, trained, call, choice, prompts):
-        """Past the context's end too: 32 tokens."""
+        """The texts are longer than the context of 32 tokens, so this covers the end of the context too."""
         words = [trained[0], "--prompt", *prompts, "--max_new_tokens", 50, *choice]
         code, out, _ = call("generate.py", *words)
         assert code == 0 and out == call("generate.py", *words, "--no_cache")[1]
@@ -169,7 +169,7 @@ class TestGenerating:
         assert out == tokenizer.decode(ids[0, 1:].tolist()) + "\n"
 
     def test_never_half_a_character(self, trained, call):
-        """A byte model at a high temperature makes broken UTF-8; what is written is text all the same."""
+        """A byte model at a high temperature generates broken UTF-8, but the output is still valid text."""
         words = ["--max_new_tokens", 200, "--temperature", 9, "--top_p", 1, "--seed", 0]
         code, out, _ = call("generate.py", trained[0], "--prompt", "京都", *words)
         assert code == 0 and out.startswith("京都") and "\ufffd" in out
@@ -184,7 +184,7 @@ class TestGenerating:
         assert err.count("error: the prompt is not UTF-8 text") == 1
 
     def test_reader_that_goes_away(self, trained):
-        """`generate.py ... | head -c 1` is no error."""
+        """`generate.py ... | head -c 1` is not an error."""
         words = ["generate.py", trained[0], "--prompt", "def", "--max_new_tokens", 4000, "--temperature", 1]
         child = start(*words)
         child.stdout.read(1)
@@ -207,7 +207,7 @@ class TestGenerating:
 
 
 def broken_checkpoints(folder, home):
-    """{name: (folder, what the error says)}: copies of a checkpoint, each with one fault."""
+    """Make copies of a checkpoint with one fault each.  Returns {name: (folder, part of the error message)}."""
     faults = {
         "no_weights": (lambda f: (f / "ema.safetensors").unlink() or (f / "model.safetensors").unlink(), "missing"),
         "cut_weights": (lambda f: os.truncate(f / "ema.safetensors", 999), "cut short"),
@@ -353,11 +353,12 @@ class TestMistakesOfTraining:
 
 @pytest.mark.slow
 def test_with_nothing_but_defaults_it_trains(home, tmp_path):
-    """No data, no tokenizer, compiled where it can be: the first command of the README, cut short."""
+    """Training without data and tokenizer flags, as in the README, but with a small model and only three steps."""
     small = "--d_model 32 --n_heads 2 --max_seq_len 64 --batch_size 4 --sample_tokens 8 --eval_batches 2".split()
     words = [*small, "--max_steps", 3, "--cache_dir", home / "cache", "--save_dir", tmp_path / "run"]
     compiles = choose_compile(None, torch.device("cpu")).value
-    code, out, err = run_script("train_trm_lm.py", *words, *["--compile"] * compiles)  # three steps would not be
+    # asked for, because by default a run of three steps is too short to be compiled
+    code, out, err = run_script("train_trm_lm.py", *words, *["--compile"] * compiles)
     assert code == 0 and out == "", err[-2000:]
     assert "the Python standard library" in err and "done: step 3" in err
     assert ("compiling, about" in err) == compiles

@@ -1,4 +1,4 @@
-"""extract_texts.py and train_spm.py as a user runs them: results, counts, and one clear line for a mistake."""
+"""extract_texts.py and train_spm.py as a user runs them: output files, counts, and one clear line for every mistake."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ def write_gz(path, texts):
 
 
 def run_script(name, *args):
-    """(exit code, stdout, stderr) of a script in a process of its own."""
+    """Run a script in its own process.  Returns (exit code, stdout, stderr)."""
     done = subprocess.run([sys.executable, ROOT / name, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 

@@ -1,4 +1,4 @@
-"""checkTorch.py and count_params.py: what they print, and what they say about a wrong call."""
+"""checkTorch.py and count_params.py: their output, and their errors for wrong flags."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def test_check_torch_json(capsys):
 
 
 def test_check_torch_sees_wrong_products(monkeypatch, capsys):
-    monkeypatch.setitem(checkTorch.TOLERANCE, "fp32", 1e-12)  # no product of floats is that exact
+    monkeypatch.setitem(checkTorch.TOLERANCE, "fp32", 1e-12)  # stricter than any fp32 product
     monkeypatch.setattr(checkTorch, "choose_precision", lambda wanted, device: Choice("fp32", "test"))
     assert checkTorch.main(["--device", "cpu", "--seconds", "0.1"]) == 1
     out = capsys.readouterr()
