@@ -1,14 +1,15 @@
 """Estimate what a large training run needs, without running it: memory per process, days, checkpoint sizes, text.
 
     python experiments/scale_plan.py --config configs/default.yaml --vocab_size 32000 --devices 8
-    python experiments/scale_plan.py --recursion none --norm pre --n_layers 24 --d_model 2048 --n_heads 32 \
+    python experiments/scale_plan.py --recursion none --norm pre --n_layers 24 --d_model 2048 --n_heads 32 \\
         --vocab_size 32000 --max_seq_len 2048 --batch_size 512 --grad_accum 4 --devices 64 --tokens 1e12
+    python experiments/scale_plan.py --config configs/small.yaml --devices 2 --tokens 1e9 1e12     # two columns
 
 It takes the flags of train_trm_lm.py, and those of "What is planned" below. Prints tables, then one JSON line. GB are
 10^9 bytes, GiB are 1024^3 bytes. The figures come from these rules:
 
-Parameters and FLOPs are counted as in src/metrics.py. Memory is the sum of what each of W processes holds. Weights,
-gradients and AdamW's moments are in fp32; in bytes per parameter:
+Parameters and FLOPs are counted as in src/metrics.py. Memory is counted for one of W processes. Weights, gradients
+and AdamW's moments are in fp32. In bytes per parameter, they take:
 
     DDP     weights 4, gradients 4, buckets that exchange the gradients 4, AdamW's moments 8, averaged weights 4
     shard   the same divided by W, without buckets; plus the gathered weights 4 and their gradients 4, because the
