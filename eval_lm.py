@@ -168,7 +168,7 @@ def draw_curve(model, tokenizer, config, rule) -> dict:
     print("\nfewest visits within 1 % of the bits per byte at the trained depth:\n")
     print_points(best.values(), full)
     shallow = min((p for p in points if p.exit == "fixed" and p.setting <= trained), key=lambda p: p.bits_per_byte)
-    if shallow is not full:  # any rule that stops early then looks good for the wrong reason
+    if shallow is not full:  # stopping early then helps only because fewer steps are better
         print(f"\na fixed depth of {shallow.setting:g} beats the trained depth {trained}: compare the rules with it")
     draw_depth_curve(points, trained, config.depth_curve, describe_model(model), str(resolve(config.checkpoint)))
     found = {"points": [p._asdict() for p in points], "cheapest": {name: p._asdict() for name, p in best.items()}}

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src when run as a script
 
 from src.config import parse_flags, run  # noqa: E402
 from src.training.curves import BLUE, GREEN, GREY, INK, save_picture  # noqa: E402

@@ -2,6 +2,7 @@
 
     python experiments/int8_depth.py                                   # the released checkpoint
     python experiments/int8_depth.py runs/trm runs/loop --max_recursion_depth 12 --max_tokens 50000
+    python experiments/int8_depth.py runs/trm --paths data/valid.txt   # on your own text
 
 Each recursion step passes its rounding error on to the next, so the error could grow with depth. Each model is loaded
 in fp32, in bf16 (weights and arithmetic) and with int8 weights (src/quantize.py). It scores the same text at every
@@ -15,7 +16,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src when run as a script
 
 import torch  # noqa: E402
 

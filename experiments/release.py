@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src when run as a script
 
 from src.checkpoint import load_model, resolve, save_checkpoint  # noqa: E402
 from src.config import parse_flags, run  # noqa: E402

@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src when run as a script
 
 from src.config import parse_flags, run  # noqa: E402
 from src.data.token_store import ON_THE_SPOT_VOCAB  # noqa: E402

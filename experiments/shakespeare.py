@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from the repository root
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src when run as a script
 
 from experiments import records  # noqa: E402
 from src.config import build, parse_flags, run  # noqa: E402

@@ -46,7 +46,7 @@ def before_torch(parse_args):
 
 
 def _guarded(function):
-    """Returns function(). Mistakes of the user are printed as one line and end the program."""
+    """Call function() and return its result.  A mistake of the user is printed as one line and ends the program."""
     _prepare_streams()
     try:
         _check_folder()
@@ -80,7 +80,7 @@ def _check_folder():
         raise UserError("the current folder was deleted: change to a folder that exists") from None
 
 
-# Advice for the OSErrors that are mistakes of the user; any other OSError is a bug and keeps its traceback.
+# Advice for the OSErrors that a user can fix; any other OSError keeps its traceback.
 _ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some disk space and try again")
 _ADVICE[errno.ENAMETOOLONG] = "choose a shorter name"
 
@@ -249,7 +249,7 @@ def _checked(kind, value, where):
     if value == "" and type(None) in kinds:  # often an unset shell variable, as in --cache_dir "$CACHE"
         raise UserError(f"{where} is empty: give it a value, or leave it out")
     if isinstance(value, str) and "\0" in value:
-        raise UserError(f"{where} holds a NUL character: remove it")
+        raise UserError(f"{where} contains a NUL character: remove it")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} is {value}: give it a finite number")
     if typing.get_origin(kind) is not list and all(each in KINDS for each in kinds) and type(value) not in kinds:
@@ -259,10 +259,8 @@ def _checked(kind, value, where):
             return float(value)
         raise UserError(f"{where} is {value!r}: give it {' or '.join(KINDS[each] for each in kinds)}")
     if typing.get_origin(kind) is list and isinstance(value, list):
-        return [
-            _checked(kinds[0], item, where + f"[{i}]" * dataclasses.is_dataclass(kinds[0]))
-            for i, item in enumerate(value)
-        ]
+        is_section = dataclasses.is_dataclass(kinds[0])
+        return [_checked(kinds[0], item, f"{where}[{i}]" if is_section else where) for i, item in enumerate(value)]
     if not dataclasses.is_dataclass(kind) or isinstance(value, kind):
         return value
     if not isinstance(value, (dict, Namespace, type(None))):
@@ -309,7 +307,8 @@ def _normalise(argv, fields, positional):
         if field is None and name != "--config":
             if name.startswith("--") and name != "--help":
                 raise UserError(_unknown(name[2:], fields, "--"))
-            (free if positional and not name.startswith("-") else out).append(word)
+            is_free = positional and not name.startswith("-")
+            (free if is_free else out).append(word)
         elif field is not None and _is_list(field):
             values = [value] if is_assigned else []
             while words and not words[0].startswith("--"):
@@ -334,9 +333,13 @@ def _normalise(argv, fields, positional):
     if free and not _is_list(fields[positional]):
         out.append(f"--{positional}={free.pop(0)}")
         if free:
-            advice = "quote values that contain spaces" + "; did you mean --prompt?" * ("prompt" in fields)
+            advice = "quote values that contain spaces"
+            if "prompt" in fields:
+                advice += "; did you mean --prompt?"
             raise UserError(f"unexpected word {free[0]!r}: {positional} is a single path; {advice}")
-    return files, out + ([_list_flag(positional, free)] if free else [])
+    elif free:
+        out.append(_list_flag(positional, free))
+    return files, out
 
 
 def _list_flag(name, values):

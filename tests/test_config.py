@@ -196,7 +196,7 @@ def test_a_wrong_flag_is_one_line(capsys, words, said):
         ("mixture: [1e308, 1e308]\ntrain_paths: [a, b]\n", ["mixture", "every weight"]),
         ('save_dir: ""\n', ["save_dir is empty"]),
         ('cache_dir: ""\n', ["cache_dir is empty"]),
-        ('cache_dir: "a\\0b"\n', ["cache_dir holds a NUL"]),
+        ('cache_dir: "a\\0b"\n', ["cache_dir contains a NUL"]),
         ("seed: !!int x\n", ["line 1", "tags"]),
         ("batch_size: 1:30\n", ["--batch_size 1:30", "int"]),
         ("config: other.yaml\n", ["there is no setting config"]),
