@@ -257,7 +257,7 @@ def show(plan: ScalePlan, settings: Settings, facts: dict) -> None:
         f"{format_params(facts['train_flops_per_token'])} training FLOPs per token; {plan.devices} devices, each with "
         f"{train.grad_accum} x {rows} windows of {model.max_seq_len} tokens per step"
     )
-    names = {"weights": "weights, fp32", "exchange": "buckets of the exchange", "moments": "AdamW's moments"}
+    names = {"weights": "weights, fp32", "exchange": "exchange buckets", "moments": "AdamW's moments"}
     names |= {"training": "sum while training", "checkpoint": "sum while a checkpoint is written"}
     lines = [
         [names.get(what, what), *(f"{column[what] / GIB:,.2f}" for column in memory.values())] for what in memory["DDP"]
@@ -268,9 +268,9 @@ def show(plan: ScalePlan, settings: Settings, facts: dict) -> None:
         ["per step", f"{speed['step_tokens']:,} tokens"],
         [
             ["matrix products, s", f"{speed['products_s']:.3g}"],
-            ["exchange if nothing hides it, s", exchange],
+            ["exchange when not overlapped, s", exchange],
             ["tokens/s", f"{speed['tokens_per_s']:,.0f}"],
-            ["loading processes that keep up", f"{speed['readers']:,} ({speed['readers_per_process']:,} per device)"],
+            ["loading processes needed", f"{speed['readers']:,} ({speed['readers_per_process']:,} per device)"],
             ["checkpoint, GB", f"{speed['checkpoint_bytes'] / 1e9:,.2f} ({speed['checkpoint_s']:.3g} s)"],
             ["save_every for 1 % of the time", f"{speed['save_every_1_percent']:,}"],
             ["run folder, GB", f"{speed['run_folder_bytes'] / 1e9:,.1f}"],
