@@ -1,17 +1,17 @@
-"""Scaled dot-product attention, with a backward pass of our own where torch's is slow: causal bf16 on a CPU."""
+"""Scaled dot-product attention, with its own backward pass for causal bf16 on a CPU, where PyTorch's is slow."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST_SCORES = 2**27  # B * H * T * T: so many scores are held at once during a backward pass
+MOST_SCORES = 2**27  # B * H * T * T, the largest number of scores held at once in the backward pass
 
 
 class _CausalCPU(torch.autograd.Function):
-    """Causal attention whose backward pass recomputes the scores and is five batched matmuls.
+    """Causal attention with a backward pass that recomputes the scores and consists of five batched matrix products.
 
-    The forward pass is torch's flash kernel. Its own backward pass runs far under the matmul peak of CPUs with
-    bf16 hardware; the elementwise work between these matmuls is fused where the caller is compiled."""
+    The forward pass is PyTorch's flash kernel. The backward pass of that kernel reaches only a small part of the matrix
+    product speed of CPUs with bf16 hardware. If the caller is compiled, the elementwise work in between is fused."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -23,14 +23,14 @@ class _CausalCPU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         B, H, T, E = grad.shape
-        q, k, v, logsumexp = ctx.saved_tensors  # asked for once: gradient checkpointing allows no second time
+        q, k, v, logsumexp = ctx.saved_tensors  # gradient checkpointing allows reading them only once
         q, k, v, grad = (t.reshape(B * H, T, E) for t in (q, k, v, grad))
         logsumexp, scale = logsumexp.reshape(B * H, T, 1), E**-0.5
         is_past = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-        scores = torch.bmm(q.float(), k.float().transpose(1, 2)) * scale  # in bf16 the rounding would be in an exponent
+        scores = torch.bmm(q.float(), k.float().transpose(1, 2)) * scale  # fp32: exp would amplify rounding
         p = torch.where(is_past, torch.exp(scores - logsumexp), 0.0).to(q.dtype)
         grad_p = torch.bmm(grad, v.transpose(1, 2)).float()
-        row = (p.float() * grad_p).sum(-1, keepdim=True)  # not from grad * out, so that the rounding of both cancels
+        row = (p.float() * grad_p).sum(-1, keepdim=True)  # from p and grad_p, so that roundings cancel
         grad_scores = (p.float() * (grad_p - row) * scale).to(q.dtype)
         grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.transpose(1, 2), q)
         grad_v = torch.bmm(p.transpose(1, 2), grad)
@@ -40,7 +40,7 @@ class _CausalCPU(torch.autograd.Function):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(E)) v.  q (B, H, T, E); k, v (B, K, S, E) with H a multiple of K -> (B, H, T, E).
 
-    mask: True = may attend; is_causal: lower-triangular attention where there is no mask."""
+    mask: True means may attend.  is_causal: lower-triangular attention if there is no mask."""
     if _is_slow_in_torch(q, k, mask, is_causal, dropout):
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))

@@ -1,9 +1,9 @@
 """Decoding: the blocks of a forward call that adds one new token per row to a cache, in few operations.
 
-With one token per row the arithmetic is small. The time goes to reading the weights, to starting operations and to
-looking up what a module holds. `decode_one_token` therefore runs each TinyBlock in fewer, larger operations, on weights
-that are looked up once per text. The equations are those of src/model.py and src/layers.py, and the tests compare the
-two; `store_for_decoding` lays the weights out in memory for it. TRMModel chooses this path in `_enter`.
+With one token per row, little time is spent on arithmetic. Most of it goes to reading weights, starting operations and
+looking up attributes of modules. So `decode_one_token` runs each TinyBlock in fewer, larger operations, on weights that
+it looks up once per text. The equations are those of src/model.py and src/layers.py, and tests compare the two.
+`store_for_decoding` prepares the memory layout of the weights. `TRMModel._enter` selects this implementation.
 """
 
 import functools
@@ -20,9 +20,9 @@ from src.layers import positions_and_mask, rotary_of
 
 
 class BlockParts(NamedTuple):
-    """A TinyBlock as functions of tensors (B, ...).
+    """The parts of a TinyBlock as functions of tensors (B, ...).
 
-    Looking up an attribute of a module costs half as much as an operation, so it is done once."""
+    Looking up a module attribute costs half as much as an operation, so it is done once per text."""
 
     post: bool
     attn_norm: Callable
@@ -39,28 +39,28 @@ class BlockParts(NamedTuple):
 
 
 class DecodingTables:
-    """What decoding looks up or computes once per text.  The cache of the text keeps it, so that both go together."""
+    """What decoding looks up or computes once per text.  Kept by the KVCache of that text."""
 
     def __init__(self, rotary: Tensor | None):
-        self.rotary = rotary  # (L, 2, 1, 2, E/2): cos, and sin with the sign of rotate-half, of every column
+        self.rotary = rotary  # (L, 2, 1, 2, E/2): for every column cos, and sin with the sign of rotate-half
         self.blocks: dict[nn.Module, BlockParts] = {}
         self.norms: dict[nn.Module | None, Callable] = {}
 
 
 class OneTokenContext(NamedTuple):
-    """What all blocks of one decoding call share, as layers.Context is what they share in any other call."""
+    """Shared by all blocks of one decoding call. Counterpart of layers.Context, which all other calls use."""
 
     cache: KVCache
     rotary: tuple[Tensor, Tensor] | None  # cos and signed sin of the new tokens: (B or 1, 1, 2, E/2)
     mask: Float[Tensor, "b 1 1 s"] | None  # 0 = may attend, -inf = may not
 
     def read(self, h: Tensor) -> Tensor:
-        """The columns whose logits the caller wants: the one there is."""
+        """Selects the columns whose logits the caller needs. Here there is only one."""
         return h
 
 
 def one_token_context(config, input_ids, attention_mask, cache: KVCache, dtype) -> tuple[Tensor, OneTokenContext]:
-    """positions (B or 1, 1) and the context of a call with one new token per row: input_ids (B, 1)."""
+    """Returns positions (B or 1, 1) and the context for a call with one new token per row: input_ids (B, 1)."""
     positions, mask = positions_and_mask(input_ids, attention_mask, cache, config.causal)
     if cache.decoding is None:
         cache.decoding = DecodingTables(_rotary_of_columns(config, cache, input_ids.device, dtype))
@@ -84,7 +84,7 @@ def _rotary_of_columns(config, cache, device, dtype):
 def decode_one_token(
     blocks, norm: nn.Module | None, h: Float[Tensor, "b 1 d"], ctx: OneTokenContext, slot: int
 ) -> Float[Tensor, "b 1 d"]:
-    """One new token per row through all `blocks`, which begin at a slot of the cache, then through `norm`."""
+    """Runs one new token per row through all `blocks` and then `norm`.  slot: cache slot of the first block."""
     tables, h = ctx.cache.decoding, h[:, 0]
     for layer, block in enumerate(blocks):
         if block not in tables.blocks:
@@ -96,8 +96,8 @@ def decode_one_token(
 
 
 def decode_block(block: BlockParts, h: Float[Tensor, "b d"], ctx: OneTokenContext, slot: int) -> Float[Tensor, "b d"]:
-    """TinyBlock of one new token per row, whose keys and values are added to the cache's slot."""
-    if block.post:  # the sums are in place: each writes into the fresh output of its sublayer
+    """TinyBlock for one new token per row. Its keys and values are written to the slot of the cache."""
+    if block.post:  # add_ is safe: it writes into the new tensor that the sublayer returned
         h = block.attn_norm(_attention(block, h, ctx, slot).add_(h))
         return block.mlp_norm(_swiglu(block, h).add_(h))
     h = block.attn_out_norm(_attention(block, block.attn_norm(h), ctx, slot)).add_(h)
@@ -111,12 +111,12 @@ def _attention(block, x, ctx, slot):
     if block.q_norm is not None:
         qk = torch.cat((block.q_norm(qk[:, :H]), block.k_norm(qk[:, H:])), dim=1)
     if ctx.rotary is not None:
-        # rotate-half of all heads at once: channel i turns with channel i + E/2, and sin has the sign in it
+        # rotate all heads at once: channel i pairs with channel i + E/2, and the table holds the sign of sin
         cos, sin = ctx.rotary
         pairs = qk.view(B, H + K, 2, -1)
         qk = torch.addcmul(pairs * cos, pairs.flip(2), sin).view(B, H + K, 1, E).to(x.dtype)
     keys, values = ctx.cache.update(slot, qk.narrow(1, H, K), qkv.narrow(1, H + K, K))
-    # the queries of a group share their keys, so they are the rows of one small product
+    # queries of a group share keys and values, so they become the rows of one small matrix product
     q = qk.narrow(1, 0, H).view(B, K, H // K, E)
     return block.out(F.scaled_dot_product_attention(q, keys, values, ctx.mask).reshape(B, -1))
 
@@ -147,12 +147,12 @@ def _product(weight, x):
 
 
 def _norm(module):
-    """RMSNorm as a function; on a CPU in four operations, where F.rms_norm is nine."""
+    """RMSNorm as a function. On a CPU it takes four operations, whereas F.rms_norm takes nine."""
     if module is None or type(module) is nn.Identity:
         return _same
     if module.weight.device.type != "cpu" or module.weight.dtype not in (torch.float32, torch.float64):
         return module.forward
-    # x / sqrt(mean(x^2) + eps) = sqrt(D) x / hypot(|x|, sqrt(D eps)): the factor goes into the weight
+    # x / sqrt(mean(x^2) + eps) = sqrt(D) x / hypot(|x|, sqrt(D eps)); sqrt(D) is multiplied into the weight
     size = len(module.weight)
     eps = torch.tensor((size * module.eps) ** 0.5, dtype=module.weight.dtype)
     return functools.partial(_rms_norm, module.weight * size**0.5, eps)
@@ -168,13 +168,13 @@ def _same(x):
 
 @torch.no_grad()
 def store_for_decoding(model: nn.Module) -> nn.Module:
-    """Keep the weights of each projection that is at least as wide as its input input-major in memory, under the same
-    shapes: CPUs multiply a single fp32 row by them faster.  Other types stay as they are: they would be slower.
+    """Transposes the memory layout (not the shape) of fp32 weights whose output is at least as wide as their input.
 
-    For models that are not trained any more, as products are then rounded otherwise; returns the model."""
+    A CPU multiplies a single fp32 row by such weights faster; other types would be slower. Use it for inference only,
+    because products are rounded differently. Returns the model."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.out_features >= module.in_features:
-            is_tied = module.weight is model.embed.weight  # it is read by rows, too
+            is_tied = module.weight is model.embed.weight  # the embedding reads it by rows
             if module.weight.dtype == torch.float32 and not is_tied:
                 module.weight.data = module.weight.t().contiguous().t()
     return model

@@ -1,11 +1,11 @@
-"""Adaptive depth: the rules by which each token chooses how many recursion steps it takes at inference.
+"""Exit rules: when a token stops recursing at inference.
 
-A recursion step is a supervision step of the trm family and a visit of the loop; a plain transformer has one. After
-each step every token decides from its own state alone whether it stops. A token that has stopped keeps its answer; at
-later steps the other tokens attend to the keys and values of its last step, phase by phase (`KVCache`). So the depth of
-a token depends neither on the rows beside it nor on whether the text came at once or token by token.
+A recursion step is a supervision step of the trm family or a visit of the loop; a plain transformer has one. After each
+step, every token decides from its own state whether it stops. A stopped token keeps its answer. At later steps, other
+tokens attend to the keys and values of its last step (`KVCache` repeats them). So the depth of a token does not depend
+on other rows, nor on whether the text is processed at once or token by token.
 
-`TRMModel.forward` runs the recursion under a rule; this file only decides.
+This file only decides. `TRMModel.forward` runs the recursion.
 """
 
 import torch
@@ -21,10 +21,10 @@ KL_THRESHOLD = 0.01  # nats
 def stops(
     rule: ExitRule, config, halt_logits: Tensor | None, logits: Tensor | None, before: Tensor | None
 ) -> Bool[Tensor, "b t"]:
-    """Which tokens stop after a recursion step, each by its own state.
+    """Decides which tokens stop after a recursion step.
 
-    halt: by halt_logits (B, T) of the step; kl: by the logits (B, T, V) of the step and of the one `before`, which is
-    None at the first step, where no token stops."""
+    `halt` compares halt_logits (B, T) with a threshold. `kl` compares the logits (B, T, V) of this step with those of
+    the step `before`; at the first step, `before` is None and no token stops."""
     if rule.exit == "halt":
         return halt_logits.sigmoid() > (config.act_threshold if rule.act_threshold is None else rule.act_threshold)
     if before is None:
@@ -33,24 +33,24 @@ def stops(
 
 
 class Leaving:
-    """Which tokens of a batch have left the recursion, and how many steps each has taken."""
+    """Keeps track of which tokens of a batch have stopped, and how many recursion steps each has run."""
 
     def __init__(self, input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"] | None):
-        self.stopped: Bool[Tensor, "b t"] | None = None  # None until a token stops: then nothing has to be selected
+        self.stopped: Bool[Tensor, "b t"] | None = None  # None until a token stops
         self.steps = torch.zeros_like(input_ids)
-        # padding leaves after the first step, so that the others never wait for it
+        # padding stops after the first step, so that no real token waits for it
         self.padding = torch.zeros_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask == 0
 
     def keep(self, old: Tensor | None, new: Tensor | None) -> Tensor | None:
-        """`new` (B, T, D), except that tokens which have stopped keep `old`."""
+        """Returns `new` (B, T, D), with `old` for tokens that have stopped."""
         return new if self.stopped is None or new is None else torch.where(self.stopped[..., None], old, new)
 
     def count(self):
-        """Those that have not stopped take one more step."""
+        """Adds one step to every token that has not stopped."""
         self.steps += 1 if self.stopped is None else ~self.stopped
 
     def stop(self, stops: Bool[Tensor, "b t"]) -> bool:
-        """Stop these tokens, too; returns whether none is left."""
+        """Stops these tokens as well.  Returns True if all tokens have stopped."""
         stops = self.padding | stops
         stops = stops if self.stopped is None else self.stopped | stops
         if bool(stops.all()):
@@ -61,10 +61,10 @@ class Leaving:
 
 
 def max_depth(config, rule: ExitRule | None = None) -> int:
-    """Recursion steps of a TRMConfig's model at most: the rule's bound, else as many as it is trained with."""
+    """Most recursion steps of a token: the limit of the rule, or as many as in training."""
     return config.recursion_steps if rule is None or rule.max_recursion_depth is None else rule.max_recursion_depth
 
 
 def visits_per_recursion_step(config) -> int:
-    """Applications of the network in one recursion step."""
+    """Number of times the network is applied in one recursion step."""
     return config.visits_per_step if config.recursion == "trm" else 1

@@ -15,15 +15,15 @@ from src.cache import KVCache
 
 
 class Injection:
-    """How the streams that a visit reads become h, the input of the network's blocks.  (B, T, D) each -> (B, T, D).
+    """Combines the streams that a visit reads into h, the input of the blocks.  (B, T, D) each -> (B, T, D).
 
-    The base class returns the last stream, so that x does not come in again (`none`). TinyNet keeps the weights of an
-    injection, one `layer` per kind of visit, and hands them to `mix`; FLOPs and width growth ask for the rest.
+    The base class returns the last stream, so x is not injected again (`none`). TinyNet keeps the weights, one `layer`
+    for visits to z and one for visits to y, and passes them to `mix`. metrics.py uses `macs`; width growth uses `parts`.
     """
 
     @staticmethod
     def layer(streams: int, dim: int) -> nn.Module | None:
-        """Weights for visits that read so many streams, or None.  Their first dimension is the D channels of h."""
+        """Weights for visits that read `streams` streams, or None.  Their first dimension has the D channels of h."""
         return None
 
     @staticmethod
@@ -32,12 +32,12 @@ class Injection:
 
     @staticmethod
     def macs(streams: int, dim: int) -> int:
-        """Multiply-adds of a visit, per token."""
+        """Multiply-adds per token of one injection."""
         return 0
 
     @staticmethod
     def parts(streams: int, dim: int) -> list[int]:
-        """The sizes of the parts, one per stream, that the second dimension of its weights is made of."""
+        """Sizes of the parts, one per stream, of the second dimension of the weights."""
         return [dim] * streams
 
 
@@ -53,7 +53,7 @@ class SumInjection(Injection):
 
 
 class ConcatInjection(Injection):
-    """h = W [x; y; z]: a linear layer over the streams, side by side."""
+    """h = W [x; y; z]: a linear layer over the concatenated streams."""
 
     @staticmethod
     def layer(streams, dim):
@@ -68,12 +68,12 @@ class ConcatInjection(Injection):
         return streams * dim**2
 
 
-# A new injection is a subclass and its name here, its name in TRMConfig, and its equation in tests/reference.py.
+# To add an injection: a subclass and its name here, the name in TRMConfig, the equation in tests/reference.py.
 INJECTIONS = {"sum": SumInjection, "concat": ConcatInjection, "none": Injection}
 
 
 def injection_of(config) -> type[Injection]:
-    """The injection of a TRMConfig's model.  A plain transformer reads x alone: a sum of one stream is that stream."""
+    """The injection class of a TRMConfig.  A plain transformer reads only x, and a sum of one stream is that stream."""
     return SumInjection if config.recursion == "none" else INJECTIONS[config.injection]
 
 
@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # under autocast queries and keys come in bf16
+        # autocast passes queries and keys in bf16
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
@@ -98,10 +98,11 @@ def rotary_table(
     dtype: torch.dtype,
     trained_len: int | None = None,
 ) -> tuple[Float[Tensor, "b 1 t e"], Float[Tensor, "b 1 t e"]]:
-    """cos and sin of every position and channel, arXiv:2104.09864, made anew from the positions so that no table
-    bounds the length.  `scaling` divides the positions (position interpolation, arXiv:2306.15595), or acts by YaRN
-    where the context trained on is given."""
-    exact = dtype if dtype == torch.float64 else torch.float32  # bf16 cannot hold a position
+    """cos and sin for every position and channel, arXiv:2104.09864.
+
+    Computed from the positions in every call, so that no table limits the length. `scaling` divides the positions
+    (position interpolation, arXiv:2306.15595); with trained_len it scales the frequencies by YaRN instead."""
+    exact = dtype if dtype == torch.float64 else torch.float32  # bf16 cannot represent large positions
     channel = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact)
     frequency, size = theta ** (-channel / head_dim), 1.0
     if scaling is not None and trained_len is not None:
@@ -109,17 +110,17 @@ def rotary_table(
     elif scaling is not None:
         frequency = frequency / scaling
     angle = positions.to(exact)[..., None] * frequency
-    angle = torch.cat((angle, angle), dim=-1)[:, None]  # (B, 1, T, E): rotate-half pairs channel i with i + E/2
+    angle = torch.cat((angle, angle), dim=-1)[:, None]  # (B, 1, T, E); channels i and i + E/2 form a pair
     return angle.cos() * size, angle.sin() * size
 
 
 def yarn(frequency: Float[Tensor, "e"], theta: float, scaling: float, trained_len: int) -> tuple[Tensor, float]:
-    """Frequencies of rotary channels in a context `scaling` times as long, and the factor of cos and sin (so that
-    scores grow by its square), arXiv:2309.00071.
+    """YaRN, arXiv:2309.00071: rotary frequencies for a context `scaling` times as long, and a factor for cos and sin.
 
-    A channel pair that turns more than 32 times in trained_len tokens tells near positions apart and keeps its
-    frequency; one that turns less than once would meet unseen angles and is slowed by `scaling`. Between them the
-    mixture is linear in the channel, as in the authors' code; in the paper it is linear in the number of turns."""
+    A channel pair that turns more than 32 times in trained_len tokens keeps its frequency, because it distinguishes
+    near positions. A pair that turns less than once is slowed by `scaling`, because it would otherwise reach angles not
+    seen in training. In between, the two are mixed linearly in the channel index, as in the authors' code (the paper
+    mixes linearly in the number of turns). Attention scores grow by the square of the factor."""
     channels = len(frequency)
     first, last = (channels * math.log(trained_len / (turns * 2 * math.pi), theta) for turns in (32, 1))
     first, last = max(math.floor(first), 0), min(math.ceil(last), 2 * channels - 1)
@@ -131,13 +132,13 @@ def yarn(frequency: Float[Tensor, "e"], theta: float, scaling: float, trained_le
 def apply_rotary_emb(
     x: Float[Tensor, "b h t e"], cos: Float[Tensor, "#b 1 t e"], sin: Float[Tensor, "#b 1 t e"]
 ) -> Float[Tensor, "b h t e"]:
-    """Rotate the channel pairs (i, i + E/2) of queries or keys by their position's angle."""
+    """Rotates the channel pairs (i, i + E/2) of queries or keys by the angle of their position."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
 
 class Context(NamedTuple):
-    """What every attention layer of one forward call shares."""
+    """Shared by all attention layers of one forward call."""
 
     rotary: tuple[Tensor, Tensor] | None  # cos, sin: (B or 1, 1, T, E)
     mask: Bool[Tensor, "b 1 t s"] | None  # True = may attend; None = causal or everything
@@ -145,16 +146,17 @@ class Context(NamedTuple):
     cache: KVCache | None
 
     def read(self, h: Tensor) -> Tensor:
-        """Of states or logits (B, T, ...), those of the columns whose logits the caller wants."""
+        """Selects the columns of states or logits (B, T, ...) whose logits the caller needs."""
         return h[:, -1:] if self.cache is not None and self.cache.last_only else h
 
 
 def positions_and_mask(
     input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"] | None, cache: KVCache | None, causal: bool
 ) -> tuple[Int[Tensor, "_ t"], Bool[Tensor, "_ 1 t s"] | None]:
-    """positions (B or 1, T), counting the real tokens of each document; mask (B or 1, 1, T, S), None if none is needed.
+    """Returns positions (B or 1, T) and mask (B or 1, 1, T, S), where True means may attend; None if none is needed.
 
-    A token attends to its own number in attention_mask (its document) and never to 0 (padding)."""
+    Positions count the real tokens of each document. A token attends to tokens with its own number in attention_mask
+    (its document), and never to padding (0)."""
     B, T = input_ids.shape
     past = 0 if cache is None else cache.length
     index = torch.arange(past + T, device=input_ids.device)
@@ -164,17 +166,19 @@ def positions_and_mask(
         return index[None, past:], (index[past:, None] >= index)[None, None] if is_later_chunk else None
     is_past = index[past:, None] >= index[None, :]  # (T, S)
     real = (segments != 0).cumsum(-1) - 1
-    document = segments.gather(-1, torch.where(segments != 0, index, 0).cummax(-1).values)  # padding: the one before
+    document = segments.gather(
+        -1, torch.where(segments != 0, index, 0).cummax(-1).values
+    )  # padding gets the document before it
     begins = document.diff(dim=-1, prepend=torch.zeros_like(segments[:, :1])) != 0
     positions = (real - torch.where(begins, real, 0).cummax(-1).values).clamp(min=0)[:, past:]
     mask = (segments[:, past:, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
     mask = mask & is_past if causal else mask
-    mask = mask | (index[past:, None] == index[None, :])  # padding sees itself, so that no row is empty
+    mask = mask | (index[past:, None] == index[None, :])  # padding attends to itself: a row without any key gives NaN
     return positions, mask[:, None]
 
 
 def make_context(config, input_ids, attention_mask, cache, dtype) -> tuple[Tensor, Context]:
-    """positions (B or 1, T) and the Context of one forward call of a TRMConfig's model."""
+    """Returns positions (B or 1, T) and the Context of one forward call."""
     positions, mask = positions_and_mask(input_ids, attention_mask, cache, config.causal)
     rotary = rotary_of(config, dtype)
     is_causal = config.causal and mask is None and input_ids.shape[1] > 1
@@ -182,7 +186,7 @@ def make_context(config, input_ids, attention_mask, cache, dtype) -> tuple[Tenso
 
 
 def rotary_of(config, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-    """`rotary_table` as a function of the positions alone; None for a model that has no rotary positions."""
+    """`rotary_table` as a function of positions only, or None if the model has no rotary positions."""
     c = config
     if c.positions != "rope" or c.mixer != "attention":
         return None
@@ -214,7 +218,7 @@ class Attention(nn.Module):
             qk = apply_rotary_emb(qk, *ctx.rotary)
         q, k = qk.split((H, K), dim=1)
         if ctx.cache is not None:
-            k, v = ctx.cache.update(slot, k, v)  # (B, K, S, E): everything seen so far
+            k, v = ctx.cache.update(slot, k, v)  # (B, K, S, E): all columns so far
         y = attention(q, k, v, ctx.mask, ctx.is_causal, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
@@ -233,7 +237,7 @@ class SwiGLU(nn.Module):
 
 
 class MLPMixer1D(nn.Module):
-    """SwiGLU across the sequence in place of attention, arXiv:2105.01601.  (B, L, D) -> same, for the one length L."""
+    """SwiGLU across the sequence instead of attention, arXiv:2105.01601.  (B, L, D) -> (B, L, D), for one fixed L."""
 
     def __init__(self, seq_len: int, hidden: int):
         super().__init__()
@@ -245,9 +249,9 @@ class MLPMixer1D(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module):
-    """Starting weights of a TRMModel: linear N(0, 1/fan_in); embedding N(0, 1), or N(0, 1/D) if it is also the head.
+    """Initialises a TRMModel: linear layers N(0, 1/fan_in); embedding N(0, 1), or N(0, 1/D) if tied to the head.
 
-    The halting head starts at no (as in the paper), the gate open, so that new states pass."""
+    The halting head starts at "do not halt" (as in the paper). The gate starts open, so that new states pass."""
     c = model.config
     for module in model.modules():
         if isinstance(module, nn.Linear):

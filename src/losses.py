@@ -1,4 +1,4 @@
-"""Losses.  One reduction everywhere: the mean over target tokens, in nats; -100 marks a position without a target."""
+"""Losses. All are means over target tokens, in nats. A target of -100 (IGNORE) is left out."""
 
 import math
 
@@ -15,21 +15,25 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Float[Tensor, "*n v"], targets: Int[Tensor, "*n"]) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood per target token, nats.  0 where there is no target at all."""
+    """Mean negative log-likelihood per target token, in nats.  0 if there is no target."""
     loss = F.cross_entropy(_wide(logits).flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     return loss / (targets != IGNORE).sum().clamp(min=1)
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean cross-entropy, whether each position's likeliest token is its target): together, as over a large
-    vocabulary each takes as long as a visit, and compiled they read the logits once."""
+    """Returns (mean cross-entropy, for each position whether the argmax is the target).
+
+    Both are computed together, so that the compiler reads the logits once: with a large vocabulary, one pass over them
+    takes as long as a visit."""
     with torch.no_grad():
         is_right = logits.argmax(-1) == targets
     return cross_entropy(logits, targets), is_right
 
 
 def stablemax_cross_entropy(logits: Float[Tensor, "*n v"], targets: Int[Tensor, "*n"]) -> Float[Tensor, ""]:
-    """Cross-entropy of s(x) / sum s(x), s(x) = x + 1 for x >= 0, else 1 / (1 - x), in float64.  arXiv:2501.04697."""
+    """Cross-entropy of p = s(x) / sum(s(x)), where s(x) = x + 1 if x >= 0, else 1 / (1 - x).  arXiv:2501.04697.
+
+    In float64. Mean per target token, in nats; 0 if there is no target."""
     x = logits.double()
     s = torch.where(x >= 0, x + 1, 1 / (1 - x.clamp(max=0)))
     log_p = s.log() - s.sum(-1, keepdim=True).log()
@@ -41,24 +45,25 @@ def stablemax_cross_entropy(logits: Float[Tensor, "*n v"], targets: Int[Tensor, 
 def halting_loss(
     halt_logits: Float[Tensor, "*n"], should_halt: Bool[Tensor, "*n"], valid: Bool[Tensor, "*n"]
 ) -> Float[Tensor, ""]:
-    """Mean binary cross-entropy of the halting head over the valid positions, nats."""
+    """Mean binary cross-entropy of the halting head over the valid positions, in nats."""
     logits = _wide(halt_logits)
     loss = F.binary_cross_entropy_with_logits(logits, should_halt.to(logits.dtype), reduction="none")
     return (loss * valid).sum() / valid.sum().clamp(min=1)
 
 
 def kl_divergence(logits: Float[Tensor, "*n v"], before: Float[Tensor, "*n v"]) -> Float[Tensor, "*n"]:
-    """KL(softmax(logits) || softmax(before)) over the last dimension, nats."""
+    """KL(softmax(logits) || softmax(before)) over the last dimension, in nats."""
     log_p, log_q = _wide(logits).log_softmax(-1), _wide(before).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Cross-entropy in bits per UTF-8 byte: the figure that models with different tokenizers share.  NaN for the
-    bytes_per_token NaN, that of a tokenizer which does not give the text back."""
+    """Cross-entropy in bits per UTF-8 byte, which compares models with different tokenizers.
+
+    NaN if bytes_per_token is NaN: the tokenizer does not reproduce the text."""
     return nats_per_token / math.log(2) / bytes_per_token
 
 
 def bits_text(bits: float) -> str:
-    """`, 1.2345 bits/byte` to go after a figure per token; nothing where there is no such figure (NaN)."""
+    """Formats bits per byte as `, 1.2345 bits/byte`, to follow a loss per token.  Empty for NaN."""
     return "" if math.isnan(bits) else f", {bits:.4f} bits/byte"

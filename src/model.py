@@ -1,4 +1,4 @@
-"""The Tiny Recursive Model as a language model, arXiv:2510.04871; looped and plain transformers are the same class.
+"""The Tiny Recursive Model (arXiv:2510.04871) as a language model. Looped and plain transformers use the same class.
 
     x = prelude(embed(ids))
     for s in range(supervision_steps):               # N_sup in the paper
@@ -30,15 +30,17 @@ from src.sampling import generate_ids
 
 
 class Carry(NamedTuple):
-    """What one supervision step hands to the next."""
+    """The recursive state between supervision steps."""
 
     y: Float[Tensor, "b t d"]
     z: Float[Tensor, "b t d"] | None  # trm only
-    steps: int | Tensor  # supervision steps done; under an exit rule the recursion steps of each token, (B, T)
+    steps: int | Tensor  # supervision steps done; with an exit rule, recursion steps done by each token, (B, T)
 
 
 class TRMOutput(NamedTuple):
-    """Losses in nats per target token.  With return_steps the logits have a leading dimension of recursion steps."""
+    """The result of `TRMModel.forward`. Losses are in nats per target token.
+
+    With return_steps, logits and halt_logits have a leading dimension: one entry per recursion step."""
 
     loss: Float[Tensor, ""] | None
     ce_loss: Float[Tensor, ""] | None
@@ -49,7 +51,9 @@ class TRMOutput(NamedTuple):
 
 
 class TRMModel(nn.Module):
-    """ids (B, T) -> logits (B, T, V), by recursion of one TinyNet.  All work goes through `forward`."""
+    """ids (B, T) -> logits (B, T, V), by recursion of one TinyNet.
+
+    All work goes through `forward`, so that DDP, FSDP and torch.compile see it."""
 
     def __init__(self, config: TRMConfig):
         super().__init__()
@@ -66,7 +70,7 @@ class TRMModel(nn.Module):
         self.token_loss = token_loss  # an attribute, so that runtime.compile_parts can replace it
         if c.recursion == "trm":
             self.q_head = nn.Linear(c.d_model, 1)
-            # fixed random vectors, as in the paper: buffers, so that they are saved but not trained
+            # the initial state is fixed and random, as in the paper: buffers are saved, but not trained
             self.register_buffer("y_init", torch.empty(c.d_model))
             self.register_buffer("z_init", torch.empty(c.d_model))
         init_weights(self)
@@ -84,13 +88,15 @@ class TRMModel(nn.Module):
         cache: KVCache | None = None,
         exit: ExitRule | None = None,
     ) -> TRMOutput:
-        """Run supervision steps from `carry` (default: the initial state, all steps of the config).
+        """Runs `supervision_steps` steps from `carry`. By default, runs all steps of the config from the initial state.
 
-        attention_mask: None = every token is real; 0 = padding; different numbers 1, 2, ... keep attention inside
-        documents packed into one row. target_ids[t] is the token after input_ids[t], IGNORE (-100) has no loss.
-        return_steps: the logits of every recursion step, which is a supervision step of trm and a visit of the loop.
-        exit: inference under a rule, from the initial state and without targets; carry.steps (B, T) then has how many
-        recursion steps each token took.
+        attention_mask: None means that every token is real; 0 marks padding. Different numbers 1, 2, ... mark documents
+            packed into one row; a token attends only to its own document.
+        target_ids: target_ids[t] is the token after input_ids[t]; IGNORE (-100) has no loss.
+        return_steps: return the logits of every recursion step: a supervision step of trm, a visit of the loop.
+        exit: inference with an exit rule, from the initial state and without targets. carry.steps (B, T) then holds the
+            number of recursion steps that each token took.
+        Raises ValueError if there are targets beside an exit rule, or more steps than the cache has slots for.
         """
         c = self.config
         if exit is not None:
@@ -102,17 +108,18 @@ class TRMModel(nn.Module):
         y, z, done = self.initial_state(x) if carry is None else carry
         if steps < 1 or (cache is not None and done + steps > c.train_steps):
             raise ValueError(f"supervision_steps is {steps} after {done}: 1 or more, within the config's with a cache")
-        per_step = c.visits_per_step // visits_per_recursion_step(c)  # answers that can be read out of each
+        # the loop can read an answer after every visit, so one of its supervision steps is several recursion steps
+        per_step = c.visits_per_step // visits_per_recursion_step(c)
         first, end = done * per_step, (done + steps) * per_step
         weights = loss_weights(c, end)[first:]
-        if not any(weights):  # a step of weight 0, run by itself
+        if not any(weights):  # these steps have weight 0 in the whole sum, but are run by themselves here
             weights = [1.0] * len(weights)
         loss = ce_loss = act_loss = None if target_ids is None else x.new_zeros(())
         read = []
         for step, weight in zip(range(first, end), weights):
             y_before = y
             y, z = self.recursion_step(x, y, z, ctx, step)
-            # reading out is as expensive as a visit where the vocabulary is large: the loop skips visits of weight 0
+            # with a large vocabulary the head costs as much as a visit, so the loop skips it where the weight is 0
             has_loss = target_ids is not None and (weight > 0 or c.recursion == "trm")
             if has_loss or return_steps or step == end - 1:
                 logits, halt = self._read_out(y, ctx, step)
@@ -124,10 +131,10 @@ class TRMModel(nn.Module):
                 act = self._halting_loss(y_before, step, logits, halt, target_ids, is_right, ctx)
                 ce_loss, act_loss = ce_loss + share * ce, act_loss + share * act
                 loss = loss + share * (ce + c.act_weight * act)
-            # between supervision steps the gradient is cut, so that memory does not grow with their number
+            # detach between supervision steps, so that memory does not grow with their number
             if not c.full_bptt and (step + 1) % per_step == 0:
                 y, z = y.detach(), None if z is None else z.detach()
-        if cache is not None:  # once per call: until here every layer has written beside the same old columns
+        if cache is not None:  # once per call: until here, all layers wrote at the same columns
             cache.advance(input_ids.shape[1])
         if return_steps:
             logits, halt = _stack_steps(read)
@@ -135,9 +142,9 @@ class TRMModel(nn.Module):
 
     @torch.no_grad()
     def _forward_under_rule(self, input_ids, attention_mask, cache, rule: ExitRule, return_steps) -> TRMOutput:
-        """Inference where each token leaves the recursion when `rule` says so.  carry.steps: Int (B, T)."""
+        """Inference in which each token stops recursing when `rule` decides.  Returns carry.steps as Int (B, T)."""
         depth = max_depth(self.config, rule.check(self.config))
-        if rule.adapts and cache is None:  # tokens that go on attend to the last keys and values of those that left
+        if rule.adapts and cache is None:  # it keeps the keys and values of stopped tokens for the others to attend to
             cache = self.new_cache(*input_ids.shape, depth=depth)
         x, ctx = self._enter(input_ids, attention_mask, cache)
         carry, tokens = self.initial_state(x), Leaving(input_ids, attention_mask)
@@ -148,10 +155,10 @@ class TRMModel(nn.Module):
             carry = self._inference_cycle(x, before, ctx)
             carry = carry._replace(y=tokens.keep(before.y, carry.y), z=tokens.keep(before.z, carry.z))
             tokens.count()
-            if rule.adapts or return_steps or is_last:  # else nobody reads the answer of this step
+            if rule.adapts or return_steps or is_last:  # else the answer of this step is not needed
                 h = tokens.keep(h, self.before_head(carry.y, ctx, step))
             logits = None
-            if rule.exit == "kl":  # each token compares its own distributions, so all columns are needed
+            if rule.exit == "kl":  # every token compares its own distributions, so all columns need logits
                 logits = self.head(h)
             elif return_steps or is_last:
                 logits = self.head(ctx.read(h))
@@ -160,7 +167,7 @@ class TRMModel(nn.Module):
             if rule.adapts and not is_last:
                 halt = self._halt(carry.y) if rule.exit == "halt" else None
                 if tokens.stop(stops(rule, self.config, halt, logits, logits_before)):
-                    cache.fill_from(step, input_ids.shape[1])  # later tokens may go deeper, and attend there
+                    cache.fill_from(step, input_ids.shape[1])  # later tokens may run more steps, and attend there
                     break
                 cache.stopped = tokens.stopped
         if cache is not None:
@@ -173,14 +180,14 @@ class TRMModel(nn.Module):
 
     @torch.no_grad()
     def _inference_cycle(self, x, carry: Carry, ctx) -> Carry:
-        """One recursion step without gradient; here the carry counts recursion steps."""
+        """One recursion step without gradient. Here carry.steps counts recursion steps."""
         y, z = self.recursion_step(x, carry.y, carry.z, ctx, carry.steps)
         return Carry(y, z, carry.steps + 1)
 
     def recursion_step(self, x, y, z, ctx, step: int):
-        """What lies between two answers that can be read out: the one dispatch by family.  (B, T, D) each -> y, z.
+        """One recursion step, from one answer to the next. The only place that depends on the family.
 
-        T cycles of trm, which are a supervision step; one visit of the loop; the only visit of a plain transformer."""
+        trm: a supervision step of T cycles. loop: one visit. none: the only visit. x, y, z: (B, T, D) -> y, z."""
         c, net = self.config, self.net
         visit = step * visits_per_recursion_step(c)
         if c.recursion == "trm":
@@ -191,7 +198,7 @@ class TRMModel(nn.Module):
         return self._visit(None, (x,), None, ctx, visit), None  # y = net(x)
 
     def deep_recursion(self, x, y, z, ctx, visit=0):
-        """T cycles, of which only the last grad_deep_steps carry gradient.  x, y, z: (B, T, D) -> y, z."""
+        """T cycles; only the last grad_deep_steps carry gradient.  x, y, z: (B, T, D) -> y, z."""
         for t in range(self.config.deep_steps):  # T in the paper
             with self._gradient(t):
                 y, z = self.latent_recursion(x, y, z, ctx, visit)
@@ -199,7 +206,7 @@ class TRMModel(nn.Module):
         return y, z
 
     def latent_recursion(self, x, y, z, ctx, visit=0):
-        """n updates of the latent z, then one of the answer y.  x, y, z: (B, T, D).  arXiv:2510.04871, section 4."""
+        """n updates of the latent z, then one update of the answer y.  (B, T, D) each.  arXiv:2510.04871, section 4."""
         net, n = self.net, self.config.latent_steps  # n in the paper
         for i in range(n):
             z = self._visit(net.inject_z, (x, y, z), z, ctx, visit + i)  # z = net(x, y, z)
@@ -207,12 +214,12 @@ class TRMModel(nn.Module):
         return y, z
 
     def _gradient(self, t: int):
-        """Context of cycle t of a supervision step (trm) or visit t of the loop: only the last ones carry gradient."""
+        """Enables gradient for cycle t (trm) or visit t (loop) only if it is among the last grad_deep_steps."""
         carries = t >= self.config.deep_steps - self.config.grad_deep_steps
         return torch.set_grad_enabled(carries and torch.is_grad_enabled())
 
     def _visit(self, inject, inputs, old, ctx, visit):
-        """One application of the network: it reads `inputs`, joined by `inject`, and returns the new value of `old`."""
+        """Applies the network once: joins `inputs` by `inject` and returns the new value of `old`, (B, T, D)."""
         c = self.config
         slot = c.prelude_layers + visit * c.n_layers if ctx.cache is not None else 0
         if c.gradient_checkpointing and torch.is_grad_enabled() and ctx.cache is None:
@@ -220,9 +227,10 @@ class TRMModel(nn.Module):
         return self.net(inject, inputs, old, ctx, slot)
 
     def _enter(self, input_ids, attention_mask, cache) -> tuple[Tensor, Context | OneTokenContext]:
-        """Embedding and prelude: x (B, T, D), and what all attention layers share.
+        """Embedding and prelude: x (B, T, D), and the context that all attention layers share.
 
-        This is where the way of the blocks is chosen: `run_blocks` sees it by the type of the context."""
+        The type of the context selects the implementation of the blocks in `run_blocks`: OneTokenContext for one new
+        token per row beside a cache, else Context."""
         c = self.config
         x = self.embed(input_ids) * c.embed_scale
         is_plain = not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type))
@@ -234,18 +242,18 @@ class TRMModel(nn.Module):
         return run_blocks(self.prelude, None, x, ctx, 0), ctx
 
     def initial_state(self, x) -> Carry:
-        """The state before the first step.  Without injection the loop begins with x, and never sees it again."""
+        """The state before the first step.  With injection `none`, the loop starts from x and reads x only there."""
         if self.config.recursion == "trm":
             return Carry(self.y_init.to(x.dtype).expand_as(x), self.z_init.to(x.dtype).expand_as(x), 0)
         return Carry(x if self.config.injection == "none" else torch.zeros_like(x), None, 0)
 
     def before_head(self, y, ctx, step):
-        """The coda of the answer y (B, T, D) of a recursion step: what the head reads."""
+        """Runs the coda on the answer y (B, T, D) of a recursion step. The head reads the result."""
         slot = 0 if ctx.cache is None or not self.coda else ctx.cache.coda_slot(step)
         return run_blocks(self.coda, self.coda_norm, y, ctx, slot)
 
     def _read_out(self, y, ctx, step):
-        """logits (B, T, V) and halting logits of the answer y (B, T, D) of a recursion step."""
+        """Returns logits (B, T, V) and halting logits for the answer y (B, T, D) of a recursion step."""
         return self.head(ctx.read(self.before_head(y, ctx, step))), self._halt(y)
 
     def _halt(self, y):
@@ -253,37 +261,41 @@ class TRMModel(nn.Module):
             return self.q_head(y if self.config.causal else y[:, 0]).squeeze(-1)
 
     def _halting_loss(self, y_before, step, logits, halt, target_ids, right, ctx):
-        """Halting BCE of one supervision step; `stable` judges the step before, from the carry (none at step 0)."""
+        """Halting loss of one supervision step.
+
+        act_target `stable` is known one step later, so it is the loss of the step before (none at step 0)."""
         valid = target_ids != IGNORE
         if halt is None or (self.config.act_target == "stable" and step == 0):
             return logits.new_zeros(())
         if self.config.act_target == "stable":
             logits_before, halt = self._read_out(y_before, ctx, step - 1)
             right = logits_before.argmax(-1) == logits.argmax(-1)
-        if not self.config.causal:  # the whole sequence halts together
+        if not self.config.causal:  # the sequence halts as a whole: every target must be right
             right, valid = (right | ~valid).all(-1), valid.any(-1)
         return halting_loss(halt, right, valid)
 
     def new_cache(self, batch: int, max_len: int | None = None, read_steps=1, depth=None, last_only=False) -> KVCache:
-        """An empty cache of `batch` rows x max_len columns; for an exit rule, `depth` is `exits.max_depth`."""
+        """Returns an empty cache of `batch` rows and max_len columns. With an exit rule, depth is `exits.max_depth`."""
         w = self.embed.weight
         return KVCache(self.config, batch, max_len, read_steps, w.dtype, w.device, depth, last_only)
 
     def generate(self, prompt_ids: Int[Tensor, "b t"], max_new_tokens: int, **options) -> Int[Tensor, "b u"]:
-        """(B, T) -> (B, T + max_new_tokens); options as in sampling.generate: temperature=1.0, top_k, top_p,
-        use_cache=True, seed, eos_id, attention_mask (0 = padding, on the left)."""
+        """Generates text: (B, T) -> (B, T + max_new_tokens).
+
+        Options are those of sampling.generate: temperature=1.0, top_k, top_p, use_cache=True, seed, eos_id,
+        attention_mask (0 marks padding on the left)."""
         return generate_ids(self, prompt_ids, max_new_tokens, **options)
 
 
 def _stack_steps(read):
-    """[(logits, halting logits) of each step] -> both with a leading dimension of steps."""
+    """Stacks [(logits, halting logits), ...] of several steps: each gets a leading dimension of steps."""
     logits, halt = zip(*read)
     return torch.stack(logits), None if halt[0] is None else torch.stack(halt)
 
 
 def run_blocks(blocks, norm: nn.Module | None, h, ctx: Context | OneTokenContext, slot: int) -> Float[Tensor, "b t d"]:
-    """One block after the other, the first at a slot of the cache, then the norm.  (B, T, D) -> same."""
-    if isinstance(ctx, OneTokenContext):  # one new token per row beside a cache: the same in fewer operations
+    """Runs the blocks in order, then the norm.  (B, T, D) -> (B, T, D).  slot: cache slot of the first block."""
+    if isinstance(ctx, OneTokenContext):  # the same result in fewer operations
         return decode_one_token(blocks, norm, h, ctx, slot)
     for layer, block in enumerate(blocks):
         h = block(h, ctx, slot + layer)
@@ -291,7 +303,7 @@ def run_blocks(blocks, norm: nn.Module | None, h, ctx: Context | OneTokenContext
 
 
 class TinyNet(nn.Module):
-    """The one network: the inputs are injected, n_layers blocks follow, then the gate.  (B, T, D) each -> (B, T, D)."""
+    """The network that is applied again and again: injection, n_layers blocks, gate.  (B, T, D) each -> (B, T, D)."""
 
     def __init__(self, c: TRMConfig):
         super().__init__()
@@ -305,21 +317,23 @@ class TinyNet(nn.Module):
         self.gate = nn.Linear(2 * D, D) if c.gate and c.recursion != "none" else None
 
     def forward(self, inject: nn.Module | None, inputs: tuple[Tensor, ...], old: Tensor | None, ctx, slot: int):
-        """inject: inject_z or inject_y; inputs: the streams that are read; old: the one whose new value is returned."""
+        """inject: inject_z or inject_y.  inputs: the streams to read.  old: the stream that gets a new value."""
         h = self.injection.mix(inject, *inputs)
-        h = self.apply_blocks(h.to(inputs[0].dtype), ctx, slot)  # autocast narrows the injection, not the stream
+        h = self.apply_blocks(h.to(inputs[0].dtype), ctx, slot)  # autocast may give bf16
         if self.gate is None:
             return h
         openness = torch.sigmoid(self.gate(torch.cat((old, h), dim=-1)))
         return torch.lerp(old, h, openness.to(h.dtype))
 
     def apply_blocks(self, h, ctx, slot):
-        """The part that is compiled: one graph serves every visit, whatever was injected."""
+        """The part that torch.compile compiles: one graph serves every visit, with any injection."""
         return run_blocks(self.blocks, self.norm, h, ctx, slot)
 
 
 class TinyBlock(nn.Module):
-    """Attention (or the sequence mixer), then SwiGLU, each with RMSNorm: post, pre or sandwich.  (B, T, D) -> same."""
+    """Attention (or MLPMixer1D), then SwiGLU, each with a residual and RMSNorm: post, pre or sandwich.
+
+    (B, T, D) -> (B, T, D)."""
 
     def __init__(self, c: TRMConfig):
         super().__init__()

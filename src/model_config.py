@@ -1,4 +1,4 @@
-"""The settings of a model and of its depth, which scripts read before they import torch."""
+"""Settings of a model and of its depth. Scripts read them before they import PyTorch."""
 
 from dataclasses import asdict, dataclass, replace
 from math import inf
@@ -6,56 +6,56 @@ from typing import Literal
 
 from src.config import literal_fields
 
-DEEPEST = 1000  # recursion steps, each with a cache of its own
-# the largest of each size: beyond what is built, and small enough to be refused before anything is built
+DEEPEST = 1000  # recursion steps; each needs its own cache slots
+# upper limits, far above any real model: a larger value is a mistake, refused before memory is allocated
 LIMITS = dict.fromkeys(("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff"), 2**24)
 LIMITS |= dict.fromkeys(("max_seq_len", "rope_trained_len"), 2**30)
 LIMITS |= dict.fromkeys(("n_layers", "latent_steps", "deep_steps", "supervision_steps", "grad_deep_steps"), 10_000)
 FROM_ZERO = {"prelude_layers": 10_000, "coda_layers": 10_000, "act_weight": 1e9}
-MOST_BLOCKS = 2**14  # that one token passes through
+MOST_BLOCKS = 2**14  # blocks that one token passes through
 
 
 @dataclass
 class TRMConfig:
-    """The model. `recursion` picks the family; fields that a family does not use are ignored.
+    """Settings of the model. `recursion` selects the family. Fields that a family does not use are ignored.
 
     Args:
-        vocab_size: V, number of tokens; taken from the tokenizer where not given
+        vocab_size: V, number of tokens; default that of the tokenizer
         d_model: D, width of the residual stream
         n_heads: H, query heads; the head size is D/H
         n_kv_heads: K, key/value heads, shared by groups of H/K query heads; default n_heads
-        n_layers: blocks of the one network that is applied again and again
-        d_ff: hidden width of SwiGLU; default 8/3 D rounded up to 64
+        n_layers: blocks of the network that is applied repeatedly
+        d_ff: hidden width of SwiGLU; default 8/3 D, rounded up to a multiple of 64
         max_seq_len: context length in tokens
-        causal: each token sees only the past (a language model); false for puzzles
-        mixer: what mixes tokens; mlp is for fixed-length, non-causal inputs
-        positions: rope (rotary), learned (an embedding, part of x), or none
+        causal: each token attends only to the past, as in a language model; false for puzzles
+        mixer: how information moves between tokens; mlp needs a fixed length and causal false
+        positions: rope (rotary), learned (an embedding added to x) or none
         rope_theta: base of the rotary frequencies
-        rope_scaling: how many times longer than trained the context is: divides the rotary positions; none = 1
-        rope_trained_len: context in tokens that was trained on; where given, rope_scaling acts by YaRN instead
-        norm: place of RMSNorm: post as in the TRM paper, pre as in Llama, sandwich = both
+        rope_scaling: divides the rotary positions, for a context this many times as long as in training; default 1
+        rope_trained_len: context length of the original training in tokens; if given, rope_scaling uses YaRN
+        norm: where RMSNorm is: post (after each sublayer, the TRM paper), pre (before it, Llama), sandwich (both)
         norm_eps: epsilon inside RMSNorm
-        qk_norm: RMSNorm on queries and keys, per head
-        dropout: probability of dropping, on attention weights and on each sublayer's output
-        tie_embeddings: the output head is the embedding matrix
-        embed_scale: factor of the embedding as it enters; default sqrt(d_model) where tied and recursive, else 1
+        qk_norm: apply RMSNorm to queries and keys, per head
+        dropout: dropout probability for attention weights and for the output of each sublayer
+        tie_embeddings: use the embedding matrix as the output head
+        embed_scale: factor applied to embeddings; default sqrt(d_model) if tied and recursive, else 1
         recursion: none = plain transformer (Llama), loop = looped transformer, trm = the two-stream recursion
-        prelude_layers: untied blocks before the recursion
-        coda_layers: untied blocks after it
-        injection: how x re-enters at each visit: sum (the paper), concat (a linear layer), none (loop only: y0 = x)
-        gate: element-wise gate between the old and the new state at each visit
-        latent_steps: n, updates of z before each update of y (trm)
-        deep_steps: T, cycles of a supervision step (trm), or visits (loop)
-        supervision_steps: N_sup, deep supervision steps (trm)
-        grad_deep_steps: how many of the last deep steps carry gradient; default 1 for trm, all for loop
-        full_bptt: back-propagate through all supervision and deep steps (memory grows with them)
-        supervision_weights: weights of the losses after the supervision steps (trm) or visits (loop): equal, linear,
+        prelude_layers: blocks before the recursion, with their own weights
+        coda_layers: blocks after the recursion, with their own weights
+        injection: how a visit combines x, y, z: sum (the paper), concat (a linear layer), none (loop only: y0 = x)
+        gate: at each visit, mix the old and the new state by an element-wise gate
+        latent_steps: n, number of updates of z before each update of y (trm)
+        deep_steps: T, cycles per supervision step (trm), or number of visits (loop)
+        supervision_steps: N_sup, number of supervision steps, with a loss after each (trm)
+        grad_deep_steps: number of deep steps, counted from the last, that carry gradient; default 1 for trm, all for loop
+        full_bptt: back-propagate through all supervision and deep steps; memory grows with their number
+        supervision_weights: weights of the losses after each supervision step (trm) or visit (loop): equal, linear,
             last, or numbers such as 0.3,1.0; default equal for trm, last for loop
         act_weight: weight of the halting loss
-        act_target: what the halting head learns: correct = the argmax is right, stable = one more step keeps it
-        act_threshold: a token halts where the halting probability exceeds this
-        gradient_checkpointing: recompute each visit in the backward pass: less memory, more time
-        pad_token_id: id that fills rows after their end
+        act_target: what the halting head predicts: correct (the argmax is right) or stable (one more step keeps it)
+        act_threshold: a token halts if its halting probability exceeds this
+        gradient_checkpointing: recompute each visit in the backward pass, which saves memory and takes more time
+        pad_token_id: id that fills a row after its end
     """
 
     vocab_size: int | None = None
@@ -99,14 +99,14 @@ class TRMConfig:
         self.d_ff = -(-8 * self.d_model // (3 * 64)) * 64 if self.d_ff is None else self.d_ff
         if self.grad_deep_steps is None:
             self.grad_deep_steps = 1 if self.recursion == "trm" and not self.full_bptt else self.deep_steps
-        if self.embed_scale is None:  # a tied matrix is small, as the head needs it; states have unit size
+        if self.embed_scale is None:  # tied weights are small for the head; states need unit size
             self.embed_scale = self.d_model**0.5 if self.tie_embeddings and self.recursion != "none" else 1.0
         for problem, advice in self._problems():
             if problem:
                 raise ValueError(advice)
 
     def _problems(self):
-        """(is it wrong?, what to change) for every combination that cannot work."""
+        """Yields (is it wrong?, what to change) for every value and combination that is not allowed."""
         for name, most in (LIMITS | FROM_ZERO).items():
             value, least = getattr(self, name), int(name in LIMITS)
             is_none = value is None and name in ("vocab_size", "rope_trained_len")
@@ -120,9 +120,9 @@ class TRMConfig:
         odd = self.positions == "rope" and self.mixer == "attention" and (D // H) % 2
         yield odd, f"rotary positions pair channels, but the head size {D // H} is odd: change d_model or n_heads"
         yield not 0 <= self.dropout < 1, f"dropout is {self.dropout}: set it to 0 or more and under 1"
-        yield not 0 < self.act_threshold <= 1, f"act_threshold is {self.act_threshold}: set it over 0 and up to 1"
+        yield not 0 < self.act_threshold <= 1, f"act_threshold is {self.act_threshold}: set it above 0, up to 1"
         for name in ["norm_eps", "rope_theta", "embed_scale"] + ["rope_scaling"] * (self.rope_scaling is not None):
-            yield not 0 < getattr(self, name) < inf, f"{name} is {getattr(self, name)}: set it over 0"
+            yield not 0 < getattr(self, name) < inf, f"{name} is {getattr(self, name)}: set it above 0"
         outside = self.vocab_size is not None and not 0 <= (self.pad_token_id or 0) < self.vocab_size
         yield outside, f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}: correct it"
         sees_all = self.mixer == "mlp" and self.causal
@@ -149,22 +149,22 @@ class TRMConfig:
 
     @property
     def train_steps(self) -> int:
-        """Supervision steps of one batch: only the trm family has more than one."""
+        """Supervision steps of one batch. Only the trm family has more than one."""
         return self.supervision_steps if self.recursion == "trm" else 1
 
     @property
     def visits_per_step(self) -> int:
-        """Applications of the network in one supervision step."""
+        """Number of times the network is applied in one supervision step."""
         return {"none": 1, "loop": self.deep_steps, "trm": self.deep_steps * (self.latent_steps + 1)}[self.recursion]
 
     @property
     def recursion_steps(self) -> int:
-        """Answers that can be read out of one batch in training: after supervision steps of trm, visits of the loop."""
+        """Number of answers per batch in training: one after each supervision step (trm) or visit (loop)."""
         return {"none": 1, "loop": self.deep_steps, "trm": self.supervision_steps}[self.recursion]
 
 
 def model_settings(config: TRMConfig) -> dict:
-    """The model's settings for config.yaml: a value that follows from others is left out, so that it follows again."""
+    """Settings for config.yaml. A value that is derived from others is None, so that it is derived again on reading."""
     follows = ("n_kv_heads", "d_ff", "embed_scale", "grad_deep_steps")
     derived = [name for name in follows if replace(config, **{name: None}) == config]
     return config.to_dict() | dict.fromkeys(derived)
@@ -172,14 +172,14 @@ def model_settings(config: TRMConfig) -> dict:
 
 @dataclass(frozen=True)
 class ExitRule:
-    """When a token stops recursing.
+    """Decides when a token stops recursing.
 
     Args:
-        exit: fixed = after max_recursion_depth steps, halt = when its halting head says so (trm), kl = when its
-            next-token distribution changes by less than kl_threshold
-        max_recursion_depth: most recursion steps of a token, also more than trained; default as trained
-        act_threshold: halt: stop over this halting probability; default the model's own
-        kl_threshold: kl: stop where KL(after the step || before it) is under this, in nats; default 0.01
+        exit: when a token stops: fixed (after max_recursion_depth steps), halt (when the halting head is confident; trm
+            only) or kl (when a step changes its next-token distribution by less than kl_threshold)
+        max_recursion_depth: most recursion steps per token; may exceed those of training, which are the default
+        act_threshold: for halt, stop above this halting probability; default that of the model
+        kl_threshold: for kl, stop if KL(after the step || before it) is below this, in nats; default 0.01
     """
 
     exit: Literal["fixed", "halt", "kl"] = "fixed"
@@ -201,24 +201,24 @@ class ExitRule:
 
     @property
     def adapts(self) -> bool:
-        """Whether tokens may stop before the most steps."""
+        """Whether tokens may stop before max_recursion_depth."""
         return self.exit != "fixed"
 
     def check(self, config) -> "ExitRule":
-        """The rule itself; ValueError where a TRMConfig's model cannot obey it."""
+        """Returns the rule itself.  Raises ValueError if a model with this TRMConfig cannot follow it."""
         if config.recursion == "none" and (self.exit != "fixed" or (self.max_recursion_depth or 1) > 1):
-            raise ValueError("recursion none is one visit, there is nothing to leave or to repeat: choose exit fixed")
+            raise ValueError("recursion none has a single visit: choose exit fixed, and no max_recursion_depth")
         if self.exit == "halt" and config.recursion != "trm":
             raise ValueError(f"recursion {config.recursion} has no halting head: choose exit kl or fixed")
         if self.exit != "fixed" and not (config.causal and config.mixer == "attention"):
-            raise ValueError("tokens leave one by one in a causal attention model alone: choose exit fixed")
+            raise ValueError("only a causal model with attention can stop tokens one by one: choose exit fixed")
         return self
 
 
 def step_weights(spec: str, steps: int) -> list[float]:
-    """Weights of supervision steps 0..steps-1 from `supervision_weights`, not normalised.
+    """Weights of steps 0..steps-1 from `supervision_weights`, not normalised.
 
-    `equal`, `linear` (step s counts s + 1), `last`, or numbers such as `0.3,1.0`, the last of which is repeated."""
+    `equal`, `linear` (step s has weight s + 1), `last`, or numbers such as `0.3,1.0`; the last number is repeated."""
     if spec == "equal":
         return [1.0] * steps
     if spec == "linear":
@@ -230,7 +230,7 @@ def step_weights(spec: str, steps: int) -> list[float]:
 
 
 def valid_weights(spec: str, steps: int) -> bool:
-    """Whether `step_weights` takes this: none negative or infinite, that of the last step or last number positive."""
+    """Whether this is a valid `spec`: no weight is negative or infinite, and the last one is positive."""
     try:
         weights = step_weights(spec, max(steps, 1 + spec.count(",")))
     except ValueError:
@@ -241,8 +241,8 @@ def valid_weights(spec: str, steps: int) -> bool:
 def loss_weights(config: TRMConfig, steps: int) -> list[float]:
     """Weights of the losses after recursion steps 0..steps-1 of a model, not normalised.
 
-    By default all supervision steps of trm count alike, and of the loop's visits the last alone. A visit of the loop
-    that carries no gradient has no loss. Where all would be 0, the last step counts."""
+    By default, all supervision steps of trm have equal weights, and only the last visit of the loop has a loss. Visits
+    of the loop without gradient have weight 0. If all weights would be 0, the last step gets weight 1."""
     is_loop = config.recursion == "loop"
     weights = step_weights(config.supervision_weights or ("last" if is_loop else "equal"), steps)
     if is_loop:

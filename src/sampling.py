@@ -1,4 +1,4 @@
-"""Next-token choice, and the one generator of tokens that every front end shares."""
+"""Choice of the next token, and `generate`, the token generator that all front ends use."""
 
 import secrets
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from src.runtime import mix_seed
 
 
 class Thought(NamedTuple):
-    """What became of one new token of every row while it was found."""
+    """Per-step outputs behind one generated token per row."""
 
     logits: Float[Tensor, "s b v"]  # after each recursion step
     halt_logits: Float[Tensor, "s b"] | None  # None without a halting head
     depth: Int[Tensor, "b"]  # recursion steps taken
-    token: Int[Tensor, "b"]  # the one chosen
+    token: Int[Tensor, "b"]  # the chosen token
 
 
 def filter_logits(
     logits: Float[Tensor, "b v"], temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Float[Tensor, "b v"]:
-    """Logits divided by the temperature, with -inf where top_k or top_p (nucleus, arXiv:1904.09751) drop a token."""
+    """Divides logits by the temperature; tokens excluded by top_k or top_p (nucleus, arXiv:1904.09751) get -inf."""
     logits = logits.double()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -32,29 +32,28 @@ def filter_logits(
         logits = torch.full_like(logits, -torch.inf).scatter(-1, best.indices, best.values)
     if top_p is not None and top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(
-            -1
-        )  # mass of the likelier tokens; 0 for the likeliest
+        p = ordered.softmax(-1)
+        before = p.cumsum(-1) - p  # total probability of the tokens that are more probable; 0 for the first
         logits = logits.scatter(-1, index, ordered.masked_fill(before >= top_p, -torch.inf))
     return logits
 
 
 def choose_token(logits, temperature, top_k, top_p, generators) -> Int[Tensor, "b"]:
-    """One token per row of logits (B, V): the likeliest at temperature 0, else drawn with the row's own generator."""
+    """Chooses one token per row of logits (B, V): the argmax at temperature 0, else a draw from the row's generator."""
     if temperature == 0:
         return logits.argmax(-1)
-    device, logits = logits.device, logits.cpu()  # float64, which MPS lacks, and the same text on every device
+    device, logits = logits.device, logits.cpu()  # MPS has no float64; this way all devices give the same text
     cumulative = filter_logits(logits, temperature, top_k, top_p).softmax(-1).cumsum(-1)
     draw = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
-    point = draw[:, None] * cumulative[:, -1:]  # the total is 1 only up to rounding
+    point = draw[:, None] * cumulative[:, -1:]  # the total is 1 up to rounding
     chosen = torch.searchsorted(cumulative, point, right=True).squeeze(-1)
     return chosen.clamp(max=logits.shape[-1] - 1).to(device)
 
 
 def fit_window(ids, mask, max_len: int, finished) -> tuple[Tensor, Tensor]:
-    """Make room in rows of ids (B, W), left-padded where mask is 0, so that none holds more than max_len tokens.
+    """Shortens rows of ids (B, W), left-padded where mask is 0, to at most max_len tokens.  Returns (ids, mask).
 
-    A row over max_len keeps its last max_len // 2 tokens (at least 1), a finished row its last one."""
+    A row longer than max_len keeps its last max_len // 2 tokens (at least 1). A finished row keeps its last token."""
     keeps = [1 if done else max(1, max_len // 2) for done in finished]
     rows = [row[real] for row, real in zip(ids, mask.bool())]
     rows = [row[-keep:] if done or len(row) > max_len else row for row, keep, done in zip(rows, keeps, finished)]
@@ -81,15 +80,16 @@ def generate(
     thoughts: list[Thought] | None = None,
     depths: list | None = None,
 ):
-    """Yield (B,) ids, one new token of every row at a time, until max_new_tokens or until every row has met EOS.
+    """Yields ids (B,), one new token for every row, until max_new_tokens or until every row has reached EOS.
 
-    prompt_ids are left-padded where attention_mask is 0. eos_id: what ends a row, one id or several (a tokenizer's
-    `end_ids`), and EOS below means any of them. temperature 0 is greedy. Row i draws from a generator of its own,
-    seeded from (seed, i), so a row's text does not depend on the rows beside it. After EOS a row yields the config's
-    pad_token_id, or the first of eos_id where it has none. When a row would pass max_seq_len, it keeps its last
-    max_seq_len // 2 tokens and is encoded anew. `exit` lets each token choose its depth; of each column the recursion
-    steps taken (B,) are added to `depths`, and a Thought to `thoughts`, where these lists are given. Raises
-    ValueError for options and prompts that cannot be.
+    prompt_ids: left-padded where attention_mask is 0.
+    temperature: 0 is greedy. Row i has its own generator, seeded from (seed, i), so its text does not depend on others.
+    eos_id: the id or ids (a tokenizer's `end_ids`) that end a row; any of them counts as EOS. A row that has ended
+        yields the config's pad_token_id, or the first eos_id if there is none.
+    exit: exit rule by which each token chooses its depth.
+    thoughts, depths: lists to which, for every new token, a Thought and the number of recursion steps (B,) are appended.
+    When a row exceeds max_seq_len, it keeps its last max_seq_len // 2 tokens, which are encoded again.
+    Raises ValueError for invalid options or prompts.
     """
     _check(model.config, prompt_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
     exit = ExitRule() if exit is None and (thoughts, depths) != (None, None) else exit
@@ -110,7 +110,7 @@ def generate(
 
 
 def _thought(new, output) -> Thought:
-    """Of the last position; the steps that only others in the prompt have taken are left out."""
+    """The Thought of the last position. Leaves out steps that only other positions of the prompt have run."""
     depth = output.carry.steps[:, -1]
     steps = int(depth.max())
     halt = None if output.halt_logits is None else output.halt_logits[:steps, :, -1]
@@ -118,7 +118,7 @@ def _thought(new, output) -> Thought:
 
 
 def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask, read):
-    """(the new column, the model's output) one after the other."""
+    """Yields (new ids (B,), output of the model) for one token after another."""
     max_len, pad = model.config.max_seq_len, model.config.pad_token_id
     seed = secrets.randbits(62) if seed is None else seed
     generators = [torch.Generator().manual_seed(mix_seed(seed, row)) for row in range(len(ids))]
@@ -129,7 +129,7 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
     for made in range(max_new_tokens):
         if ids.shape[1] > max_len or cache is None and not bool(mask[:, 0].any()):
             (ids, mask), cache = fit_window(ids, mask, max_len, finished.tolist()), None
-        with torch.inference_mode():  # no bookkeeping for gradients at all
+        with torch.inference_mode():  # faster than no_grad
             if cache is not None:
                 real = mask[:, -1:] if bool(finished.any()) else None
                 output = model(new[:, None], attention_mask=real, cache=cache, **read)
@@ -140,7 +140,7 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
                 output = model(ids, attention_mask=None if bool(mask.all()) else mask, cache=cache, **read)
             logits = output.logits[-1] if read.get("return_steps") else output.logits
             new = choose_token(logits[:, -1], *choice, generators)
-        new = new.clone()  # an ordinary tensor again
+        new = new.clone()  # an inference tensor could not be used outside
         new = new if ends is None else torch.where(finished, ends[0] if pad is None else pad, new)
         yield new, output
         ids = torch.cat((ids, new[:, None]), dim=1)
@@ -157,7 +157,7 @@ def _check(config, prompt_ids, max_new_tokens, temperature, top_k, top_p, mask):
         (max_new_tokens < 0, f"max_new_tokens is {max_new_tokens}: set it to 0 or more"),
         (not temperature >= 0, f"temperature is {temperature}: set it to 0 (greedy) or more"),
         (top_k is not None and top_k < 1, f"top_k is {top_k}: set it to 1 or more, or leave it out"),
-        (top_p is not None and not 0 < top_p <= 1, f"top_p is {top_p}: set it over 0 and up to 1, or leave it out"),
+        (top_p is not None and not 0 < top_p <= 1, f"top_p is {top_p}: set it above 0, up to 1, or leave it out"),
         (prompt_ids.shape[1] == 0, "the prompt is empty: start it with the BOS token"),
     )
     for problem, advice in problems:
@@ -173,7 +173,7 @@ def _check(config, prompt_ids, max_new_tokens, temperature, top_k, top_p, mask):
 
 
 def generate_ids(model, prompt_ids: Int[Tensor, "b t"], max_new_tokens: int, **options) -> Int[Tensor, "b u"]:
-    """All of `generate` at once: (B, T) -> (B, T + max_new_tokens), rows filled up where every row met EOS early."""
+    """Runs `generate` to its end: (B, T) -> (B, T + max_new_tokens).  Pads the rows if all reached EOS early."""
     columns = list(generate(model, prompt_ids, max_new_tokens, **options))
     if len(columns) < max_new_tokens:
         pad = model.config.pad_token_id
