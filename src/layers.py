@@ -18,7 +18,7 @@ class Injection:
     """Combines the streams that a visit reads into h, the input of the blocks.  (B, T, D) each -> (B, T, D).
 
     The base class returns the last stream, so x is not injected again (`none`). TinyNet keeps the weights, one `layer`
-    for visits to z and one for visits to y, and passes them to `mix`. metrics.py uses `macs`; width growth uses `parts`.
+    for visits to z and one for visits to y, and passes them to `mix`. `macs` is for FLOPs, `parts` for width growth.
     """
 
     @staticmethod
@@ -166,9 +166,8 @@ def positions_and_mask(
         return index[None, past:], (index[past:, None] >= index)[None, None] if is_later_chunk else None
     is_past = index[past:, None] >= index[None, :]  # (T, S)
     real = (segments != 0).cumsum(-1) - 1
-    document = segments.gather(
-        -1, torch.where(segments != 0, index, 0).cummax(-1).values
-    )  # padding gets the document before it
+    # padding belongs to the document before it
+    document = segments.gather(-1, torch.where(segments != 0, index, 0).cummax(-1).values)
     begins = document.diff(dim=-1, prepend=torch.zeros_like(segments[:, :1])) != 0
     positions = (real - torch.where(begins, real, 0).cummax(-1).values).clamp(min=0)[:, past:]
     mask = (segments[:, past:, None] == segments[:, None, :]) & (segments != 0)[:, None, :]

@@ -88,15 +88,14 @@ class TRMModel(nn.Module):
         cache: KVCache | None = None,
         exit: ExitRule | None = None,
     ) -> TRMOutput:
-        """Runs `supervision_steps` steps from `carry`. By default, runs all steps of the config from the initial state.
+        """Runs `supervision_steps` steps from `carry`: by default, all steps of the config from the initial state.
 
-        attention_mask: None means that every token is real; 0 marks padding. Different numbers 1, 2, ... mark documents
-            packed into one row; a token attends only to its own document.
+        attention_mask: 0 marks padding, different numbers 1, 2, ... mark documents packed into one row, which do not
+            attend to each other. None means that every token is real.
         target_ids: target_ids[t] is the token after input_ids[t]; IGNORE (-100) has no loss.
         return_steps: return the logits of every recursion step: a supervision step of trm, a visit of the loop.
         exit: inference with an exit rule, from the initial state and without targets. carry.steps (B, T) then holds the
             number of recursion steps that each token took.
-        Raises ValueError if there are targets beside an exit rule, or more steps than the cache has slots for.
         """
         c = self.config
         if exit is not None:
@@ -111,9 +110,7 @@ class TRMModel(nn.Module):
         # the loop can read an answer after every visit, so one of its supervision steps is several recursion steps
         per_step = c.visits_per_step // visits_per_recursion_step(c)
         first, end = done * per_step, (done + steps) * per_step
-        weights = loss_weights(c, end)[first:]
-        if not any(weights):  # these steps have weight 0 in the whole sum, but are run by themselves here
-            weights = [1.0] * len(weights)
+        weights = loss_weights(c, end, first)
         loss = ce_loss = act_loss = None if target_ids is None else x.new_zeros(())
         read = []
         for step, weight in zip(range(first, end), weights):

@@ -47,7 +47,7 @@ class TRMConfig:
         latent_steps: n, number of updates of z before each update of y (trm)
         deep_steps: T, cycles per supervision step (trm), or number of visits (loop)
         supervision_steps: N_sup, number of supervision steps, with a loss after each (trm)
-        grad_deep_steps: number of deep steps, counted from the last, that carry gradient; default 1 for trm, all for loop
+        grad_deep_steps: how many deep steps, counted from the last, carry gradient; default 1 for trm, all for loop
         full_bptt: back-propagate through all supervision and deep steps; memory grows with their number
         supervision_weights: weights of the losses after each supervision step (trm) or visit (loop): equal, linear,
             last, or numbers such as 0.3,1.0; default equal for trm, last for loop
@@ -238,14 +238,18 @@ def valid_weights(spec: str, steps: int) -> bool:
     return all(0 <= weight < inf for weight in weights) and (weights[-1] > 0 or weights[steps - 1] > 0)
 
 
-def loss_weights(config: TRMConfig, steps: int) -> list[float]:
-    """Weights of the losses after recursion steps 0..steps-1 of a model, not normalised.
+def loss_weights(config: TRMConfig, end: int, first: int = 0) -> list[float]:
+    """Weights of the losses after recursion steps first..end-1 of a model, not normalised.
 
     By default, all supervision steps of trm have equal weights, and only the last visit of the loop has a loss. Visits
-    of the loop without gradient have weight 0. If all weights would be 0, the last step gets weight 1."""
+    of the loop without gradient have weight 0. If all weights up to `end` would be 0, the last step gets weight 1."""
     is_loop = config.recursion == "loop"
-    weights = step_weights(config.supervision_weights or ("last" if is_loop else "equal"), steps)
+    weights = step_weights(config.supervision_weights or ("last" if is_loop else "equal"), end)
     if is_loop:
         frozen = config.deep_steps - config.grad_deep_steps
         weights = [w if t % config.deep_steps >= frozen else 0.0 for t, w in enumerate(weights)]
-    return weights if any(weights) else [0.0] * (steps - 1) + [1.0]
+    if not any(weights):
+        weights[-1] = 1.0
+    weights = weights[first:]
+    # steps of weight 0 may still be run by themselves: then each counts the same
+    return weights if any(weights) else [1.0] * len(weights)

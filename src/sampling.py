@@ -87,7 +87,7 @@ def generate(
     eos_id: the id or ids (a tokenizer's `end_ids`) that end a row; any of them counts as EOS. A row that has ended
         yields the config's pad_token_id, or the first eos_id if there is none.
     exit: exit rule by which each token chooses its depth.
-    thoughts, depths: lists to which, for every new token, a Thought and the number of recursion steps (B,) are appended.
+    thoughts, depths: lists; for every new token, a Thought and its number of recursion steps (B,) are appended.
     When a row exceeds max_seq_len, it keeps its last max_seq_len // 2 tokens, which are encoded again.
     Raises ValueError for invalid options or prompts.
     """
@@ -127,6 +127,7 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
     ends = None if eos_id is None else torch.tensor(eos_id, device=ids.device).view(-1)
     cache, new = None, None
     for made in range(max_new_tokens):
+        # make room if the context is full, or drop padding that all rows have in common
         if ids.shape[1] > max_len or cache is None and not bool(mask[:, 0].any()):
             (ids, mask), cache = fit_window(ids, mask, max_len, finished.tolist()), None
         with torch.inference_mode():  # faster than no_grad

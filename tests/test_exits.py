@@ -219,8 +219,8 @@ def test_any_model_prompt_padding_and_rule(tiny, data):
 @pytest.mark.parametrize(
     ("case", "rule", "words"),
     [
-        ({"recursion": "none"}, {"exit": "kl"}, "one visit"),
-        ({"recursion": "none"}, {"max_recursion_depth": 2}, "one visit"),
+        ({"recursion": "none"}, {"exit": "kl"}, "single visit"),
+        ({"recursion": "none"}, {"max_recursion_depth": 2}, "single visit"),
         ({"recursion": "loop"}, {"exit": "halt"}, "no halting head"),
         ({"causal": False}, {"exit": "halt"}, "choose exit fixed"),
         ({}, {"max_recursion_depth": 0}, "max_recursion_depth is 0"),
