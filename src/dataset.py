@@ -1,15 +1,15 @@
 """Documents -> tokens -> windows -> batches.
 
 1. `src.data.corpus` reads files as a stream of documents.
-2. `src.data.token_store` keeps their tokens on disk, one flat stream with EOS after each document, keyed by the content
-   of files and tokenizer, so the second time it is only opened; `TokenStore` is that stream, memory-mapped.
-3. `PackedDataset` cuts it into full windows; `WikiJsonlDataset` is the padded form, one document per row;
-   `MixedDataset` is several corpora, drawn from by weight.
+2. `src.data.token_store` keeps their tokens on disk, as one flat stream with EOS after each document. The cache key is
+   a hash of the files and the tokenizer, so a second run only opens it. `TokenStore` is that stream, memory-mapped.
+3. `PackedDataset` cuts the stream into full windows. `WikiJsonlDataset` is the padded alternative, one document per
+   row. `MixedDataset` combines several corpora, drawn by weight.
 4. `create_dataloader` makes batches, in an order that is a pure function of (seed, epoch, index).
-5. `prepare_data` does all of it from `DataConfig`, the flags.
+5. `prepare_data` does all of this, as `DataConfig` (the flags) says.
 
-`src.data.samples` has the rows of 3, `src.data.order` the orders of 4. `src.data.stream` reads while training what is
-too large for 2; training takes its batches from `src.data.loader`.
+The rows of step 3 are in `src.data.samples`, the orders of step 4 in `src.data.order`. For a corpus too large for step
+2, `src.data.stream` tokenizes during training. `src.data.loader` gives the trainer its batches.
 """
 
 import itertools
@@ -40,24 +40,23 @@ from src.losses import IGNORE
 from src.tokenizer import read_tokenizer, warn_of_loss
 from src.training.train_config import DataConfig
 
-MOST_VALID_TOKENS = 1_000_000  # of the tail that is held back where documents are few
+MOST_VALID_TOKENS = 1_000_000  # limit for the end of the text that is held back if there are too few documents
 
 
 class PackedDataset(Dataset):
-    """Full windows of a TokenStore, `seq_len` inputs each: every token after the first is a target exactly once.
+    """Full windows of a TokenStore, with `seq_len` inputs each. Every token after the first is a target exactly once.
 
-    Nothing is padded: the last window ends with the store, and its targets that the window before already had are
-    -100. The EOS between two documents is a target as EOS and an input as BOS (where bos_eos gives both ids): a model
-    learns to begin from BOS. segment=True numbers the documents within the window in attention_mask, which keeps
-    attention inside them.
-    Raises UserError for a store that is shorter than one window.
+    There is no padding. The last window ends at the end of the store, and its targets that overlap with the window
+    before are -100. The EOS between two documents is EOS as a target but BOS as an input, if bos_eos = (BOS id, EOS id)
+    is given, so that a model learns to start from BOS. With segment=True, attention_mask numbers the documents of a
+    window, which limits attention to one document. Raises UserError if the store is shorter than one window.
     """
 
     def __init__(self, store, seq_len, segment=False, bos_eos=None):
         if len(store) < seq_len + 1:
             raise UserError(
                 f"the text has {len(store)} tokens, one window needs {seq_len + 1}: "
-                "give more text or a smaller max_seq_len"
+                "use more text or set a smaller max_seq_len"
             )
         self.store, self.seq_len, self.segment, self.bos_eos = store, seq_len, segment, bos_eos
         self.n_targets = len(store) - 1
@@ -78,11 +77,11 @@ class PackedDataset(Dataset):
         stop = start + self.seq_len + 1
         documents = self.store.documents_of(start + 1, stop) if self.segment else None
         sample = window_sample(self.store[start:stop], documents, self.bos_eos)
-        sample.target_ids[: wanted - start] = IGNORE
+        sample.target_ids[: wanted - start] = IGNORE  # in the last window: targets of the one before
         return sample
 
     def with_seq_len(self, seq_len):
-        """The same text in windows of another length."""
+        """Returns the same text in windows of another length."""
         return PackedDataset(self.store, seq_len, self.segment, self.bos_eos)
 
     def __str__(self):
@@ -90,9 +89,9 @@ class PackedDataset(Dataset):
 
 
 class WikiJsonlDataset(Dataset):
-    """One document per row, cut at `seq_len`, for padding in `collate_batch`: BOS and the text in, text and EOS out.
+    """One document per row, cut at `seq_len` and padded by `collate_batch`: input BOS + text, target text + EOS.
 
-    `paths` as in `tokenize_corpus`, or a TokenStore.
+    `paths` is as in `tokenize_corpus`, or a TokenStore.
     """
 
     def __init__(self, paths, tokenizer, seq_len, text_field="text", **options):
@@ -109,7 +108,7 @@ class WikiJsonlDataset(Dataset):
 
     @property
     def bytes_per_token(self):
-        """UTF-8 bytes of the text that is kept per target token."""
+        """UTF-8 bytes per target token, without the text that was cut off."""
         if self._bytes_per_token is None:
             kept = (self[i].target_ids.tolist() for i in range(len(self)))
             n_bytes = sum(len(self.tokenizer.decode_bytes(ids)) for ids in kept)
@@ -123,7 +122,7 @@ class WikiJsonlDataset(Dataset):
         return Sample(inputs, targets, None)
 
     def with_seq_len(self, seq_len):
-        """The same documents, cut at another length."""
+        """Returns the same documents, cut at another length."""
         return WikiJsonlDataset(self.store, self.tokenizer, seq_len)
 
     def __str__(self):
@@ -131,7 +130,7 @@ class WikiJsonlDataset(Dataset):
 
 
 class MixedDataset(ConcatDataset):
-    """Several corpora (datasets of windows or rows), of which create_dataloader draws each by its weight."""
+    """Several corpora (datasets of windows or rows). create_dataloader draws from each in proportion to its weight."""
 
     def __init__(self, corpora, weights):
         super().__init__(corpora)
@@ -139,12 +138,12 @@ class MixedDataset(ConcatDataset):
 
     @property
     def bytes_per_token(self):
-        """UTF-8 bytes of text per target token, as the corpora are drawn."""
+        """UTF-8 bytes of text per target token, averaged as the corpora are drawn."""
         tokens = [w * corpus.n_targets / len(corpus) for w, corpus in zip(self.weights, self.datasets)]
         return sum(n * corpus.bytes_per_token for n, corpus in zip(tokens, self.datasets)) / sum(tokens)
 
     def with_seq_len(self, seq_len):
-        """The same corpora at another length."""
+        """Returns the same corpora with windows or rows of another length."""
         return MixedDataset([corpus.with_seq_len(seq_len) for corpus in self.datasets], self.weights)
 
     def __str__(self):
@@ -152,10 +151,11 @@ class MixedDataset(ConcatDataset):
 
 
 def create_dataloader(dataset, batch_size, seed=0, shuffle=True, start=0, num_workers=0, pad_id=0, rank=0, world=1):
-    """DataLoader of `collate_batch` dicts: rows rank, rank + world, ... of each batch of `batch_size` rows.
+    """Returns a DataLoader of `collate_batch` dicts: rows rank, rank + world, ... of each batch of `batch_size` rows.
 
-    shuffle=True: endless, full batches across the ends of epochs, after `start` samples; batch k is the same for every
-    num_workers. shuffle=False: one pass in order, the last batch may be small.
+    With shuffle=True it is endless and starts after `start` samples. All batches are full and may span two epochs;
+    batch k is the same for every num_workers. With shuffle=False it makes one pass in order, and the last batch may be
+    smaller.
     """
     if not shuffle:
         sampler = range(start, len(dataset))
@@ -169,19 +169,20 @@ def create_dataloader(dataset, batch_size, seed=0, shuffle=True, start=0, num_wo
         num_workers=num_workers,
         collate_fn=_Collate(pad_id),
         worker_init_fn=leave_group,
-        generator=torch.Generator().manual_seed(seed),  # so that making an iterator does not touch the global state
+        generator=torch.Generator().manual_seed(seed),  # else iter() draws from the global random state
     )
 
 
 def leave_group(worker_id):
-    """In a loading process: Ctrl-C, or a signal to the whole group, asks the training process alone to end; it may want
-    more batches until its step is done, and ends its loading processes itself."""
-    if hasattr(os, "setpgid"):  # Windows has no such groups
+    """Moves a DataLoader worker out of the process group, so that Ctrl-C reaches the training process alone.
+
+    That process may need more batches to finish its step, and stops its workers itself."""
+    if hasattr(os, "setpgid"):  # Windows has no process groups
         os.setpgid(0, 0)
 
 
 class _Collate:
-    """collate_batch with its pad_id, in a form that worker processes can be sent."""
+    """collate_batch with its pad_id, as an object that can be pickled for worker processes."""
 
     def __init__(self, pad_id):
         self.pad_id = pad_id
@@ -191,15 +192,15 @@ class _Collate:
 
 
 def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None, files=None):
-    """(tokenizer, train_set, valid_set) of a DataConfig; windows or rows of `seq_len` tokens.
+    """Returns (tokenizer, train_set, valid_set) for a DataConfig, with windows or rows of `seq_len` tokens.
 
-    vocab_size is the size of a SentencePiece model that is trained on the spot (None = ON_THE_SPOT_VOCAB); the
-    vocabulary in use is tokenizer.vocab_size. save_dir: a folder that the tokenizer's file is written to; files: what
-    `find_text` found, where it was asked before. Raises UserError for every fault of the input.
+    If no tokenizer is given, a SentencePiece model of vocab_size pieces is trained (None = ON_THE_SPOT_VOCAB). The
+    actual vocabulary size is tokenizer.vocab_size. save_dir is a folder for a copy of the tokenizer. files is the
+    result of `find_text`, if the caller already has it. Raises UserError for every problem with the input.
     """
     corpora, valid_files = files or find_text(data)
     files = sorted(set(itertools.chain(*corpora)))
-    part = "whole" if valid_files else "train"  # else validation documents come out of the training files
+    part = "whole" if valid_files else "train"  # without validation files, some training documents are held back
     if data.streaming:
         shards = Shards(corpora, data.text_field, data.strict, not valid_files, data.max_doc_mb)
         tokenizer = _tokenizer_of(data, vocab_size, (piece for piece, _ in shards.heads(ON_THE_SPOT_BYTES)))
@@ -232,10 +233,10 @@ def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None, files=Non
 
 
 def find_text(data):
-    """(training files, a list per corpus; validation files) of a DataConfig."""
+    """Returns (training files as one list per corpus, validation files) for a DataConfig."""
     if not data.train_paths:
         train_files, valid_files = stdlib_files()
-        print(f"no train_paths: the Python standard library, {len(train_files)} files", file=sys.stderr)
+        print(f"no train_paths: using the Python standard library, {len(train_files)} files", file=sys.stderr)
         corpora = [train_files]
     else:
         corpora = [find_files(path) for path in data.train_paths] if data.mixture else [find_files(data.train_paths)]
@@ -248,19 +249,20 @@ def find_text(data):
 
 
 def _warn_of_training_text(valid_files, train_files):
-    """Say by name which validation files are training files too, or have the content of one."""
+    """Warns about each validation file that is also a training file, or has the same content as one."""
     sizes = {os.path.getsize(path) for path in valid_files}
-    train = [path for path in train_files if os.path.getsize(path) in sizes]  # others need not be opened
+    train = [path for path in train_files if os.path.getsize(path) in sizes]  # other sizes cannot match
     names = {found[1:]: path for path, found in zip(train, fingerprint_files(train))}
     for path, found in zip(valid_files, fingerprint_files(valid_files)):
         if found[1:] in names:
-            also = f" (there {names[found[1:]]})" if names[found[1:]] != path else ""
-            why = "is training text too, so that its loss is no measure"
-            print(f"warning: validation file {path}{also} {why}", file=sys.stderr)
+            other = f" (as {names[found[1:]]})" if names[found[1:]] != path else ""
+            why = "its loss will be too low"
+            print(f"warning: validation file {path} is also training text{other}: {why}", file=sys.stderr)
 
 
 def _split_stores(store_of, corpora, files, tokenizer, seq_len):
-    """Training stores and validation store by document; where documents are too few, by the end of the text."""
+    """Returns (training stores, validation store). Documents are held back; if there are too few, the end of the text
+    is."""
     share = hold_back_share(files)
     try:
         stores, valid = [store_of(corpus, "train", share) for corpus in corpora], store_of(files, "valid", share)
@@ -269,21 +271,23 @@ def _split_stores(store_of, corpora, files, tokenizer, seq_len):
     except NoDocument:
         pass
     if len(corpora) > 1:
-        raise UserError("the train_paths have too few documents to hold some of each back: give --valid_paths")
+        raise UserError("the train_paths have too few documents to hold back some of each: set --valid_paths")
     whole = store_of(files)
     if len(whole) < 2 * (seq_len + 1):
         raise UserError(
             f"the text has {len(whole)} tokens, too few for a training and a validation window of {seq_len + 1}: "
-            "give more text, --valid_paths, or a smaller max_seq_len"
+            "use more text, set --valid_paths, or set a smaller max_seq_len"
         )
     n_valid = max(seq_len + 1, min(len(whole) // HOLD_BACK, MOST_VALID_TOKENS))
-    print(f"too few documents to hold some back: the last {n_valid} tokens are for validation", file=sys.stderr)
+    print(f"too few documents to hold some back: using the last {n_valid} tokens for validation", file=sys.stderr)
     train, valid = whole.split(len(whole) - n_valid, tokenizer)
     return [train], valid
 
 
 def _tokenizer_of(data, vocab_size, texts, files=None, part=None):
-    """The tokenizer that is asked for; or one trained on `texts`, kept by the content of `files`, else of the texts."""
+    """Returns the configured tokenizer, or a SentencePiece model trained on `texts`.
+
+    The cache key of the trained model is a hash of `files`, or of `texts` if there are no files."""
     if data.sp_model is not None or data.tokenizer != "sentencepiece":
         return read_tokenizer(data.sp_model or data.tokenizer)
     vocab_size = vocab_size or ON_THE_SPOT_VOCAB

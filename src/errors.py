@@ -1,19 +1,19 @@
-"""The one exception for mistakes of the user's."""
+"""UserError, the exception for all mistakes of the user."""
 
-MOST_CHARS = 800  # of a message
+MOST_CHARS = 800  # limit for a message
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line: what, where, what to do.  Scripts exit with code 2."""
+    """A mistake of the user. The message is one line: what is wrong, where, what to do. Scripts exit with code 2."""
 
 
 def few(names) -> str:
-    """The first three of some names, and how many there are besides."""
+    """Returns the first three names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
 def one_line(message) -> str:
-    """A message without line breaks; what a file holds may be long, and is cut."""
+    """Returns a message without line breaks; cuts the middle out of a long one, which may quote a file."""
     line = " ".join(str(message).split())
     return line if len(line) <= MOST_CHARS else f"{line[: MOST_CHARS // 2]} ... {line[-MOST_CHARS // 2 :]}"

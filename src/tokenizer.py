@@ -1,13 +1,15 @@
-"""Text to token ids and back, without loss: SentencePiece, plain bytes, or a tokenizer.json of Hugging Face.
+"""Tokenizers: SentencePiece, plain bytes, and Hugging Face's tokenizer.json. Text to token ids and back, without loss.
 
-All three have one interface: encode, encode_batch, start, decode, decode_bytes, id_to_bytes, save, vocab_size, pad_id,
-bos_id, eos_id, unk_id, end_ids, add_bos, prefix, kind, fingerprint. Every id stands for a fixed string of bytes, so
-decoding is joining; a character spread over several ids is whole once they are joined (StreamDecoder waits for the last
-of them). BOS, EOS and pad never come out of a text, whatever it says.
+All three have the same interface: encode, encode_batch, start, decode, decode_bytes, id_to_bytes, save, vocab_size,
+pad_id, bos_id, eos_id, unk_id, end_ids, add_bos, prefix, kind, fingerprint. Every id stands for a fixed byte string, so
+decoding joins byte strings. One character may be spread over several ids; StreamDecoder waits for the last of them.
+Encoding a text never yields BOS, EOS or pad, even if the text contains their names.
 
-A checkpoint folder holds one of these: tokenizer.json (Hugging Face), with the names of its special tokens in
-tokenizer_config.json; tokenizer.model (SentencePiece); tokenizer_config.json alone, {"tokenizer_kind": "byte"}. Where
-a model comes from elsewhere, tokenizer_config.json also says how its texts begin and end: {"starts_with_bos": false,
+A checkpoint folder contains one of
+- tokenizer.json (Hugging Face), with tokenizer_config.json for the names of its special tokens
+- tokenizer.model (SentencePiece)
+- tokenizer_config.json alone, with {"tokenizer_kind": "byte"}
+For converted models, tokenizer_config.json also says how texts start and end: {"starts_with_bos": false,
 "end_token_ids": [2, 0]}.
 """
 
@@ -46,7 +48,7 @@ read_file = functools.partial(read_bytes, what='tokenizer ("byte", a .model or a
 
 
 class _Tokenizer:
-    """What the three kinds share; a subclass sets the attributes named here, and encode_batch."""
+    """Base class of the three kinds. A subclass sets the attributes without a value here, and encode_batch."""
 
     kind: str
     vocab_size: int
@@ -54,20 +56,21 @@ class _Tokenizer:
     bos_id: int
     eos_id: int
     unk_id: int
-    prefix = ""  # a space where the tokenizer puts one before every text; `decode` takes it away again
-    _bytes: list[bytes]
+    prefix = ""  # " " if the tokenizer adds a space before every text; `decode` removes it again
+    _bytes: list[bytes]  # of every id
     files: dict[str, bytes]  # name in a checkpoint folder -> content
-    add_bos = True  # whether this model's texts begin with BOS
+    add_bos = True  # whether this model's texts start with BOS
     _more_ends: tuple[int, ...] = ()
 
     @property
     def end_ids(self):
-        """All ids that end a text, EOS first: the one place that decides it, for whoever generates."""
+        """All ids that end a text, EOS first. Generation stops at any of them."""
         return tuple(dict.fromkeys((self.eos_id, *self._more_ends)))
 
     def set_ends(self, add_bos=True, ends=()):
-        """This tokenizer, with whether texts begin with BOS, and what ends them besides EOS (ids that it has not are
-        left out). Neither changes the ids of a text, nor the fingerprint."""
+        """Sets whether texts start with BOS, and which ids besides EOS end a text; returns self.
+
+        Ignores ids outside the vocabulary. Neither setting changes the ids of a text or the fingerprint."""
         self.add_bos = add_bos
         self._more_ends = tuple(i for i in ends if type(i) is int and 0 <= i < self.vocab_size)
         return self
@@ -77,37 +80,37 @@ class _Tokenizer:
 
     @property
     def ends(self):
-        """What `set_ends` was told beyond the usual, as tokenizer_config.json has it."""
+        """The settings of `set_ends` that differ from the defaults, as entries of tokenizer_config.json."""
         ends = {} if self.add_bos else {"starts_with_bos": False}
         return ends | ({"end_token_ids": list(self.end_ids)} if len(self.end_ids) > 1 else {})
 
     def encode(self, text, bos=False, eos=False):
-        """Ids of `text` (list[int]): with bos as a text begins (see `start`), with EOS after it if asked for."""
+        """Returns the ids of `text` (list[int]). bos=True applies `start` to them; eos=True appends EOS."""
         ids = self.encode_batch([text])[0]
         return (self.start(ids) if bos else ids) + [self.eos_id] * eos
 
     def start(self, ids):
-        """Ids of a text's beginning: after BOS, unless this model's texts have none; BOS alone where there are none."""
+        """Returns `ids` as the start of a text: with BOS if this model's texts have it. [] always becomes [BOS]."""
         return [self.bos_id, *ids] if self.add_bos or not ids else ids
 
     def encode_batch(self, texts):
-        """Ids of each text: list[list[int]], no special tokens."""
+        """Returns the ids of each text (list[list[int]]), without special tokens."""
         raise NotImplementedError
 
     def id_to_bytes(self, index):
-        """UTF-8 bytes that one id stands for; b"" for pad, BOS and EOS. Half a character is possible."""
+        """Returns the UTF-8 bytes of one id, possibly only a part of a character; b"" for pad, BOS and EOS."""
         return self._bytes[index]
 
     def decode_bytes(self, ids):
-        """UTF-8 bytes of a sequence of ids, from anywhere in a text."""
+        """Returns the UTF-8 bytes of a sequence of ids, from anywhere in a text."""
         return b"".join(self._bytes[i] for i in ids)
 
     def decode(self, ids):
-        """Text of all its ids, special tokens dropped; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of ids from the start of a text, without special tokens. Invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace").removeprefix(self.prefix)
 
     def lost_bytes(self, text, ids):
-        """UTF-8 bytes of the characters of a text that its ids do not give back; 0 where they give all of it back."""
+        """Returns how many UTF-8 bytes of `text` decoding its `ids` does not restore; 0 if it restores all of them."""
         back = self.decode(ids)
         if back == text:
             return 0
@@ -116,11 +119,11 @@ class _Tokenizer:
 
     @property
     def fingerprint(self):
-        """sha256 (hex) of kind and content: equal for equal tokenizers, wherever their file lies."""
+        """sha256 (hex) of kind and content. It does not depend on the file's location."""
         return hashlib.sha256(b"\0".join((self.kind.encode(), *self.files.values()))).hexdigest()
 
     def save(self, folder):
-        """Write the tokenizer's files into a (checkpoint) folder."""
+        """Writes the tokenizer's files into a (checkpoint) folder."""
         os.makedirs(folder, exist_ok=True)
         for name, content in self.files.items():
             Path(folder, name).write_bytes(content)
@@ -133,9 +136,10 @@ class _Tokenizer:
 
 
 class TokenizerWrapper(_Tokenizer):
-    """A SentencePiece model. The round trip is exact for models of `train_sentencepiece`, and for others as far as
-    their own normalisation and vocabulary go. `model_file` is a path, or the model's bytes; `names`: the
-    content of a tokenizer_config.json beside it."""
+    """A SentencePiece model.
+
+    Models of `train_sentencepiece` are lossless; others lose what their normalization changes and their vocabulary
+    lacks. `model_file` is a path or the model's bytes, `names` the content of the tokenizer_config.json next to it."""
 
     kind = "sentencepiece"
 
@@ -147,29 +151,29 @@ class TokenizerWrapper(_Tokenizer):
             if not sp.LoadFromSerializedProto(data):
                 raise RuntimeError
             self._bytes = [self._piece_bytes(i) for i in range(sp.get_piece_size())]
-        except (RuntimeError, ValueError):  # ValueError: a piece that is no UTF-8
-            raise UserError(f"{name} is not a whole SentencePiece model; make one with train_spm.py") from None
+        except (RuntimeError, ValueError):  # ValueError: a piece is not UTF-8
+            raise UserError(f"{name} is not a valid SentencePiece model: make one with train_spm.py") from None
         self.files = {MODEL_FILE: data}
         self.vocab_size = sp.get_piece_size()
         self.unk_id = sp.unk_id()
         self.eos_id = sp.eos_id()
         if self.eos_id < 0:
-            raise UserError(f"{name} defines no EOS id; make one that does with train_spm.py")
+            raise UserError(f"{name} has no EOS id: make a model that has one with train_spm.py")
         self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else self.eos_id
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
         self._byte_ids = {self._bytes[i][0]: i for i in range(self.vocab_size) if sp.is_byte(i)}
         self._ends_of(names or {})
-        self._added = ""  # what encode_batch puts before a text itself
+        self._added = ""  # the prefix, if encode_batch has to add it
         self.prefix = self._find_prefix()
         if self.prefix:
             self._take_over_prefix(data)
 
     def _take_over_prefix(self, data):
-        """Let encode_batch add the space, once a text; SentencePiece would add it to every part of _encode_marked."""
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # its protobuf takes a while to import
+        """Lets encode_batch add the prefix once per text. SentencePiece would add it to each part in _encode_marked."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # imported here, because protobuf imports slowly
 
         model = ModelProto.FromString(data)
-        if not model.normalizer_spec.remove_extra_whitespaces:  # else the space would be removed again
+        if not model.normalizer_spec.remove_extra_whitespaces:  # else SentencePiece would remove the added space
             model.normalizer_spec.add_dummy_prefix = False
             self._sp.LoadFromSerializedProto(model.SerializeToString())
             self._added = self.prefix
@@ -187,14 +191,14 @@ class TokenizerWrapper(_Tokenizer):
         return [self._encode_marked(t) if SPACE in t else self._sp.encode(t) for t in texts]
 
     def _encode_marked(self, text):
-        """A text with U+2581 itself, which SentencePiece cannot tell from a space: its three bytes, where it can."""
-        mark = [self._byte_ids.get(b, self.unk_id) for b in SPACE.encode()]
+        """Encodes a text that contains U+2581, which SentencePiece would read as a space: writes it as three bytes."""
+        mark = [self._byte_ids.get(b, self.unk_id) for b in SPACE.encode()]  # unknown, if the model has no byte pieces
         parts = [self._sp.encode(part) for part in text.split(SPACE)]
         return list(itertools.chain(parts[0], *(mark + part for part in parts[1:])))
 
     @property
     def processor(self) -> spm.SentencePieceProcessor:
-        """SentencePiece's own object of the model."""
+        """The SentencePieceProcessor of the model."""
         return self._sp
 
     def __reduce__(self):
@@ -202,7 +206,7 @@ class TokenizerWrapper(_Tokenizer):
 
 
 class ByteLevelTokenizer(_Tokenizer):
-    """One id per UTF-8 byte (0..255), then pad, BOS and EOS. Needs no file and knows every text."""
+    """One id per UTF-8 byte (0 to 255), then pad, BOS and EOS. It needs no file and can encode any text."""
 
     kind = "byte"
     pad_id, bos_id, eos_id = 256, 257, 258
@@ -219,11 +223,11 @@ class ByteLevelTokenizer(_Tokenizer):
 
 
 class HFTokenizer(_Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library (byte-level, or SentencePiece-like with U+2581 for a space).
+    """A tokenizer.json of the `tokenizers` library: byte-level, or SentencePiece-like with U+2581 for a space.
 
-    Which of its tokens are BOS, EOS, pad and unknown is told by a tokenizer_config.json beside it, else by what its
-    post-processor puts around a text, else by their usual names; EOS stands in for those it lacks. `json_file` is a
-    path, or the file's bytes; `names` takes the place of that tokenizer_config.json."""
+    BOS, EOS, pad and unknown are the tokens that the tokenizer_config.json next to it names, else those that the
+    post-processor adds to a text, else those with the usual names. EOS stands in for missing ones. `json_file` is a
+    path or the file's bytes; `names`, if given, replaces the content of that tokenizer_config.json."""
 
     kind = "hf"
 
@@ -242,16 +246,16 @@ class HFTokenizer(_Tokenizer):
         self._ends_of(names)
         self.prefix = self._find_prefix()
         if " " not in self.decode(self.encode("a a")):
-            raise UserError(f"{name} loses the spaces of a text: a byte-level or SentencePiece-like one is needed")
+            raise UserError(f"{name} loses the spaces of a text: use a byte-level or SentencePiece-like tokenizer")
 
     @property
     def json(self):
-        """The tokenizer.json by which it encodes: that of the file, with what keeps special tokens out of texts."""
+        """The tokenizer.json in use: the one from the file, after `keep_apart`."""
         return self._tok.to_str()
 
     @property
     def puts_bos(self):
-        """Whether the file itself puts BOS before a text."""
+        """Whether the file's post-processor puts BOS before a text."""
         return self._tok.encode("a").ids[:1] == [self.bos_id]
 
     def encode_batch(self, texts):
@@ -262,12 +266,13 @@ class HFTokenizer(_Tokenizer):
 
 
 def read_llama2c_tokenizer(path):
-    """The TokenizerWrapper of a llama2.c tokenizer file (tokenizer.bin, tok512.bin): SentencePiece BPE with <unk>, <s>,
-    </s> and the 256 bytes in front, and a space before every text.  UserError where the file is broken.
+    """Returns the TokenizerWrapper of a llama2.c tokenizer file (tokenizer.bin, tok512.bin).
 
-    The file holds the length of the longest piece (int32), then score (float32), length (int32) and bytes of each.
+    The file describes a SentencePiece BPE that starts with <unk>, <s>, </s> and 256 byte pieces, and adds a space
+    before every text. Its layout: length of the longest piece (int32), then for each piece its score (float32), length
+    (int32) and bytes. Raises UserError if the file is broken.
     """
-    from sentencepiece import sentencepiece_model_pb2 as pb  # its protobuf takes a while to import
+    from sentencepiece import sentencepiece_model_pb2 as pb  # imported here, because protobuf imports slowly
 
     data, at = read_file(path), 4
     model, kind = pb.ModelProto(), pb.ModelProto.SentencePiece
@@ -279,39 +284,46 @@ def read_llama2c_tokenizer(path):
             score, size = struct.unpack_from("<fi", data, at)
             (piece,) = struct.unpack_from(f"<{size}s", data, at + 8)
             index, at = len(model.pieces), at + 8 + size
-            name = piece.decode().strip("\0\n") if index < 3 else piece.decode().replace(" ", SPACE)
-            name = f"<0x{index - 3:02X}>" if 3 <= index < len(kinds) else name.removeprefix("\0")
+            text = piece.decode()
+            if index < 3:
+                name = text.strip("\0\n")
+            elif index < len(kinds):
+                name = f"<0x{index - 3:02X}>"
+            else:
+                name = text.replace(" ", SPACE).removeprefix("\0")
             type_ = kinds[index] if index < len(kinds) else kind.CONTROL if piece[:1] == b"\0" else kind.NORMAL
             model.pieces.add(piece=name, score=score, type=type_)
-        model.normalizer_spec.escape_whitespaces = SPACE in (p.piece for p in model.pieces)  # else a space is its byte
+        # without a piece that has a space, a space is encoded as its byte
+        model.normalizer_spec.escape_whitespaces = SPACE in (p.piece for p in model.pieces)
         if [p.piece for p in model.pieces[:3]] == ["<unk>", "<s>", "</s>"]:
             return TokenizerWrapper(model.SerializeToString(deterministic=True))
     except (struct.error, UnicodeDecodeError, UserError):
         pass
-    raise UserError(f"{path} is not a whole tokenizer file of llama2.c: copy it again")
+    raise UserError(f"{path} is not a valid llama2.c tokenizer file: copy it again")
 
 
 def read_tokenizer(name_or_path):
-    """The tokenizer of a name ("byte"), a file (.model; tokenizer.json; .bin of llama2.c), or a checkpoint folder.
+    """Returns the tokenizer of a name ("byte"), a file (.model, tokenizer.json, llama2.c .bin) or a checkpoint folder.
 
-    Raises UserError where it is missing or broken.
+    Raises UserError if it is missing or broken.
     """
     if str(name_or_path) == "byte":
         return ByteLevelTokenizer()
     path = Path(name_or_path)
     if path.is_dir():
-        kind = names_beside(path / JSON_FILE).get("tokenizer_kind")  # `--to hf` adds a tokenizer.json to other kinds
+        # `convert.py --to hf` adds a tokenizer.json to the other kinds, so its presence does not decide the kind
+        kind = names_beside(path / JSON_FILE).get("tokenizer_kind")
         first = {"byte": [CONFIG_FILE], "sentencepiece": [MODEL_FILE]}.get(kind, [])
         for name in (*first, JSON_FILE, MODEL_FILE, CONFIG_FILE):
             if (path / name).is_file():
                 return read_tokenizer(path / name)
-        raise UserError(f"{path} holds no tokenizer ({JSON_FILE}, {MODEL_FILE} or {CONFIG_FILE})")
+        raise UserError(f"{path} contains no tokenizer: it needs {JSON_FILE}, {MODEL_FILE} or {CONFIG_FILE}")
     if path.name == CONFIG_FILE:
         names = read_object(path, "tokenizer")
         if names.get("tokenizer_kind") == "byte":
             return ByteLevelTokenizer(names)
         raise UserError(
-            f'{path}: expected {{"tokenizer_kind": "byte"}}; beside it should lie {MODEL_FILE} or {JSON_FILE}'
+            f'{path}: add {MODEL_FILE} or {JSON_FILE} next to it, or write {{"tokenizer_kind": "byte"}} in it'
         )
     if path.name == MODEL_FILE:
         return TokenizerWrapper(path, names_beside(path))
@@ -319,20 +331,20 @@ def read_tokenizer(name_or_path):
 
 
 def warn_of_loss(lost, n_bytes):
-    """Say that bits per byte are left out, where a tokenizer does not give back `lost` of the bytes of a text."""
+    """Warns that there will be no bits per byte, if the tokenizer lost some of the text's bytes."""
     if lost:
         print(
-            f"warning: the tokenizer does not give back {100 * lost / n_bytes:.3g} % of the text's bytes: "
-            "bits per byte would be too low, so there are none, only nats per token",
+            f"warning: the tokenizer loses {100 * lost / n_bytes:.3g} % of the text's bytes: bits per byte would be "
+            "too low, so only nats per token are reported",
             file=sys.stderr,
         )
 
 
 class StreamDecoder:
-    """Text of ids as they arrive, never half a character. The pieces with flush() last are the text of the ids.
+    """Decodes ids one by one into whole characters. The results of push, and of flush at the end, join to the text.
 
-    starts_text: they are all ids of a text, so that the tokenizer's prefix is taken away as in tokenizer.decode(ids);
-    else they go on from other text."""
+    With starts_text=True, the ids start a text, so the tokenizer's prefix is removed as in tokenizer.decode(ids).
+    Otherwise they continue another text."""
 
     def __init__(self, tokenizer, starts_text=False):
         self._tokenizer = tokenizer
@@ -340,12 +352,12 @@ class StreamDecoder:
         self._prefix = tokenizer.prefix if starts_text else ""
 
     def push(self, index):
-        """Text that is complete with this id; "" while a character lacks bytes."""
+        """Returns the text that is complete with this id, "" while a character still lacks bytes."""
         text = self._decoder.decode(self._tokenizer.id_to_bytes(int(index)))
         if text and self._prefix:
             text, self._prefix = text.removeprefix(self._prefix), ""
         return text
 
     def flush(self):
-        """What is left at the end: U+FFFD for a character that never became whole."""
+        """Returns the rest at the end: U+FFFD for an incomplete character, else ""."""
         return self._decoder.decode(b"", final=True)

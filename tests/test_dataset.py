@@ -77,7 +77,7 @@ def test_segments_number_the_documents_of_a_window(tmp_path):
 
 
 def test_shorter_than_one_window(tmp_path):
-    with pytest.raises(UserError, match="the text has 4 tokens, one window needs 9: give more text or a smaller"):
+    with pytest.raises(UserError, match="the text has 4 tokens, one window needs 9: use more text or set a smaller"):
         PackedDataset(store_of(tmp_path, ["abc"]), 8)
     path = write(tmp_path / "one.jsonl", ["abc"])
     with pytest.raises(UserError, match="4 tokens"):
@@ -181,7 +181,7 @@ def test_one_document_is_parted_by_its_end(tmp_path, capsys):
     config = DataConfig([str(tmp_path / "a.txt")], tokenizer="byte", cache_dir=str(tmp_path / "c"))
     _, train, valid = prepare_data(config, None, 16)
     assert len(train.store) + len(valid.store) == 19 * 60 + 1 and len(valid.store) == 57
-    assert "the last" in capsys.readouterr().err
+    assert "using the last 57 tokens for validation" in capsys.readouterr().err
 
 
 def test_a_validation_file_that_is_training_text_is_said_by_name(tmp_path, capsys):
@@ -190,9 +190,9 @@ def test_a_validation_file_that_is_training_text_is_said_by_name(tmp_path, capsy
     (tmp_path / "link.jsonl").symlink_to("a.jsonl")
     config = {"tokenizer": "byte", "cache_dir": str(tmp_path / "c")}
     for valid, said in (
-        (f"{tmp_path}/link.jsonl", f"link.jsonl (there {a}) is training text too"),
-        (f"{tmp_path}/copy.jsonl", f"copy.jsonl (there {b}) is training text too"),
-        (a, "a.jsonl is training text too, so that its loss is no measure"),
+        (f"{tmp_path}/link.jsonl", f"link.jsonl is also training text (as {a})"),
+        (f"{tmp_path}/copy.jsonl", f"copy.jsonl is also training text (as {b})"),
+        (a, "a.jsonl is also training text: its loss will be too low"),
         (c, ""),
     ):
         for streaming in (False, True):

@@ -130,7 +130,7 @@ class TestDisk:
         shard.write_text('{"text": "some words to learn from"}\n' * 50)
         trainer = make(streaming=True, train_paths=[str(shard)], save_every=2, shuffle_buffer=4, max_steps=100)
         during(trainer, 5, shard.unlink)
-        with pytest.raises(UserError, match="shard.jsonl cannot be read .*put it back"):
+        with pytest.raises(UserError, match="shard.jsonl cannot be read .*restore it"):
             trainer.train()
         assert trainer.step >= 5 and load_state(trainer.folder / "last")["step"] >= 4
 

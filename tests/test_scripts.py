@@ -298,7 +298,7 @@ class TestMistakesOfTraining:
         }
         for name, content in contents.items():
             (tmp_path / name).write_bytes(content)
-        keys = {"field.jsonl": "fields there: body", "broken.jsonl": "broken JSON", "latin.txt": "UTF-8"}
+        keys = {"field.jsonl": "available fields: body", "broken.jsonl": "broken JSON", "latin.txt": "UTF-8"}
         keys |= {"short.txt": "max_seq_len", "image.png": "no data file", "empty.txt": "empty"}
         cases = [
             (["--train_paths", tmp_path / name], keys.get(name, name))
@@ -309,7 +309,7 @@ class TestMistakesOfTraining:
             (["--train_paths", tmp_path / "nowhere.jsonl"], "nowhere.jsonl does not exist"),
             (["--train_paths", text, "--valid_paths", tmp_path / "nowhere"], "nowhere does not exist"),
             (["--train_paths", text, "--valid_paths", tmp_path / "short.txt"], "max_seq_len"),
-            (["--train_paths", text, "--text_field", "body"], "fields there: text"),
+            (["--train_paths", text, "--text_field", "body"], "available fields: text"),
             (["--train_paths", text, "--tokenizer", tmp_path / "no.model"], "no.model"),
             (["--train_paths", text, "--tokenizer", tmp_path / "no.json"], "no.json"),
             (["--train_paths", text, "--tokenizer", tmp_path / "nowhere"], "nowhere"),

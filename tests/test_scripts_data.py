@@ -66,7 +66,7 @@ def test_extract_texts_refuses(tmp_path):
         ([str(text), "--max_doc_mb", "-1"], "max_doc_mb is -1.0: set it over 0"),
         ([source, "--output", str(tmp_path)], "is a folder"),
         ([source, "--output", str(text / "out.txt")], "cannot write"),
-        ([source, "--output", str(tmp_path / "o.txt"), "--text_field", "body"], "fields there: text"),
+        ([source, "--output", str(tmp_path / "o.txt"), "--text_field", "body"], "available fields: text"),
         ([str(tmp_path / "bad.jsonl"), "--output", str(tmp_path / "o.txt"), "--strict"], "bad.jsonl:1: broken JSON"),
         ([source, "--max_docs", "0"], "max_docs"),
     ]:

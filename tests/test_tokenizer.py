@@ -188,7 +188,7 @@ def test_save_and_load(tokenizer, tmp_path):
 def test_missing_and_broken_files(tmp_path, name, sp):
     with pytest.raises(UserError, match=name):
         read_tokenizer(tmp_path / name)
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="contains no tokenizer"):
         read_tokenizer(tmp_path)
     for content in (b"", b"{}", b"garbage" * 50, sp.files["tokenizer.model"][:1000]):
         (tmp_path / name).write_bytes(content)
@@ -288,8 +288,8 @@ def test_special_tokens_by_the_file_beside_then_post_processor_then_name(tmp_pat
     ("change", "said"),
     [
         (lambda t: t["model"]["vocab"].update({"z": 2**32 - 1}), "has 257 tokens, but an id 4294967295"),
-        (lambda t: t.update(post_processor=TEMPLATE), "its post_processor puts <missing> around texts"),
-        (lambda t: t["model"].update(unk_token=["x"]), "not a whole tokenizer.json"),
+        (lambda t: t.update(post_processor=TEMPLATE), "its post_processor adds <missing>"),
+        (lambda t: t["model"].update(unk_token=["x"]), "not a valid tokenizer.json"),
     ],
 )
 def test_tokenizer_json_that_breaks_the_library(tmp_path, capfd, change, said):
@@ -308,7 +308,7 @@ def test_a_piece_that_is_no_utf8(tmp_path, sp):
     (tmp_path / "m.model").write_bytes(
         data.replace(b"\n" + bytes([len(piece)]) + piece, b"\n" + bytes([len(piece)]) + b"\xff" * len(piece))
     )
-    with pytest.raises(UserError, match="m.model is not a whole SentencePiece model"):
+    with pytest.raises(UserError, match="m.model is not a valid SentencePiece model"):
         read_tokenizer(tmp_path / "m.model")
 
 
@@ -317,13 +317,13 @@ def test_what_tokenizer_json_needs(tmp_path):
 
     path, beside = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
     path.write_bytes(byte_level(["<end>"]))
-    with pytest.raises(UserError, match="no known EOS token: name it in a tokenizer_config.json"):
+    with pytest.raises(UserError, match="no known EOS token: set eos_token in a tokenizer_config.json"):
         HFTokenizer(path)
     beside.write_text('{"eos_token": "<end>"}')
     assert HFTokenizer(path).eos_id == 256
     for content, message in [
         ('{"eos_token": "<fin>"}', "names <fin> as eos_token"),
-        ("[1]", "no JSON object"),
+        ("[1]", "not a JSON object"),
         ("{", "broken"),
     ]:
         beside.write_text(content)
@@ -388,7 +388,7 @@ def test_broken_llama2c_files(tmp_path, llama2c_file):
     whole, path = llama2c_file.read_bytes(), tmp_path / "tok.bin"
     for content in (b"", whole[:4], whole[:-1], whole[:2000], whole + b"\0", b"\0" * 64, whole[4:]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="tok.bin is not a whole tokenizer file of llama2.c"):
+        with pytest.raises(UserError, match="tok.bin is not a valid llama2.c tokenizer file"):
             read_tokenizer(path)
     with pytest.raises(UserError, match="nowhere.bin: no such file"):
         read_tokenizer(tmp_path / "nowhere.bin")

@@ -1,4 +1,4 @@
-"""The loader of training batches: one for tokenized sets and streams, and resumable at any batch."""
+"""Loaders of training batches, for tokenized sets and for streams. Both can resume at any batch."""
 
 import functools
 import warnings
@@ -12,20 +12,21 @@ from src.errors import UserError
 
 
 def create_train_loader(train_set, batch_size, seed=0, rank=0, world=1, num_workers=0, pad_id=0):
-    """Endless iterator over training batches: `collate_batch` dicts of this rank's batch_size / world rows.
+    """Returns an endless iterator over training batches: `collate_batch` dicts of this rank's batch_size / world rows.
 
-    train_set is tokenized (PackedDataset, WikiJsonlDataset, MixedDataset) or a StreamingDataset. Of the first kind,
-    rank r has rows r, r + world, ... of the batch that one process would have. Both have
+    train_set is tokenized (PackedDataset, WikiJsonlDataset, MixedDataset) or a StreamingDataset. With a tokenized set,
+    rank r gets rows r, r + world, ... of the batch that a single process would get. Both kinds of loader have
 
-        samples            rows given so far, over all ranks
-        epoch              how often the text was read whole; of a stream, by the process that gave the last batch
-        state_dict()       numbers, strings, lists and dicts; of a stream, each rank has its own
-        load_state_dict()  goes on after the last batch that was given
+        samples            number of rows so far, over all ranks
+        epoch              number of finished passes over the text; for a stream, those of the process that made the
+                           last batch
+        state_dict()       numbers, strings, lists and dicts; for a stream, each rank has its own
+        load_state_dict()  continues after the last batch before the state was taken
 
-    A state fits a loader of another batch_size: it goes on with the next rows. And one of another seq_len (train_set is
-    `train_set.with_seq_len(...)`): a tokenized set goes on after the same part of an epoch, a stream after the same
-    number of tokens of the block that it shuffles. A tokenized set moves between any number of ranks and workers; a
-    stream is dealt to its readers, and raises UserError for a state of other ones.
+    A state may be loaded with another batch_size: the loader continues with the next row. It may also be loaded with
+    another seq_len (`train_set.with_seq_len(...)`): a tokenized set continues at the same fraction of an epoch, a
+    stream after the same number of tokens of its current shuffle block. For a tokenized set, the numbers of ranks and
+    workers may change as well. For a stream they may not, since they determine who reads what: UserError.
     """
     if isinstance(train_set, StreamingDataset):
         return StreamLoader(train_set, batch_size, seed, rank, world, num_workers)
@@ -33,7 +34,7 @@ def create_train_loader(train_set, batch_size, seed=0, rank=0, world=1, num_work
 
 
 class IndexLoader:
-    """The training loader of a tokenized set: sample k is known by k, so that the position is all its state."""
+    """Training loader of a tokenized set. Sample k is a function of (seed, k), so the position is the whole state."""
 
     def __init__(self, train_set, batch_size, seed=0, rank=0, world=1, num_workers=0, pad_id=0):
         self.train_set, self.batch_size, self.samples, self._batches = train_set, batch_size, 0, None
@@ -59,28 +60,28 @@ class IndexLoader:
 
     def load_state_dict(self, state):
         if "epoch_samples" not in state:
-            raise UserError("the saved run was streaming: go on with --streaming true")
+            raise UserError("the saved run was streaming: resume it with --streaming true")
         self.samples, self._batches = state["samples"] * len(self.train_set) // state["epoch_samples"], None
 
 
 class StreamLoader:
-    """The training loader of a StreamingDataset; batch k of a rank comes from its loading process k % num_workers.
+    """Training loader of a StreamingDataset; worker process k % num_workers makes batch k of a rank.
 
-    Raises UserError for a file that cannot be read on; then it is of no more use, and the last state is to be resumed.
+    Raises UserError if a file can no longer be read. The loader is unusable after that: resume from the last state.
     """
 
     def __init__(self, train_set, batch_size, seed=0, rank=0, world=1, num_workers=0):
         self.batch_size, self.samples, self.epoch, self._batches = batch_size, 0, 0, None
         self._reads = train_set.identity | {"seed": seed, "processes": world, "rank": rank, "num_workers": num_workers}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's own affair
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata uses it internally
             self._loader = StatefulDataLoader(
                 RankStream(train_set, batch_size // world, seed, rank, world),
                 batch_size=None,
                 num_workers=num_workers,
                 collate_fn=_unchanged,
                 worker_init_fn=leave_group,
-                generator=torch.Generator().manual_seed(seed),  # so that the global state is not touched
+                generator=torch.Generator().manual_seed(seed),  # else it draws from the global random state
             )
 
     def __iter__(self):
@@ -92,11 +93,11 @@ class StreamLoader:
                 self._batches = iter(self._loader)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
                 raise UserError(
-                    f"the stream's position is no such thing ({error!r}): go on from another checkpoint"
+                    f"the stream position in the checkpoint is invalid ({error!r}): resume from another checkpoint"
                 ) from None
         batch, self.epoch = next(self._batches)
         if isinstance(batch, str):
-            self._batches = self._loader = None  # the processes end now, not when the error is forgotten
+            self._batches = self._loader = None  # ends the workers now, not when the exception is garbage-collected
             raise UserError(batch)
         self.samples += self.batch_size
         return batch
@@ -106,12 +107,12 @@ class StreamLoader:
 
     def load_state_dict(self, state):
         if "reads" not in state:
-            raise UserError("the saved run was not streaming: go on with --streaming false")
+            raise UserError("the saved run was not streaming: resume it with --streaming false")
         for name, now in self._reads.items():
             if state["reads"][name] != now:
                 raise UserError(
-                    f"{name} was {state['reads'][name]} in the saved run and is {now} now: a stream goes on only as it "
-                    "was dealt to its readers; set it back"
+                    f"{name} was {state['reads'][name]} in the saved run and is {now} now: a stream resumes only with "
+                    "the same files, settings and processes; restore the old value"
                 )
         self.samples, self.epoch, self._batches = state["samples"], state["epoch"], None
         self._loader.load_state_dict(state["loader"])

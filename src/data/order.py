@@ -1,4 +1,4 @@
-"""In which order samples are drawn: a function of the seed and the number of the sample, so any may be the first."""
+"""The order of training samples. It is a function of (seed, sample number), so reading can start at any sample."""
 
 import itertools
 
@@ -7,12 +7,13 @@ from torch.utils.data import Sampler
 
 from src.runtime import mix_seed
 
-DRAWS = 10_000  # in as many draws of a mixture, every corpus has its share to one window
+DRAWS = 10_000  # each block of this many draws from a mixture has the right share of every corpus, to one window
 
 
 class EndlessSampler(Sampler):
-    """Indices of epoch after epoch, each in an order of its own that depends on (seed, epoch) alone. `start` samples
-    are taken as seen, so a resumed run goes on exactly where it was."""
+    """Yields the indices 0 ... n - 1 in a new order each epoch, which depends on (seed, epoch) alone.
+
+    Skips the first `start` samples, so a resumed run continues exactly where it stopped."""
 
     def __init__(self, n, seed=0, start=0):
         self.n, self.seed, self.start = n, seed, start
@@ -26,13 +27,16 @@ class EndlessSampler(Sampler):
 
 
 class MixtureSampler(Sampler):
-    """Indices into corpora of `sizes` that lie one after the other: which corpus is next is `mixture_order`, and each
-    has its own EndlessSampler. A function of (seed, number of the sample), so `start` works as there."""
+    """Yields indices into the concatenation of corpora with these sizes.
+
+    `mixture_order` chooses the corpus of each sample, and an EndlessSampler per corpus chooses the index in it. `start`
+    skips samples as in EndlessSampler."""
 
     def __init__(self, sizes, weights, seed=0, start=0):
         self.sizes, self.weights, self.seed, self.start = sizes, weights, seed, start
 
     def __iter__(self):
+        # how many samples of each corpus come before `start`: those of whole blocks, and of the block it is in
         block, position = divmod(self.start, DRAWS)
         begun = itertools.islice(mixture_order(self.weights, self.seed, block * DRAWS), position)
         drawn = block * mixture_counts(self.weights) + np.bincount(list(begun), minlength=len(self.sizes)).astype(int)
@@ -46,7 +50,7 @@ class MixtureSampler(Sampler):
 
 
 def mixture_counts(weights):
-    """(n_corpora,) int64: how many of DRAWS draws each corpus has; at least one."""
+    """Returns (n_corpora,) int64: how many of DRAWS draws go to each corpus, at least one each."""
     exact = np.array(weights) / sum(weights) * DRAWS
     counts = np.maximum(1, exact.astype(np.int64))
     while counts.sum() > DRAWS:
@@ -57,7 +61,7 @@ def mixture_counts(weights):
 
 
 def mixture_order(weights, seed, start=0):
-    """Endless numbers of corpora from draw `start` on; each block of DRAWS is mixture_counts, shuffled."""
+    """Yields corpus numbers without end, from draw `start` on. Each block of DRAWS draws has `mixture_counts`."""
     block, position = divmod(start, DRAWS)
     draws = np.repeat(np.arange(len(weights)), mixture_counts(weights))
     while True:
@@ -66,7 +70,7 @@ def mixture_order(weights, seed, start=0):
 
 
 class RankBatches:
-    """One rank's indices of batch after batch."""
+    """Yields this rank's part of each batch of `batch_size` indices: every `world`-th index, starting at `rank`."""
 
     def __init__(self, sampler, batch_size, rank, world):
         self.sampler, self.batch_size, self.rank, self.world = sampler, batch_size, rank, world

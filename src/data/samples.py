@@ -1,4 +1,4 @@
-"""Rows of tokens and their targets: what data sets are made of, and how rows become a batch."""
+"""Samples (rows of tokens with their targets), and how they are collated into a batch."""
 
 from typing import NamedTuple
 
@@ -10,8 +10,11 @@ from src.losses import IGNORE
 
 
 class Sample(NamedTuple):
-    """One row. input_ids (T,) int64; target_ids (T,) int64, target_ids[t] follows input_ids[t], -100 is not counted;
-    attention_mask (T,) int64 or None: the number of each token's document in the row, 1, 2, ..., 0 for padding."""
+    """One row of T tokens.
+
+    input_ids (T,) int64
+    target_ids (T,) int64: target_ids[t] is the token after input_ids[t]; the loss ignores -100
+    attention_mask (T,) int64 or None: number of each token's document within the row: 1, 2, ...; 0 is padding"""
 
     input_ids: Int[Tensor, "t"]
     target_ids: Int[Tensor, "t"]
@@ -19,22 +22,23 @@ class Sample(NamedTuple):
 
 
 def window_sample(ids, documents=None, bos_eos=None):
-    """Sample of T + 1 consecutive tokens `ids` (int64 array), the last of which is a target only.
+    """Returns the Sample of T + 1 consecutive tokens `ids` (int64 array); the last token is only a target.
 
-    documents (T,) numbers the document of each target, in rising order; bos_eos: see PackedDataset.
+    documents (T,) holds the document number of each target, ascending. See PackedDataset for bos_eos.
     """
     ids = torch.from_numpy(ids)
     inputs, targets = ids[:-1], ids[1:].clone()
     if bos_eos is not None:
         bos_id, eos_id = bos_eos
         inputs = torch.where(inputs == eos_id, bos_id, inputs)
-    # an EOS as input is the BOS of the document to which its target belongs
+    # An EOS in the input acts as BOS of the next document. So each input belongs to the document of its target.
     return Sample(inputs, targets, None if documents is None else torch.from_numpy(documents - documents[0] + 1))
 
 
 def collate_batch(samples, pad_id=0):
-    """Samples -> {"input_ids", "target_ids"} (B, T) int64, padded on the right with pad_id and -100; "attention_mask"
-    (B, T) int64, 0 = padding, only where a sample has one or lengths differ."""
+    """Collates samples into {"input_ids", "target_ids"} (B, T) int64, padded on the right with pad_id and -100.
+
+    Adds "attention_mask" (B, T) int64, 0 = padding, if a sample has a mask or the lengths differ."""
     length = max(len(s.input_ids) for s in samples)
     needs_mask = any(s.attention_mask is not None or len(s.input_ids) < length for s in samples)
     masks = [torch.ones_like(s.input_ids) if s.attention_mask is None else s.attention_mask for s in samples]

@@ -1,14 +1,16 @@
-"""Training text straight from its files: read and tokenized while training, where a corpus is too large to be so first.
+"""Streaming: reads and tokenizes the training text during training, for corpora too large to tokenize beforehand.
 
-1. `Shards` are the files of one or more corpora, which `src.data.corpus` reads one document after the other.
-2. A reader is a loading process of a rank (or the rank itself). `share_of` deals the shards of each epoch to all
-   readers, in an order that depends on (seed, epoch) alone; where they do not divide, a shard is shared by document.
-3. `_Windows` joins a reader's documents, cuts full windows, and shuffles them a block (shuffle_buffer) at a time.
-4. `ReaderBatches` draws windows from the corpora by weight; `src.data.loader` runs it in processes.
+1. `Shards` holds the files of one or more corpora. `src.data.corpus` reads their documents.
+2. A reader is a worker process of a rank, or the rank itself if it has no workers. `share_of` divides the shards of
+   each epoch among all readers, in an order that depends on (seed, epoch) alone. A shard that falls to several readers
+   is divided by pieces of documents.
+3. `_Windows` joins a reader's documents, cuts full windows, and shuffles one block of `shuffle_buffer` windows at a
+   time.
+4. `ReaderBatches` draws windows from the corpora by weight. `src.data.loader` runs it in worker processes.
 
-The shuffle is replayed rather than saved: the order within a block is a function of (seed, reader, block), so where the
-block begins and how much of it is given are all the state, a few numbers whatever the buffer holds. To resume, a reader
-passes over its shard up to there, which is parsing alone, and tokenizes one to two blocks again.
+A checkpoint does not save the shuffle buffer. The order within a block is a function of (seed, reader, block), so the
+state is only the start of the block and how much of it was used. To resume, a reader skips its shard up to that start,
+which parses but does not tokenize, and then tokenizes one to two blocks again.
 """
 
 import collections
@@ -30,18 +32,18 @@ from src.data.token_store import held_back, hold_back_share
 from src.errors import UserError
 from src.runtime import mix_seed
 
-ENCODED = 16  # pieces of documents per call of the tokenizer
-MEASURED_BYTES = 1_000_000  # of text, on which bytes_per_token of a stream is measured
-MOST_EMPTY = 10  # epochs in a row that hold no document for a reader, until it gives up
-LISTED_FILES = 256  # spread over all, that samples of the text are taken from
+ENCODED = 16  # pieces per call of the tokenizer
+MEASURED_BYTES = 1_000_000  # size of the text sample from which bytes_per_token of a stream is estimated
+MOST_EMPTY = 10  # a reader raises an error after this many epochs in a row without a document for it
+LISTED_FILES = 256  # samples of the text come from at most this many files, spread evenly
 
 
 class Shards:
     """The files of one or more corpora.
 
-    corpora is a list of lists of files. holds_back: some documents of each corpus's first file are validation text
-    (`held_back_store`) and not read for training. Raises UserError for a file that cannot be looked at; while reading,
-    for one that is gone, changed its size, or cannot be read to its end.
+    corpora is a list of lists of files. With holds_back, some documents of each corpus's first file are validation text
+    (`held_back_store`) and are not used for training. Raises UserError if the size of a file cannot be read; while
+    reading, also if a file is gone, has changed its size, or cannot be read to the end.
     """
 
     def __init__(self, corpora, text_field="text", strict=False, holds_back=False, max_doc_mb=MAX_DOC_MB):
@@ -52,7 +54,7 @@ class Shards:
         self._share = hold_back_share(self._held)
 
     def pieces(self, path, report=False):
-        """(piece, is_last) pairs of the training documents of one file, see `read_pieces`; report names bad lines."""
+        """Yields (piece, is_last) pairs of one file's training documents; arguments as in `read_pieces`."""
         self._check(path)
         if path in self._held:
             yield from held_back([path], self.text_field, self.strict, "train", self._share, self.max_doc_mb, report)
@@ -62,13 +64,16 @@ class Shards:
 
     def _check(self, path):
         if (size := _size(path)) != self._sizes[path]:
-            raise UserError(f"{path} had {self._sizes[path]} bytes when the run began and has {size} now: put it back")
+            raise UserError(f"{path} had {self._sizes[path]} bytes when the run began and has {size} now: restore it")
 
     def heads(self, n_bytes, files=None):
-        """(piece, is_last) pairs from the starts of the files, or of LISTED_FILES spread over them, about as much of
-        each; n_bytes of text in all where there is as much. Raises NoDocument where there is none."""
+        """Yields (piece, is_last) pairs from the start of each file, about n_bytes of text in total.
+
+        Takes at most LISTED_FILES files, evenly spread, and about the same amount from each. Raises NoDocument if there
+        is no text."""
         files = self.files if files is None else files
-        files, found, why = files[:: -(-len(files) // LISTED_FILES)], False, None
+        files = files[:: -(-len(files) // LISTED_FILES)]
+        found, why = False, None
         for path in files:
             left = n_bytes / len(files)
             try:
@@ -77,25 +82,27 @@ class Shards:
                     found, left = True, left - len(piece.encode())
                     if left <= 0:
                         break
-            except NoDocument as error:  # an empty file among others
+            except NoDocument as error:  # a few empty files do no harm
                 why = error
         if not found:
             raise why
 
     def held_back_store(self, store_of, seq_len):
-        """TokenStore of the documents that are held back: store_of(files, part, share)."""
+        """Returns the TokenStore of the held-back documents; store_of(files, part, share) makes it.
+
+        Raises UserError if they do not fill one window."""
         with contextlib.suppress(NoDocument):
             store = store_of(self._held, "valid", self._share)
             if len(store) > seq_len:
                 return store
-        raise UserError(f"{', '.join(self._held)}: too few documents to hold some back; give --valid_paths")
+        raise UserError(f"{', '.join(self._held)}: too few documents to hold some back: set --valid_paths")
 
     def __str__(self):
         return f"{len(self.files)} files, {sum(self._sizes.values()) / 1e6:.1f} MB"
 
     @property
     def fingerprint(self):
-        """Names and sizes of the files, hashed (hex)."""
+        """Hash (hex) of the files' names and sizes."""
         names = [[(os.path.basename(path), self._sizes[path]) for path in files] for files in self.corpora]
         return hashlib.sha256(repr((names, self.text_field, bool(self._held))).encode()).hexdigest()[:16]
 
@@ -104,15 +111,15 @@ def _size(path):
     try:
         return os.path.getsize(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): put it back") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): restore it") from None
 
 
 class StreamingDataset:
-    """Endless windows of `seq_len` tokens, read from Shards, packed as in PackedDataset.
+    """Endless windows of `seq_len` tokens, read from Shards and packed as in PackedDataset.
 
-    weights: of the corpora, an equal one each by default; segment numbers the documents of a window in attention_mask;
-    shuffle_buffer windows (per reader and corpus) are shuffled at a time. bytes_per_token is measured on about
-    MEASURED_BYTES of text from the starts of the files, once. Raises NoDocument for a corpus that has none there.
+    weights are those of the corpora, equal by default. With segment, attention_mask numbers the documents of a window.
+    Each reader shuffles shuffle_buffer windows of a corpus at a time. bytes_per_token is estimated once, from about
+    MEASURED_BYTES of text at the start of the files. Raises NoDocument if a corpus has no document there.
     """
 
     def __init__(self, shards, tokenizer, seq_len, weights=None, segment=False, shuffle_buffer=2048):
@@ -127,12 +134,12 @@ class StreamingDataset:
         n_bytes = sum(len(piece.encode()) for piece, _ in pieces)
         ids = self.tokenizer.encode_batch([piece for piece, _ in pieces])
         if any(self.tokenizer.lost_bytes(piece, i) for i, (piece, _) in zip(ids, pieces)):
-            return math.nan
+            return math.nan  # bits per byte would be too low
         return n_bytes / sum(len(i) + is_last for i, (_, is_last) in zip(ids, pieces))
 
     @property
     def identity(self):
-        """What the order of windows depends on, besides seed and readers: {name for the user: value}."""
+        """What determines the order of windows besides the seed and the readers: {name for error messages: value}."""
         return {
             "the hash of the training files": self.shards.fingerprint,
             "the hash of the tokenizer": self.tokenizer.fingerprint[:16],
@@ -141,7 +148,7 @@ class StreamingDataset:
         }
 
     def with_seq_len(self, seq_len):
-        """The same stream in windows of another length."""
+        """Returns the same stream with windows of another length."""
         other = copy.copy(self)
         other.seq_len = seq_len
         return other
@@ -151,7 +158,7 @@ class StreamingDataset:
 
 
 class RankStream(IterableDataset):
-    """One rank's batches, in whichever loading process it is asked for them."""
+    """One rank's batches. In a worker process, iterating gives only the batches of that worker."""
 
     def __init__(self, data, rows, seed, rank, world):
         self.data, self.rows, self.seed, self.rank, self.world = data, rows, seed, rank, world
@@ -163,8 +170,10 @@ class RankStream(IterableDataset):
 
 
 class ReaderBatches:
-    """Endless (batch, epoch) of one reader. The message of a UserError takes the place of a batch: raised in a loading
-    process, it would reach the user as a traceback."""
+    """Endless (batch, epoch) pairs of one reader.
+
+    After a UserError, its message (str) is returned in place of the batch, because an exception raised in a worker
+    process would reach the user as a traceback."""
 
     def __init__(self, data, rows, seed, reader, readers):
         corpora = range(len(data.weights))
@@ -200,7 +209,8 @@ class ReaderBatches:
 
 
 class Place(NamedTuple):
-    """Where a reader is in a corpus: epoch, number of the shard in its share of it, piece in the shard, token in it."""
+    """A reader's position in a corpus: epoch, shard (numbered within its share), piece of the shard, token of the
+    piece."""
 
     epoch: int
     shard: int
@@ -209,7 +219,7 @@ class Place(NamedTuple):
 
 
 class Window(NamedTuple):
-    """T + 1 tokens: where the first is, ids (T + 1,) int32, and which of them ends a document (T + 1,) bool."""
+    """T + 1 tokens: place of the first, ids (T + 1,) int32, and whether each one ends a document (T + 1,) bool."""
 
     place: Place
     ids: np.ndarray
@@ -217,8 +227,10 @@ class Window(NamedTuple):
 
 
 class _Windows:
-    """One reader's windows of one corpus, endless. Its state is where the block begins that is being given, the block's
-    number, and the tokens of it that are given."""
+    """One reader's endless windows of one corpus.
+
+    Its state is the place where the current block starts, the number of that block, and how many of its tokens were
+    used (`given`; tokens rather than windows, so that seq_len may change)."""
 
     def __init__(self, data, corpus, seed, reader, readers):
         self.data, self.files = data, data.shards.corpora[corpus]
@@ -232,9 +244,10 @@ class _Windows:
         self.start, self.block, self.given = Place(*state["start"]), state["block"], state["given"]
 
     def shuffled(self):
-        """Samples, a block after the other, each in an order of its own; for each that is given one of the next block
-        is read, so that the work is even."""
-        skip = self.given // self.data.seq_len
+        """Yields samples block by block, each block in its own random order.
+
+        With each sample, one window of the next block is read, so that no step has to wait for a whole block."""
+        skip = self.given // self.data.seq_len  # samples of the first block that were used before the resume
         self._windows = self._in_order(self.start)
         self._head = next(self._windows)
         block = self._fill([], self.data.shuffle_buffer)
@@ -252,7 +265,7 @@ class _Windows:
             self.start, self.block, self.given = block[0].place, self.block + 1, 0
 
     def _fill(self, block, size):
-        """Windows are added to a block up to `size` of them, all of one epoch."""
+        """Adds windows to a block until it has `size` of them. A block never extends into the next epoch."""
         while len(block) < size and (not block or self._head.place.epoch == block[0].place.epoch):
             block.append(self._head)
             self._head = next(self._windows)
@@ -264,10 +277,12 @@ class _Windows:
         return window_sample(window.ids.astype(np.int64), documents, (tokenizer.bos_id, tokenizer.eos_id))
 
     def _in_order(self, start):
-        """Windows from a place on; each begins with the last token of the one before, which there is a target only."""
+        """Yields windows from a place on. Each window starts with the last token of the one before, where that token
+        is only a target."""
         size = self.data.seq_len
+        # tokens that are read but not used up, and the pieces they come from: (index of its first token, place)
         ids, ends, begins = np.zeros(0, np.int32), np.zeros(0, bool), collections.deque()
-        at = start.token
+        at = start.token  # index of the next window's first token
         for place, piece, ends_document in self._pieces(start):
             begins.append((len(ids), place))
             ids = np.concatenate([ids, piece])
@@ -286,9 +301,10 @@ class _Windows:
             begins = collections.deque((first - cut, place) for first, place in begins)
 
     def _pieces(self, start):
-        """(place of its first token, ids (n,) int32, whether they end a document) from the start of a piece on."""
+        """Yields (place of the first token, ids (n,) int32, whether they end a document) per piece, from the piece at
+        `start` on."""
         epoch, first_shard, first, _ = start
-        empty, why = 0, None  # epochs in a row without a document
+        empty, why = 0, None  # epochs in a row without a document, and the last error of an empty file
         while True:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.files)).tolist()
             shares = list(share_of(len(self.files), self.reader, self.readers))
@@ -299,7 +315,7 @@ class _Windows:
                     for number, ids, ends_document in mine:
                         empty = 0
                         yield Place(epoch, shard, number, 0), ids, ends_document
-                except NoDocument as error:  # an empty file among others
+                except NoDocument as error:  # a few empty files do no harm
                     why = error
                 first = 0
             if empty == MOST_EMPTY:
@@ -310,10 +326,10 @@ class _Windows:
             epoch, first_shard = epoch + 1, 0
 
     def _read(self, path, low, high, first, report):
-        """(number, ids, ends_document) of the pieces from `first` on whose number % readers is in low ... high - 1."""
+        """Yields (number, ids, ends_document) of pieces number >= first with number % readers in low ... high - 1."""
         pieces = enumerate(self.data.shards.pieces(path, report))
         mine = (piece for piece in pieces if piece[0] >= first and low <= piece[0] % self.readers < high)
-        is_shared = high - low < self.readers  # then what follows in a long document may be another reader's
+        is_shared = high - low < self.readers  # then another reader may get the next piece of a long document
         while batch := list(itertools.islice(mine, ENCODED)):
             encoded = self.data.tokenizer.encode_batch([text for _, (text, _) in batch])
             for (number, (_, is_last)), ids in zip(batch, encoded):
@@ -322,9 +338,11 @@ class _Windows:
 
 
 def share_of(n_shards, reader, readers):
-    """(position, low, high) of each shard that a reader reads of an epoch's order: the pieces of that shard whose
-    number % readers is in low ... high - 1. Readers have equal shares, each in one row: reader r's begins at shard
-    r * n_shards / readers, whose fraction is a part of the pieces."""
+    """Yields (position in the epoch's order, low, high) for each shard that a reader reads.
+
+    The reader takes the pieces of that shard with number % readers in low ... high - 1. All readers have equal,
+    contiguous shares. Reader r starts at r * n_shards / readers, where the fractional part is a part of the pieces of
+    that shard."""
     for position in range(reader * n_shards // readers, -(-(reader + 1) * n_shards // readers)):
         before = position * readers
         yield position, max(0, reader * n_shards - before), min(readers, (reader + 1) * n_shards - before)

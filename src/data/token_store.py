@@ -1,6 +1,6 @@
-"""Documents to tokens on disk, once: `tokenize_corpus` fills a cache through `datasets`, `TokenStore` maps it.
+"""Tokenizes documents once and keeps the tokens on disk: `tokenize_corpus` fills the cache, `TokenStore` maps it.
 
-`on_the_spot` trains the tokenizer where there is none yet.
+`on_the_spot` trains a tokenizer on the corpus if none is given.
 """
 
 import collections
@@ -21,23 +21,23 @@ from src.data.tokenizer_training import train_sentencepiece
 from src.errors import UserError
 from src.tokenizer import read_tokenizer
 
-HOLD_BACK = 20  # one document in this many is validation text where no valid_paths are given
-HOLD_BACK_BYTES = 2_000_000  # or fewer, so that it is about this much text at most
-PACKED_RATIO = 3  # a guess of the bytes of text per byte of a compressed file
-MOST_UNEVEN = 1.5  # a file of more than this times a share of the text is not left to one process
-ROWS = 200  # pieces of documents per Arrow chunk and per call of the tokenizer: bounds memory
-CACHE_VERSION = "2"  # raise it when the meaning of cached tokens changes
+HOLD_BACK = 20  # without valid_paths, one document in this many is validation text
+HOLD_BACK_BYTES = 2_000_000  # for a large corpus fewer, so that validation text is at most about this long
+PACKED_RATIO = 3  # estimated bytes of text per byte of a compressed file
+MOST_UNEVEN = 1.5  # a file larger than this times a process's share of the text is not left to one process
+ROWS = 200  # pieces per Arrow chunk and per call of the tokenizer; limits memory
+CACHE_VERSION = "2"  # increase it when the meaning of cached tokens changes
 ON_THE_SPOT_VOCAB = 4096
-ON_THE_SPOT_BYTES = 10_000_000  # as much text is enough for a vocabulary, and takes seconds
+ON_THE_SPOT_BYTES = 10_000_000  # enough text to train a vocabulary, and training takes seconds
 
 
 def default_cache_dir():
-    """$HF_DATASETS_CACHE, or ~/.cache/generative-trm."""
+    """Returns $HF_DATASETS_CACHE if it is set, else ~/.cache/generative-trm."""
     return os.environ.get("HF_DATASETS_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "generative-trm")
 
 
 def content_key(files, *settings):
-    """Hash (hex) of the content and kind of files in their order, and of settings; names and dates do not count."""
+    """Returns a hash (hex) of the settings and of the files' contents, types and order, but not names and dates."""
     key = hashlib.sha256(repr((CACHE_VERSION, *settings)).encode())
     for path in files:
         try:
@@ -50,14 +50,14 @@ def content_key(files, *settings):
     return key.hexdigest()[:32]
 
 
-@functools.cache  # several keys of one run are made from the same files
+@functools.cache  # one run computes several keys from the same files
 def _digest(path, size, mtime_ns):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
 def text_bytes(files):
-    """About how many bytes of text the files hold."""
+    """Returns an estimate of the bytes of text in the files."""
     return sum(
         os.path.getsize(f) * (PACKED_RATIO if os.fspath(f).lower().endswith((".gz", ".parquet")) else 1) for f in files
     )
@@ -74,12 +74,13 @@ def tokenize_corpus(
     share=None,
     max_doc_mb=MAX_DOC_MB,
 ):
-    """TokenStore of the documents of files, globs and folders: their tokens, EOS after each document.
+    """Returns the TokenStore of the documents in files, globs and folders: their tokens, with EOS after each document.
 
-    part "valid" is `share` of the documents (hold_back_share), chosen by their content; "train" is the rest. Kept in
-    cache_dir (default_cache_dir()) by content of files and tokenizer; a run that was killed leaves nothing that a later
-    one takes for whole, and of two at once one waits. num_proc processes share the files; where those are too few, one
-    process reads and the others tokenize. Raises UserError as `read_pieces` does, NoDocument where the part is empty.
+    part "valid" is `share` of the documents (hold_back_share by default), chosen by their content; "train" is the rest.
+    The tokens are cached in cache_dir (default_cache_dir()) under a hash of the files' content and the tokenizer. After
+    a kill, an incomplete cache is never used. If two runs need the same cache at once, one waits. num_proc processes
+    share the files; if there are too few files for that, one process reads and the others tokenize. Raises UserError as
+    `read_pieces` does, and NoDocument if the part is empty.
     """
     import datasets
     from filelock import FileLock
@@ -98,7 +99,7 @@ def tokenize_corpus(
                 functools.partial(_rows, encoder=_Encoder(tokenizer, id_type), options=options, n_encoders=n_encoders),
                 gen_kwargs={"groups": groups},
                 features=datasets.Features(
-                    input_ids=datasets.Value("binary"),  # much quicker to write than a list
+                    input_ids=datasets.Value("binary"),  # much faster to write than a list
                     n_bytes=datasets.Value("int64"),
                     n_lost=datasets.Value("int64"),
                     ends=datasets.Value("bool"),
@@ -110,80 +111,81 @@ def tokenize_corpus(
                 writer_batch_size=ROWS,
             )
     except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-        if len(groups) > 1:  # the cause stays in the other process, so it is looked for here
+        if len(groups) > 1:  # the child process does not pass on its UserError: read here, to raise it again
             collections.deque(held_back(files, *options, report=False), maxlen=0)
         raise _user_error_of(error, cache_dir) from None
     store = TokenStore(rows, id_type)
-    if not len(store):  # the reader says why, now that it sees all files at once
+    if not len(store):  # read all files once more: this raises NoDocument with the reason
         next(held_back(files, *options, report=False))
     return store
 
 
 def _user_error_of(error, cache_dir):
-    """What a fault inside `datasets` was at bottom: the reader's own UserError, or a cache that cannot be written."""
+    """Returns the cause of an error in `datasets`: the reader's own UserError, or one about an unwritable cache."""
     while not isinstance(error, (UserError, OSError)) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, OSError):
-        return UserError(f"cache_dir {cache_dir}: {error.strerror or error}; choose another with --cache_dir")
+        return UserError(f"cannot write to cache_dir {cache_dir} ({error.strerror or error}): set another --cache_dir")
     return error
 
 
 def _groups(files, num_proc):
-    """The files in their order, in num_proc lists of about as much text, or in one if a file is too large for that."""
+    """Splits the files, in order, into num_proc lists of about equal size; into one list if a file is too large."""
     sizes = np.array([text_bytes([file]) for file in files])
     if num_proc == 1 or sizes.max() > MOST_UNEVEN * sizes.sum() / num_proc:
         return [files]
-    owners = (np.cumsum(sizes) - sizes / 2) * num_proc // max(1, sizes.sum())  # by the middle of a file
+    # a file goes to the process in whose share of the text its middle lies
+    owners = (np.cumsum(sizes) - sizes / 2) * num_proc // max(1, sizes.sum())
     return [[file for file, owner in zip(files, owners) if owner == number] for number in range(num_proc)]
 
 
 def hold_back_share(files):
-    """Share of the documents that is validation text: a function of the files alone, so that both parts agree."""
+    """Returns the share of documents for validation. It depends on the files alone, so that both parts agree on it."""
     return min(1 / HOLD_BACK, HOLD_BACK_BYTES / max(1, text_bytes(files)))
 
 
 def held_back(files, text_field="text", strict=False, part="whole", share=0.0, max_doc_mb=MAX_DOC_MB, report=True):
-    """(piece, is_last) pairs of one part of the documents; see `tokenize_corpus`. NoDocument where it is empty."""
+    """Yields (piece, is_last) pairs of one part of the documents, see `tokenize_corpus`. NoDocument if it is empty."""
     is_first, is_empty, is_valid = True, True, False
     for piece, is_last in read_pieces(files, text_field, strict, report=report, max_doc_mb=max_doc_mb):
         if is_first:
-            is_valid = content_hash(piece.encode()) < share * 2**64
+            is_valid = content_hash(piece.encode()) < share * 2**64  # the first piece decides for the document
         is_first = is_last
         if part == "whole" or is_valid == (part == "valid"):
             is_empty = False
             yield piece, is_last
     if is_empty:
-        raise NoDocument(f"too few documents to hold some back as {part} text; give --valid_paths")
+        raise NoDocument(f"too few documents to hold some back as {part} text: set --valid_paths")
 
 
 def _rows(groups, encoder, options, n_encoders):
-    """Rows for `datasets`, one per piece: ids, EOS after a document's last piece; bytes; is it the last.
+    """Yields rows for `datasets`, one per piece; `_Encoder` makes them.
 
-    `groups` is this process's share, one list of files. An empty share gives one empty row, because `datasets` does
-    not open a cache that holds none.
+    `groups` is this process's share: a list with one list of files. An empty share yields one empty row, because
+    `datasets` cannot open a cache without rows.
     """
     (files,) = groups
-    pieces = held_back(files, *options, report=options[2] != "valid")  # bad lines are named with the training part
+    pieces = held_back(files, *options, report=options[2] != "valid")  # the training part already reports bad lines
     first = _take(pieces, ROWS) or [("", False)]
     batches = itertools.chain([first], iter(lambda: _take(pieces, ROWS), []))
-    # torch's loader as a map over processes: in order, a few batches under way, and no process outlives this one
+    # DataLoader serves as a parallel map: it keeps the order, limits the batches in flight and stops its workers
     rows = DataLoader(
         encoder,
         batch_size=None,
         sampler=batches,
         num_workers=n_encoders,
         collate_fn=_unchanged,
-        generator=torch.Generator(),  # so that the global state is not touched
+        generator=torch.Generator(),  # else it draws from the global random state
     )
     for batch in rows:
         yield from batch
 
 
 def _take(pieces, n):
-    """The next n pieces, or as many as there are."""
+    """Returns the next n pieces, or as many as there are."""
     try:
         return list(itertools.islice(pieces, n))
-    except NoDocument:  # raised before any piece: a share of the files may be empty where others are not
+    except NoDocument:  # this process's files are empty, but those of another process may not be
         return []
 
 
@@ -192,7 +194,7 @@ def _unchanged(rows):
 
 
 class _Encoder(Dataset):
-    """Pieces to rows: encoder[[(text, is_last), ...]]."""
+    """Tokenizes pieces into rows of the cache: encoder[[(text, is_last), ...]]. A document's last row ends with EOS."""
 
     def __init__(self, tokenizer, id_type):
         self.tokenizer, self.id_type = tokenizer, id_type
@@ -211,10 +213,10 @@ class _Encoder(Dataset):
 
 
 class TokenStore:
-    """A flat stream of tokens on disk, memory-mapped: `len(store)` tokens, `store[a:b]` an int64 array.
+    """A flat, memory-mapped stream of `len(store)` tokens on disk; `store[a:b]` is an int64 array.
 
-    `doc_ends` (n_documents,) int64 is the position after each document's EOS, `n_bytes` the UTF-8 bytes of all texts,
-    `n_lost` those that the tokens do not give back.
+    `doc_ends` (n_documents,) int64 holds the position after each document's EOS. `n_bytes` is the size of all texts in
+    UTF-8 bytes, and `n_lost` how many of these bytes decoding the tokens does not restore.
     """
 
     def __init__(self, dataset, id_type):
@@ -235,7 +237,7 @@ class TokenStore:
         )
         self._start, self._stop = 0, int(self._starts[-1])
 
-    def __getstate__(self):  # a worker process maps the file again
+    def __getstate__(self):  # a worker process maps the file again instead of copying the tokens
         return {k: v for k, v in self.__dict__.items() if k != "_chunks"}
 
     def __setstate__(self, state):
@@ -246,7 +248,7 @@ class TokenStore:
         return self._stop - self._start
 
     def bytes_per_token(self, n_bytes, n_tokens):
-        """Of a part of this text; NaN, so that there are no bits per byte, where the tokens do not give it back."""
+        """Returns n_bytes / n_tokens, or NaN (no bits per byte) if the tokenizer loses some of the text."""
         return math.nan if self.n_lost else n_bytes / n_tokens
 
     @property
@@ -256,7 +258,7 @@ class TokenStore:
     def __getitem__(self, index):
         start, stop, step = index.indices(len(self))
         if step != 1:
-            raise IndexError("a TokenStore is sliced without a step")
+            raise IndexError("a TokenStore has no slices with a step")
         out = np.empty(max(0, stop - start), np.int64)
         at, first = 0, self._start + start
         chunk = int(np.searchsorted(self._starts, first, side="right")) - 1
@@ -268,13 +270,14 @@ class TokenStore:
         return out
 
     def documents_of(self, start, stop):
-        """(stop - start,) int64: for each token of a range, the number of its document in the store; EOS belongs to
-        the document that it ends."""
+        """Returns (stop - start,) int64: the document number of each token in a range. EOS belongs to the document that
+        it ends."""
         return np.searchsorted(self.doc_ends, np.arange(start, stop), side="right")
 
     def split(self, position, tokenizer):
-        """Two stores, the tokens before and from `position`; byte counts follow the tokens."""
-        cuts = range(position, len(self), 1 << 16)  # a few at a time: a token in a Python list is tens of bytes
+        """Returns two stores: the tokens before `position`, and those from it on. Their n_bytes are counted by decoding
+        the second part."""
+        cuts = range(position, len(self), 1 << 16)  # in parts, because a Python list takes tens of bytes per token
         tail_bytes = sum(len(tokenizer.decode_bytes(self[at : at + (1 << 16)].tolist())) for at in cuts)
         pair = []
         for start, stop, n_bytes in ((0, position, self.n_bytes - tail_bytes), (position, len(self), tail_bytes)):
@@ -282,18 +285,18 @@ class TokenStore:
             store.__dict__.update(self.__dict__)
             store._start, store._stop, store.n_bytes = self._start + start, self._start + stop, n_bytes
             inside = self.doc_ends[(self.doc_ends > start) & (self.doc_ends <= stop)] - start
-            cut = [] if len(inside) and inside[-1] == stop - start else [stop - start]
+            cut = [] if len(inside) and inside[-1] == stop - start else [stop - start]  # a document that is cut in two
             store.doc_ends = np.concatenate([inside, np.array(cut, np.int64)])
             pair.append(store)
         return tuple(pair)
 
 
 def _to_bool(chunk):
-    return chunk.to_numpy(zero_copy_only=False)  # Arrow keeps booleans as bits
+    return chunk.to_numpy(zero_copy_only=False)  # Arrow stores booleans as bits
 
 
 def on_the_spot(texts, key, vocab_size, cache_dir=None):
-    """SentencePiece model of `texts` (an iterable of str), trained where cache_dir has none of that key yet."""
+    """Returns a SentencePiece model trained on `texts` (an iterable of str), cached in cache_dir under `key`."""
     prefix = os.path.join(cache_dir or default_cache_dir(), f"spm-{key}")
     if not Path(f"{prefix}.model").exists():
         print(f"training a SentencePiece model of {vocab_size} pieces on the training text", file=sys.stderr)
@@ -302,7 +305,7 @@ def on_the_spot(texts, key, vocab_size, cache_dir=None):
 
 
 def sampled(files, text_field, part, max_doc_mb=MAX_DOC_MB):
-    """Pieces of the training documents from all over the corpus, about ON_THE_SPOT_BYTES of them."""
+    """Yields pieces of the training documents, about ON_THE_SPOT_BYTES in total, evenly spread over the corpus."""
     share = min(1.0, ON_THE_SPOT_BYTES / max(1, text_bytes(files)))
     for number, (piece, _) in enumerate(_any_part(files, text_field, part, max_doc_mb)):
         if int((number + 1) * share) > int(number * share):
@@ -310,7 +313,7 @@ def sampled(files, text_field, part, max_doc_mb=MAX_DOC_MB):
 
 
 def _any_part(files, text_field, part, max_doc_mb):
-    """One part of the documents, or all where they are too few to be parted."""
+    """Yields one part of the documents, or all of them if they are too few to hold some back."""
     try:
         yield from held_back(files, text_field, False, part, hold_back_share(files), max_doc_mb, report=False)
     except NoDocument:

@@ -1,4 +1,4 @@
-"""What a tokenizer.json says about its tokens: special ones and their names, and the bytes of the others."""
+"""Reads a tokenizer.json: finds its special tokens, and the bytes that each other token stands for."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from src.files.text import decode, parse_json, read_object
 SPACE = "\u2581"  # SentencePiece writes a space inside a piece as this character
 TOKENIZER_FILES = MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 REPLACEMENT = "\ufffd".encode()
-SPECIAL = {  # the names of a tokenizer_config.json -> usual tokens, most telling first
+SPECIAL = {  # name in a tokenizer_config.json -> the usual tokens, best candidate first
     "eos_token": "</s> <|endoftext|> <|end_of_text|> <eos> [EOS] <|im_end|> [SEP]".split(),
     "bos_token": "<s> <|begin_of_text|> <bos> [BOS] <|startoftext|> [CLS]".split(),
     "pad_token": "<pad> [PAD] <|pad|> <|padding|>".split(),
@@ -23,85 +23,92 @@ def as_list(value):
 
 
 def names_beside(file):
-    """The tokenizer_config.json beside a tokenizer's file: a dict, {} where there is none."""
+    """Returns the tokenizer_config.json next to a tokenizer's file as a dict, or {} if there is none."""
     path = Path(file).with_name(CONFIG_FILE)
     return read_object(path) if path.is_file() else {}
 
 
 def parse_tokenizer(data, name):
-    """The tokenizers.Tokenizer of a tokenizer.json.  UserError for what breaks it, or ends the library's own way."""
-    from tokenizers import Tokenizer  # here, so that the other kinds do not wait for its import
+    """Returns the tokenizers.Tokenizer of a tokenizer.json. Raises UserError if it is broken in any way, including ways
+    that make the library panic."""
+    from tokenizers import Tokenizer  # imported here, because other kinds of tokenizer do not need it
 
     settings = parse_json(decode(data, name), name)
+    # the post-processor adds special tokens to a text; the library panics if it uses one that it does not define
     template = settings.get("post_processor") if isinstance(settings, dict) else None
-    template = json.dumps(template, sort_keys=True)  # put around texts; the library panics where it names a token
-    for token in re.findall(r'"SpecialToken": {"id": ("(?:\\.|[^"\\])*")', template):  # that it does not explain
+    template = json.dumps(template, sort_keys=True)
+    for token in re.findall(r'"SpecialToken": {"id": ("(?:\\.|[^"\\])*")', template):
         if f"{token}: {{" not in template:
-            raise UserError(f"{name}: its post_processor puts {json.loads(token)} around texts, which it does not have")
+            raise UserError(f"{name}: its post_processor adds {json.loads(token)} without defining it: correct it")
     try:
         tok = Tokenizer.from_str(json.dumps(settings))
         tok.no_padding()
         tok.no_truncation()
-        tok.encode("a <0x0A> \U0010fffd")  # what it does not know shows whether it can say so
+        tok.encode("a <0x0A> \U0010fffd")  # a wrong unk token fails only when the text has an unknown character
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Rust's, no Exception
+        # the exception for a Rust panic is not a subclass of Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{name} is not a whole tokenizer.json of the tokenizers library ({error})") from None
+        raise UserError(f"{name} is not a valid tokenizer.json of the tokenizers library ({error})") from None
     largest = max(tok.get_vocab().values(), default=-1)
-    if not 0 <= largest < 2 * tok.get_vocab_size() + 1000:
-        raise UserError(f"{name} has {tok.get_vocab_size()} tokens, but an id {largest}: correct it")
+    if not 0 <= largest < 2 * tok.get_vocab_size() + 1000:  # a table of all ids must fit in memory
+        raise UserError(f"{name} has {tok.get_vocab_size()} tokens, but an id {largest}: correct the id")
     return tok
 
 
 def find_roles(tok, names, file):
-    """{"eos_token": id, ...} of the special tokens that a tokenizer has."""
+    """Returns {"eos_token": id, ...} of a tokenizer's special tokens.
+
+    `names` is the content of its tokenizer_config.json. Roles that it does not name go to the tokens that the
+    post-processor adds, else to those with the usual names. Raises UserError if no EOS is found, or if `names` has an
+    EOS or BOS that is not a token."""
     around = tok.encode("a")
     ends = {"bos_token": 0, "eos_token": -1} if len(around) > 1 else {}
     added = {role: around.tokens[at] for role, at in ends.items() if around.special_tokens_mask[at]}
     roles = {}
     for role, usual in SPECIAL.items():
         name = names.get(role)
-        name = name.get("content") if isinstance(name, dict) else name  # a token with its settings
+        name = name.get("content") if isinstance(name, dict) else name  # some files write a token with its settings
         name = name if isinstance(name, str) else None
         if role in ("eos_token", "bos_token") and name is not None and tok.token_to_id(name) is None:
-            raise UserError(f"{CONFIG_FILE} names {name} as {role}, which {file} does not have: correct it")
+            raise UserError(f"{CONFIG_FILE} names {name} as {role}, but {file} has no such token: correct the name")
         candidates = (tok.token_to_id(n) for n in (name, added.get(role), *usual) if n is not None)
         roles[role] = next((i for i in candidates if i is not None), None)
     if roles["eos_token"] is None:
-        raise UserError(f"{file} has no known EOS token: name it in a {CONFIG_FILE} beside it, as eos_token")
+        raise UserError(f"{file} has no known EOS token: set eos_token in a {CONFIG_FILE} in the same folder")
     return {role: index for role, index in roles.items() if index is not None}
 
 
 def config_of(tok, roles):
-    """The content of a tokenizer_config.json, as `transformers` reads it too."""
+    """Returns the content (bytes) of a tokenizer_config.json, which `transformers` can read too."""
     names = {role: tok.id_to_token(index) for role, index in roles.items()}
     return json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}).encode()
 
 
 def keep_apart(tok, special):
-    """Never let a text become a special token or a byte piece by saying its name: "</s>", "<0x0A>"."""
+    """Changes `tok` so that the name of a special token or byte piece in a text ("</s>", "<0x0A>") stays plain text."""
     from tokenizers import Regex, pre_tokenizers
 
     tok.add_special_tokens([tok.id_to_token(i) for i in special])
-    tok.encode_special_tokens = True  # then they go the way of every text, where some models know them as words
+    tok.encode_special_tokens = True  # encode their names like any text; but some models have them as words, too
     names = [tok.id_to_token(i) for i in special] + [f"<0x{b:02X}>" for b in range(256)]
     known = [n for n in names if tok.token_to_id(n) in tok.encode(n, add_special_tokens=False).ids]
-    if known:
+    if known:  # split such names after their first character, so that they never reach the model whole
         inside = "|".join(f"{re.escape(n[0])}(?={re.escape(n[1:])})" for n in known)
         cut = pre_tokenizers.Split(Regex(inside), "isolated")
         tok.pre_tokenizer = pre_tokenizers.Sequence([tok.pre_tokenizer, cut]) if tok.pre_tokenizer else cut
 
 
 def byte_characters():
-    """{character: byte} as byte-level models write bytes: all of them printable, in the order of GPT-2's table."""
+    """Returns {character: byte}: the printable characters that byte-level models write for bytes, as in GPT-2."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in shown]
     return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
 def token_bytes(tok, vocab_size, special, unk_id):
-    """Bytes of every id."""
-    decoder = tok.decoder.__getstate__().decode() if tok.decoder else ""  # its part of tokenizer.json
+    """Returns the bytes of every id, in order: b"" for special tokens, U+FFFD for the unknown token."""
+    decoder = tok.decoder.__getstate__().decode() if tok.decoder else ""  # the decoder as JSON text
     byte_of = byte_characters()
     added = tok.get_added_tokens_decoder()
 

@@ -1,6 +1,6 @@
-"""A tokenizer of the user's own text: `train_sentencepiece`, and `train_tokenizer` for a tokenizer.json.
+"""Trains tokenizers: `train_sentencepiece` a SentencePiece model, and `train_tokenizer` a tokenizer.json.
 
-Both read the text as a stream, in flat memory, and the same text gives the same file, byte for byte.
+Both read the text as a stream, in flat memory. The same text gives the same file, byte for byte.
 """
 
 import heapq
@@ -21,13 +21,13 @@ from src.data.corpus import MAX_DOC_MB, read_documents, read_pieces
 from src.errors import UserError
 from src.tokenizer import JSON_FILE, MODEL_FILE, SPACE, HFTokenizer, TokenizerWrapper
 
-SAMPLE_CHARS = 4_000_000  # as much text as the line-break pieces are counted on
-MAX_BREAKS = 16  # more of them no longer shorten source code
-LINE_CHARS = 4096  # a longer line is cut for training, so that no text is ignored
-MAX_BYTES = 10_000_000  # BPE takes 80 bytes of memory for each byte of a text without spaces
+SAMPLE_CHARS = 4_000_000  # size of the text sample that `frequent_line_breaks` counts
+MAX_BREAKS = 16  # with more line-break pieces, source code does not become shorter
+LINE_CHARS = 4096  # longer lines are cut, because SentencePiece ignores them
+MAX_BYTES = 10_000_000  # BPE needs 80 bytes of memory per byte of a text without spaces
 HELD_BACK_BYTES = 1_000_000
 HELD_BACK_SHARE = 0.01
-SPECIAL_TOKENS = ["<pad>", "<unk>", "<s>", "</s>"]  # ids 0, 1, 2, 3, in SentencePiece models as well
+SPECIAL_TOKENS = ["<pad>", "<unk>", "<s>", "</s>"]  # ids 0, 1, 2, 3; the same in SentencePiece models
 _LINE_BREAKS = re.compile(r"\n+(?: +|\t+)?")
 
 
@@ -42,14 +42,15 @@ def train_tokenizer(
     seed=0,
     max_doc_mb=MAX_DOC_MB,
 ):
-    """Train a tokenizer.json on files, globs and folders (str, or a list), write it, measure it; an HFTokenizer.
+    """Trains a tokenizer.json on files, globs and folders (str or list), writes it, and returns it as an HFTokenizer.
 
-    bpe: byte-level BPE (arXiv:1508.07909, of bytes as in GPT-2), digits one by one. unigram (arXiv:1804.10959): trained
-    by SentencePiece; characters beyond character_coverage become bytes. Both are lossless. pad, unk, BOS, EOS are 0, 1,
-    2, 3. save_path: a .json file, or a folder for tokenizer.json. Of a longer text about `max_bytes` are used, drawn at
-    random. Raises UserError for a vocabulary that the text cannot fill, or is too small for it.
+    bpe is byte-level BPE (arXiv:1508.07909, on bytes as in GPT-2); each digit is one token. unigram (arXiv:1804.10959)
+    is trained by SentencePiece; characters beyond character_coverage become bytes. Both are lossless. pad, unk, BOS and
+    EOS have ids 0, 1, 2, 3. save_path is a .json file, or a folder for tokenizer.json. Of a longer text, a random
+    sample of about `max_bytes` is used. Prints the bytes per token of held-back text on stderr. Raises UserError if
+    vocab_size is too large or too small for the text.
     """
-    from tokenizers.processors import TemplateProcessing  # here, so that SentencePiece does not wait for its import
+    from tokenizers.processors import TemplateProcessing  # imported here, because SentencePiece does not need it
 
     texts, tail = hold_back(data_path, text_field, max_doc_mb)
     texts = _drawn(texts, max_bytes, seed)
@@ -81,7 +82,7 @@ def _byte_level_bpe(texts, vocab_size):
 
 
 def _unigram(texts, vocab_size, character_coverage):
-    """SentencePiece's pieces and scores. The trainer of `tokenizers` gives another vocabulary at every run."""
+    """Returns a Tokenizer with SentencePiece's pieces and scores. The trainer of `tokenizers` is not deterministic."""
     from tokenizers import Tokenizer, decoders, models
 
     sp = train_sentencepiece(texts, None, vocab_size, "unigram", character_coverage).processor
@@ -93,8 +94,9 @@ def _unigram(texts, vocab_size, character_coverage):
 
 
 def _drawn(texts, max_bytes, seed):
-    """A list of texts, about max_bytes of them drawn at random where there are more; only these are in memory."""
-    rng, kept, total = random.Random(seed), [], 0
+    """Returns the texts as a list, or a random sample of about max_bytes of them. Only the sample is in memory."""
+    rng = random.Random(seed)
+    kept, total = [], 0  # heap of (random key, number, text), from which the lowest keys are dropped; its size in bytes
     for number, text in enumerate(texts):
         heapq.heappush(kept, (rng.random(), number, text))
         total += len(text.encode())
@@ -115,13 +117,13 @@ def train_sentencepiece(
     seed=0,
     verbose=False,
 ):
-    """Train SentencePiece on documents (an iterable of str, or the path of a text file); returns a TokenizerWrapper.
+    """Trains SentencePiece on documents (an iterable of str, or the path of a text file); returns a TokenizerWrapper.
 
-    Lossless by its settings: no normalisation, spaces kept, bytes for rare characters. A line break is one piece, and
-    so are the line breaks with indentation that are frequent in the text. pad, unk, BOS, EOS are 0, 1, 2, 3. The same
-    text gives the same bytes. Writes {model_prefix}.model and .vocab unless model_prefix is None. Of longer texts a
-    random `max_sentences` lines are used. verbose shows the equivalent spm_train command on stderr. Raises UserError
-    for a vocabulary that the text cannot fill, or is too small for it.
+    The settings make it lossless: no normalization, spaces are kept, rare characters become bytes. A line break is one
+    piece, and so are frequent combinations of line breaks and indentation. pad, unk, BOS and EOS have ids 0, 1, 2, 3.
+    The same text gives the same model, byte for byte. Writes {model_prefix}.model and .vocab unless model_prefix is
+    None. Of longer texts, a random sample of `max_sentences` lines is used. verbose prints the equivalent spm_train
+    command on stderr. Raises UserError if vocab_size is too large or too small for the text.
     """
     if isinstance(texts, (str, os.PathLike)):
         texts = read_documents([os.fspath(texts)])
@@ -144,7 +146,7 @@ def train_sentencepiece(
 
 
 def spm_flags(vocab_size, model_type, character_coverage, byte_fallback, split_by_unicode_script, max_sentences):
-    """SentencePiece's own settings: name -> value. Threads are fixed in number because sums depend on their order."""
+    """Returns SentencePiece's settings {name: value}. num_threads is fixed because it changes rounding in sums."""
     return {
         "vocab_size": vocab_size,
         "model_type": model_type,
@@ -156,7 +158,7 @@ def spm_flags(vocab_size, model_type, character_coverage, byte_fallback, split_b
         "remove_extra_whitespaces": False,
         "add_dummy_prefix": False,
         "allow_whitespace_only_pieces": True,
-        "max_sentence_length": 4 * LINE_CHARS + 1,  # in bytes
+        "max_sentence_length": 4 * LINE_CHARS + 1,  # in bytes; a character has at most 4
         "num_threads": 2,
         "input_sentence_size": max_sentences,
         "shuffle_input_sentence": True,
@@ -168,24 +170,23 @@ def spm_flags(vocab_size, model_type, character_coverage, byte_fallback, split_b
 
 
 def hold_back(paths, text_field="text", max_doc_mb=MAX_DOC_MB):
-    """(Iterator over the texts to train on, a list that is filled with the rest as the iterator comes to its end).
+    """Returns (iterator over the texts to train on, list of the rest). The list is filled when the iterator ends.
 
     The rest is the last 1 % of the text, at most 1 MB."""
-    total, tail = (
-        sum(len(text.encode()) for text, _ in read_pieces(paths, text_field, report=False, max_doc_mb=max_doc_mb)),
-        [],
-    )
+    tail = []
+    pieces = read_pieces(paths, text_field, report=False, max_doc_mb=max_doc_mb)
+    total = sum(len(text.encode()) for text, _ in pieces)
     n_train = total - min(HELD_BACK_BYTES, int(total * HELD_BACK_SHARE))
     return before_tail(read_pieces(paths, text_field, max_doc_mb=max_doc_mb), n_train, tail), tail
 
 
 def before_tail(pieces, n_bytes, tail):
-    """The text of the first n_bytes of a stream of pieces; the rest is appended to the list `tail`."""
+    """Yields the text of the first n_bytes of a stream of pieces, and appends the rest to the list `tail`."""
     left = n_bytes
     for text, _ in pieces:
         head = text.encode()[:left].decode(errors="ignore") if left else ""
         if len(head) < len(text):
-            head = head[: head.rfind("\n") + 1] or head
+            head = head[: head.rfind("\n") + 1] or head  # cut after a line break if there is one
             left = 0
             tail.append(text[len(head) :])
         left -= len(head.encode()) if left else 0
@@ -194,7 +195,7 @@ def before_tail(pieces, n_bytes, tail):
 
 
 def report_bytes_per_token(tokenizer, texts):
-    """Print on stderr how many bytes of text a token holds."""
+    """Prints the average number of bytes per token on stderr."""
     n_tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
     n_bytes = sum(len(text.encode()) for text in texts)
     if n_tokens:
@@ -202,7 +203,7 @@ def report_bytes_per_token(tokenizer, texts):
 
 
 def frequent_line_breaks(texts):
-    """The line breaks of a text with the blanks that follow, most frequent first; "\\n" is always among them."""
+    """Returns "\\n", then, sorted, the frequent combinations of line breaks and the indentation that follows them."""
     counts, chars = Counter(), 0
     for text in texts:
         counts.update(_LINE_BREAKS.findall(text))
@@ -212,7 +213,7 @@ def frequent_line_breaks(texts):
 
 
 def _peek(texts, n_chars):
-    """(The first texts, about n_chars in all; an iterator over all of them)."""
+    """Returns (list of the first texts, about n_chars in total; iterator over all texts)."""
     head, size = [], 0
     for text in texts:
         head.append(text)
@@ -230,17 +231,17 @@ def _lines(texts):
 
 
 def _explain(message, vocab_size):
-    """SentencePiece's complaint as one sentence that names the size to use."""
+    """Turns SentencePiece's error message into one sentence that names a valid size."""
     if largest := re.search(r"size too high.*value <= (\d+)", message):
         return _too_large(vocab_size, largest[1])
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return (
             f"vocab_size {vocab_size} is too small: the special tokens, bytes and characters of this text alone need "
-            f"{smallest[1]}; raise it or lower character_coverage"
+            f"{smallest[1]}; raise it, or lower character_coverage"
         )
     if "sentences_.empty()" in message:
-        return "there is no text to train a SentencePiece model on"
-    return f"SentencePiece refused: {message}"
+        return "no text to train a SentencePiece model on: use files that are not empty"
+    return f"SentencePiece failed: {message}"
 
 
 def _too_large(vocab_size, largest):
@@ -248,7 +249,7 @@ def _too_large(vocab_size, largest):
 
 
 def _write_model(tokenizer, model_prefix):
-    """{prefix}.model and {prefix}.vocab (piece, tab, score; \\n and \\t spelt out), written beside, then renamed."""
+    """Writes {prefix}.model and {prefix}.vocab (lines of piece, tab, score; line breaks and tabs as \\n and \\t)."""
     sp = tokenizer.processor
     pieces = (sp.id_to_piece(i).replace("\n", "\\n").replace("\t", "\\t") for i in range(tokenizer.vocab_size))
     vocab = "".join(f"{piece}\t{sp.get_score(i):g}\n" for i, piece in enumerate(pieces))
@@ -257,11 +258,11 @@ def _write_model(tokenizer, model_prefix):
 
 
 def _write(path, data):
-    """Write a file beside its place, then rename it into it."""
+    """Writes a file under a temporary name and renames it, so that a crash never leaves half a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}")
         part.write_bytes(data)
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}; set another path") from None

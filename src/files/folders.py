@@ -1,7 +1,7 @@
-"""Folders that are written over (checkpoints, exports): whole or not at all, and only what the writer wrote goes.
+"""Replaces folders (checkpoints, exports) completely or not at all. Files that the writer did not write are kept.
 
-A new folder is made beside its place as `.NAME.writing`. Then the old one goes aside as `.NAME.old`, and the new one
-takes its place. A crash between these two leaves `.NAME.old` alone, which `recover` puts back.
+The new folder is first written as `.NAME.writing` next to the old one. Then the old one is renamed to `.NAME.old`, and
+the new one takes its name. After a crash between the two renames, only `.NAME.old` exists; `recover` restores it.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from src.errors import UserError
 
 @contextlib.contextmanager
 def replacing(folder, owns: Callable[[str], bool]):
-    """Yields an empty folder to fill, which then takes the place of `folder`; after an error, all is as it was.
+    """Yields an empty folder to fill, which then replaces `folder`. After an error, `folder` is unchanged.
 
-    owns(name): whether the writer wrote an entry of the old folder; what it did not write stays there, in the place of
-    what the new one has under that name. UserError where `folder` is a file, OSError where it cannot be written."""
-    folder = Path(folder).resolve()  # of a link, what it leads to
+    owns(name) says whether an entry of the old folder is the writer's. Other entries are kept, even if the new folder
+    has one of the same name. Raises UserError if `folder` is a file, and OSError if it cannot be written."""
+    folder = Path(folder).resolve()  # replaces the target of a link, not the link itself
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, and a folder is to be written there: choose another name, or remove it")
+        raise UserError(f"cannot write a folder to {folder}: it is a file; choose another name, or remove it")
     beside, aside = recover(folder)
     try:
         beside.mkdir(parents=True)
@@ -38,7 +38,7 @@ def replacing(folder, owns: Callable[[str], bool]):
 
 
 def recover(folder: Path) -> tuple[Path, Path]:
-    """Clear away what a crash of `replacing` left beside a folder; returns the paths (.NAME.writing, .NAME.old)."""
+    """Restores the old folder if `replacing` crashed, and removes leftovers. Returns (.NAME.writing, .NAME.old)."""
     beside, aside = (folder.with_name(f".{folder.name}.{state}") for state in ("writing", "old"))
     if aside.exists() and not os.path.lexists(folder):
         aside.rename(folder)
@@ -48,28 +48,29 @@ def recover(folder: Path) -> tuple[Path, Path]:
 
 
 def remove(folder: Path, owns: Callable[[str], bool]):
-    """Delete what the writer wrote in a folder, and the folder where nothing else is in it."""
+    """Deletes the writer's entries of a folder, and the folder itself if it is empty after that."""
     for entry in folder.iterdir():
         if owns(entry.name):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    with contextlib.suppress(OSError):  # something of the user's is in it
+    with contextlib.suppress(OSError):  # the folder is not empty: it has files of the user
         folder.rmdir()
 
 
 def _sync(folder: Path):
-    """Force a folder's files to disk before a rename makes them visible."""
+    """Forces a folder's files to disk, so that a rename never makes incomplete files visible."""
     for path in (*sorted(folder.rglob("*")), folder):
         if path.is_file():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-        elif os.name != "nt":  # Windows opens no folders
+        elif os.name != "nt":  # Windows cannot open folders
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
 
 
 def _link(source, target):
-    """The same file, link or folder in a second place, without a copy where the disk can; over what is there."""
+    """Puts a file, link or folder at a second path, replacing what is there. Uses hard links if the disk supports them,
+    else copies."""
     if os.path.isfile(target):
         os.unlink(target)
     if os.path.isdir(source) and not os.path.islink(source):
@@ -77,5 +78,5 @@ def _link(source, target):
         return
     try:
         os.link(source, target, follow_symlinks=False)
-    except (OSError, NotImplementedError):  # a disk or a system without hard links
+    except (OSError, NotImplementedError):  # no hard links on this disk or system
         shutil.copy2(source, target, follow_symlinks=False)

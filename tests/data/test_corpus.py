@@ -36,7 +36,7 @@ def test_find_files(tmp_path):
         with pytest.raises(UserError, match=bad.replace("*", r"\*")):
             find_files([f"{tmp_path}/{bad}"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty leads to no data file"):
+    with pytest.raises(UserError, match="empty: no data file found"):
         find_files([tmp_path / "empty"])
 
 
@@ -60,7 +60,7 @@ def test_a_linked_folder_is_searched_once_and_a_circle_ends(tmp_path, capsys):
     (tmp_path / "data/itself").symlink_to("itself")
     assert sorted(read_documents([tmp_path / "data"])) == ["a.jsonl", "b.jsonl"]
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "data: not read: itself (hidden, links to nowhere" in err
+    assert err.count("\n") == 1 and "data: skipped itself (hidden, a broken link" in err
 
 
 def test_the_same_file_under_two_names_is_read_once(tmp_path, monkeypatch):
@@ -94,10 +94,10 @@ def test_what_a_folder_holds_besides_is_said(tmp_path, capsys):
     (tmp_path / "gone.txt").symlink_to("nowhere")
     assert list(read_documents([tmp_path])) == ["x"]
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "not read: .git, ._a.txt, b.json and 4 more" in err
+    assert err.count("\n") == 1 and "skipped .git, ._a.txt, b.json and 4 more" in err
     find_files([tmp_path / "a.txt"])
     assert capsys.readouterr().err == ""
-    for name, said in (("pipe.txt", "this is a pipe or a device"), ("gone.txt", "a link to nowhere")):
+    for name, said in (("pipe.txt", "this is a pipe or a device"), ("gone.txt", "a broken link")):
         with pytest.raises(UserError, match=f"{name}: {said}"):
             find_files([tmp_path / name])
 
@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_searched_is_said(tmp_path, capsys, monkeypatch)
 
     monkeypatch.setattr(os, "scandir", refusing)
     assert find_files([tmp_path]) == [str(tmp_path / "a.txt")]
-    assert "not read: in (" in capsys.readouterr().err
+    assert "skipped in (" in capsys.readouterr().err
     locked.add(tmp_path)
     with pytest.raises(UserError, match="cannot be searched: Permission denied"):
         find_files([tmp_path])
@@ -148,7 +148,7 @@ def test_a_file_of_another_encoding_is_named_with_a_remedy(tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes("日本語\n京都\nascii\n".encode("shift_jis"))
     assert list(read_documents([tmp_path / "a.txt"])) == ["ascii\n"]
     err = capsys.readouterr().err
-    assert "a.txt: 2 of 3 lines are not UTF-8: find its encoding and convert it, such as iconv -f SHIFT_JIS" in err
+    assert "a.txt: 2 of 3 lines are not UTF-8: convert it from its encoding, for example: iconv -f SHIFT_JIS" in err
 
 
 def test_a_fingerprint_sees_size_start_and_end(tmp_path, monkeypatch):
@@ -279,7 +279,7 @@ def test_no_line_has_the_text_field(tmp_path):
     write(tmp_path / "a.jsonl", ["x", "y"], field="body")
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):
-        with pytest.raises(UserError, match=r"has the field 'text'; fields there: body \(--text_field\)"):
+        with pytest.raises(UserError, match=r"has the field 'text'; available fields: body \(set --text_field\)"):
             tokenize_corpus([tmp_path / name], BYTE, cache_dir=str(tmp_path / "cache"))
         assert list(read_documents([tmp_path / name], text_field="body"))[0] == "x"
 

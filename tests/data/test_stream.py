@@ -232,9 +232,7 @@ def test_a_shard_that_changes_during_the_run_is_named(tmp_path, num_workers, fau
             file.write_bytes(content[:-20] + content[:20])
         else:
             file.write_bytes(content[:-20] if fault == "short" else content + content)
-    expected = {"gone": "put it back", "cut": "cannot be read to its end"}.get(
-        fault, "bytes when the run began and has"
-    )
+    expected = {"gone": "restore it", "cut": "cannot be read to its end"}.get(fault, "bytes when the run began and has")
     with pytest.raises(UserError, match=rf"[01]\.jsonl\.gz .*{expected}") as caught:
         take(loader, 200)
     assert "\n" not in str(caught.value)
@@ -246,7 +244,7 @@ def test_empty_files_among_others_are_passed_over(tmp_path):
     with pytest.raises(NoDocument, match="x.jsonl: empty"):
         stream_of(files[2:])
     other = write(tmp_path / "y.jsonl", ["text"])
-    with pytest.raises(NoDocument, match=r"fields there: text \(--text_field\)"):
+    with pytest.raises(NoDocument, match=r"available fields: text \(set --text_field\)"):
         StreamingDataset(Shards([[other]], text_field="body"), BYTE, 8)
 
 
@@ -312,7 +310,7 @@ def test_held_back_documents_are_not_in_the_stream(tmp_path):
     assert 3 <= len(held) <= 25 and held <= {f"d{n:06d}" for n in range(200)}
     assert sorted([*seen, *held]) == [f"d{n:06d}" for n in range(600)]
     assert str(train).startswith("a stream of 3 files")
-    with pytest.raises(UserError, match=r"d0.jsonl.gz: too few documents to hold some back; give --valid_paths"):
+    with pytest.raises(UserError, match=r"d0.jsonl.gz: too few documents to hold some back: set --valid_paths"):
         prepare_data(config, None, 5000)
 
 

@@ -185,7 +185,7 @@ def test_the_script_refuses(corpus, tmp_path, capsys):
         (["--input", str(corpus)], "vocab_size 16000 is too large for this text: the largest possible is"),
         (["--input", str(corpus), "--character_coverage", "2"], "character_coverage is 2.0: set it from 0.9 to 1.0"),
         (["--input", str(corpus), "--model_prefix", f"{corpus}/"], "which has no file name"),
-        (["--input", str(corpus / "b.jsonl.gz"), "--text_field", "x"], "fields there: text"),
+        (["--input", str(corpus / "b.jsonl.gz"), "--text_field", "x"], "available fields: text"),
         (["--input", str(corpus), "--vocab_size", "300", "--model_prefix", no_folder], "cannot write"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -110,7 +110,7 @@ def test_depth_curve(home, model, capsys):
         (["--stride", "17"], "stride is 17"),
         (["--paths", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--paths", "{home}/empty.jsonl"], "no document in"),
-        (["--text_field", "body"], "has the field 'body'; fields there: text"),
+        (["--text_field", "body"], "has the field 'body'; available fields: text"),
         (["--max_tokens", "0"], "max_tokens is 0"),
         (["--batch_size", "0"], "batch_size is 0"),
         (["--depth_curve", "curve.jpg"], "ends in .png"),
@@ -191,7 +191,7 @@ def test_no_bits_per_byte_of_text_that_does_not_come_back(home, tiny, tmp_path, 
     found, out, err = figures["ja"]
     assert found["bits_per_byte"] is None and found["steps"][0]["bits_per_char"] is None and found["loss"] > 0
     assert out.splitlines()[3].split()[2:4] == ["-", "-"] and found["lost"] == 24
-    assert "does not give back 77.4 % of the text's bytes" in err
+    assert "loses 77.4 % of the text's bytes" in err
     found, out, err = figures["en"]
     assert found["bits_per_byte"] > 0 and found["lost"] == 0 and "warning" not in err
     with pytest.raises(UserError, match="no bits per byte to draw"):

@@ -63,7 +63,7 @@ def test_lines_that_are_too_long(tmp_path, end):
     lines = ["".join(part for at, part in parts if at == number) for number in (1, 2, 3, 4)]
     assert lines == ["ab\n", "c" * 20 + "\n", "abc\n", "d" * 9 + end]
     (tmp_path / "a.txt").write_text("c" * 4 * (files.MOST_SKIPPED + 2))
-    with pytest.raises(UserError, match="a.txt:1: a line of over .* characters: this is no file of lines"):
+    with pytest.raises(UserError, match="a.txt:1: a line of over .* characters: split it"):
         list(read_lines(tmp_path / "a.txt", 4))
     assert sum(len(part) for _, part in read_lines(tmp_path / "a.txt", 4, cuts=True)) == 40
 
@@ -77,8 +77,8 @@ def test_what_is_no_file_is_one_line_and_waits_for_nothing(tmp_path, read):
     for path, said in (
         (tmp_path / "pipe.txt", "this is a pipe or a device"),
         ("/dev/zero", "this is a pipe or a device"),
-        (tmp_path / "link.txt", "a link to nowhere"),
-        (tmp_path / "circle.txt", "a link to nowhere"),
+        (tmp_path / "link.txt", "a broken link"),
+        (tmp_path / "circle.txt", "a broken link"),
         (tmp_path / "folder.txt", "this is a folder"),
         (tmp_path / "none.txt", "no such file"),
         (tmp_path / "nul\0.txt", "nul"),
@@ -103,6 +103,6 @@ def test_json_of_any_depth_and_width_is_a_value_or_one_line(tmp_path):
 
 def test_a_file_that_is_read_whole_is_bounded(tmp_path):
     (tmp_path / "a.txt").write_text("0123456789")
-    with pytest.raises(UserError, match="a.txt holds over 9 bytes"):
+    with pytest.raises(UserError, match="a.txt has over 9 bytes"):
         files.read_bytes(tmp_path / "a.txt", most=9)
     assert files.read_bytes(tmp_path / "a.txt", most=10) == b"0123456789"

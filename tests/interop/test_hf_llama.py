@@ -201,7 +201,7 @@ class TestFiles:
 
     @pytest.mark.parametrize(
         ("text", "said"),
-        [("{", "broken JSON"), ("[]", "no JSON object"), ("\xff", "not UTF-8"), ("[" * 5000, "broken JSON")],
+        [("{", "broken JSON"), ("[]", "not a JSON object"), ("\xff", "not UTF-8"), ("[" * 5000, "broken JSON")],
     )
     def test_broken_config(self, folder, text, said):
         (folder / "config.json").write_text(text, encoding="latin-1")
