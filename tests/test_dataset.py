@@ -1,4 +1,4 @@
-"""Tokens to windows and batches, and all of it from the flags."""
+"""Windows and batches of tokens, and prepare_data."""
 
 import glob
 import os
@@ -166,7 +166,7 @@ def test_held_back_documents_are_disjoint_and_stable(tmp_path):
     assert sorted(len(d) for d in documents) == [valid.store.n_bytes, train.store.n_bytes]
     assert train.store.n_documents + valid.store.n_documents == 400 and 5 <= valid.store.n_documents <= 40
     assert train[0].attention_mask is not None and os.path.exists(tmp_path / "run" / "tokenizer_config.json")
-    write(tmp_path / "a.jsonl", texts[:200] + ["new"] + texts[200:])  # held-back documents stay held back
+    write(tmp_path / "a.jsonl", texts[:200] + ["new"] + texts[200:])  # the held-back documents must stay the same
     _, _, valid2 = prepare_data(config, None, 16)
     assert set(split(valid)) <= set(split(valid2))
 

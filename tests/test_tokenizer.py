@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, streaming, files, determinism, and what is refused."""
+"""Tokenizers: round trips, streaming, files, special tokens, and invalid files."""
 
 import io
 import itertools
@@ -70,7 +70,7 @@ def hf_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tokenizer.json of each kind that train_tokenizer makes."""
+    """A tokenizer.json of each type that train_tokenizer makes."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "t.txt").write_text("".join(TEXTS))
     kinds = ("bpe", "unigram")
@@ -79,7 +79,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama_model():
-    """A SentencePiece model with the settings of Llama's: a space before every text, <unk> <s> </s> and bytes first."""
+    """A SentencePiece model with Llama's settings: a space before every text; <unk>, <s>, </s> and bytes come first."""
     out, options = io.BytesIO(), {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in TEXTS for line in text.split("\n") if line),
@@ -95,7 +95,7 @@ def llama_model():
 
 @pytest.fixture(scope="module")
 def llama2c_file(llama_model, tmp_path_factory):
-    """That model as llama2.c writes it."""
+    """The llama_model in llama2.c's format."""
     model = sentencepiece.SentencePieceProcessor(model_proto=llama_model)
     names = [model.id_to_piece(i).replace("\u2581", " ") for i in range(400)]
     names[1:3] = ["\n<s>\n", "\n</s>\n"]
@@ -206,11 +206,11 @@ def test_foreign_model_without_bytes():
     assert tokenizer.decode(tokenizer.encode("q\u2581q"))
 
 
-# --- tokenizer.json of others -----------------------------------------------------------------------------------------
+# --- tokenizer.json of other programs ---------------------------------------------------------------------------------
 
 
 def hf_json(model, special=(), **parts):
-    """A tokenizer.json (bytes) of a model of the `tokenizers` library and what is around it."""
+    """A tokenizer.json (bytes) with a model of the `tokenizers` library and other parts, such as a decoder."""
     from tokenizers import Tokenizer
 
     tok = Tokenizer(model)
@@ -229,7 +229,7 @@ TEMPLATE = {
 
 
 def byte_level(special, **parts):
-    """A byte-level BPE without merges; its special tokens come after the 256 bytes."""
+    """A byte-level BPE without merges; the special tokens come after the 256 bytes."""
     from tokenizers import decoders, models, pre_tokenizers
 
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -238,7 +238,7 @@ def byte_level(special, **parts):
 
 
 def llama_json(model_file):
-    """The tokenizer.json of a SentencePiece BPE, as Llama folders have it."""
+    """The tokenizer.json of a SentencePiece BPE, as in Hugging Face's Llama folders."""
     from tokenizers import decoders, models, normalizers, processors
 
     model = sentencepiece.SentencePieceProcessor(model_proto=model_file)
@@ -259,7 +259,7 @@ def test_a_llama_folder_and_its_sentencepiece_model_give_the_same_ids(llama_mode
     sp, hf = TokenizerWrapper(llama_model), HFTokenizer(llama_json(llama_model), {})
     assert hf.prefix == " " and (hf.bos_id, hf.eos_id, hf.unk_id) == (1, 2, 0)
     for text in [*TEXTS, *HARD]:
-        if "\u2581" not in text:  # which is a space to this file
+        if "\u2581" not in text:  # in this file, U+2581 means a space
             assert hf.encode(text) == sp.encode(text) and hf.decode(hf.encode(text)) == text
 
 
@@ -293,7 +293,7 @@ def test_special_tokens_by_the_file_beside_then_post_processor_then_name(tmp_pat
     ],
 )
 def test_tokenizer_json_that_breaks_the_library(tmp_path, capfd, change, said):
-    """Ids beyond the tokens are refused before a table of them is made; what would be a panic in Rust says nothing."""
+    """Too large an id is an error before a table of all ids is made. A Rust panic prints nothing."""
     settings = json.loads(byte_level(["</s>"]))
     change(settings)
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
@@ -337,14 +337,16 @@ def test_what_tokenizer_json_needs(tmp_path):
 def test_no_model_makes_special_tokens_of_text():
     from tokenizers import decoders, models, normalizers
 
-    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -2.0) for c in "\u2581</>cnksu")]  # unigram finds names by itself
+    # unigram finds the names of its special tokens in text, as it does other pieces
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -2.0) for c in "\u2581</>cnksu")]
     space = normalizers.Replace(" ", "\u2581")
     model = models.Unigram(pieces, unk_id=0)
     text = hf_json(model, ["<unk>", "</s>"], normalizer=space, decoder=decoders.Replace("\u2581", " "))
     tokenizer = HFTokenizer(text, {})
     assert tokenizer.decode(tokenizer.encode("cut </s> <unk></s>")) == "cut </s> <unk></s>".replace("t", "\ufffd")
     assert tokenizer.eos_id not in tokenizer.encode("</s></s>")
-    plain = byte_level(["<end>"]).replace(b'"special":true', b'"special":false')  # an added token that is not special
+    # here EOS is an added token that is not marked as special
+    plain = byte_level(["<end>"]).replace(b'"special":true', b'"special":false')
     assert 256 not in HFTokenizer(plain, {"eos_token": "<end>"}).encode("the <end>")
 
 
@@ -352,7 +354,7 @@ def test_no_model_makes_special_tokens_of_text():
 
 
 def encoded_by_run_c(path, text):
-    """What run.c of llama2.c does: characters, or bytes + 3, after a space; then the best pair, again and again."""
+    """Encodes as run.c of llama2.c does: a space, then characters or bytes + 3; merges the best pair repeatedly."""
     data, at, vocab, scores = path.read_bytes(), 4, {}, []
     while at < len(data):
         score, size = struct.unpack_from("<fi", data, at)
@@ -410,5 +412,5 @@ def test_what_a_tokenizer_loses(sp, hf_file, tmp_path):
         return usual.lost_bytes(text, usual.encode(text))
 
     assert lost("the cat sat") == 0
-    assert lost("京都") == 6 and lost("a 京") == 3  # unknown
-    assert lost("ｆull") == 3 and lost("a\n") == 1  # NFKC; white space
+    assert lost("京都") == 6 and lost("a 京") == 3  # unknown characters
+    assert lost("ｆull") == 3 and lost("a\n") == 1  # changed by NFKC; final white space is dropped

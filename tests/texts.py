@@ -1,4 +1,4 @@
-"""Small data files for tests."""
+"""Small data files and helpers for tests of the data modules."""
 
 import gzip
 import io
@@ -16,7 +16,7 @@ BYTE = ByteLevelTokenizer()
 
 
 def write(path, texts, field="text"):
-    """One file of documents, in the format that its name says; returns the path as a string."""
+    """Writes documents to a file in the format of its suffix; returns the path as a string."""
     name = str(path)
     if name.endswith(".parquet"):
         import pyarrow as pa
@@ -32,7 +32,7 @@ def write(path, texts, field="text"):
 
 
 def usual_spm(folder):
-    """A SentencePiece model of English by the library's own settings: it loses line ends, wide letters, Japanese."""
+    """A SentencePiece model of English with default settings. It loses line breaks, full-width letters and Japanese."""
     lines = iter(["the cat sat on the mat and the dog ate the full hat"] * 50)
     options = {"vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2}
     spm.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(folder / "usual"), **options)
@@ -40,7 +40,7 @@ def usual_spm(folder):
 
 
 def store_of(tmp_path, texts, **options):
-    """The TokenStore of documents, of one token per byte."""
+    """The TokenStore of documents, with one token per byte."""
     tmp_path.mkdir(exist_ok=True)
     path = write(tmp_path / "docs.jsonl", texts)
     return tokenize_corpus([path], BYTE, cache_dir=str(tmp_path / "cache"), **options)
@@ -50,11 +50,11 @@ def tokens_of(texts):
     return [i for text in texts for i in [*text.encode(), BYTE.eos_id]]
 
 
-# where a document is a window, so that a batch tells which documents it has
+# each document below is one window, so that a batch shows which documents it has
 
 
 def shards_of(tmp_path, n_shards, n_documents, letter="d"):
-    """Files of every format with documents of 7 characters: with EOS just one window of 8 tokens."""
+    """Writes files of every format. Each document has 7 characters: with EOS, one window of 8 tokens."""
     kinds = itertools.cycle((".jsonl.gz", ".parquet", ".txt", ".jsonl"))
     names = (tmp_path / f"{letter}{shard}{kind}" for shard, kind in zip(range(n_shards), kinds))
     numbers = itertools.count()
@@ -67,7 +67,7 @@ def documents(batch):
 
 
 def take(loader, n):
-    """The documents of the next n batches, a list each."""
+    """The documents of the next n batches, one list per batch."""
     return [documents(next(loader)) for _ in range(n)]
 
 
@@ -76,7 +76,7 @@ def flat(nested):
 
 
 def saved(state):
-    """A state that went through torch.save and back without pickle."""
+    """A state after torch.save and torch.load(weights_only=True)."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)

@@ -1,4 +1,4 @@
-"""Files to documents: every format, and every way in which a file can be bad."""
+"""Reading documents from files: all formats, and all kinds of bad input."""
 
 import base64
 import dataclasses
@@ -107,7 +107,7 @@ def test_a_folder_that_cannot_be_searched_is_said(tmp_path, capsys, monkeypatch)
     write(tmp_path / "a.txt", ["x"])
     scandir, locked = os.scandir, {tmp_path / "in"}
 
-    def refusing(path):  # the tests may run as root, who may search everything
+    def refusing(path):  # the tests may run as root, to whom permissions do not apply
         if Path(path) in locked:
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
@@ -159,7 +159,7 @@ def test_a_fingerprint_sees_size_start_and_end(tmp_path, monkeypatch):
         [(name, size, digest)] = fingerprint_files([path])
         assert (name, size) == ("a.txt", len(content))
         found.append(digest)
-    assert found[3] == found[4]  # the middle of a large file is not looked at
+    assert found[3] == found[4]  # the middle of a large file is not read
     assert len(set(found)) == len(found) - 1
     (tmp_path / "b.txt").write_bytes(b"abcdef")
     assert fingerprint_files([tmp_path / "b.txt", path]) == [("b.txt", 6, found[-1]), ("a.txt", 6, found[-1])]
@@ -217,7 +217,7 @@ HARD += ["\r", "\r\n", "\0", "\ufeff", "\x85", "\u2028", "\x0c", "京", "😀", 
     size=st.sampled_from([3, 7, 65_536]),
 )
 def test_what_extract_texts_writes_reads_back(documents, size, tmp_path, monkeypatch):
-    """The same documents, after any number of passes, wherever pieces are cut."""
+    """The documents stay the same after several passes, wherever pieces are cut."""
     monkeypatch.setattr(corpus, "PIECE_CHARS", size)
     documents = [text for text in documents if text.strip()] or ["x"]
     write(tmp_path / "0.jsonl", documents)
@@ -287,7 +287,7 @@ def test_no_line_has_the_text_field(tmp_path):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.py"])
 def test_empty_file(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
-    for _ in range(2):  # the second time from the cache
+    for _ in range(2):  # the second time, a cache exists
         with pytest.raises(UserError, match=f"no document in .*{name}: empty"):
             tokenize_corpus([tmp_path / name], BYTE, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=name):
@@ -306,7 +306,7 @@ def test_truncated_or_broken_archives(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 garbage PAR1")
     with pytest.raises(UserError, match="bad.parquet cannot be read"):
         tokenize_corpus([tmp_path / "bad.parquet"], BYTE, cache_dir=str(tmp_path / "cache"))
-    Path(path).write_bytes(whole)  # nothing of the failures was kept
+    Path(path).write_bytes(whole)  # the cache has nothing from the failed attempts
     assert tokenize_corpus([path], BYTE, cache_dir=str(tmp_path / "cache")).n_documents == 1
 
 
@@ -321,7 +321,7 @@ def test_lines_and_documents_are_bounded(tmp_path, capsys):
         with pytest.raises(UserError, match=f"{name}:2: longer than max_doc_mb"):
             list(read_documents([tmp_path / name], max_doc_mb=60e-6, strict=True))
     write(tmp_path / "a.txt", texts)
-    assert list(read_documents([tmp_path / "a.txt"], max_doc_mb=60e-6)) == texts  # it passes in pieces
+    assert list(read_documents([tmp_path / "a.txt"], max_doc_mb=60e-6)) == texts  # no limit for .txt
     path = write(tmp_path / "b.jsonl", texts)
     config = DataConfig([path], [write(tmp_path / "v.jsonl", ["valid text"])], tokenizer="byte", max_doc_mb=60e-6)
     for streaming in (False, True):
@@ -373,7 +373,7 @@ def test_a_parquet_column_of_any_type_is_text_or_said(tmp_path):
 
 
 def test_parquet_is_decoded_in_bounded_batches(tmp_path):
-    """A file of a few hundred bytes can hold gigabytes: the rows at a time come from its own figures."""
+    """A file of a few hundred bytes can decode to gigabytes, so its metadata limit the rows decoded at once."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -409,7 +409,7 @@ print(size, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024
 
 @pytest.mark.slow
 def test_memory_stays_flat_whatever_a_file_unpacks_to(tmp_path):
-    """One line of 400 MB; one of 3 GB in 3 MB; 2 GB in a Parquet file of less than a thousand bytes."""
+    """A line of 400 MB; a line of 3 GB in 3 MB of gzip; 2 GB of text in a Parquet file of under 1,000 bytes."""
     import pyarrow as pa
 
     with open(tmp_path / "a.txt", "wb") as file:
@@ -428,7 +428,7 @@ def test_memory_stays_flat_whatever_a_file_unpacks_to(tmp_path):
         assert found == size and int(megabytes) < 250, (name, done.stdout)
 
 
-# its column says that a histogram has two sizes; pyarrow's own check of that ends the process where nothing catches it
+# The column metadata give two different sizes for a histogram. A check in pyarrow aborts the process because of that.
 ABORTS = (
     "eNqVU0FrE0EUfrO7Ccu6wVSY7Y7mMB6yjZA2aaFBJCpv09QEE2wC0osHt3FNC2mSJltTPQlePHr05h/wLCroRejZkyfpSQShB48endldE4ki"
     "+GDmffPevPe992Z3C9urVKOvCX1FGtSg/BzAndoiAAS7Pu94AR+LNehzctbc9wKDXDDvDfpLhH18eIXXl3o9vuPzteJFQ8RBx7v/4c2Yf3n7"

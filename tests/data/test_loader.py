@@ -1,4 +1,5 @@
-"""The training loader of tokenized sets: ranks, resuming, changes of batch size and length. Streams: test_stream.py."""
+"""The training loader of tokenized sets: ranks, resuming, changes of batch_size and seq_len. See
+test_stream.py for streams."""
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from src.dataset import DataConfig, MixedDataset, PackedDataset, WikiJsonlDatase
 
 @pytest.fixture
 def packed(tmp_path):
-    """40 windows of 8 tokens, a document each."""
+    """40 windows of 8 tokens; each window is one document."""
     files = shards_of(tmp_path, 2, 20)
     return PackedDataset(tokenize_corpus(files, BYTE, cache_dir=str(tmp_path / "cache")), 8, bos_eos=(257, 258))
 

@@ -1,4 +1,4 @@
-"""The order of samples: a function of seed and number, with each corpus's share."""
+"""The order of samples: it depends on (seed, number) alone, and gives each corpus its share."""
 
 from collections import Counter
 from itertools import islice

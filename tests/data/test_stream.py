@@ -1,4 +1,5 @@
-"""Streaming: every document once an epoch, over ranks and workers; packed as the tokenized set; resumed exactly."""
+"""Streaming: ranks and workers read each document once per epoch, windows are those of the tokenized set, and resuming
+is exact."""
 
 import json
 import os
@@ -81,7 +82,7 @@ def test_windows_are_those_of_the_tokenized_set(tmp_path, monkeypatch, segment):
     store = tokenize_corpus([file], BYTE, cache_dir=str(tmp_path / "cache"))
     packed = PackedDataset(store, 6, segment, (BYTE.bos_id, BYTE.eos_id))
     batch = next(create_train_loader(stream_of([file], seq_len=6, segment=segment, shuffle_buffer=1), len(packed)))
-    assert len(packed) * 6 > packed.n_targets  # the last one goes on with the next epoch here
+    assert len(packed) * 6 > packed.n_targets  # the last window continues with the next epoch here
     for i in range(len(packed) - 1):
         assert torch.equal(batch["input_ids"][i], packed[i].input_ids)
         assert torch.equal(batch["target_ids"][i], packed[i].target_ids)
@@ -117,13 +118,13 @@ def test_a_resumed_stream_gives_the_batches_of_the_unbroken_one(tmp_path, num_wo
     for _ in range(30):
         states.append(saved(unbroken.state_dict()))
         batches.append(next(unbroken))
-    assert unbroken.epoch >= 1 and len({len(repr(state)) // 40 for state in states}) < 3  # no more of it with time
+    assert unbroken.epoch >= 1 and len({len(repr(state)) // 40 for state in states}) < 3  # the state does not grow
     for done in (0, 1, 2, 7, 20):
         (resumed,) = loaders(data, 4, num_workers=num_workers)
         resumed.load_state_dict(states[done])
         assert resumed.samples == 4 * done
         if done == 7:
-            resumed.load_state_dict(saved(resumed.state_dict()))  # a run that is killed before its first step
+            resumed.load_state_dict(saved(resumed.state_dict()))  # as in a run that is killed before its first step
         for batch in batches[done : done + 8]:
             again = next(resumed)
             assert batch.keys() == again.keys() and all(torch.equal(batch[name], again[name]) for name in batch)
@@ -170,7 +171,7 @@ def test_batch_size_and_seq_len_may_change(tmp_path):
     second.load_state_dict(first.state_dict())
     assert seen + flat(take(second, 6)) == expected and second.samples == 64
     (longer,) = loaders(data.with_seq_len(16), 2)
-    longer.load_state_dict(first.state_dict())  # 16 windows of 8 are 8 of 16 tokens: half of the longer buffer
+    longer.load_state_dict(first.state_dict())  # 16 windows of 8 tokens are 8 of 16 tokens: half of the new buffer
     rows = [row for _ in range(4) for row in next(longer)["input_ids"].tolist()]
     assert {len(row) for row in rows} == {16} and longer.samples == 24
     starts = {bytes(row[:7]).decode() for row in rows}
@@ -228,7 +229,7 @@ def test_a_shard_that_changes_during_the_run_is_named(tmp_path, num_workers, fau
         content = file.read_bytes()
         if fault == "gone":
             file.unlink()
-        elif fault == "cut":  # of the same size, but without its end
+        elif fault == "cut":  # the size is unchanged, but the end is missing
             file.write_bytes(content[:-20] + content[:20])
         else:
             file.write_bytes(content[:-20] if fault == "short" else content + content)

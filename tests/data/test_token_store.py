@@ -1,4 +1,4 @@
-"""Documents to tokens on disk: the stream, its cache, its processes."""
+"""Tokens on disk: the stream, its cache, and the processes that fill it."""
 
 import os
 import pickle
@@ -65,7 +65,7 @@ def test_cache_is_keyed_by_content(tmp_path, monkeypatch):
 
 
 class Telling(type(BYTE)):
-    """Bytes, and a note of the process that encodes them."""
+    """A byte tokenizer that records which processes use it."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -85,7 +85,7 @@ def test_processes_share_the_work_without_changing_the_stream(tmp_path, monkeypa
     many = tokenize_corpus([tmp_path], Telling(tmp_path / "seen"), cache_dir=str(tmp_path / "c2"), num_proc=2)
     assert one[:].tolist() == many[:].tolist() and one.doc_ends.tolist() == many.doc_ends.tolist()
     assert len(os.listdir(tmp_path / "seen")) == 2 and str(os.getpid()) not in os.listdir(tmp_path / "seen")
-    tokenize_corpus([tmp_path], Telling(None), cache_dir=str(tmp_path / "c2"))  # from the cache, whatever num_proc is
+    tokenize_corpus([tmp_path], Telling(None), cache_dir=str(tmp_path / "c2"))  # from the cache, with another num_proc
 
 
 def test_files_are_shared_by_their_size(tmp_path):

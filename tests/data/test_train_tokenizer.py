@@ -1,5 +1,4 @@
-"""Training tokenizers, SentencePiece and tokenizer.json: the same file each time, the text that is not trained on, and
-what is refused."""
+"""Training SentencePiece and tokenizer.json: reproducible files, held-back text, and invalid settings."""
 
 import gzip
 import json
@@ -33,7 +32,7 @@ def sp():
 
 @pytest.fixture
 def corpus(tmp_path):
-    """The texts as a folder of two kinds of file."""
+    """A folder with the texts in files of two types."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     (folder / "a.txt").write_text(TEXTS[0])

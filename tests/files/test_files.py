@@ -1,4 +1,4 @@
-"""How files are opened: encodings by their mark, line ends, damage, lines without an end, and what is no file."""
+"""Opening files: encodings with a byte order mark, line ends, damaged files, endless lines, and paths to non-files."""
 
 import gzip
 import json
@@ -47,7 +47,7 @@ def test_utf16_without_a_mark_is_refused_by_name(tmp_path, encoding, named):
 def test_wrong_bytes_are_told_from_text(tmp_path):
     (tmp_path / "a.txt").write_bytes("fine 京\n".encode() + b"\xff\n" + "京".encode("shift_jis") + b"\nfine\n")
     assert [is_text(line) for _, line in read_lines(tmp_path / "a.txt")] == [True, False, False, True]
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe" + "ab\n".encode("utf-16-le") + b"\x00\xd8\n\0")  # half of a pair
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe" + "ab\n".encode("utf-16-le") + b"\x00\xd8\n\0")  # half a pair
     assert [is_text(line) for _, line in read_lines(tmp_path / "a.txt")] == [True, False]
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe" + "ab\n".encode("utf-16-le")[:-1])
     with pytest.raises(UserError, match="a.txt cannot be read to its end"):

@@ -1,4 +1,4 @@
-"""Folders that are written over: whole or not at all; what the writer did not write stays."""
+"""Replacing folders: completely or not at all, and files that the writer did not write stay."""
 
 import os
 import shutil
@@ -54,7 +54,7 @@ def test_after_an_error_all_is_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("crash_at", [1, 2], ids=["before the old one is aside", "between the two renames"])
 def test_a_crash_loses_nothing(tmp_path, monkeypatch, crash_at):
-    """As a power cut leaves it: nothing is tidied up. The next writer, and recover, bring the old one back."""
+    """Simulates a power cut, after which nothing is cleaned up: recover and the next writer restore the old folder."""
     folder, calls, rename = tmp_path / "m", [], type(tmp_path).rename
     write(folder, "old")
     (folder / "notes").write_text("mine")

@@ -1,4 +1,4 @@
-"""YAML of settings: what is written is read back, and nothing comes in that settings do not need."""
+"""YAML for settings: what is written can be read back, and everything that settings do not need is rejected."""
 
 import math
 import random

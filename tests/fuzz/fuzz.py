@@ -1,13 +1,14 @@
-"""Feeds broken files to everything that reads files, and says where more comes of it than one line for the user.
+"""Fuzzer: gives broken files to every loader, and reports all results other than a one-line error message.
 
-    python tests/fuzz/fuzz.py 1000                             # inputs in all, spread over the loaders
-    python tests/fuzz/fuzz.py 100000 --loaders gguf onnx       # some loaders alone
-    python tests/fuzz/fuzz.py --replay runs/fuzz/gguf-17       # one input again, with its traceback
+    python tests/fuzz/fuzz.py 1000                             # number of inputs in total, spread over the loaders
+    python tests/fuzz/fuzz.py 100000 --loaders gguf onnx       # only some loaders
+    python tests/fuzz/fuzz.py --replay runs/fuzz/gguf-17       # load one input again and show its traceback
 
-Whole files are made on the spot, broken by a mutation that depends on (--seed, loader, number) alone, and loaded in a
-forked process. What may come of it: the file loads and works, or a UserError of one line that names the file. All else
-is a finding, and its input is kept in --output: another exception, a crash, over 10 s, over 300 MB, code that runs, or
-something wrong taken in silence. Prints a table and one JSON line; the exit code is 1 where there are findings.
+The fuzzer makes valid files, breaks each with a mutation that depends on (--seed, loader, number) alone, and loads it
+in a forked process. Two results are right: the file loads and works, or a one-line UserError names the file. Anything
+else is a finding, whose input is kept in --output: another exception, a crash, over 10 s, over 300 MB, execution of
+code from the file, or wrong data that is accepted. Prints a table and one JSON line. The exit code is 1 if there are
+findings.
 """
 
 import argparse
@@ -35,14 +36,14 @@ from fuzz_loaders import LOADERS, Silent  # noqa: E402
 
 warnings.simplefilter("ignore")
 SECONDS, MEGABYTES = 10, 300
-WALL = 60  # seconds on a busy machine, where those of the processor do not pass
-CHUNK = 100  # inputs of one forked process
-KEPT = 3  # inputs of one kind of finding that are kept
+WALL = 60  # limit in wall-clock seconds, for a process that waits and uses no processor time
+CHUNK = 100  # inputs per forked process
+KEPT = 3  # inputs to keep for each kind of finding
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "pty.spawn")
 
 
 def make_input(seeds: dict, loader: str, number: int, seed: int) -> tuple[dict, str, str]:
-    """({name: content} of a folder, name of the file that is broken, what was done where it must be refused)."""
+    """Returns ({name: content} of a folder, name of the broken file, reason why it must be refused or "")."""
     rng = random.Random(f"{seed}/{loader}/{number}")
     files = dict(seeds[rng.choice(sorted(seeds))])
     kinds = {name: kind for name, kind in LOADERS[loader].files.items() if name in files}
@@ -59,7 +60,7 @@ def write_input(folder: Path, files: dict):
 
 
 def in_child(action) -> int:
-    """Run something in a forked process; its exit status as of os.waitpid."""
+    """Runs something in a forked process; returns its wait status, as os.waitpid does."""
     child = fork(action)
     return os.waitpid(child, 0)[1]
 
@@ -90,13 +91,13 @@ def megabytes(field: str) -> float:
 
 
 def limit():
-    """Bounds on this process, and a watch for what a file must never make a program do."""
+    """Limits this process, and returns a list that collects events which loading a file must never cause."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (int((megabytes("VmSize") + 2000) * 1e6),) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000_000,) * 2)
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
-    os.fsync = lambda handle: None  # what is written here need not outlive the machine
+    os.fsync = lambda handle: None  # these files are temporary
     seen = []
 
     def hook(event, args):
@@ -108,13 +109,13 @@ def limit():
 
 
 def outcome(loader: str, folder: Path, name: str, must_refuse: str, seen: list) -> dict:
-    """What came of loading a folder: {kind: ok, refused, or a kind of finding; place; message; seconds; MB}."""
+    """Returns the result of loading a folder: {kind: ok, refused or a kind of finding; place; message; seconds; MB}."""
     seen.clear()
     out = open("output.txt" if not folder.name else f"{folder}.out", "w+b")  # noqa: SIM115
     os.dup2(out.fileno(), 1)
     os.dup2(out.fileno(), 2)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak memory
     base, start = megabytes("VmRSS"), time.process_time()
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.alarm(WALL)
@@ -149,8 +150,8 @@ def _load(loader, folder, name):
         return {"kind": "ok", "place": "", "message": ""}
     except UserError as error:
         line = one_line(error)
-        told = name.split("/")[0] in line or folder.name in line or LOADERS[loader].names_flags
-        kind = "refused" if told and len(line) < 1000 else "long line" if told else "unnamed"
+        names_file = name.split("/")[0] in line or folder.name in line or LOADERS[loader].names_flags
+        kind = "refused" if names_file and len(line) < 1000 else "long line" if names_file else "unnamed"
         return {"kind": kind, "place": _place(error), "message": line[:300]}
     except SystemExit as error:
         return {"kind": "exit" if error.code == 2 else "exception", "place": "SystemExit", "message": str(error.code)}
@@ -161,14 +162,14 @@ def _load(loader, folder, name):
 
 
 def _place(error) -> str:
-    """The innermost line of this project's that an exception came through."""
+    """Returns the innermost line of this project in an exception's traceback."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(f"{ROOT}/")]
     inside = [f for f in frames if "/src/" in f.filename] or frames[-1:]
     return f"{Path(inside[-1].filename).relative_to(ROOT)}:{inside[-1].lineno} {inside[-1].name}" if inside else "?"
 
 
 def run_chunk(seeds, loader, numbers, seed, report: Path):
-    """Load inputs one after the other; a line of the report before each, and one after it."""
+    """Loads inputs one after another. Writes a line to the report before each one, and its result after it."""
     seen = limit()
     with open(report, "w", buffering=1) as file:
         for number in numbers:
@@ -185,7 +186,7 @@ def run_chunk(seeds, loader, numbers, seed, report: Path):
 
 
 def make_seeds(loader: str, work: Path) -> dict:
-    """{seed: {name: content}} of a loader, made in a process of its own, so that no thread is left in this one."""
+    """Returns {seed: {name: content}} of a loader. A separate process makes them, so this one keeps no threads."""
     folder = work / "seeds" / loader.replace(" ", "_")
     folder.mkdir(parents=True)
     log = work / "seeds.txt"
@@ -205,7 +206,7 @@ def read_folder(folder: Path) -> dict:
 
 
 def warm(loader, seeds):
-    """Import what a loader needs, in this process, by loading a whole file; which must be ok."""
+    """Imports what a loader needs in this process by loading valid files. They must load."""
     seen = []
     for seed, files in seeds.items():
         folder = Path(f"whole-{loader.replace(' ', '_')}-{seed}")
@@ -215,13 +216,13 @@ def warm(loader, seeds):
         os.dup2(saved[0], 1)
         os.dup2(saved[1], 2)
         if found["kind"] != "ok":
-            raise SystemExit(f"{loader}: a whole file ({seed}) is not loaded: {found}")
+            raise SystemExit(f"{loader}: the valid file {seed} does not load: {found}")
 
 
 def prepare(loaders, work) -> dict:
-    """{loader: its seeds}; each was loaded whole."""
+    """Returns {loader: its seeds}, after each has been loaded."""
     seeds = {name: make_seeds(name, work) for name in loaders}
-    gc.freeze()  # what was imported is not looked through again and again
+    gc.freeze()  # imported objects need no garbage collection in the children
     for name in loaders:
         warm(name, seeds[name])
     gc.freeze()
@@ -229,7 +230,7 @@ def prepare(loaders, work) -> dict:
 
 
 def fuzz(seeds, total, seed, workers, work, tell) -> dict:
-    """{loader: list of (number, outcome)} of `total` inputs, spread evenly."""
+    """Returns {loader: list of (number, outcome)} for `total` inputs, spread evenly over the loaders."""
     each, found, running = -(-total // len(seeds)), {name: [] for name in seeds}, {}
     waiting = collections.deque((n, range(a, min(a + CHUNK, each))) for a in range(0, each, CHUNK) for n in seeds)
     while waiting or running:
@@ -243,7 +244,7 @@ def fuzz(seeds, total, seed, workers, work, tell) -> dict:
         lines = report.read_text().splitlines() if report.exists() else []
         report.unlink(missing_ok=True)
         found[name] += [(int(a), json.loads(b)) for a, b in zip(lines[::2], lines[1::2])]
-        if status or len(lines) < 2 * len(numbers):  # it died of the input that it had begun
+        if status or len(lines) < 2 * len(numbers):  # the input that it was loading killed it
             died = numbers[min(len(lines) // 2, len(numbers) - 1)]
             found[name].append((died, _death(status)))
             if died + 1 < numbers.stop:
@@ -266,7 +267,9 @@ def _death(status):
 
 
 def keep(found, seeds, seed, output: Path) -> list:
-    """The kinds of findings, most frequent first: (loader, kind, place, how many, message, folder of an input)."""
+    """Saves inputs of findings. Returns the kinds of findings, most frequent first.
+
+    Each one is (loader, kind, place, count, message, folder of an input)."""
     groups = collections.defaultdict(list)
     for name, results in found.items():
         for number, result in sorted(results, key=lambda pair: pair[0]):
@@ -288,7 +291,7 @@ def keep(found, seeds, seed, output: Path) -> list:
 
 
 def replay(path: Path, work):
-    """Load a kept input again, in this process, with all it says."""
+    """Loads a saved input again in this process, with all its output."""
     folder = path if path.is_dir() else path.parent
     folder = next(p for p in (folder, *folder.parents) if (p / "finding.json").exists())
     facts = json.loads((folder / "finding.json").read_text())
@@ -300,16 +303,16 @@ def replay(path: Path, work):
     signal.signal(signal.SIGPROF, signal.default_int_handler)
     start = time.process_time()
     LOADERS[facts["loader"]].use(Path("case"))
-    print(f"loaded in {time.process_time() - start:.2f} s; at the peak {megabytes('VmHWM'):.0f} MB")
+    print(f"loaded in {time.process_time() - start:.2f} s; peak memory {megabytes('VmHWM'):.0f} MB")
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("total", nargs="?", type=int, default=20 * len(LOADERS), help="inputs in all")
+    parser.add_argument("total", nargs="?", type=int, default=20 * len(LOADERS), help="number of inputs in total")
     parser.add_argument("--loaders", nargs="+", choices=list(LOADERS), default=list(LOADERS), metavar="NAME")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "fuzz", help="folder for inputs of findings")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "fuzz", help="folder for the inputs of findings")
     parser.add_argument("--replay", type=Path, help="folder of a finding")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
@@ -320,7 +323,7 @@ def main(argv=None) -> int:
         os.chdir(work)
         tell = lambda done: print(f"\r{done:,} inputs", end="", file=sys.stderr) if sys.stderr.isatty() else None  # noqa: E731
         seeds = prepare(args.loaders, work)
-        print(f"whole files made in {time.monotonic() - start:.1f} s", file=sys.stderr)
+        print(f"valid files made in {time.monotonic() - start:.1f} s", file=sys.stderr)
         found = fuzz(seeds, args.total, args.seed, args.workers, work, tell)
         rows = keep(found, seeds, args.seed, output)
         os.chdir(ROOT)

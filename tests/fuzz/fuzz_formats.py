@@ -1,6 +1,6 @@
-"""How the fuzzer breaks files of numbers and fields: safetensors, .pt, .bin, SentencePiece, ONNX, GGUF, Parquet.
+"""The fuzzer's mutations of binary formats: safetensors, .pt, .bin, SentencePiece, ONNX, GGUF, Parquet.
 
-Mutations as in fuzz_mutations.py; `mutate` chooses one by the kind of a file.
+They have the interface that fuzz_mutations.py describes. `mutate` chooses a mutation by the kind of file.
 """
 
 import io
@@ -16,13 +16,13 @@ from fuzz_mutations import INTEGERS, ODD, odd_value, of_bytes, of_gzip, of_json,
 
 
 def mutate(kind: str, content: bytes, rng) -> tuple[bytes, str]:
-    """One file of the given kind, broken: now and then in several places, and one time in five as plain bytes."""
+    """Breaks a file of the given kind, one time in five as plain bytes, and sometimes in several places."""
     try:
         content, must_refuse = KINDS["bytes" if rng.random() < 0.2 else kind](content, rng)
-    except Exception:  # noqa: BLE001  (a value that the format cannot hold)
+    except Exception:  # noqa: BLE001  (the format cannot store the new value)
         content, must_refuse = of_bytes(content, rng)
     for _ in range(rng.choice((0, 0, 0, 1, 3))):
-        content, must_refuse = of_bytes(content, rng)[0], ""  # what is broken once may take for ever to read again
+        content, must_refuse = of_bytes(content, rng)[0], ""  # as bytes, because parsing a broken file may take forever
     return content, must_refuse
 
 
@@ -43,7 +43,7 @@ def of_parquet(content: bytes, rng) -> tuple[bytes, str]:
         "empty": pa.array([], "string"),
         "views": pa.array(["a", "b"], pa.string_view()),
     }
-    if rng.random() < 0.1:  # one text, many times
+    if rng.random() < 0.1:  # many rows that share one text
         columns["long"] = pa.DictionaryArray.from_arrays([0] * rng.choice((1, 60)), ["a" * rng.choice((10**5, 10**7))])
     file, name = io.BytesIO(), "long" if "long" in columns else rng.choice(list(columns))
     pq.write_table(pa.table({"text": columns[name]}), file, compression=rng.choice(("zstd", "snappy", "none", "gzip")))
@@ -54,7 +54,7 @@ def of_parquet(content: bytes, rng) -> tuple[bytes, str]:
 
 
 def of_tensor(tensor, rng):
-    """(something in a tensor's place, what was done): a description where no model may take it in silence."""
+    """Returns (replacement for a tensor, reason why every model must refuse it or "")."""
     one = tensor.clone().float()
     action = rng.randrange(12)
     if action < 3 and one.numel():
@@ -112,7 +112,7 @@ def of_safetensors(content: bytes, rng) -> tuple[bytes, str]:
 
 
 class _Runs:
-    """A pickle that runs code where it is loaded without care."""
+    """A pickle that runs code when it is loaded without weights_only."""
 
     def __reduce__(self):
         return __import__, ("fuzz_marker",)
@@ -148,7 +148,7 @@ def of_pt(content: bytes, rng) -> tuple[bytes, str]:
     if rng.random() < 0.1:
         torch.save({"model": _Runs(), "step": _Runs()}, file)
         return file.getvalue(), "code"
-    if rng.random() < 0.1:  # bytes of one file inside the archive, whose check sums are right then
+    if rng.random() < 0.1:  # change a file inside the archive, with a correct checksum
         with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w") as new:
             broken = rng.choice(old.namelist())
             for name in old.namelist():
@@ -166,7 +166,7 @@ def of_pt(content: bytes, rng) -> tuple[bytes, str]:
 
 
 def of_bin(content: bytes, rng) -> tuple[bytes, str]:
-    """llama2.c's legacy .bin: its header of seven integers, or a number among its weights."""
+    """Breaks llama2.c's legacy .bin: its header of seven integers, or one of its weights."""
     data, at = bytearray(content), rng.randrange(7)
     if rng.random() < 0.3:
         place = 28 + 4 * rng.randrange((len(content) - 28) // 4)
@@ -179,7 +179,7 @@ def of_bin(content: bytes, rng) -> tuple[bytes, str]:
 
 
 def of_protobuf(message, rng):
-    """One field of a protobuf message, somewhere inside, cleared, doubled or given an odd value."""
+    """Clears or duplicates one field somewhere inside a protobuf message, or gives it an odd value."""
     fields = [f for f, _ in message.ListFields()] or list(message.DESCRIPTOR.fields)
     field = rng.choice(fields if rng.random() < 0.8 else list(message.DESCRIPTOR.fields))
     is_list = field.is_repeated if hasattr(field, "is_repeated") else field.label == field.LABEL_REPEATED
@@ -223,7 +223,7 @@ def of_sentencepiece(content: bytes, rng) -> tuple[bytes, str]:
     part = rng.choice((model, model.trainer_spec, model.normalizer_spec, rng.choice(model.pieces)))
     of_protobuf(part, rng)
     data = model.SerializeToString()
-    if rng.random() < 0.1:  # a piece that is no UTF-8
+    if rng.random() < 0.1:  # a piece that is not UTF-8
         piece = rng.choice(model.pieces).piece.encode()
         data = data.replace(
             b"\x0a" + bytes([len(piece)]) + piece, b"\x0a" + bytes([len(piece)]) + b"\xff" * len(piece), 1
@@ -250,7 +250,7 @@ def of_onnx(content: bytes, rng) -> tuple[bytes, str]:
 
 
 def of_gguf(content: bytes, rng) -> tuple[bytes, str]:
-    """A field or a tensor of a GGUF, written anew by the gguf package."""
+    """Changes a field or a tensor of a GGUF file, and writes the file with the gguf package."""
     import gguf
     import numpy as np
 
@@ -266,7 +266,7 @@ def of_gguf(content: bytes, rng) -> tuple[bytes, str]:
             try:
                 many = writer.add_uint64 if isinstance(value, int) and value >= 2**32 else writer.add_uint32
                 add.get(type(value), writer.add_int32 if isinstance(value, int) and value < 0 else many)(name, value)
-            except Exception:  # noqa: BLE001, S112  (what the format cannot hold is left out)
+            except Exception:  # noqa: BLE001, S112  (leave out what the format cannot store)
                 continue
         broken = rng.randrange(len(reader.tensors)) if rng.random() < 0.3 else -1
         for number, tensor in enumerate(reader.tensors):

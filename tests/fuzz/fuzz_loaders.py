@@ -1,7 +1,7 @@
-"""What the fuzzer breaks: for every kind of file that is read, whole ones made on the spot, and what is done with them.
+"""The fuzzer's loaders: how to make valid files of each kind, and how to load and use them.
 
-A loader's `make` writes seeds, a folder each; `files` says which of their files are broken, and how; `use` loads what
-lies in such a folder and does something cheap with it, which must work as well.
+`make` of a loader writes the seeds, one folder each. `files` says which of their files to break, and how. `use` loads
+such a folder and runs something cheap with the result, which must work as well.
 """
 
 import json
@@ -14,25 +14,25 @@ from fuzz_seeds import TEXTS, run_settings
 
 
 class Silent(Exception):
-    """Something wrong was taken without a word."""
+    """Wrong data was accepted without an error."""
 
 
 class Loader(NamedTuple):
-    make: Callable  # folder: writes seeds into it
+    make: Callable  # make(folder) writes seeds into it
     files: dict[str, str]  # name in a seed -> kind of mutation
-    use: Callable  # folder of a seed
-    names_flags: bool = False  # its faults are told by flag, not by file
+    use: Callable  # use(folder of a seed)
+    names_flags: bool = False  # its messages name a flag rather than the file
 
 
 # ---- use ------------------------------------------------------------------------------------------------------------
 
 
 def try_model(model, vocab_size):
-    """Write a few tokens: greedily, as generate.py does."""
+    """Generates a few tokens, greedily, as generate.py does."""
     from src.sampling import generate_ids
 
     if model.config.max_seq_len < 3 or not model.config.causal:
-        return  # too short for a prompt, or for puzzles
+        return  # too short for a prompt, or not a language model
     ids = generate_ids(model, torch.tensor([[1, 2, min(65, vocab_size - 1)]]) % vocab_size, 2, temperature=0)
     with torch.no_grad():
         logits = model(ids[:, : model.config.max_seq_len]).logits
@@ -59,7 +59,7 @@ def use_checkpoint(folder):
 
 
 def use_source(path, tokenizer=None):
-    """A model of another program: read, and used as convert.py's checkpoint would be."""
+    """Reads a model of another program, and uses it like a checkpoint from convert.py."""
     from src.checkpoint import load_weights
     from src.interop.formats import read_source
     from src.model import TRMModel
@@ -93,7 +93,7 @@ def use_classifier(folder):
     samples, _ = encode([Example("a", 0), Example("b c", 1)], tokenizer, classifier.model.config.max_seq_len)
     scores = predict(classifier, samples, 2)
     if scores.shape[-1] != len(classifier.names) or not scores.isfinite().all():
-        raise Silent("scores that are not finite, or not one a label")
+        raise Silent("scores that are not finite, or not one per label")
 
 
 def use_corpus(path):
@@ -126,7 +126,7 @@ def use_metrics(folder):
 
 
 def use_settings(folder):
-    """The scripts' own reading of --config."""
+    """Parses --config as the scripts do."""
     import eval_lm
     import generate
     import train_classifier
@@ -138,7 +138,7 @@ def use_settings(folder):
 
 
 def use_run(folder):
-    """A run whose newest checkpoint is broken goes on, from the one before where it must, to its end."""
+    """Resumes a run whose newest checkpoint is broken, if need be from the one before, and finishes it."""
     import src.training.monitor
     from src.training.create import create_trainer
     from src.training.curves import read_series

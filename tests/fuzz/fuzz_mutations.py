@@ -1,7 +1,7 @@
-"""How the fuzzer breaks bytes, JSON, YAML and lines of text; other formats in fuzz_formats.py.
+"""The fuzzer's mutations of bytes, JSON, YAML and lines of text; fuzz_formats.py has those of other formats.
 
-Each mutation takes (content, random.Random) and gives (content, must_refuse): what was done where a reader may not take
-it in silence, else "". All of it depends on the random numbers alone, so that an input can be made again.
+Each mutation takes (content, random.Random) and returns (content, must_refuse). must_refuse says why a reader must
+refuse the content, or is "". A mutation depends on the random numbers alone, so every input can be made again.
 """
 
 import copy
@@ -43,7 +43,7 @@ ODD = (
     {"": 1},
     [1] * 10_000,
 )
-LONG_NUMBER, DEEP_LIST, DEEP_DICT = "\x01number", "\x01list", "\x01dict"  # stand for what json.dumps cannot write
+LONG_NUMBER, DEEP_LIST, DEEP_DICT = "\x01number", "\x01list", "\x01dict"  # placeholders: json.dumps cannot write these
 RAW = {LONG_NUMBER: "9" * 5000, DEEP_LIST: "[" * 5000 + "]" * 5000, DEEP_DICT: '{"a":' * 5000 + "1" + "}" * 5000}
 
 
@@ -52,7 +52,7 @@ RAW = {LONG_NUMBER: "9" * 5000, DEEP_LIST: "[" * 5000 + "]" * 5000, DEEP_DICT: '
 
 def of_bytes(content: bytes, rng) -> tuple[bytes, str]:
     data, size = bytearray(content), len(content)
-    at = rng.randrange(size + 1) if rng.random() < 0.5 else rng.randrange(min(size, 100) + 1)  # headers come first
+    at = rng.randrange(size + 1) if rng.random() < 0.5 else rng.randrange(min(size, 100) + 1)  # often in the header
     length = min(rng.choice((1, 2, 4, 8, 64, 1000)), size - at)
     action = rng.randrange(9)
     if action == 0:
@@ -67,7 +67,7 @@ def of_bytes(content: bytes, rng) -> tuple[bytes, str]:
         data[at : at + length] = rng.randbytes(length)
     elif action == 4:
         data[at:at] = content[at : at + length] * rng.choice((1, 2, 100))
-    elif action == 5:  # a piece of it elsewhere
+    elif action == 5:  # copy a part of it elsewhere
         to = rng.randrange(size + 1)
         data[to : to + length] = content[at : at + length]
     elif action == 6:
@@ -88,7 +88,7 @@ def of_bytes(content: bytes, rng) -> tuple[bytes, str]:
 
 
 def places(value, path=()):
-    """Paths to all values inside a nest of dicts and lists."""
+    """Yields the paths to all values in nested dicts and lists."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for key, item in inner:
         yield (*path, key)
@@ -102,12 +102,12 @@ def at(value, path):
 
 
 def of_nest(value, rng, odd):
-    """A nest with one of its values replaced, deleted, doubled or moved; `odd` gives replacements."""
+    """Replaces, deletes, duplicates or moves one value in nested dicts and lists; `odd` makes replacements."""
     value = copy.deepcopy(value)
     paths = list(places(value))
     if not paths or rng.random() < 0.03:
         return odd(rng, value)
-    depth = rng.choice(sorted({len(path) for path in paths}))  # else a long list hides the few settings
+    depth = rng.choice(sorted({len(path) for path in paths}))  # else a long list would hide the few settings
     path = rng.choice([path for path in paths if len(path) == depth])
     parent, key = at(value, path[:-1]), path[-1]
     action = rng.randrange(10)
@@ -125,7 +125,7 @@ def of_nest(value, rng, odd):
 
 
 def odd_value(rng, old):
-    """A number or a word beside the old one, or a value that has nothing to do with it."""
+    """Returns a number near the old one, or an unrelated value."""
     if isinstance(old, (int, float)) and not isinstance(old, bool) and rng.random() < 0.3:
         return rng.choice((old + 1, old - 1, old * 2, float(old), old + 0.5, str(old), -old))
     if rng.random() < 0.3:

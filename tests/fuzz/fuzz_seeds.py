@@ -1,4 +1,4 @@
-"""Whole files for the fuzzer, made on the spot: each function writes seeds into a folder, a folder each."""
+"""Makes valid files for the fuzzer. Each function writes seeds into a folder, one subfolder per seed."""
 
 import dataclasses
 import gzip
@@ -31,7 +31,7 @@ MODELS = (
 def run_settings(folder, **changes):
     from src.training.create import Settings
 
-    Path("corpus.txt").write_text("".join(TEXTS))  # in the fuzzer's folder, as the cache
+    Path("corpus.txt").write_text("".join(TEXTS))  # in the fuzzer's working folder, like the cache
     os.utime("corpus.txt", (1, 1))
     values = TINY | {"latent_steps": 1, "deep_steps": 1, "supervision_steps": 1}
     values |= {

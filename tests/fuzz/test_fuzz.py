@@ -1,4 +1,4 @@
-"""The loaders under broken files: 200 each, from a fixed seed; `make fuzz N=100000` for more."""
+"""Runs the fuzzer with a fixed seed and 200 inputs per loader. `make fuzz N=100000` runs more."""
 
 import json
 import os
@@ -13,7 +13,7 @@ LOADERS = 18
 
 
 def fuzz(*words):
-    """The lines that tests/fuzz/fuzz.py prints, and the facts in the last of them."""
+    """Runs fuzz.py. Returns (lines of its output, the JSON in the last line, exit code)."""
     done = subprocess.run([sys.executable, FUZZ, *map(str, words)], capture_output=True, text=True, timeout=280)
     assert done.stdout.startswith("loader"), done.stderr
     lines = done.stdout.splitlines()
@@ -29,14 +29,14 @@ def test_no_loader_ends_but_in_one_line(tmp_path):
     assert len(facts["loaders"]) == LOADERS
     for row in facts["loaders"]:
         assert row["inputs"] == 200 and row["ok"] + row["refused"] == 200
-        breaks = row["refused"] >= 30 or row["loader"] == "run state"  # which goes back to the checkpoint before
-        assert breaks and row["ok"] >= 5 and row["MB"] < 300, row  # they break files, and do not only destroy them
+        breaks = row["refused"] >= 30 or row["loader"] == "run state"  # a run falls back to an earlier checkpoint
+        assert breaks and row["ok"] >= 5 and row["MB"] < 300, row  # mutations must break files, but not all of them
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is measured by Linux's /proc")
 def test_a_finding_is_kept_and_loaded_again(tmp_path):
-    """A loader that trusts its file, in place of the project's own, has findings of every kind."""
+    """A careless loader must have findings of several kinds."""
     program = """
 import sys, os, time
 sys.argv[0] = sys.argv[1]; sys.path.insert(0, os.path.dirname(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Checkpoint folders whose settings, tensors or state are not what they should be: refused in one line, soon."""
+"""Checkpoint folders with wrong settings, tensors or state. They must be refused quickly, with a one-line message."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from src.tokenizer import ByteLevelTokenizer
 
 @pytest.fixture
 def saved(tiny, tmp_path):
-    """A whole checkpoint folder with averaged weights and a state."""
+    """A valid checkpoint folder with averaged weights and a training state."""
     tokenizer = ByteLevelTokenizer()
     model = tiny(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=2, d_ff=16)
     save_checkpoint(tmp_path / "whole", model, tokenizer, checkpoint.own_state(model), {"step": 3}, {"step": 3})
@@ -25,7 +25,7 @@ def saved(tiny, tmp_path):
 
 
 def rewrite(folder, **settings):
-    """Change settings of the model in a checkpoint's config.json."""
+    """Changes settings of the model in a checkpoint's config.json."""
     path = folder / "config.json"
     values = json.loads(path.read_text())
     values["model"] |= settings
@@ -73,7 +73,7 @@ class TestSettings:
         ],
     )
     def test_sizes_beyond_the_weights(self, saved, settings, said):
-        """Compared with the weights before anything of their size is made: 2**20 squared would be 4 TiB."""
+        """Sizes are compared with the weights before memory is allocated. 2**20 squared would be 4 TiB."""
         rewrite(saved, **settings)
         with pytest.raises(UserError, match=said):
             load_model(saved)
@@ -119,7 +119,7 @@ class TestTensors:
         assert check_tensors(tensors, "m") is tensors
 
     def test_offsets_that_overlap(self, saved):
-        """safetensors itself refuses them."""
+        """The safetensors library refuses them."""
         path = saved / "ema.safetensors"
         data = path.read_bytes()
         size = int.from_bytes(data[:8], "little")
@@ -131,7 +131,7 @@ class TestTensors:
             load_model(saved)
 
     def test_a_state_of_compressed_parts(self, saved, tmp_path):
-        """Which could become a thousand times as large in memory."""
+        """A compressed part could be a thousand times as large in memory, so none is accepted."""
         path = saved / "state" / "training.pt"
         with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "new", "w", zipfile.ZIP_DEFLATED) as new:
             for name in old.namelist():
