@@ -76,6 +76,7 @@ class _Tokenizer:
         return self
 
     def _ends_of(self, names):
+        """Calls `set_ends` with the entries of a tokenizer_config.json."""
         return self.set_ends(names.get("starts_with_bos") is not False, as_list(names.get("end_token_ids")))
 
     @property
@@ -114,6 +115,7 @@ class _Tokenizer:
         back = self.decode(ids)
         if back == text:
             return 0
+        # of each character, as many as are in both texts, wherever they are
         kept = sum(len(character.encode()) * n for character, n in (Counter(text) & Counter(back)).items())
         return max(1, len(text.encode()) - kept)
 

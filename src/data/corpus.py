@@ -231,7 +231,7 @@ def _good_lines(path, log, most, cuts=False):
         else:
             yield number, line
     if log.report and 2 * bad > number:
-        advice = f"convert it from its encoding, for example: iconv -f SHIFT_JIS -t UTF-8 {path}"
+        advice = f"convert the file to UTF-8, for example with iconv -f SHIFT_JIS -t UTF-8 {path}"
         print(f"{path}: {bad} of {number} lines are not UTF-8: {advice}", file=sys.stderr)
 
 

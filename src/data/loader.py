@@ -37,7 +37,8 @@ class IndexLoader:
     """Training loader of a tokenized set. Sample k is a function of (seed, k), so the position is the whole state."""
 
     def __init__(self, train_set, batch_size, seed=0, rank=0, world=1, num_workers=0, pad_id=0):
-        self.train_set, self.batch_size, self.samples, self._batches = train_set, batch_size, 0, None
+        self.train_set, self.batch_size, self.samples = train_set, batch_size, 0
+        self._batches = None  # made by the first __next__, because load_state_dict may change the start
         options = {"seed": seed, "num_workers": num_workers, "pad_id": pad_id, "rank": rank, "world": world}
         self._load = functools.partial(create_dataloader, train_set, batch_size, **options)
 
@@ -61,7 +62,9 @@ class IndexLoader:
     def load_state_dict(self, state):
         if "epoch_samples" not in state:
             raise UserError("the saved run was streaming: resume it with --streaming true")
-        self.samples, self._batches = state["samples"] * len(self.train_set) // state["epoch_samples"], None
+        # the same fraction of an epoch, if another seq_len gives another number of windows
+        self.samples = state["samples"] * len(self.train_set) // state["epoch_samples"]
+        self._batches = None
 
 
 class StreamLoader:
@@ -71,7 +74,9 @@ class StreamLoader:
     """
 
     def __init__(self, train_set, batch_size, seed=0, rank=0, world=1, num_workers=0):
-        self.batch_size, self.samples, self.epoch, self._batches = batch_size, 0, 0, None
+        self.batch_size, self.samples, self.epoch = batch_size, 0, 0
+        self._batches = None
+        # which windows this rank reads depends on all of these, so a run that resumes must have the same
         self._reads = train_set.identity | {"seed": seed, "processes": world, "rank": rank, "num_workers": num_workers}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata uses it internally

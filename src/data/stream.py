@@ -3,7 +3,7 @@
 1. `Shards` holds the files of one or more corpora. `src.data.corpus` reads their documents.
 2. A reader is a worker process of a rank, or the rank itself if it has no workers. `share_of` divides the shards of
    each epoch among all readers, in an order that depends on (seed, epoch) alone. A shard that falls to several readers
-   is divided by pieces of documents.
+   is divided among them, piece by piece.
 3. `_Windows` joins a reader's documents, cuts full windows, and shuffles one block of `shuffle_buffer` windows at a
    time.
 4. `ReaderBatches` draws windows from the corpora by weight. `src.data.loader` runs it in worker processes.
@@ -261,7 +261,7 @@ class _Windows:
                     skip -= 1
                 else:
                     yield self._sample(block[index])
-            block = self._fill(following, self.data.shuffle_buffer)
+            block = self._fill(following, self.data.shuffle_buffer)  # more, if this block ended early with an epoch
             self.start, self.block, self.given = block[0].place, self.block + 1, 0
 
     def _fill(self, block, size):
@@ -280,7 +280,7 @@ class _Windows:
         """Yields windows from a place on. Each window starts with the last token of the one before, where that token
         is only a target."""
         size = self.data.seq_len
-        # tokens that are read but not used up, and the pieces they come from: (index of its first token, place)
+        # tokens that are read but not in a window yet; (index of the first token, place) of the pieces they come from
         ids, ends, begins = np.zeros(0, np.int32), np.zeros(0, bool), collections.deque()
         at = start.token  # index of the next window's first token
         for place, piece, ends_document in self._pieces(start):
@@ -290,13 +290,13 @@ class _Windows:
             if ends_document:
                 ends[-1] = True
             while len(ids) - at > size:
-                while len(begins) > 1 and begins[1][0] <= at:
+                while len(begins) > 1 and begins[1][0] <= at:  # until begins[0] is the piece that has token `at`
                     begins.popleft()
                 first, place = begins[0]
                 stop = at + size + 1
                 yield Window(place._replace(token=at - first), ids[at:stop].copy(), ends[at:stop].copy())
                 at += size
-            cut = min(at, len(ids))
+            cut = min(at, len(ids))  # drop the tokens before the next window
             ids, ends, at = ids[cut:], ends[cut:], at - cut
             begins = collections.deque((first - cut, place) for first, place in begins)
 

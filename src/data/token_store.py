@@ -22,7 +22,7 @@ from src.errors import UserError
 from src.tokenizer import read_tokenizer
 
 HOLD_BACK = 20  # without valid_paths, one document in this many is validation text
-HOLD_BACK_BYTES = 2_000_000  # for a large corpus fewer, so that validation text is at most about this long
+HOLD_BACK_BYTES = 2_000_000  # of a large corpus, a smaller share: about this many bytes of text
 PACKED_RATIO = 3  # estimated bytes of text per byte of a compressed file
 MOST_UNEVEN = 1.5  # a file larger than this times a process's share of the text is not left to one process
 ROWS = 200  # pieces per Arrow chunk and per call of the tokenizer; limits memory

@@ -22,7 +22,7 @@ from src.errors import UserError
 from src.tokenizer import JSON_FILE, MODEL_FILE, SPACE, HFTokenizer, TokenizerWrapper
 
 SAMPLE_CHARS = 4_000_000  # size of the text sample that `frequent_line_breaks` counts
-MAX_BREAKS = 16  # with more line-break pieces, source code does not become shorter
+MAX_BREAKS = 16  # more line-break pieces do not make source code shorter
 LINE_CHARS = 4096  # longer lines are cut, because SentencePiece ignores them
 MAX_BYTES = 10_000_000  # BPE needs 80 bytes of memory per byte of a text without spaces
 HELD_BACK_BYTES = 1_000_000
@@ -82,7 +82,8 @@ def _byte_level_bpe(texts, vocab_size):
 
 
 def _unigram(texts, vocab_size, character_coverage):
-    """Returns a Tokenizer with SentencePiece's pieces and scores. The trainer of `tokenizers` is not deterministic."""
+    """Returns a Tokenizer with SentencePiece's pieces and scores: the unigram trainer of `tokenizers` is not
+    deterministic."""
     from tokenizers import Tokenizer, decoders, models
 
     sp = train_sentencepiece(texts, None, vocab_size, "unigram", character_coverage).processor

@@ -42,7 +42,7 @@ def read_bytes(path, what: str = "", most: int = MOST_BYTES) -> bytes:
 
 
 def check_is_file(path, where):
-    """Raises UserError, which starts with `where`, unless the path is a regular file. Opening a pipe could block."""
+    """Raises UserError, which starts with `where`, unless the path is a regular file: opening a pipe could block."""
     if os.path.isfile(path):
         return
     if os.path.isdir(path):
@@ -55,10 +55,11 @@ def check_is_file(path, where):
 
 
 def open_text(path) -> io.TextIOWrapper:
-    """Opens a text file of any size, gzipped or not, as a stream of str. Invalid bytes become lone surrogates.
+    """Opens a text file of any size, gzipped or not, as a stream of str.
 
-    Raises UserError if it is not a file, or if its start has NUL bytes, as in UTF-16 without a byte order mark. Reading
-    the stream may raise OSError, EOFError, zlib.error and UnicodeDecodeError."""
+    Invalid bytes become lone surrogates; `is_text` detects them. Raises UserError if it is not a file, or if its start
+    has NUL bytes, as in UTF-16 without a byte order mark. Reading the stream may raise OSError, EOFError, zlib.error
+    and UnicodeDecodeError."""
     check_is_file(path, path)
     file = (gzip.open if os.fspath(path).lower().endswith(".gz") else open)(path, "rb")
     try:

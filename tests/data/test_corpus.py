@@ -148,7 +148,7 @@ def test_a_file_of_another_encoding_is_named_with_a_remedy(tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes("日本語\n京都\nascii\n".encode("shift_jis"))
     assert list(read_documents([tmp_path / "a.txt"])) == ["ascii\n"]
     err = capsys.readouterr().err
-    assert "a.txt: 2 of 3 lines are not UTF-8: convert it from its encoding, for example: iconv -f SHIFT_JIS" in err
+    assert "a.txt: 2 of 3 lines are not UTF-8: convert the file to UTF-8, for example with iconv -f SHIFT_JIS" in err
 
 
 def test_a_fingerprint_sees_size_start_and_end(tmp_path, monkeypatch):
