@@ -1,4 +1,4 @@
-"""The training loop: deep supervision, evaluation, checkpoints, on one device or many (accelerate)."""
+"""The training loop: deep supervision, evaluation and checkpoints, in one process or several (accelerate)."""
 
 import contextlib
 import itertools
@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -22,7 +20,7 @@ from src.metrics import describe_model, flops_per_token
 from src.model import TRMConfig, TRMModel
 from src.model_config import loss_weights
 from src.optim import EMA, learning_rate_factor, make_optimizers
-from src.runtime import Interrupt, autocast, choose_compile, choose_device, choose_precision, compile_parts, mix_seed
+from src.runtime import Interrupt, autocast, choose_compile, compile_parts, mix_seed
 from src.training import curriculum, parallel, run_folder, run_state
 from src.training.monitor import ResourceMonitor, TRMTrainingLogger
 from src.training.progress import Clock, Window, progress_bar
@@ -30,20 +28,24 @@ from src.training.train_config import TrainConfig
 
 
 class Trainer:
-    """One run: `create_trainer(...)` of src/training/create.py builds it from settings, `train()` runs it."""
+    """One training run.  `create_trainer` in src/training/create.py builds it from settings; `train()` runs it."""
 
     def __init__(
         self, config: TrainConfig, model: TRMModel, tokenizer, train_set, valid_set, runtime, num_workers=0, first=None
     ):
-        """first: the config of the model that the run began with, where the curriculum has changed it since."""
+        """first: the model config that the run started with, if the curriculum has changed it since."""
         self.config, self.tokenizer, self.train_set, self.valid_set = config, tokenizer, train_set, valid_set
         self.num_workers, self.folder, self.log, self.lock = num_workers, Path(config.save_dir), None, None
-        precision = self._start_processes(runtime)
+        self.accelerator, (self.precision, why_precision) = parallel.start_accelerator(config, runtime)
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.agreement = parallel.Agreement(self.world)
         self._plan(first or model.config)
         flops = self.curriculum.tokens(self.curriculum.total_steps) * flops_per_token(model.config).train
-        self.compiles, why = choose_compile(config.compile, self.device, flops, config.max_minutes)
+        self.compiles, why_compile = choose_compile(config.compile, self.device, flops, config.max_minutes)
         devices = f"{self.world} x {self.device.type}" if self.world > 1 else self.device.type
-        self.say(f"{devices}, {precision}; {'compiled' if self.compiles else 'eager'} ({why})")
+        mode = "compiled" if self.compiles else "eager"
+        self.say(f"{devices}, {self.precision} ({why_precision}); {mode} ({why_compile})")
         self._take_model(model)
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.step, self.elapsed, self.best, self.grad_norm = 0, 0.0, math.inf, 0.0
@@ -52,22 +54,19 @@ class Trainer:
         self.start_window()
 
     def _plan(self, first: TRMConfig):
-        """The stages of the run."""
+        """Build the schedule of stages, and check that each stage's batch divides evenly."""
         c = self.config
-        self.first = first
-        self.curriculum = curriculum.CurriculumScheduler(
-            c.curriculum.stages, first, c.batch_size, c.max_steps, self._windows
-        )
+        stages = c.curriculum.stages
+        self.curriculum = curriculum.CurriculumScheduler(stages, first, c.batch_size, c.max_steps, self._windows)
         for stage in self.curriculum.stages:
             if stage.batch_size % (c.grad_accum * self.world):
-                raise UserError(
-                    f"batch_size {stage.batch_size} does not divide into grad_accum {c.grad_accum} x {self.world} "
-                    "processes: make it a multiple of both"
-                )
+                parts = f"grad_accum {c.grad_accum} x {self.world} processes"
+                raise UserError(f"batch_size {stage.batch_size} does not divide into {parts}: make it a multiple")
 
     def _take_model(self, model: TRMModel):
-        """The model on its device, compiled, sharded or wrapped, with its optimizers."""
-        config, self.raw = self.config, model.to(self.device)
+        """Move the model to the device, compile it, shard it or wrap it for DDP, and create its optimizers."""
+        config = self.config
+        self.raw = model.to(self.device)  # without the DDP wrapper: for its config, evaluation and checkpoints
         if self.compiles:
             compile_parts(model)
         if config.shard:
@@ -80,76 +79,57 @@ class Trainer:
         return make_optimizers(model, c.optimizer, c.lr, c.weight_decay, (0.9, c.beta2))
 
     def _windows(self, seq_len: int) -> int:
+        """Number of training windows of this length, which converts epochs to steps."""
         if not hasattr(self.train_set, "__len__"):
             raise UserError("a stage in `epochs` needs a tokenized corpus: use `steps`, or set `--streaming false`")
         return len(self.train_set.with_seq_len(seq_len))
 
     def enter_stage(self):
-        """What the curriculum changes at this step: width, depth, and the batches."""
+        """Apply the curriculum's changes if a new stage starts at this step: width, depth and batches."""
         stage = self.curriculum.at(self.step)
         if stage is self.stage:
             return
-        self.stage, wide = stage, stage.model
+        self.stage = stage
         if len(self.curriculum.stages) > 1:
             self.say(str(stage))
-            torch.compiler.reset()  # of each function torch keeps graphs of a few shapes only
-        if (wide.d_model, wide.d_ff) > (self.raw.config.d_model, self.raw.config.d_ff):
-            self._grow(wide)
-        curriculum.set_depth(self.raw, wide)
+            torch.compiler.reset()  # torch keeps few compiled shapes per function, and stages would use them up
+        if (stage.model.d_model, stage.model.d_ff) > (self.raw.config.d_model, self.raw.config.d_ff):
+            self._grow(stage.model)
+        curriculum.set_depth(self.raw, stage.model)
         if self.train_set is None:
             return
         position = None if self.loader is None else self.loader.state_dict()
         text = self.train_set.with_seq_len(stage.seq_len)
-        place = {"rank": self.rank, "world": self.world, "num_workers": self.num_workers}
-        seed, pad_id = self.config.seed, self.tokenizer.pad_id
-        self.loader = create_train_loader(text, stage.batch_size, seed, pad_id=pad_id, **place)
-        if position is not None:
+        options = {"rank": self.rank, "world": self.world, "num_workers": self.num_workers}
+        options["pad_id"] = self.tokenizer.pad_id
+        self.loader = create_train_loader(text, stage.batch_size, self.config.seed, **options)
+        if position is not None:  # continue in the text where the previous stage stopped
             self.loader.load_state_dict(position)
 
     def _grow(self, wide: TRMConfig):
+        """Replace the model by a wider one with the same output; optimizer state and averaged weights grow with it."""
         if self.world > 1:
-            raise UserError("dim of a stage grows in one process only: leave it out, or start one process")
+            raise UserError("a stage's dim can grow in a single process only: leave out dim, or start one process")
         old, optimizers = self.raw, [optimizer.optimizer for optimizer in self.optimizers]
-        new = curriculum.grow_width(old, wide.d_model, wide.d_ff, mix_seed(self.config.seed, self.stage.index)).to(
-            self.device
-        )
+        seed = mix_seed(self.config.seed, self.stage.index)
+        new = curriculum.grow_width(old, wide.d_model, wide.d_ff, seed).to(self.device)
         states = [o.state_dict() for o in curriculum.grow_optimizers(old, new, optimizers, self._make_optimizers)]
         if self.ema is not None:
             self.ema.average = curriculum.grow_average(self.ema.average, old, new)
-        self.accelerator.free_memory()  # else accelerate keeps the old model
+        self.accelerator.free_memory()  # otherwise accelerate keeps the old model alive
         self._take_model(new)
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
 
-    def _start_processes(self, runtime):
-        """This process's device and its place among the processes of the run; returns the precision and why."""
-        config, device = self.config, choose_device(runtime.device)
-        if device.index:
-            visible = f"CUDA_VISIBLE_DEVICES={device.index}"
-            raise UserError(f"--device {device}: choose the GPU with {visible} and --device cuda")
-        self.precision, why = choose_precision(runtime.precision, device)
-        if self.precision == "fp16" and config.optimizer == "muon":
-            raise UserError("--optimizer muon has no loss scaling for fp16: choose --precision fp32, or adamw")
-        # accelerate brings the loss scaler that fp16 needs; bf16 autocast is entered around the forward pass alone
-        mixed = "fp16" if self.precision == "fp16" else "no"
-        # the halting head has no part in the first step's update where its target is read off at the next
-        unused = config.optimizer_step == "supervision"
-        ddp = DistributedDataParallelKwargs(find_unused_parameters=unused)
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, kwargs_handlers=[ddp])
-        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
-        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.agreement = parallel.Agreement(self.world)
-        if config.shard and self.world == 1:
-            raise UserError("--shard spreads over processes and there is one: start several, see docs/training.md")
-        return f"{self.precision} ({why})"
-
     def say(self, line: str):
+        """Print a line on stderr, in the main process only."""
         if self.is_main:
-            tqdm.write(line, file=sys.stderr)  # above the bar, where there is one
+            tqdm.write(line, file=sys.stderr)  # unlike print, this does not break the progress bar
 
     def train(self) -> dict:
-        """Run to the end (steps, minutes or a signal); returns the figures of the last evaluation."""
-        self.started, monitoring = time.monotonic() - self.elapsed, self.config.monitoring
+        """Train until the steps or minutes are used up or a signal arrives; returns the last evaluation's figures."""
+        monitoring = self.config.monitoring
+        self.started = time.monotonic() - self.elapsed  # a resumed run continues its clock
         self.monitor = ResourceMonitor(monitoring, self.device)
         try:
             if self.is_main:
@@ -163,7 +143,7 @@ class Trainer:
             if self.world == 1 or not parallel.is_peer_failure(error):
                 raise
             raise UserError(
-                f"after step {self.step} another process of this run was lost: see its own message; go on from the "
+                f"after step {self.step} another process of this run was lost: see its message, then continue from the "
                 f"last checkpoint with --resume true --save_dir {self.folder}"
             ) from None
         finally:
@@ -173,10 +153,11 @@ class Trainer:
             if self.lock:
                 self.lock.release()
         if interrupt.requested:
-            self.say(f"stopped by {interrupt.signal_name} after step {self.step}: go on with --resume true")
+            self.say(f"stopped by {interrupt.signal_name} after step {self.step}: continue with --resume true")
         return figures
 
     def _run(self, interrupt, bar) -> dict:
+        """The loop itself: a batch, and then whatever is due after this step (log, evaluation, checkpoint)."""
         config, figures = self.config, {}
         over, stopped = self._is_over(interrupt)
         while not over:
@@ -189,12 +170,15 @@ class Trainer:
                 self._log_training(bar)
             improved = False
             if (self.step % config.eval_every == 0 or over) and not stopped:
-                figures, improved = self.judge()
-                over, stopped = self._is_over(interrupt) if not over else (over, stopped)  # it came in between
+                figures = self.evaluate(config.eval_batches or None)  # always the same batches, so losses compare
+                improved = figures["valid_loss"] < self.best
+                self.best = min(self.best, figures["valid_loss"])
+                if not over:  # a signal or the time limit may have arrived during the evaluation
+                    over, stopped = self._is_over(interrupt)
             if self.step % config.save_every == 0 or over or improved:
                 self.save(improved)
         is_part = 0 < config.eval_batches * config.batch_size < len(self.valid_set)
-        if is_part and figures and not stopped:  # told at the end: all validation text
+        if is_part and figures and not stopped:  # so far, only eval_batches batches were evaluated
             self.say(f"the last evaluation, on all validation text: {self.valid_set}")
             figures = self.measure(None)
             if self.log is not None:
@@ -202,28 +186,22 @@ class Trainer:
         return figures
 
     def _is_over(self, interrupt) -> tuple[bool, bool]:
-        """Whether the run ends here, and whether a signal ended it: the same answer in every process."""
-        minutes = self.config.max_minutes
-        passed = 0.0 if minutes is None or not self.is_main else (time.monotonic() - self.started) / 60 / minutes
+        """(whether the run ends here, whether a signal ended it).  Every process gets the same answer."""
+        passed = 0.0
+        if self.is_main and self.config.max_minutes is not None:  # only the main process's clock counts
+            passed = (time.monotonic() - self.started) / 60 / self.config.max_minutes
         self.time_fraction, stopped = self.agreement.sum(passed, interrupt.requested)
         return bool(stopped) or self.progress() >= 1, bool(stopped)
 
     def progress(self) -> float:
-        """How much of the run is done, by steps or by time, whichever is further: 0 to 1."""
+        """The fraction of the run that is done, by steps or by time, whichever is larger."""
         return max(self.step / self.curriculum.total_steps, self.time_fraction)
 
-    def judge(self) -> tuple[dict, bool]:
-        """An evaluation on the same batches each time, and whether it is the best so far."""
-        figures = self.evaluate(self.config.eval_batches or None)
-        improved = figures["valid_loss"] < self.best
-        self.best = min(self.best, figures["valid_loss"])
-        return figures, improved
-
     def train_step(self, batch: dict):
-        """One batch, this process's rows of it: supervision steps forward and backward, and the optimizers' steps."""
+        """Train on this process's rows of one batch: forward and backward passes, then the optimizer's update."""
         self.enter_stage()
         self._set_learning_rate()
-        torch.manual_seed(mix_seed(self.config.seed, self.step, self.rank))  # dropout depends on nothing else
+        torch.manual_seed(mix_seed(self.config.seed, self.step, self.rank))  # dropout repeats exactly after a resume
         self.model.train()
         with self._depth_of_step():
             self._supervise(self._split(batch))
@@ -231,39 +209,46 @@ class Trainer:
         self.step += 1
 
     def _supervise(self, parts):
-        """Each supervision step back-propagates at once and hands a detached carry on: memory does not grow with them.
+        """Run the supervision steps of one batch: forward, backward, and the optimizer's updates.
 
-        full_bptt needs all of them in one graph. The loop has one step, in which forward weighs the visits' losses."""
-        config, model = self.config, self.raw.config
-        at_once = model.full_bptt or model.train_steps == 1
-        weights = [1.0] if at_once else loss_weights(model, model.train_steps)
-        each = config.optimizer_step == "supervision" and not at_once
+        Each step back-propagates its own loss immediately and passes a detached carry to the next step. Only one step's
+        graph is in memory at a time, however many supervision steps there are. `full_bptt` needs one graph through all
+        of them, so it makes a single forward call, which weighs the losses itself; so do models with a single step."""
+        model = self.raw.config
+        one_call = model.full_bptt or model.train_steps == 1
+        weights = [1.0] if one_call else loss_weights(model, model.train_steps)
+        update_each_step = self.config.optimizer_step == "supervision" and not one_call
         carries = [None] * len(parts)
         step_losses = torch.zeros_like(self.window.losses)
         skipped_before = self.skipped
         for s, weight in enumerate(weights):
             weight = weight / sum(weights)
-            updates = weight > 0 and (each or s == len(weights) - 1)
+            # with an update per supervision step, losses have mean weight 1, so that each update has its full size
+            scale = weight * len(weights) if update_each_step else weight
+            updates = weight > 0 and (update_each_step or s == len(weights) - 1)
             for i, (part, share) in enumerate(parts):
-                # gradients are exchanged once per update, with its last part; a step of weight 0 only moves the carry
+                # processes exchange gradients once per update, in the backward pass of its last part
                 with parallel.gradient_sync(self.accelerator, self.model, updates and i == len(parts) - 1):
+                    # a step of weight 0 has no loss, but must still run: the next step starts from its carry
                     with autocast(self.device, self.precision), torch.set_grad_enabled(weight > 0):
-                        out = self.model(**part, supervision_steps=None if at_once else 1, carry=carries[i])
+                        out = self.model(**part, supervision_steps=None if one_call else 1, carry=carries[i])
                     if weight > 0:
-                        # DDP and FSDP average gradients over the processes: times world, the shares add up
-                        scale = weight * (len(weights) if each else 1) * self.world
-                        self.accelerator.backward(out.loss * (share * scale))
+                        # out.loss is the mean over this part's target tokens; `share` is their fraction of the batch's.
+                        # DDP and FSDP average gradients over processes: times `world`, the average becomes the sum.
+                        self.accelerator.backward(out.loss * (share * (scale * self.world)))
                 carries[i] = out.carry
                 step_losses += torch.stack((out.loss, out.ce_loss, out.act_loss)).detach() * (share * weight)
-                del out  # its logits, before the next step makes its own
+                del out  # free its logits before the next forward pass makes new ones
             if updates:
                 self._update_weights()
-        if self.skipped == skipped_before:  # else the losses may be NaN, and would spoil the mean
+        if self.skipped == skipped_before:  # otherwise the losses may be NaN, and the mean in the log with them
             self.window.losses += step_losses
             self.window.good += 1
 
     def _split(self, batch):
-        """The rows in grad_accum parts, each with its share of the target tokens of all processes."""
+        """Split the rows into grad_accum parts; returns [(part, its share of all processes' target tokens)].
+
+        Shares count tokens, not rows: then the gradient does not depend on how the batch is split."""
         total = self.agreement.sum((batch["target_ids"] != IGNORE).sum().item())[0]
         rows = torch.arange(len(batch["target_ids"])).chunk(self.config.grad_accum)
         parts = [{name: t[index].to(self.device, non_blocking=True) for name, t in batch.items()} for index in rows]
@@ -271,7 +256,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _depth_of_step(self):
-        """Inside, the model recurses as deeply as this step is to."""
+        """Within this context, the model uses the recursion depth scheduled for this step."""
         whole = self.raw.config
         self.raw.config = curriculum.depth_of_step(self.config, whole, self.step, self.progress())
         try:
@@ -280,6 +265,7 @@ class Trainer:
             self.raw.config = whole
 
     def _set_learning_rate(self):
+        """Set every group's learning rate for this step: the schedule's factor times the stage's factor."""
         c = self.config
         factor = learning_rate_factor(c.schedule, self.step, c.warmup_steps, self.progress(), c.min_lr_ratio)
         factor *= self.stage.lr_factor
@@ -289,11 +275,13 @@ class Trainer:
         self.lr = c.lr * factor
 
     def _update_weights(self):
-        """The optimizers' step; skipped where the gradient is not finite, and too many of these end the run."""
+        """Clip the gradient and update the weights.  Skips a gradient with NaN or infinity (often a bad batch).
+
+        Raises UserError after max_skipped of these in a row: then it is the run that diverged, not one bad batch."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         self.grad_norm = parallel.gathered(norm).item()
         is_good = math.isfinite(self.grad_norm)
-        if is_good or self.accelerator.scaler is not None:  # the scaler skips by itself, and lowers its scale
+        if is_good or self.accelerator.scaler is not None:  # fp16: the scaler skips too, and must lower its scale
             for optimizer in self.optimizers:
                 optimizer.step()
         for optimizer in self.optimizers:
@@ -309,11 +297,12 @@ class Trainer:
             raise run_folder.diverged(self.folder, wrong)
 
     def start_window(self):
-        """The next line of the log is about the steps from here on."""
+        """Reset the sums behind the next line of the log."""
         self.window = Window(self.device)
         self.clock.start(self.step)
 
     def _log_training(self, bar):
+        """Write the means over the steps since the last line to the log and the progress bar."""
         means = self.window.means(self.accelerator)
         self.elapsed = time.monotonic() - self.started
         line = {
@@ -336,7 +325,7 @@ class Trainer:
         self.start_window()
 
     def measure(self, limit: int | None) -> dict:
-        """Figures of the (averaged) weights on `limit` validation batches (None: all)."""
+        """Evaluate the averaged weights (if any) on `limit` validation batches; None = all of them."""
         data, pad_id = self.valid_set, self.tokenizer.pad_id
         batches = create_dataloader(data, self.config.batch_size, shuffle=False, pad_id=pad_id)
         total = min(-(-len(data) // self.config.batch_size), limit or len(data))
@@ -346,9 +335,10 @@ class Trainer:
             return evaluate(self.raw, batches, data.bytes_per_token, self.precision, None, self.accelerator)
 
     def evaluate(self, limit: int | None) -> dict:
-        """`measure`, written to the log with a sample and the learning curve."""
+        """`measure`, and write the figures, a sample text and the learning curve to the run folder."""
         with self.clock.paused():
             figures = self.measure(limit)
+            # a sharded model cannot run in one process alone, so then all of them generate the sample
             sample = self.sample() if self.is_main or self.config.shard else ""
             if self.log is not None:
                 self.log.log(self.step, **figures)
@@ -360,14 +350,14 @@ class Trainer:
         return figures
 
     def sample(self) -> str:
-        """A text by the averaged weights, the same random numbers each time."""
+        """A text generated with the averaged weights, from the same seed each time."""
         c = self.config
         with self.averaged_weights():
             return sample_text(self.raw, self.tokenizer, c.sample_prompt, c.sample_tokens, c.seed)
 
     @contextlib.contextmanager
     def averaged_weights(self):
-        """Inside, the model has its moving-average weights."""
+        """Within this context, the model has its moving-average weights."""
         self._swap_weights()
         try:
             yield
@@ -380,21 +370,22 @@ class Trainer:
             self.ema.swap(self.raw)
 
     def save(self, best: bool = False):
-        """Write the checkpoint of this step; `last`, and `best` if it is, lead to it.  All processes take part."""
+        """Write this step's checkpoint and point `last` (and `best`) to it.  All processes must call this."""
         weights, average, state = run_state.collect(self)
         info = {"step": self.step, "best_valid_loss": self.best if math.isfinite(self.best) else None}
-        parts, problem = (self.raw, self.tokenizer, average, state, info, weights), None
+        problem = None
         if self.is_main:
             try:
                 if not all(extreme.isfinite() for tensor in weights.values() for extreme in tensor.aminmax()):
                     raise run_folder.diverged(self.folder, f"step {self.step}: weights are not finite, and not saved")
+                parts = (self.raw, self.tokenizer, average, state, info, weights)
                 run_folder.save(self.folder, f"step_{self.step:08d}", best, self.config.keep_checkpoints, *parts)
             except UserError as error:
                 problem = error
-        if self.agreement.sum(problem is not None)[0]:
+        if self.agreement.sum(problem is not None)[0]:  # every process ends; none waits for the main one forever
             raise problem or UserError("process 0 could not write the checkpoint, see its message")
 
     def load(self, folder: Path, state: dict):
-        """Go on exactly where a checkpoint was written."""
+        """Restore a checkpoint, so that training continues exactly where it was written."""
         run_state.restore(self, folder, state)
         self.say(f"resumed {folder} after step {self.step}")

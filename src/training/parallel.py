@@ -1,8 +1,8 @@
-"""Several processes, one run: what they agree on, and parameters that are sharded over them.
+"""One run in several processes: starting them, agreeing on numbers, and sharding parameters.
 
-accelerate starts and counts the processes and averages gradients (DDP). Sharding (FSDP2) is torch's fully_shard of the
-whole model: one gathering per forward call serves every visit, and it runs on CPUs too, where accelerate would quietly
-copy instead.
+accelerate joins the processes and averages their gradients (DDP). Sharding (FSDP2) applies torch's `fully_shard` to the
+whole model as one group: a forward call then gathers the parameters once for all visits. It also works on CPUs, where
+accelerate's own FSDP plugin silently copies the parameters instead.
 """
 
 import contextlib
@@ -11,19 +11,22 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch.utils._pytree import tree_map_only
 
 from src.errors import UserError
+from src.runtime import Choice, choose_device, choose_precision
 
 
 def is_main() -> bool:
-    """Whether this is the process that speaks and writes; known before accelerate has started."""
+    """Whether this is the process that prints and writes files.  Works before accelerate has started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def only_main_speaks():
-    """Inside, what other processes print on stderr is dropped: the first says the same."""
+    """Within this context, stderr of all but the main process is dropped: they would print the same lines."""
     if is_main():
         yield
     else:
@@ -31,10 +34,33 @@ def only_main_speaks():
             yield
 
 
-class Agreement:
-    """Small numbers and states that all processes share, over a CPU connection of their own: no GPU waits for them.
+def start_accelerator(config, runtime) -> tuple[Accelerator, Choice]:
+    """Join the processes of the run; returns (accelerator, precision with the reason for it).
 
-    Every process must ask the same questions in the same order."""
+    Raises UserError for settings that do not work together on this device."""
+    device = choose_device(runtime.device)
+    if device.index:
+        visible = f"CUDA_VISIBLE_DEVICES={device.index}"
+        raise UserError(f"--device {device}: choose the GPU with {visible} and --device cuda")
+    precision = choose_precision(runtime.precision, device)
+    is_fp16 = precision.value == "fp16"
+    if is_fp16 and config.optimizer == "muon":
+        raise UserError("--optimizer muon has no loss scaling for fp16: choose --precision fp32, or adamw")
+    # with act_target `stable`, supervision step 0 has no halting loss: an update right after it lacks q_head's gradient
+    unused = config.optimizer_step == "supervision"
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=unused)
+    # fp16 needs accelerate's loss scaler; bf16 needs only autocast, which the trainer enters itself
+    mixed = "fp16" if is_fp16 else "no"
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, kwargs_handlers=[ddp])
+    if config.shard and accelerator.num_processes == 1:
+        raise UserError("--shard needs several processes, but this run has one: see docs/training.md")
+    return accelerator, precision
+
+
+class Agreement:
+    """Exchanges small numbers and states between all processes, over CPU connections, so that no GPU has to wait.
+
+    Every process must make the same calls in the same order."""
 
     def __init__(self, world: int):
         self.world = world
@@ -49,7 +75,7 @@ class Agreement:
         return totals.tolist()
 
     def gather(self, state) -> list:
-        """Every process's state (anything that pickles; it never leaves the run), by rank."""
+        """The states of all processes, by rank: anything that pickles, as they are only sent within this run."""
         if self.group is None:
             return [state]
         states = [None] * self.world
@@ -58,32 +84,36 @@ class Agreement:
 
 
 def shard(model: torch.nn.Module, device: torch.device, world: int):
-    """Spread a model's parameters, gradients and what optimizers keep of them over all processes, in place."""
-    from torch.distributed.device_mesh import init_device_mesh  # here, as FSDP takes a second to import
+    """Shard a model's parameters, gradients and (future) optimizer state over all processes, in place."""
+    from torch.distributed.device_mesh import init_device_mesh  # imported late: FSDP takes a second
     from torch.distributed.fsdp import fully_shard
 
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of views: the detached carry, which nobody writes to
+    warnings.filterwarnings(
+        "ignore", "FSDP2-wrapped module"
+    )  # about views: ours is the carry, which is never written to
     fully_shard(model, mesh=init_device_mesh(device.type, (world,)))
 
 
 def reshard(model: torch.nn.Module):
-    """Give up the whole parameters that a sharded model keeps after a forward pass, before its own are changed."""
+    """Free the gathered parameters that a sharded model keeps after a forward pass.
+
+    Call this before changing its parameters: the gathered copies would not follow."""
     if hasattr(model, "reshard"):
         model.reshard()
 
 
 def gathered(tree):
-    """The nest of tensors with whole tensors in the place of sharded ones; all processes must call it."""
+    """Replace every sharded tensor in a nest of containers by the whole tensor.  All processes must call this."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.full_tensor() if is_sharded(tensor) else tensor, tree)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor, whose module takes a while to import where nothing is sharded."""
+    """Whether this is a DTensor.  Asks for an attribute, because importing the class is slow."""
     return hasattr(tensor, "device_mesh")
 
 
 def placed_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, the same in all processes, sharded as `like` is; as it is where `like` is whole."""
+    """Shard a whole tensor, equal in all processes, in the way `like` is sharded; unchanged if `like` is whole."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -92,15 +122,15 @@ def placed_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
-    """Give an optimizer, whose parameters may be sharded, a state of whole tensors: {number of a parameter: entries}.
+    """Load a state of whole tensors, {parameter number: entries}, into an optimizer whose parameters may be sharded.
 
-    The rates and other settings of its groups stay its own. UserError where shapes differ: fused kernels would write
-    out of bounds."""
+    Learning rates and the other settings of its groups stay as they are. Raises UserError if a shape differs, because
+    torch's fused kernels would write out of bounds."""
     parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
     for number, entries in state.items():
         shapes = [getattr(value, "shape", None) for name, value in entries.items() if name != "step"]
         if number not in parameters or any(shape != parameters[number].shape for shape in shapes):
-            raise UserError("the checkpoint's optimizer is that of another model: go on from another checkpoint")
+            raise UserError("the checkpoint's optimizer state is for another model: resume from another checkpoint")
     placed = {
         number: {
             name: placed_like(value, parameters[number]) if getattr(value, "ndim", 0) else value
@@ -113,8 +143,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
 
 @contextlib.contextmanager
 def gradient_sync(accelerator, model: torch.nn.Module, syncs: bool):
-    """Backward passes inside share their gradients with the other processes, or (not syncs) add them up for later."""
-    if hasattr(model, "set_requires_gradient_sync"):  # fully_shard
+    """Whether backward passes within this context exchange gradients, or only accumulate them in this process."""
+    if hasattr(model, "set_requires_gradient_sync"):  # sharded by fully_shard
         model.set_requires_gradient_sync(syncs)
         yield
     else:
@@ -123,5 +153,5 @@ def gradient_sync(accelerator, model: torch.nn.Module, syncs: bool):
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
-    """Whether an error of torch says that another process of the run is gone."""
+    """Whether this error from torch means that another process of the run has died."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)

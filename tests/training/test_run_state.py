@@ -112,7 +112,7 @@ def test_a_checkpoint_of_a_version_without_digests(make, capsys):
         state = load_state(folder)
         BREAKS[what](state)
         torch.save(state, folder / "state" / "training.pt")
-        with pytest.raises(UserError, match="optimizer is that of another model"):
+        with pytest.raises(UserError, match="optimizer state is for another model"):
             make(**SETTINGS, resume=True)
 
 
