@@ -1,4 +1,4 @@
-"""Optimizers with their parameter groups, learning-rate schedules, the moving average of weights, AdamW to be read."""
+"""Optimizers and parameter groups, learning-rate schedules, averaged weights, and AdamW written out for reading."""
 
 import math
 from typing import Literal
@@ -12,42 +12,44 @@ from src.runtime import DTYPES, choose_precision
 
 
 def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float, betas) -> list[Optimizer]:
-    """AdamW (fused), or Muon for the matrices inside blocks and AdamW for the rest (arXiv:2502.16982).
+    """[AdamW], or [AdamW, Muon] with Muon for the matrices inside blocks and AdamW for the rest (arXiv:2502.16982).
 
-    Weight decay acts on matrices, not on gains, biases and embeddings. Each group keeps its peak rate as `peak_lr`."""
-    matrices, others = [], []
+    Weight decay applies to matrices only, not to gains, biases and embeddings."""
+    matrices, head, others = [], [], []
     for path, p in model.named_parameters():
-        if p.requires_grad:
-            inner = p.ndim == 2 and not path.startswith(("embed", "pos_embed", "head", "q_head"))
-            (matrices if inner else others).append((path, p))
-    decayed = [p for path, p in others if path == "head.weight"]
-    rest = [p for path, p in others if path != "head.weight"]
-    inner = [p for _, p in matrices]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        if not p.requires_grad:
+            continue
+        if p.ndim == 2 and not path.startswith(("embed", "pos_embed", "head", "q_head")):
+            matrices.append(p)
+        elif path == "head.weight":  # a tied head is the embedding, which is in `others`
+            head.append(p)
+        else:
+            others.append(p)
+    groups = [{"params": head, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     if name == "adamw":
-        groups.append({"params": inner, "weight_decay": weight_decay})
+        groups.append({"params": matrices, "weight_decay": weight_decay})
     groups = [g for g in groups if g["params"]]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)]
     if name == "muon":
-        optimizers.append(Muon(inner, lr, weight_decay))
+        optimizers.append(Muon(matrices, lr, weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"] = group["lr"]  # the schedule sets lr = peak_lr * factor at every step
     return optimizers
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon (https://kellerjordan.github.io/posts/muon), its update as large as AdamW's, quicker in two ways.
+    """A faster version of torch's Muon (https://kellerjordan.github.io/posts/muon).  Its updates have AdamW's size.
 
-    Matrices of one shape are orthogonalised together; and in bf16 only where that is hardware: on other CPUs, bf16
-    products take longer than all the rest of a small model's step."""
+    It orthogonalises all matrices of the same shape in one batch, and it uses bf16 only if the hardware supports it: on
+    other CPUs, bf16 products take longer than the whole rest of a small model's step."""
 
     def __init__(self, params, lr: float, weight_decay: float):
         super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every parameter that has a gradient; returns the loss of `closure`, where one is given."""
+        """Update every parameter that has a gradient; returns the loss from `closure` if one is given."""
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         for group in self.param_groups:
@@ -62,14 +64,17 @@ class Muon(torch.optim.Muon):
                 updates = newton_schulz(updates, group["ns_coefficients"], group["ns_steps"])
                 for (p, _), update in zip(pairs, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
+                    # an orthogonal update has RMS 1 / sqrt(max(shape)); 0.2 is the usual RMS of AdamW's update
                     p.add_(update, alpha=-0.2 * group["lr"] * max(shape) ** 0.5)
         return loss
 
 
 def newton_schulz(g: Float[Tensor, "k m n"], coefficients: tuple, steps: int) -> Float[Tensor, "k m n"]:
-    """Matrices with their singular values s moved near to 1: s = a s + b s^3 + c s^5, `steps` times, from s / |s|."""
+    """Orthogonalise matrices approximately: move all their singular values s near 1 by the Newton-Schulz iteration.
+
+    Starts from s / |s| and applies s = a s + b s^3 + c s^5 `steps` times. This needs only matrix products, no SVD."""
     a, b, c = coefficients
-    x = g.mT if g.shape[1] > g.shape[2] else g
+    x = g.mT if g.shape[1] > g.shape[2] else g  # make it wide: x @ x.mT is then the smaller product
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         square = x @ x.mT
@@ -85,11 +90,12 @@ def learning_rate_factor(
     floor: float,
     cooldown_fraction: float = 0.2,
 ) -> float:
-    """Factor of the peak learning rate: linear warm-up over warmup_steps, times a function of progress, 0 to 1.
+    """Factor on the peak learning rate: a linear warm-up over warmup_steps, times the schedule at `progress` (0 to 1).
 
-    cosine: half a wave from 1 down to `floor`; linear: 1, then a straight line down to `floor` over the last
-    `cooldown_fraction` of the run (warm-up, stable, decay: arXiv:2405.18392); constant: 1, without a floor."""
-    warm, progress = min(1.0, (step + 1) / max(1, warmup_steps)), min(1.0, max(0.0, progress))
+    cosine: half a cosine wave from 1 down to `floor`. linear: 1, then a straight line down to `floor` over the last
+    `cooldown_fraction` of the run (warm-up, stable, decay: arXiv:2405.18392). constant: always 1, whatever `floor` is."""
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    progress = min(1.0, max(0.0, progress))
     height = {
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": min(1.0, (1 - progress) / cooldown_fraction),
@@ -99,9 +105,9 @@ def learning_rate_factor(
 
 
 class EMA:
-    """Exponential moving average of a model's parameters, under their names; tied weights once.
+    """Exponential moving average of a model's parameters, {name: average}.  Tied weights are stored once.
 
-    The decay ramps up as (1 + updates) / (10 + updates), so that the first average is not the initial weights."""
+    The decay ramps up as (1 + updates) / (10 + updates), so that the average soon forgets the initial weights."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
@@ -109,6 +115,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module):
+        """Move the average towards the model's current weights.  Call it after each optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         live = dict(model.named_parameters())
@@ -116,7 +123,7 @@ class EMA:
 
     @torch.no_grad()
     def swap(self, model: nn.Module):
-        """Exchange the model's weights with the averaged ones; a second call undoes it."""
+        """Exchange the model's weights with the averaged ones, in place.  A second call restores them."""
         for name, p in model.named_parameters():
             kept = p.clone()
             p.copy_(self.average[name])
@@ -124,7 +131,7 @@ class EMA:
 
 
 class AdamW(Optimizer):
-    """AdamW from its equations, one tensor at a time: to be read, and to try changes on.  Training takes torch's.
+    """AdamW written out from its equations, one tensor at a time, for reading and experiments.  Training uses torch's.
 
         g = gradient;  t = 1, 2, ...;  c1 = 1 - beta1^t;  c2 = 1 - beta2^t
         p = p - lr weight_decay p                          decoupled decay, arXiv:1711.05101
@@ -132,8 +139,8 @@ class AdamW(Optimizer):
         textbook:   p = p - lr (m / c1) / (sqrt(v / c2) + eps)               arXiv:1412.6980, algorithm 1
         efficient:  p = p - (lr sqrt(c2) / c1) m / (sqrt(v) + eps)           the same, end of section 2
 
-    The two forms differ in eps alone: the efficient one acts like the textbook's with eps / sqrt(c2), which is larger
-    at first. ValueError for settings out of their range."""
+    The two forms differ only in eps: the efficient form equals the textbook form with eps / sqrt(c2), which is larger
+    during the first steps. Raises ValueError for a setting out of its range."""
 
     def __init__(
         self,
@@ -152,7 +159,7 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every parameter that has a gradient; returns the loss of `closure`, where one is given."""
+        """Update every parameter that has a gradient; returns the loss from `closure` if one is given."""
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         for group in self.param_groups:

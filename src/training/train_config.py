@@ -1,4 +1,4 @@
-"""The settings of a training run, a dataclass per concern, which scripts read before they import torch."""
+"""The settings of a training run, one dataclass per topic.  Scripts read them before they import torch."""
 
 import dataclasses
 import math
@@ -12,16 +12,18 @@ from src.data.corpus import MAX_DOC_MB
 from src.files.text import is_text
 from src.model_config import TRMConfig, model_settings
 
-MOST_ROWS = 2**20  # of a batch: a mistyped size would fill the memory before the first step
+MOST_ROWS = 2**20  # rows in a batch: catches a mistyped batch_size before it fills the memory
 
 
 @dataclass
 class RuntimeConfig:
-    """Where the tensors live and how they are multiplied.
+    """The device to run on and the precision of matrix products.
 
     Args:
-        device: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
-        precision: fp32, bf16, fp16, or auto = bf16 where it is hardware, fp16 on older GPUs, else fp32
+        device: auto (CUDA if present, else MPS, else CPU), cpu, cuda, cuda:N or mps; training refuses cuda:N, so choose
+            its GPU with CUDA_VISIBLE_DEVICES
+        precision: precision of matrix products; weights stay fp32. auto = bf16 if the hardware supports it, fp16 on
+            older GPUs, else fp32
     """
 
     device: str = "auto"
@@ -30,25 +32,31 @@ class RuntimeConfig:
 
 @dataclass
 class DataConfig:
-    """What is read, and how it becomes windows of tokens.
+    """The text to train on, and how it becomes windows of tokens.
 
     Args:
-        train_paths: files, globs, folders of .jsonl .txt (gzipped or not) .parquet .py; none = this Python's standard
-            library
-        valid_paths: validation text, likewise; none = a part of the training text that is held back
-        text_field: name of the text field (jsonl) or column (parquet)
-        tokenizer: sentencepiece, byte, or the path of a tokenizer.json, a .model, a .bin or a checkpoint folder
-        sp_model: SentencePiece .model file (from train_spm.py); none = one is trained on the spot
-        document_mask: keep attention inside documents
+        train_paths: training text: files, globs or folders with .jsonl, .txt (each may be gzipped), .parquet or .py
+            files; by default, the standard library of this Python
+        valid_paths: validation text, given like train_paths; by default, a part of the training text is held back
+        text_field: name of the text field in .jsonl files, or of the text column in .parquet files
+        tokenizer: sentencepiece, byte (one token per byte), or the path of a tokenizer.json, .model or .bin file or of
+            a checkpoint folder
+        sp_model: SentencePiece .model file, made by train_spm.py; by default, one is trained on the training text
+        document_mask: keep attention inside each document; by default, a window's tokens attend across documents
         packing: cut the joined documents into full windows; false = one document per row, padded
-        strict: a bad line of a data file is an error, not skipped
-        max_doc_mb: documents of .jsonl and .parquet longer than this (million characters) are skipped
-        mixture: weights of the train_paths, one each: their shares of the windows; none = by size, as one corpus
-        streaming: read and tokenize the training files while training, instead of once before it
-        shuffle_buffer: windows that streaming shuffles at a time, per loading process and corpus
-        num_workers: processes that load batches; 0 = the training process itself
-        num_proc: processes that tokenize before training
-        cache_dir: folder for tokenized text; none = $HF_DATASETS_CACHE or ~/.cache/generative-trm
+        strict: stop with an error at a bad line in a data file; by default, it is reported and skipped
+        max_doc_mb: skip documents in .jsonl and .parquet files that are longer than this, in million characters
+        mixture: sampling weight of each of the train_paths, such as 3 1 for three windows to one; by default, all files
+            are one corpus
+        streaming: read and tokenize the files during training instead of before it; use it for text that is too large
+            to tokenize first
+        shuffle_buffer: with streaming, number of windows that are shuffled together, per loading process and corpus; 1
+            = no shuffling
+        num_workers: number of processes that load batches; 0 = the training process loads them itself; raise it if the
+            GPU waits for data
+        num_proc: number of processes that tokenize before training; raise it up to the number of cores for much text
+        cache_dir: folder for tokenized text; by default $HF_DATASETS_CACHE, or ~/.cache/generative-trm if that is not
+            set
     """
 
     train_paths: list[str] = field(default_factory=list)
@@ -69,36 +77,38 @@ class DataConfig:
 
     def __post_init__(self):
         if self.sp_model is not None and self.tokenizer != "sentencepiece":
-            raise ValueError(f"sp_model is for tokenizer sentencepiece, not {self.tokenizer}: leave out one of the two")
+            raise ValueError(f"sp_model needs tokenizer sentencepiece, not {self.tokenizer}: leave out one of the two")
         if self.num_workers < 0 or self.num_proc < 1:
             raise ValueError("num_workers must be 0 or more, num_proc 1 or more")
         if self.shuffle_buffer < 1:
             raise ValueError("shuffle_buffer must be 1 or more; 1 does not shuffle")
         if not self.packing and (self.document_mask or self.streaming):
             name = "document_mask" if self.document_mask else "streaming"
-            raise ValueError(f"{name} needs packing: with packing false a row holds one document")
+            raise ValueError(f"{name} needs packing true: with packing false each row holds one document")
         if self.mixture and len(self.mixture) != len(self.train_paths):
             sizes = f"{len(self.mixture)} weights for {len(self.train_paths)} train_paths"
-            raise ValueError(f"mixture has {sizes}: give one each")
+            raise ValueError(f"mixture has {sizes}: give one weight per path")
         if not (all(weight > 0 for weight in self.mixture) and sum(self.mixture) < math.inf):
-            raise ValueError("mixture: every weight must be a number over 0; leave out a path that is not wanted")
+            raise ValueError(
+                "mixture: every weight must be a number over 0; to exclude a path, leave it out of train_paths"
+            )
 
 
 @dataclass
 class CurriculumStage:
-    """What a stage changes; a setting that is left out stays as it was in the stage before.
+    """What one stage changes.  A setting that is left out keeps its value from the stage before.
 
     Args:
-        steps: its optimizer steps; or else epochs
-        epochs: its passes over the training windows, such as 0.5; or else steps
-        seq_len: tokens of a window, up to max_seq_len
+        steps: length of the stage in optimizer steps; give either steps or epochs
+        epochs: length of the stage in passes over the training windows, such as 0.5; give either steps or epochs
+        seq_len: tokens per window, at most max_seq_len
         batch_size: windows per optimizer step
-        latent_steps: n of the recursion
-        deep_steps: T of the recursion
-        supervision_steps: N_sup of the recursion
-        dim: d_model, which may grow: heads of the same size are added
-        d_ff: hidden width of SwiGLU; by default it grows with dim, rounded up to 64
-        lr_factor: factor of the learning rate
+        latent_steps: n, updates of z before each update of y
+        deep_steps: T, cycles per supervision step (trm), or visits (loop)
+        supervision_steps: N_sup, deep supervision steps
+        dim: new d_model, which can only grow; heads of the same size are added
+        d_ff: new hidden width of SwiGLU; by default it grows in proportion to dim, rounded up to a multiple of 64
+        lr_factor: factor on the learning rate of the schedule
     """
 
     steps: int | None = None
@@ -114,21 +124,21 @@ class CurriculumStage:
 
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("a stage lasts either steps or epochs: give one of them")
+            raise ValueError("a stage needs its length: give either steps or epochs")
         if (self.batch_size or 1) > MOST_ROWS:
             raise ValueError(f"batch_size is {self.batch_size}: set it to {MOST_ROWS:,} or less")
         for name, value in vars(self).items():
-            least = "over 0" if name in ("epochs", "lr_factor") else "to 1 or more"
+            allowed = "over 0" if name in ("epochs", "lr_factor") else "to 1 or more"
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}: set it {least}, or leave it out")
+                raise ValueError(f"{name} is {value}: set it {allowed}, or leave it out")
 
 
 @dataclass
 class CurriculumConfig:
-    """The section `curriculum` of the settings.
+    """The section `curriculum` of a --config file.
 
     Args:
-        stages: stages of the run, in their order; none = one stage of max_steps
+        stages: the stages of the run, in order; none = one stage of max_steps
     """
 
     stages: list[CurriculumStage] = field(default_factory=list)
@@ -136,15 +146,17 @@ class CurriculumConfig:
 
 @dataclass
 class MonitoringConfig:
-    """Where a run's figures go, and when it warns about its machine: section `monitoring` of the YAML.
+    """The section `monitoring` of a --config file: where metrics are logged, and when the run warns about its machine.
 
     Args:
-        cpu_warning_threshold: per cent of all cores; at 100, never: training on a CPU keeps all of them busy
-        memory_warning_threshold: per cent of the machine's memory
-        gpu_memory_warning_threshold: per cent of the GPU's memory that this process holds
-        slow_batch_threshold: how many times the median of the last 50 batches a batch may take (told from 1 s up)
-        tensorboard: write TensorBoard events
-        wandb_project: log to this Weights & Biases project (pip install wandb; WANDB_MODE=offline needs no network)
+        cpu_warning_threshold: warn above this CPU use, in per cent of all cores; the default of 100 never warns, as
+            training on a CPU keeps all cores busy
+        memory_warning_threshold: warn if more than this of the machine's memory is in use, in per cent
+        gpu_memory_warning_threshold: warn if this process holds more than this of the GPU's memory, in per cent
+        slow_batch_threshold: warn about a batch that takes this many times the median of the last 50, and over 1 s
+        tensorboard: write TensorBoard events to the run folder
+        wandb_project: also log to this Weights & Biases project (pip install wandb; set WANDB_MODE=offline to run
+            without a network)
     """
 
     cpu_warning_threshold: float = 100.0
@@ -162,44 +174,52 @@ class MonitoringConfig:
 
 @dataclass
 class TrainConfig:
-    """The run.
+    """The training run.
 
     Args:
-        save_dir: run folder: config, metrics.jsonl, learning_curve.png, samples.txt, checkpoints
-        batch_size: windows per optimizer step, over all devices
-        grad_accum: parts that a batch is split into, to save memory; the result is the same
-        max_steps: optimizer steps (batches)
-        max_minutes: end after this time; the learning rate then follows whichever of steps and time is further
-        optimizer: adamw, or muon for the matrices inside blocks and adamw for the rest
-        optimizer_step: one optimizer step per batch, or per supervision step as in the TRM paper
-        schedule: learning rate after warm-up: cosine, linear = constant with a linear cooldown at the end, constant
-        sample_depth: each step draws its deep_steps between 1 and the model's
-        recursion_from: part of the run, 0 to 1, after which the recursion begins; before it, one cycle and one
-            supervision step
-        lr: peak learning rate
-        min_lr_ratio: learning rate at the end, as a fraction of lr
-        warmup_steps: steps of linear warm-up
-        weight_decay: decoupled weight decay of matrices
-        beta2: AdamW's decay of the second moment
-        grad_clip: largest norm of the gradient; 0 = no clipping
-        max_skipped: end the run after so many steps in a row whose gradient is not finite, which are skipped
-        ema_decay: decay of the moving average of weights, with which the model is judged and shipped; 0 = off
-        eval_every: steps between evaluations
-        eval_batches: validation batches of an evaluation; 0 = all; a run ends with an evaluation on all
-        save_every: steps between checkpoints
-        log_every: steps between lines of metrics.jsonl
-        keep_checkpoints: newest checkpoints that are kept, besides the best
-        sample_prompt: start of the sample text at each evaluation; empty = from BOS
-        sample_tokens: its length in tokens; 0 = no sample
-        compile: torch.compile; by default where a compiler is present and the run takes over about two minutes
-        shard: spread parameters, gradients, optimizer state over the processes (FSDP); else each has all of them (DDP)
-        curriculum: stages of the run, in the --config file
-        monitoring: where figures go and when the run warns about its machine
-        seed: seed of weights, order of examples and dropout
-        resume: go on from the newest checkpoint of save_dir, or with --config FOLDER/config.yaml of that run folder
-        allow_changed_corpus: go on although the text, or the tokenizer, is not the one that the run was begun with
-        init_from: checkpoint folder that the run starts from: its weights and tokenizer, and its model settings where
-            none are given (recursion steps, context length, losses may change, shapes may not)
+        save_dir: run folder, for config.yaml, metrics.jsonl, learning_curve.png, samples.txt and the checkpoints
+        batch_size: windows per optimizer step, over all processes together
+        grad_accum: number of parts in which each process computes its share of a batch, one after the other; raise it
+            if memory runs out; the gradient stays the same
+        max_steps: length of the run in optimizer steps (batches); a curriculum's stages replace it
+        max_minutes: also stop after this many minutes; the learning rate then follows steps or time, whichever is
+            further along; default no limit
+        optimizer: adamw, or muon = Muon for the matrices inside blocks and AdamW for all other parameters
+        optimizer_step: update the weights once per batch, or after each supervision step as in the TRM paper
+        schedule: learning rate after warm-up: cosine decay, linear = constant with a linear cooldown over the last
+            fifth of the run, or constant
+        sample_depth: draw deep_steps at random for each batch, between 1 and the model's value, so that the model
+            learns to answer at every depth
+        recursion_from: fraction of the run, from 0 to 1, after which the full recursion starts; before that, the model
+            runs one cycle and one supervision step, which is cheaper
+        lr: peak learning rate; lower it if the loss diverges
+        min_lr_ratio: final learning rate of the cosine and linear schedules, as a fraction of lr
+        warmup_steps: optimizer steps over which the learning rate rises linearly from 0 to lr; raise it if the loss
+            diverges early
+        weight_decay: decoupled weight decay of matrices; biases, gains and embeddings have none
+        beta2: AdamW's decay rate of the second moment
+        grad_clip: largest norm of the gradient, above which it is scaled down; 0 = no clipping
+        max_skipped: stop the run after this many steps in a row whose gradient is not finite; such steps are skipped
+        ema_decay: decay of the moving average of the weights, which evaluations and generation use; lower it for runs
+            of a few hundred steps; 0 = no average
+        eval_every: optimizer steps between evaluations
+        eval_batches: validation batches per evaluation; 0 = all; after the last step, all are evaluated once
+        save_every: optimizer steps between checkpoints
+        log_every: optimizer steps between lines of metrics.jsonl
+        keep_checkpoints: number of newest checkpoints to keep; the best one is always kept as well
+        sample_prompt: start of the sample text that each evaluation generates; empty = only the BOS token
+        sample_tokens: length of the sample text in tokens; 0 = no sample
+        compile: use torch.compile; by default if it works here and the run is estimated to last over two minutes
+        shard: shard parameters, gradients and optimizer state over the processes (FSDP); by default each process holds
+            all of them (DDP)
+        curriculum: stages of the run; set in the --config file
+        monitoring: logging and warnings; set in the --config file
+        seed: seed of the initial weights, the order of examples and dropout
+        resume: continue the run in save_dir from its newest checkpoint, or, with --config FOLDER/config.yaml, the run
+            in FOLDER
+        allow_changed_corpus: resume even if the text or the tokenizer has changed since the run started
+        init_from: checkpoint folder to start a new run from, with its weights, tokenizer and model settings; model
+            flags override its settings as long as the weights keep their shapes, such as more recursion steps
     """
 
     save_dir: str = "runs/trm"
@@ -246,7 +266,8 @@ class TrainConfig:
         if not self.save_dir:
             raise ValueError("save_dir is empty: name a folder")
         if self.batch_size % self.grad_accum:
-            raise ValueError(f"batch_size {self.batch_size} does not divide into grad_accum {self.grad_accum} parts")
+            parts = f"grad_accum {self.grad_accum} parts"
+            raise ValueError(f"batch_size {self.batch_size} does not divide into {parts}: make it a multiple")
         if not (self.lr > 0 and 0 <= self.ema_decay < 1 and 0 < self.beta2 < 1 and 0 <= self.min_lr_ratio <= 1):
             raise ValueError("lr must be over 0; ema_decay, beta2 and min_lr_ratio between 0 and 1: correct them")
         for name in ("eval_batches", "warmup_steps", "weight_decay", "grad_clip", "sample_tokens", "seed"):
@@ -255,7 +276,7 @@ class TrainConfig:
         if not 0 <= self.recursion_from < 1:
             raise ValueError(f"recursion_from is {self.recursion_from}: set it between 0 and 1")
         if self.shard and self.optimizer == "muon":
-            raise ValueError("optimizer muon needs whole matrices, and shard spreads them: choose one of the two")
+            raise ValueError("optimizer muon needs whole matrices, but shard splits them: choose one of the two")
         if not is_text(self.sample_prompt):
             raise ValueError("sample_prompt is not valid UTF-8 text: correct it")
         if self.max_minutes is not None and self.max_minutes <= 0:
@@ -263,7 +284,7 @@ class TrainConfig:
 
 
 class Settings(NamedTuple):
-    """All settings of a run, a dataclass per concern."""
+    """All settings of a run, one dataclass per topic."""
 
     train: TrainConfig
     data: DataConfig
@@ -271,29 +292,30 @@ class Settings(NamedTuple):
     runtime: RuntimeConfig
 
     def flat(self) -> dict:
-        """{flag: value} of all, as config.yaml has them."""
+        """All settings as {flag: value}, the content of config.yaml."""
         parts = (self.train, self.data, self.runtime)
         flat = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
         return flat | model_settings(self.model)
 
 
 def read_settings(argv=None, description=None) -> Settings:
-    """Settings from flags, such as ["--config", "configs/small.yaml", "--lr", "3e-3"]; None = the command line's.
+    """Parse flags such as ["--config", "configs/small.yaml", "--lr", "3e-3"]; None = those of the command line.
 
-    With init_from the model's settings that are not given are those of the checkpoint. A run that goes on by the
-    config.yaml in its folder goes on in that folder, wherever it was moved, unless save_dir is a flag."""
-    argv, classes = list(sys.argv[1:] if argv is None else argv), Settings.__annotations__.values()
-    folder = _home(argv)
+    With init_from, model settings that are not given come from the checkpoint. Resuming with the config.yaml in a run
+    folder continues the run in that folder, even if it was moved, unless save_dir is given as a flag."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    classes = Settings.__annotations__.values()
+    folder = _run_folder_of_config(argv)
     if folder is not None:
         train = parse_flags(description, *classes, argv=argv)[0]
         if train.resume and Path(train.save_dir).resolve() != folder.resolve():
-            print(f"the config.yaml lies in {folder}: the run goes on there, not in {train.save_dir}", file=sys.stderr)
+            print(f"resuming in {folder}, the folder of this config.yaml, not in {train.save_dir}", file=sys.stderr)
             argv += ["--save_dir", str(folder)]
     return Settings(*parse_flags(description, *classes, argv=argv, defaults=_model_of_source))
 
 
-def _home(argv) -> Path | None:
-    """The run folder that the --config file lies in; None where it lies in none, or save_dir is a flag as well."""
+def _run_folder_of_config(argv) -> Path | None:
+    """The run folder that contains the --config file; None if it is not in one, or if save_dir is given as a flag."""
     words = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
     if "--save_dir" in words or "--config" not in words[:-1]:
         return None
@@ -303,15 +325,15 @@ def _home(argv) -> Path | None:
 
 
 def _model_of_source(parsed) -> dict:
-    """The model's settings of the checkpoint that a run starts from, or of the run itself once it has begun."""
+    """Defaults for the model settings with init_from: those of the run if it has started, else of the checkpoint."""
     if parsed.init_from is None:
         return {}
-    from src import checkpoint  # here, as they import torch
+    from src import checkpoint  # imported late, because they import torch
     from src.training import run_folder
 
-    begun = run_folder.settings_of(Path(parsed.save_dir))
-    if begun:
-        return {field.name: begun[field.name] for field in dataclasses.fields(TRMConfig) if field.name in begun}
+    started = run_folder.settings_of(Path(parsed.save_dir))
+    if started:
+        return {field.name: started[field.name] for field in dataclasses.fields(TRMConfig) if field.name in started}
     source = checkpoint.load_config(parsed.init_from)
-    follows = model_settings(source)["grad_deep_steps"]  # sizes stay as the weights have them
-    return source.to_dict() | {"grad_deep_steps": follows}
+    # unlike the sizes, a grad_deep_steps that was never set explicitly must follow a new deep_steps
+    return source.to_dict() | {"grad_deep_steps": model_settings(source)["grad_deep_steps"]}

@@ -92,7 +92,7 @@ class TestMoved:
         words = form.format(moved / "config.yaml").split(" ")
         assert self.parse(*words, "--resume") == str(moved)
         err = capsys.readouterr().err
-        assert f"the config.yaml lies in {moved}: the run goes on there, not in {moved.parent / 'run'}" in err
+        assert f"resuming in {moved}, the folder of this config.yaml, not in {moved.parent / 'run'}" in err
 
     def test_relative_paths_are_from_the_working_directory(self, make, files, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
