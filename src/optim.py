@@ -93,7 +93,7 @@ def learning_rate_factor(
     """Factor on the peak learning rate: a linear warm-up over warmup_steps, times the schedule at `progress` (0 to 1).
 
     cosine: half a cosine wave from 1 down to `floor`. linear: 1, then a straight line down to `floor` over the last
-    `cooldown_fraction` of the run (warm-up, stable, decay: arXiv:2405.18392). constant: always 1, whatever `floor` is."""
+    `cooldown_fraction` of the run (warm-up, stable, decay: arXiv:2405.18392). constant: always 1, also at the end."""
     warm = min(1.0, (step + 1) / max(1, warmup_steps))
     progress = min(1.0, max(0.0, progress))
     height = {

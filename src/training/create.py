@@ -1,4 +1,4 @@
-"""From settings to a model and a trainer."""
+"""Builds the model and the trainer of a run from its settings."""
 
 import dataclasses
 import sys
@@ -21,10 +21,11 @@ from src.training.train_config import Settings
 
 
 def create_model(config: TRMConfig, tokenizer, seed: int = 0) -> TRMModel:
-    """A new model for a tokenizer's vocabulary; the same seed gives the same weights.  UserError where this machine's
-    memory cannot hold it."""
+    """A new model for a tokenizer's vocabulary; the same seed gives the same weights.
+
+    Raises UserError if its parameters do not fit into this machine's memory."""
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id)
-    with torch.device("meta"):
+    with torch.device("meta"):  # parameters without memory: only their sizes
         size = sum(parameter.nbytes for parameter in TRMModel(config).parameters()) / 2**30
     memory = psutil.virtual_memory().total / 2**30
     if size > memory:
@@ -34,9 +35,9 @@ def create_model(config: TRMConfig, tokenizer, seed: int = 0) -> TRMModel:
 
 
 def create_trainer(settings: Settings) -> Trainer:
-    """Data, tokenizer, model and trainer; writes the run folder's config.yaml before step 0.
+    """Prepare the data, tokenizer, model and trainer, and write config.yaml to the run folder.
 
-    Goes on with the run in save_dir where there is one and `resume` says so. UserError for every fault of the input."""
+    With `resume`, the trainer continues the run in save_dir. Raises UserError for mistakes in settings and files."""
     keep_freed_memory()
     with parallel.only_main_speaks():
         return _create_trainer(settings)
@@ -50,31 +51,36 @@ def _create_trainer(settings):
     if (folder / "config.yaml").exists():
         lock = parallel.is_main() and run_folder.RunLock(folder)
         newest = run_folder.newest_whole(folder)
-    source = newest[0] if newest else checkpoint.resolve(config.init_from) if config.init_from else None
+    source = None  # the checkpoint that provides the weights and the tokenizer
     if newest:
+        source = newest[0]
         model_config = checkpoint.load_config(source)
-    elif source and (data.sp_model or data.tokenizer not in ("sentencepiece", "byte", str(config.init_from))):
-        raise UserError("--init_from brings its own tokenizer: leave out --tokenizer and --sp_model")
+    elif config.init_from:
+        source = checkpoint.resolve(config.init_from)
+        if data.sp_model or data.tokenizer not in ("sentencepiece", "byte", str(config.init_from)):
+            raise UserError("--init_from brings its own tokenizer: leave out --tokenizer and --sp_model")
     if not model_config.causal:
         raise UserError("causal false is for puzzles: a language model learns the next token, leave --causal out")
     if source:
         data = dataclasses.replace(data, tokenizer=str(source), sp_model=None)
-    choose_device(runtime.device)  # a wrong device is told before minutes of data preparation
+    choose_device(runtime.device)  # reports a wrong device now, not after minutes of data preparation
     files = find_text(data)
     corpus, changes = _look_at_text(folder, files, newest, config.allow_changed_corpus)
     tokenizer, train_set, valid_set = prepare_data(data, model_config.vocab_size, model_config.max_seq_len, files=files)
     corpus["tokenizer"] = tokenizer.fingerprint
     if changes and data.streaming and newest:
         for position in newest[1]["loaders"]:
-            position["reads"] |= train_set.identity  # it goes on at the same place in the text as it is now
+            position["reads"] |= train_set.identity  # so that the stream accepts its position in the changed text
     if config.init_from and not newest:
         if model_config.vocab_size is None:
             model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
         model = checkpoint.load_model(source, trains=True, config=model_config)[0]
     else:
         model = create_model(model_config, tokenizer, config.seed)
-    begun = {"vocab_size": model_config.vocab_size, "pad_token_id": model_config.pad_token_id}
-    first = dataclasses.replace(settings.model, **begun) if newest else None  # before the curriculum changed it
+    first = None
+    if newest:  # the curriculum may have changed the checkpoint's config; its stages start from the original one
+        ids = {"vocab_size": model_config.vocab_size, "pad_token_id": model_config.pad_token_id}
+        first = dataclasses.replace(settings.model, **ids)
     trainer = Trainer(config, model, tokenizer, train_set, valid_set, runtime, data.num_workers, first)
     trainer.lock = lock
     if trainer.is_main and not newest:
@@ -88,15 +94,17 @@ def _create_trainer(settings):
 
 
 def _look_at_text(folder, files, newest, may_change):
-    """(fingerprints of a run's text by part, what has changed since the run began).  UserError where it may not."""
+    """(fingerprints {part: files} of the run's text, changes since the run started).
+
+    Raises UserError if the text has changed and may not."""
     corpora, valid_files = files
     names = ["train"] if len(corpora) == 1 else [f"train {number}" for number in range(1, len(corpora) + 1)]
     corpus = dict(zip((*names, "valid"), map(fingerprint_files, (*corpora, valid_files))))
     now = corpus | ({"tokenizer": read_tokenizer(str(newest[0])).fingerprint} if newest else {})
     changes = run_folder.corpus_changes(folder, now)
     if changes and not may_change:
-        told = f"the text is not that which the run in {folder} was begun with ({'; '.join(changes)})"
-        raise UserError(f"{told}: bring it back, or go on with what is there by --allow_changed_corpus true")
+        problem = f"the text has changed since the run in {folder} started ({'; '.join(changes)})"
+        raise UserError(f"{problem}: restore it, or continue with the changed text by --allow_changed_corpus true")
     if changes:
-        print(f"the run goes on with changed text: {'; '.join(changes)}", file=sys.stderr)
+        print(f"the run continues with changed text: {'; '.join(changes)}", file=sys.stderr)
     return corpus, changes

@@ -5,16 +5,19 @@
         - {epochs: 0.5, seq_len: 64, batch_size: 64, latent_steps: 1}
         - {steps: 2000, seq_len: 256, batch_size: 32, latent_steps: 2, dim: 384}
 
-The stage of a step is a pure function of the step. Depth changes on the live model; width grows into a new model that
-computes the same (function-preserving expansion, arXiv:2308.06103, and here for post and sandwich norms, recursive
-states, injections and gates as well). Of the D' channels of every stream the first D keep their values, the rest are 0:
+The stage of a step depends only on the step. A change of depth only sets numbers in the model's config. A change of
+width builds a wider model that computes the same function (function-preserving expansion, arXiv:2308.06103, extended
+here to post and sandwich norms, recursive states, injections and gates). When the width grows from D to D' channels,
+the first D channels of every stream keep their values and the new channels are 0:
 
-- what writes to a new channel, and what carries back the output of a new head or hidden unit, is 0;
-- what reads a new channel has random starting values, so that gradient reaches the zeros: all zero would never train;
-- RMSNorm's mean now runs over D' channels: gain x sqrt(D/D'), eps x D/D';
-- queries and keys that have a norm of their own (qk_norm) share that eps: their rows are x sqrt(D/D'), which it undoes.
+- Weights that write to a new channel are 0, and so are those that read the output of a new head or hidden unit.
+- Weights that read a new channel keep their random initial values. If they were 0 as well, the new weights would get no
+  gradient and would never train.
+- RMSNorm now takes its mean over D' channels, so gains are multiplied by sqrt(D/D') and eps by D/D'.
+- With qk_norm, the norms of queries and keys use the same eps. Their weights are multiplied by sqrt(D/D'), which the
+  norm divides out again.
 
-`place` knows where an old tensor stands in a new one; weights, optimizer state and moving average all go through it.
+`place` copies an old tensor to its position in a new one; weights, optimizer state and averaged weights all use it.
 """
 
 import math
@@ -34,12 +37,12 @@ from src.runtime import mix_seed
 from src.training.train_config import CurriculumStage, TrainConfig
 
 DEPTH = ("latent_steps", "deep_steps", "supervision_steps")
-INJECTED = {"inject_z": 3, "inject_y": 2}  # the streams that each reads
+INJECTED = {"inject_z": 3, "inject_y": 2}  # number of streams that each injection reads
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage with every value filled in."""
+    """One stage with all its values filled in."""
 
     index: int
     start: int  # its first step
@@ -59,11 +62,11 @@ class Stage:
 
 
 class CurriculumScheduler:
-    """Which stage each step of a run belongs to.
+    """Maps each step of a run to its stage.
 
-    model: the config that the run began with, which the stages change in their order; windows(seq_len): training
-    windows of that length, which turn epochs into steps. Without stages the run is one stage of max_steps.
-    Raises UserError for a stage that its model or data cannot follow.
+    model: the config at the start of the run; each stage changes the config of the one before. windows(seq_len): the
+    number of training windows of that length, which converts epochs to steps. Without stages the run is one stage of
+    max_steps. Raises UserError for a stage that does not fit its model or data.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class CurriculumScheduler:
         self.total_steps = now.start + now.steps
 
     def at(self, step: int) -> Stage:
-        """The stage of a step, counted from 0; after the end, the last stage."""
+        """The stage of this step (from 0); after the end of the run, the last stage."""
         return self.stages[bisect_right(self.starts, step) - 1]
 
     @property
@@ -94,7 +97,7 @@ class CurriculumScheduler:
         return [stage.start for stage in self.stages]
 
     def tokens(self, step: int) -> int:
-        """Tokens of all batches before this step."""
+        """Number of tokens in all batches before this step."""
         return sum(
             s.batch_size * s.seq_len * (min(step, s.start + s.steps) - s.start) for s in self.stages if step > s.start
         )
@@ -103,16 +106,16 @@ class CurriculumScheduler:
         return {"starts": self.starts}
 
     def load_state_dict(self, state: dict):
-        """Nothing to restore: refuse, with a UserError, to go on where the stages no longer begin at the same steps."""
+        """Only compares, as the stages follow from the settings.  Raises UserError if they start at other steps now."""
         if state["starts"] != self.starts:
             raise UserError(
-                f"the stages of the curriculum began at steps {state['starts']}, but now at {self.starts}: "
+                f"the curriculum's stages started at steps {state['starts']}, but now start at {self.starts}: "
                 "resume with the same stages and training text"
             )
 
 
 def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, progress: float) -> TRMConfig:
-    """The model's config with the depth of one training step: see sample_depth and recursion_from."""
+    """The model's config with the depth of this training step: see sample_depth and recursion_from in TrainConfig."""
     if progress < config.recursion_from:
         deep, supervision = 1, 1
     elif config.sample_depth:
@@ -124,56 +127,55 @@ def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, progress: fl
 
 
 def _next_stage(before: Stage, change: CurriculumStage, windows) -> Stage:
+    """The stage after `before`.  Raises ValueError for changes that are impossible."""
     model = before.model
     dim = change.dim or model.d_model
     if (dim, change.d_ff or model.d_ff) != (model.d_model, model.d_ff):
         model = grown_config(model, dim, change.d_ff)
     depth = {name: getattr(change, name) or getattr(model, name) for name in DEPTH}
-    follows = replace(model, grad_deep_steps=None) == model
-    model = replace(model, **depth, grad_deep_steps=None if follows else model.grad_deep_steps)
+    has_default = replace(model, grad_deep_steps=None) == model  # then it follows the new deep_steps
+    model = replace(model, **depth, grad_deep_steps=None if has_default else model.grad_deep_steps)
     seq_len, batch_size = change.seq_len or before.seq_len, change.batch_size or before.batch_size
     if seq_len > model.max_seq_len:
         raise ValueError(f"seq_len {seq_len} is over max_seq_len {model.max_seq_len}: lower it, or raise max_seq_len")
     if seq_len < model.max_seq_len and model.mixer == "mlp":
-        raise ValueError(f"seq_len {seq_len} differs from max_seq_len, which mixer mlp needs: leave it out")
+        raise ValueError(f"seq_len {seq_len} differs from max_seq_len, but mixer mlp has a fixed length: leave it out")
     steps = change.steps or max(1, round(change.epochs * windows(seq_len) / batch_size))
     start, lr_factor = before.start + before.steps, change.lr_factor or before.lr_factor
     return Stage(before.index + 1, start, steps, seq_len, batch_size, lr_factor, model)
 
 
 def set_depth(model: TRMModel, config: TRMConfig):
-    """Give a live model the recursion depth of another config; weights and compiled parts stay.
+    """Change the recursion depth of a model in place to that of another config; weights and compiled parts stay valid.
 
-    The visits are Python loops that read `model.config` at each forward call, outside of the compiled blocks."""
+    The recursion is a Python loop outside the compiled blocks, and it reads `model.config` at each forward call."""
     model.config = replace(model.config, **{name: getattr(config, name) for name in (*DEPTH, "grad_deep_steps")})
 
 
 def grown_config(config: TRMConfig, dim: int, d_ff: int | None = None) -> TRMConfig:
-    """The config of a model grown to width `dim`: more heads of the same size, in groups of the same size.
+    """The config of this model at width `dim`: it gets more heads, of the same size and in groups of the same size.
 
-    d_ff grows in proportion, rounded up to 64, unless it is given. ValueError for a width that it cannot grow to."""
+    By default d_ff grows in proportion, rounded up to a multiple of 64. Raises ValueError for an impossible width."""
     if dim < config.d_model:
-        raise ValueError(f"dim {dim} is under the width so far, {config.d_model}: a width can only grow")
+        raise ValueError(f"dim {dim} is less than the current width {config.d_model}: a width can only grow")
     size, group = config.head_dim, config.n_heads // config.n_kv_heads
     if dim % (size * group):
-        raise ValueError(
-            f"dim {dim} is no multiple of {size * group}, which is {group} query heads (per key/value head) "
-            f"of {size} channels: choose a multiple"
-        )
+        unit = f"{size * group}, which is {group} query heads (per key/value head) of {size} channels"
+        raise ValueError(f"dim {dim} is not a multiple of {unit}: choose a multiple")
     d_ff = -(-config.d_ff * dim // (64 * config.d_model)) * 64 if d_ff is None else d_ff
     if d_ff < config.d_ff:
-        raise ValueError(f"d_ff {d_ff} is under the width so far, {config.d_ff}: a width can only grow")
+        raise ValueError(f"d_ff {d_ff} is less than the current width {config.d_ff}: a width can only grow")
     heads, eps = dim // size, config.norm_eps * config.d_model / dim
     return replace(config, d_model=dim, n_heads=heads, n_kv_heads=heads // group, d_ff=d_ff, norm_eps=eps)
 
 
 @torch.no_grad()
 def grow_width(model: TRMModel, dim: int, d_ff: int | None = None, seed: int = 0) -> TRMModel:
-    """A wider model with the same output, on the same device; the new entries are a function of the seed alone.
+    """A wider model with the same output, on the same device.  Its new random weights depend only on the seed.
 
-    Compiled parts are not taken along: compile the new model again. Raises as `grown_config`."""
+    Compile the new model again if the old one was compiled. Raises ValueError like `grown_config`."""
     old = model.config
-    with torch.random.fork_rng(devices=[]):  # the run's random numbers stay as they were
+    with torch.random.fork_rng(devices=[]):  # leaves the run's random state untouched
         torch.default_generator.manual_seed(seed)
         grown = TRMModel(grown_config(old, dim, d_ff))
     grown.to(model.embed.weight).train(model.training)
@@ -181,7 +183,7 @@ def grow_width(model: TRMModel, dim: int, d_ff: int | None = None, seed: int = 0
     for name, weight in (*grown.named_parameters(), *grown.named_buffers()):
         kind = _kind(name)
         if kind in ("embed", "pos_embed", "y_init", "z_init", "out", "down"):
-            weight.zero_()
+            weight.zero_()  # these write to new channels, or read new heads and hidden units
         elif kind in INJECTED:
             weight[old.d_model :] = 0
         place(name, before[name], weight, old, grown.config)
@@ -191,7 +193,7 @@ def grow_width(model: TRMModel, dim: int, d_ff: int | None = None, seed: int = 0
 def grow_optimizers(
     old: TRMModel, new: TRMModel, optimizers: list[Optimizer], make: Callable[[TRMModel], list[Optimizer]]
 ) -> list[Optimizer]:
-    """make(new): the optimizers of the wider model, with the state of the old ones; zeros for new entries."""
+    """Create the wider model's optimizers by make(new), with the old optimizers' state; new entries start at 0."""
     names, params = {p: name for name, p in old.named_parameters()}, dict(new.named_parameters())
     grown = make(new)
     for before, after in zip(optimizers, grown, strict=True):
@@ -204,16 +206,16 @@ def grow_optimizers(
 
 
 def _grown_state(name, key, value, wider, old, new):
-    if not isinstance(value, Tensor) or not value.dim():  # the number of steps
+    if not isinstance(value, Tensor) or not value.dim():  # the step counter
         return deepcopy(value)
-    room = value.new_zeros(wider.shape)
-    # the gradient of a weight that was made s times as large is 1/s as large
-    place(name, value, room, old, new, power=-2 if key == "exp_avg_sq" else -1)
-    return room
+    target = value.new_zeros(wider.shape)
+    # a weight that was multiplied by s has 1/s of its gradient, and 1/s^2 of its squared gradient
+    place(name, value, target, old, new, power=-2 if key == "exp_avg_sq" else -1)
+    return target
 
 
 def grow_average(average: dict[str, Tensor], old: TRMModel, new: TRMModel) -> dict[str, Tensor]:
-    """Moving averages of the old model's weights as those of the new one's; a new entry's average is its value."""
+    """Grow the old model's averaged weights to the new model's shapes; new entries are the new weights themselves."""
     wide = new.state_dict()
     grown = {name: wide[name].clone() for name in average}
     for name, tensor in average.items():
@@ -222,24 +224,26 @@ def grow_average(average: dict[str, Tensor], old: TRMModel, new: TRMModel) -> di
 
 
 @torch.no_grad()
-def place(name: str, tensor: Tensor, room: Tensor, old: TRMConfig, new: TRMConfig, power: int = 1):
-    """Write a tensor of the old model's weight `name` to its place in `room`, which has the new model's shape.
+def place(name: str, tensor: Tensor, target: Tensor, old: TRMConfig, new: TRMConfig, power: int = 1):
+    """Copy `tensor`, which belongs to the old model's weight `name`, into `target`, which has the new model's shape.
 
-    Each part of the weight (queries, keys, values; gate, up; x, y, z) begins where the new part begins and is
-    multiplied by (the factor that keeps the output the same) ** power: 1 for weights, -1 for gradients."""
-    (axis, sizes), (_, new_sizes) = _parts(name, old, tensor), _parts(name, new, room)
+    A fused weight has several parts (queries, keys, values; gate, up; x, y, z): each old part goes to the start of its
+    new part. It is multiplied by factor ** power, where factor keeps the output the same; power is 1 for weights and -1
+    for gradients."""
+    axis, sizes = _parts(name, old, tensor)
+    _, new_sizes = _parts(name, new, target)
     shrink, kind = math.sqrt(old.d_model / new.d_model), _kind(name)
     factors = [1.0] * len(sizes)
     if kind.endswith("norm") and kind not in ("q_norm", "k_norm"):
         factors = [shrink]
     elif kind == "qkv" and old.qk_norm:
         factors = [shrink, shrink, 1.0]
-    for part, space, factor in zip(tensor.split(sizes, axis), room.split(new_sizes, axis), factors, strict=True):
-        space[tuple(map(slice, part.shape))] = part * factor**power
+    for part, space, factor in zip(tensor.split(sizes, axis), target.split(new_sizes, axis), factors, strict=True):
+        space[tuple(map(slice, part.shape))] = part * factor**power  # the first rows and columns of the new part
 
 
 def _parts(name, c, tensor):
-    """(axis, sizes along it) of the parts that a weight is made of; most are of one part."""
+    """(axis, sizes along it) of the parts that are fused into one weight; most weights have a single part."""
     head, stream = c.head_dim, c.d_model
     fused = {
         "qkv": (0, [c.n_heads * head, c.n_kv_heads * head, c.n_kv_heads * head]),
@@ -252,6 +256,6 @@ def _parts(name, c, tensor):
 
 
 def _kind(name: str) -> str:
-    """net.blocks.0.attn.qkv.weight -> qkv; whatever an injection is made of -> inject_z or inject_y"""
+    """net.blocks.0.attn.qkv.weight -> qkv; any weight inside an injection -> inject_z or inject_y."""
     injected = [part for part in name.split(".") if part in INJECTED]
     return injected[0] if injected else name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: bars, tokens/s, time left."""
+"""Progress of a run: bars, mean losses since the last line of the log, tokens per second, time left."""
 
 import contextlib
 import math
@@ -12,50 +12,52 @@ from src.runtime import COMPILE_S
 
 
 def progress_bar(batches=None, **options) -> tqdm:
-    """A bar on stderr, over what is given; a log file wants few lines."""
+    """A progress bar on stderr, over `batches` if given.  Updates rarely if stderr is a file, to keep logs short."""
     return tqdm(batches, mininterval=0.1 if sys.stderr.isatty() else 30, **options)
 
 
 class Window:
-    """Sums over the training steps since the last line of the log, which is their mean; a part of the run's state."""
+    """Sums over the training steps since the last line of the log, which reports their means.
+
+    It is saved in checkpoints, so that a resumed run writes the same log."""
 
     def __init__(self, device):
-        self.losses = torch.zeros(3, device=device)  # loss, cross-entropy, halting loss: this process's share
+        self.losses = torch.zeros(3, device=device)  # loss, cross-entropy, halting loss; this process's share
         self.steps, self.visits = 0, 0
-        self.good = 0  # steps whose gradient was finite: those alone are in `losses`
+        self.good = 0  # steps with a finite gradient; `losses` sums only these
 
     def count(self, visits: int):
-        """One more step, in which the network was visited so often."""
+        """Count one more step, in which the network was applied `visits` times."""
         self.steps += 1
         self.visits += visits
 
     def means(self, accelerator) -> dict:
-        """{name: mean per step} for the log, NaN where no step was good.  All processes take part."""
+        """{name: mean per step} for the log; losses are NaN if no step was good.  All processes must call this."""
         loss, ce, act = (accelerator.reduce(self.losses) / (self.good or math.nan)).tolist()
         depth = self.visits / max(1, self.steps)
         return {"loss": loss, "ce_loss": ce, "act_loss": act, "recursion_depth": depth}
 
     def state_dict(self, accelerator) -> dict:
-        """Losses are summed over the processes, which all take part."""
+        """The state, with losses summed over all processes.  All of them must call this."""
         counts = {"steps": self.steps, "good": self.good, "visits": self.visits}
         return {"losses": accelerator.reduce(self.losses), **counts}
 
     def load_state_dict(self, state: dict, is_main: bool):
-        """The main process takes the losses of all."""
+        """Only the main process restores the losses, because the saved ones are already the sum of all processes."""
         if is_main:
             self.losses.copy_(state["losses"])
         self.steps, self.good, self.visits = state["steps"], state["good"], state["visits"]
 
 
 class Clock:
-    """When the window began over which tokens/s is measured, and how long compiling took, which counts as nothing."""
+    """Measures tokens per second since the last line of the log, without the time for compiling and evaluating."""
 
     def __init__(self, compiles: bool):
         self.compiles, self.compiled, self.compile_s = compiles, None, 0.0
         self.start(0)
 
     def start(self, step: int, seconds: float = 0.0):
-        """A window begins with this step, or began so many seconds ago."""
+        """Start a window at this step, as if `seconds` had already passed in it."""
         self.step, self.began = step, time.monotonic() - seconds
 
     def seconds(self) -> float:
@@ -63,18 +65,18 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self):
-        """Inside, the time is none of the training's."""
+        """Time within this context does not count as training time."""
         before = time.monotonic()
         yield
         self.began += time.monotonic() - before
 
     @contextlib.contextmanager
     def compiling(self, stage, step: int, bar: tqdm, say):
-        """Around a training step: the first one of a stage compiles, which is told, and the window begins after it."""
+        """Wrap a training step.  The first step of a stage compiles: print that, and start the window after it."""
         if not self.compiles or self.compiled is stage:
             yield
             return
-        say(f"compiling, about {COMPILE_S} s; seconds where the same was compiled before")
+        say(f"compiling, about {COMPILE_S} s, or a few if torch has the result in its cache")
         before = time.monotonic()
         yield
         self.compiled, self.compile_s = stage, self.compile_s + time.monotonic() - before
@@ -82,11 +84,11 @@ class Clock:
         bar.unpause()
 
     def tokens_per_s(self, curriculum, step: int) -> float:
-        """NaN where the window is a step that compiled, and no more."""
+        """Tokens per second in this window; NaN if it holds only a step that compiled."""
         tokens = curriculum.tokens(step) - curriculum.tokens(self.step)
         return tokens / self.seconds() if tokens else math.nan
 
     def minutes_left(self, elapsed: float, steps_left: float, max_minutes: float | None) -> float:
-        """Of a run that took `elapsed` s so far; steps_left: in units of the steps done."""
+        """Estimated minutes left.  elapsed: seconds so far; steps_left: remaining steps / steps done."""
         left = (elapsed - self.compile_s) / 60 * steps_left
         return left if max_minutes is None else max(0.0, min(left, max_minutes - elapsed / 60))

@@ -1,4 +1,4 @@
-"""What a run needs to go on exactly where a checkpoint was written: collected from a Trainer, and given back to it."""
+"""The state that an exact resume needs: `collect` reads it from a Trainer, `restore` puts it back."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,9 @@ COUNTERS = ("step", "elapsed", "best", "skipped")
 
 
 def collect(trainer) -> tuple[dict, dict | None, dict]:
-    """(weights, averaged weights or None, state) as whole tensors, numbers and containers; all processes take part."""
+    """(weights, averaged weights or None, state) as whole tensors, numbers and containers.
+
+    All processes must call this, because it gathers sharded tensors and the position of each process in the data."""
     trainer.elapsed = time.monotonic() - trainer.started
     weights = parallel.gathered(checkpoint.own_state(trainer.raw))
     average = weights | parallel.gathered(trainer.ema.average) if trainer.ema is not None else None
@@ -27,7 +29,7 @@ def collect(trainer) -> tuple[dict, dict | None, dict]:
 
 
 def restore(trainer, folder: Path, state: dict):
-    """Give a new Trainer, whose model has the checkpoint's config, the weights and state of a checkpoint folder."""
+    """Load a checkpoint's weights and state into a new Trainer, whose model must have the checkpoint's config."""
     for name in COUNTERS:
         setattr(trainer, name, state[name])
     trainer.curriculum.load_state_dict(state["curriculum"])
@@ -42,7 +44,9 @@ def restore(trainer, folder: Path, state: dict):
         trainer.ema.updates = state["ema_updates"]
     if trainer.accelerator.scaler is not None and state["scaler"] is not None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    trainer.enter_stage()  # now, as a model that grows at this step is still the smaller one in the checkpoint
+    # only now: if a stage with a larger width starts at this step, the checkpoint still has the smaller model
+    trainer.enter_stage()
+    # with more processes than before, the extra ones take the last saved position
     trainer.loader.load_state_dict(state["loaders"][min(trainer.rank, len(state["loaders"]) - 1)])
     trainer.window.load_state_dict(state["window"], trainer.is_main)
     trainer.clock.start(trainer.step - state["window"]["steps"], state["window"]["seconds"])

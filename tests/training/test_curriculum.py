@@ -90,7 +90,7 @@ class TestPlan:
         [
             ({"seq_len": 17}, "seq_len 17 is over max_seq_len 16"),
             ({"dim": 12}, "dim 12 is under"),
-            ({"dim": 18}, "dim 18 is no multiple of 4"),
+            ({"dim": 18}, "dim 18 is not a multiple of 4"),
             ({"d_ff": 20}, "d_ff 20 is under"),
             ({"dim": 24, "d_ff": 20}, "d_ff 20 is under"),
         ],
@@ -108,7 +108,7 @@ class TestPlan:
         with pytest.raises(UserError, match="grad_deep_steps 2 is more than deep_steps 1"):
             plan({"steps": 1, "deep_steps": 1}, model=given)
         grouped = dataclasses.replace(BASE, n_kv_heads=1)
-        with pytest.raises(UserError, match=r"dim 24 is no multiple of 16, which is 4 query heads"):
+        with pytest.raises(UserError, match=r"dim 24 is not a multiple of 16, which is 4 query heads"):
             plan({"steps": 1, "dim": 24}, model=grouped)
 
     def test_a_resume_checks_where_stages_begin(self):

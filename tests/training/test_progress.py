@@ -1,4 +1,4 @@
-"""The clock behind tokens/s and time left: what compiles or is evaluated is told and not counted."""
+"""The clock behind tokens/s and time left: compiling and evaluating are reported but not counted."""
 
 import io
 import math
@@ -14,7 +14,7 @@ CURRICULUM = types.SimpleNamespace(tokens=lambda step: 100 * step)
 
 @pytest.fixture
 def now(monkeypatch):
-    """A clock that the test sets."""
+    """A clock whose time the test sets: now[0], in seconds."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -25,8 +25,8 @@ def test_compiling_is_told_and_not_counted(now):
     clock, bar = Clock(compiles=True), progress_bar(total=4, file=io.StringIO())
     with clock.compiling(stage, 0, bar, said.append):
         now[0] += 40
-    assert said == ["compiling, about 40 s; seconds where the same was compiled before"] and clock.compile_s == 40
-    assert math.isnan(clock.tokens_per_s(CURRICULUM, 1))  # nothing but the step that compiled
+    assert said == ["compiling, about 40 s, or a few if torch has the result in its cache"] and clock.compile_s == 40
+    assert math.isnan(clock.tokens_per_s(CURRICULUM, 1))  # the window holds only the step that compiled
     with clock.compiling(stage, 1, bar, said.append):
         now[0] += 2
     with clock.paused():
@@ -48,4 +48,4 @@ def test_without_a_compiler_nothing_is_told(now):
 def test_the_time_that_is_left_ends_with_max_minutes(now):
     clock = Clock(compiles=False)
     assert clock.minutes_left(60.0, 100, 3) == 2 and clock.minutes_left(200.0, 100, 3) == 0
-    assert clock.minutes_left(60.0, 0.5, 3) == 0.5  # the steps end before
+    assert clock.minutes_left(60.0, 0.5, 3) == 0.5  # the steps are used up first

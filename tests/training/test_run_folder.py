@@ -142,10 +142,10 @@ class TestText:
         (files / "b.jsonl").unlink()
         again = settings | {"resume": True, "save_every": 3, "eval_every": 2}
         said = "train files added: c.jsonl; train files removed: b.jsonl; train files changed: a.jsonl"
-        with pytest.raises(UserError, match=rf"\({said}\): bring it back, or .*--allow_changed_corpus true"):
+        with pytest.raises(UserError, match=rf"\({said}\): restore it, or .*--allow_changed_corpus true"):
             make(**again)
         trainer = make(**again, allow_changed_corpus=True)
-        assert f"the run goes on with changed text: {said}" in capsys.readouterr().err
+        assert f"the run continues with changed text: {said}" in capsys.readouterr().err
         trainer.train()
         assert trainer.step == 8
         make(**again)  # which is its text from now on
