@@ -122,7 +122,7 @@ class TestDisk:
     def test_run_folder_vanished(self, make, tmp_path):
         trainer = make(save_every=4, eval_every=100)
         during(trainer, 3, lambda: shutil.rmtree(tmp_path / "run"))
-        with pytest.raises(UserError, match="run has vanished while the run went on"):
+        with pytest.raises(UserError, match="run vanished during the run"):
             trainer.train()
 
     def test_a_shard_vanished(self, make, tmp_path):

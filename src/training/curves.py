@@ -1,4 +1,4 @@
-"""metrics.jsonl read back and drawn: the learning curve of a run, and the parts of a picture of several."""
+"""Reads metrics.jsonl and draws learning curves: that of one run, and building blocks for pictures of several runs."""
 
 import io
 import os
@@ -17,10 +17,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def scan_metrics(folder: str | Path):
-    """Yield (record, offset of its end in bytes) of each line of folder/metrics.jsonl.
+    """Yield (record, byte offset of its end) for each line of folder/metrics.jsonl.
 
-    A last line that a kill cut short is left out; another one that is no record is named on stderr, once, and passed
-    over: a log is not worth a run. UserError where the file cannot be read."""
+    Skips a last line that was cut off when the process was killed. Any other line that is not a record is reported once
+    on stderr and skipped, because a broken log should not stop a run. Raises UserError if the file cannot be read."""
     path, end = Path(folder) / METRICS_FILE, 0
     try:
         with path.open("rb") as file:
@@ -30,18 +30,18 @@ def scan_metrics(folder: str | Path):
                 record, end = _record(line), end + len(line)
                 if record is not None:
                     yield record, end
-                elif (path, number) not in _NAMED:
-                    _NAMED.add((path, number))
-                    print(f"{path}, line {number} is no record of a step: passed over", file=sys.stderr)
+                elif (path, number) not in _REPORTED:
+                    _REPORTED.add((path, number))
+                    print(f"{path}, line {number} is not a record of a step: skipped", file=sys.stderr)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a run folder that holds {METRICS_FILE}") from None
 
 
-_NAMED = set()  # (file, number) of lines that are no records
+_REPORTED = set()  # (file, line number) of the bad lines reported so far
 
 
 def _record(line: bytes) -> dict | None:
-    """The record in a line; None where it is none: a step, a time, and numbers or null."""
+    """The record in a line (a step, a time, and numbers or null), or None if the line is something else."""
     try:
         record = parse_json(line.decode("utf-8"), METRICS_FILE)
     except (UserError, UnicodeDecodeError):
@@ -49,14 +49,14 @@ def _record(line: bytes) -> dict | None:
     if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**53:
         return None
     figures = [value for name, value in record.items() if name != "time" and value is not None]
-    is_whole = all(type(value) in (int, float) and abs(value) < 1e300 for value in figures)  # which NaN is not
+    is_whole = all(type(value) in (int, float) and abs(value) < 1e300 for value in figures)  # false for NaN
     return record if is_whole else None
 
 
 def read_series(folder: str | Path, *names: str) -> dict[str, np.ndarray]:
-    """{name: (N, 2) steps and values}, in order, each step once (its last line counts); null is left out.
+    """{name: (N, 2) array of steps and values}, ordered by step.
 
-    Memory: 16 bytes per value, however many lines there are."""
+    If a step was logged twice, its last line counts; null is left out. Needs 16 bytes of memory per value."""
     columns = {name: array("d") for name in names}
     for record, _ in scan_metrics(folder):
         for name in names:
@@ -66,13 +66,13 @@ def read_series(folder: str | Path, *names: str) -> dict[str, np.ndarray]:
 
 
 def _once(points):
-    """(N, 2) points with the last one of each step."""
+    """Keep the last of the (N, 2) points of each step."""
     _, last = np.unique(points[::-1, 0], return_index=True)
     return points[::-1][last]
 
 
 def read_settings(folder: str | Path) -> dict:
-    """Settings of a run from its config.yaml, those of a section as `section.name`; {} where there is none."""
+    """The settings in a run's config.yaml, those of a section as `section.name`; {} if there is no such file."""
     path = Path(folder) / "config.yaml"
     return dict(_flat(read_yaml(path))) if path.exists() else {}
 
@@ -85,16 +85,16 @@ def _flat(settings, start=""):
             yield start + name, value
 
 
-# ---- the parts of a picture -----------------------------------------------------------------------------------------
+# ---- building blocks of a picture -----------------------------------------------------------------------------------
 
-# Okabe and Ito: told apart by colour-blind readers too
+# the palette of Okabe and Ito, which colour-blind readers can tell apart too
 BLUE, ORANGE, GREEN, PINK, SKY, AMBER = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 INK, GREY, FAINT = "#333333", "#777777", "#dddddd"
-DETAIL = 1000  # points of a noisy curve: more are not seen, and a long run has a million
+DETAIL = 1000  # points drawn of a noisy curve; more are not visible, and a long run has a million
 
 
 def new_figure(height: float):
-    """(Figure, grid of 2 x 2 cells).  No pyplot, so that it may be drawn in the middle of training."""
+    """(Figure, grid of 2 x 2 cells).  Avoids pyplot and its global state, so that drawing during training is safe."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -105,14 +105,14 @@ def new_figure(height: float):
 
 
 def add_title(figure, title: str, remark: str = ""):
-    """A title at the left, in a size that leaves room for the remark at the right."""
+    """Add a title on the left, in a font size that leaves room for the remark on the right."""
     size = min(12, 12 * 60 / max(1, len(title)))
     figure.suptitle(title or " ", x=0.012, ha="left", fontsize=size, fontweight="bold", color=INK)
     figure.text(0.99, 0.985, remark, ha="right", va="top", fontsize=9, color=GREY)
 
 
 def save_picture(figure, path: str | Path) -> Path:
-    """Write a PNG beside its place and rename it, so that a reader or a crash meets the old picture or the new one."""
+    """Write a PNG atomically: a reader, or a crash, sees either the old picture or the new one."""
     path, buffer = Path(path), io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     beside = path.with_name(f".{path.name}.writing")
@@ -125,6 +125,7 @@ def save_picture(figure, path: str | Path) -> Path:
 
 
 def style_axes(axes, name: str):
+    """Set the title, colours, grid and tick format of one plot."""
     axes.set_title(name, loc="left", fontsize=10, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#aaaaaa")
@@ -137,7 +138,7 @@ def style_axes(axes, name: str):
 
 
 def thin(points: np.ndarray, limit: int = DETAIL) -> np.ndarray:
-    """(N, 2) points as at most `limit` means of neighbours."""
+    """Reduce (N, 2) points to at most `limit` by averaging neighbours."""
     if len(points) <= limit:
         return points
     starts = np.linspace(0, len(points), limit, endpoint=False).astype(int)
@@ -145,7 +146,7 @@ def thin(points: np.ndarray, limit: int = DETAIL) -> np.ndarray:
 
 
 def smooth(points: np.ndarray) -> np.ndarray:
-    """(N, 2) points, their values a centred moving average (a Hann window over 1/12 of the run, cut at the ends)."""
+    """Smooth (N, 2) points by a centred moving average: a Hann window over 1/12 of the run, cut off at the ends."""
     if not len(points):
         return points
     window = np.hanning(2 + (max(1, len(points) // 12) | 1))[1:-1]
@@ -154,7 +155,7 @@ def smooth(points: np.ndarray) -> np.ndarray:
 
 
 def draw_noisy(axes, points: np.ndarray, color: str, faint: float = 0.22) -> np.ndarray:
-    """A curve raw and smoothed; returns the smoothed points."""
+    """Draw a curve twice, raw (faint) and smoothed.  Returns the smoothed points."""
     points = thin(points)
     smoothed = smooth(points)
     axes.plot(*points.T, color=color, alpha=faint, linewidth=0.8)
@@ -163,7 +164,7 @@ def draw_noisy(axes, points: np.ndarray, color: str, faint: float = 0.22) -> np.
 
 
 def draw_judged(axes, points: np.ndarray, color: str) -> np.ndarray:
-    """A curve of evaluations, its best one ringed; returns the best point."""
+    """Draw a curve of evaluations, with a ring around its lowest point.  Returns that point."""
     best = points[points[:, 1].argmin()]
     dots = {"marker": "o", "markersize": 3.5} if len(points) <= 50 else {}
     axes.plot(*points.T, color=color, linewidth=1.4, zorder=3, **dots)
@@ -172,7 +173,7 @@ def draw_judged(axes, points: np.ndarray, color: str) -> np.ndarray:
 
 
 def set_limits(axes, curves: list[np.ndarray], start: float = 0.03):
-    """Limits that show runs after their steep start: what the first 3 % of each lost may lie above the frame."""
+    """Set axis limits that leave out the steep start: the first 3 % of each run may lie above the frame."""
     curves = [curve for curve in curves if len(curve)]
     last = max(curve[-1, 0] for curve in curves)
     late = np.concatenate([curve[curve[:, 0] >= start * curve[-1, 0], 1] for curve in curves])
@@ -183,13 +184,15 @@ def set_limits(axes, curves: list[np.ndarray], start: float = 0.03):
 
 
 def label_ends(axes, labels: list[tuple], lines: int = 1):
-    """(height, text, colour): texts of `lines` lines to the right of the curves' ends, moved apart where they touch."""
+    """Write labels, each (height, text, colour), to the right of the curves' ends, moved apart if they would overlap.
+
+    lines: number of lines in each text."""
     low, high = axes.get_ylim()
     gap, labels = 0.065 * lines * (high - low), sorted(labels)
     heights = np.clip([height for height, _, _ in labels], low, high)
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + gap)
-    for i in reversed(range(len(heights))):  # down again from the top, if they rose above it
+    for i in reversed(range(len(heights))):  # move them back down if they rose above the top
         heights[i] = min(heights[i], heights[i + 1] - gap if i + 1 < len(heights) else high)
     place = {"xycoords": ("axes fraction", "data"), "xytext": (6, 0), "textcoords": "offset points", "va": "center"}
     for height, (_, text, color) in zip(heights, labels):
@@ -200,10 +203,10 @@ def label_ends(axes, labels: list[tuple], lines: int = 1):
 
 
 def plot_learning_curve(folder: str | Path, title: str = "") -> Path | None:
-    """Draw folder/learning_curve.png from folder/metrics.jsonl; returns its path, None where nothing is logged yet.
+    """Draw folder/learning_curve.png from folder/metrics.jsonl; returns its path, or None if nothing is logged yet.
 
-    Losses (nats per token; training: cross-entropy without the halting loss, raw and smoothed), bits per byte, learning
-    rate and gradient norm over optimizer steps. Each step counts once, whatever a resumed run logged again."""
+    Shows losses (nats per token; for training the cross-entropy without the halting loss, raw and smoothed), bits per
+    byte, learning rate and gradient norm over optimizer steps. A step that a resumed run logged again counts once."""
     names = "ce_loss loss valid_loss bits_per_byte valid_bits_per_byte lr grad_norm tokens elapsed_s".split()
     series = read_series(folder, *names)
     train_loss = series["ce_loss"] if len(series["ce_loss"]) else series["loss"]
@@ -221,7 +224,7 @@ def plot_learning_curve(folder: str | Path, title: str = "") -> Path | None:
 
 
 def _effort(series) -> str:
-    """What the run took so far, such as: 2,000 steps, 1.54M tokens, 6.1 min."""
+    """Steps, tokens and time of the run so far, such as "2,000 steps,  1.54M tokens,  6.1 min"."""
     parts = [f"{max(points[-1, 0] for points in series.values() if len(points)):,.0f} steps"]
     if len(series["tokens"]):
         parts.append(f"{format_params(series['tokens'][-1, 1])} tokens")
@@ -252,7 +255,9 @@ def _draw_losses(axes, name, train, valid):
 
 
 def draw_small(axes, name: str, curves: list[tuple], noisy: bool = False, xlabel: str = "optimizer step"):
-    """Curves, each (points, colour), from zero up; of noisy ones the start, far larger than the rest, may lie above."""
+    """Draw a small plot of curves, each (points, colour), from zero up.
+
+    The start of noisy curves, which is often far larger than the rest, may lie above the frame."""
     style_axes(axes, name)
     axes.locator_params(axis="y", nbins=3)
     axes.set_xlabel(xlabel, fontsize=9, color="#555555")

@@ -1,4 +1,4 @@
-"""The eyes of a run: its log (metrics.jsonl, TensorBoard, Weights & Biases), and a watch on the machine it runs on."""
+"""The log of a run (metrics.jsonl, TensorBoard, Weights & Biases), and a monitor of the machine it runs on."""
 
 import contextlib
 import io
@@ -24,25 +24,27 @@ from src.training.train_config import MonitoringConfig
 
 warn = logging.getLogger(__name__).warning
 
-REPEAT_S = 60.0  # seconds until the same kind of warning may come again
-LONGEST_REPEAT_S = 3600.0  # what that time doubles up to, so that a week of high load does not fill the screen
-DRAWING_SHARE = 0.01  # of a run's time, at most, goes into drawing its learning curve
-MEDIAN_OF, JUDGED_AFTER = 50, 10  # batches; the first ones are slow by nature (compilation, caches)
-SLOW_FROM_S = 1.0  # seconds; of a shorter batch nobody needs to hear, however short the others are
+REPEAT_S = 60.0  # seconds before the same kind of warning may be repeated
+LONGEST_REPEAT_S = 3600.0  # that time doubles up to this, so that a week of high load does not fill the screen
+DRAWING_SHARE = 0.01  # largest share of the run's time that may be spent on drawing its learning curve
+MEDIAN_OF, JUDGED_AFTER = 50, 10  # batches; the first few are always slow (compilation, cold caches)
+SLOW_FROM_S = 1.0  # seconds; shorter batches are never reported, however short the others are
 SAMPLES_FILE = "samples.txt"
 SYSTEM_FIGURES = {"cpu_percent", "memory_percent", "rss_gib", "gpu_memory_percent", "gpu_memory_gib", "batch_s"}
 
 
 class TRMTrainingLogger(contextlib.AbstractContextManager):
-    """A run's metrics.jsonl, TensorBoard events and Weights & Biases record; for the main process alone.
+    """Writes metrics.jsonl, TensorBoard events and a Weights & Biases run.  Only the main process should have one.
 
-    A line of metrics.jsonl is {"step", "time" (UTC, ISO 8601), the figures given to `log`, the monitor's}; a value that
-    is not finite becomes null. Training: epoch, tokens, loss, ce_loss, act_loss (nats per token), bits_per_byte,
-    recursion_depth (mean visits per token), grad_norm, lr, tokens_per_s, elapsed_s. Evaluations: valid_*; the last one,
-    on all text: final_valid_*. Each line is written at once, so that a kill loses at most the one it interrupts.
+    A line of metrics.jsonl is {"step", "time" (UTC, ISO 8601), the figures passed to `log`, the monitor's figures}; a
+    value that is not finite becomes null. Training lines have epoch, tokens, loss, ce_loss, act_loss (nats per token),
+    bits_per_byte, recursion_depth (mean visits per token), grad_norm, skipped, lr, tokens_per_s and elapsed_s.
+    Evaluations have valid_*, and the last one, on all validation text, final_valid_*. Lines are written immediately, so
+    that a kill loses at most the line that it interrupts.
 
-    A run's log is continued: resume_step=n first cuts what was logged after step n, so that each step is there once.
-    UserError where there can be no folder; what else is wrong with a log costs lines and a warning, not the run."""
+    resume_step=n continues a log: what was logged after step n is removed first, so that each step appears once.
+    Raises UserError if the folder cannot be made. Any other problem with a log loses lines and prints a warning, but
+    does not stop the run."""
 
     def __init__(
         self,
@@ -68,32 +70,32 @@ class TRMTrainingLogger(contextlib.AbstractContextManager):
             self._outputs.append(_Wandb(self.folder, config.wandb_project))
 
     def log(self, step: int, **figures) -> None:
-        """Write one line. Figures are numbers (or 0-dim tensors); None is left out."""
+        """Write one line.  Figures are numbers or 0-dimensional tensors; a figure that is None is left out."""
         figures = {name: _number(value) for name, value in figures.items() if value is not None}
-        if self._monitor is not None and step != self._last_step:  # once per step, though it is evaluated as well
+        if self._monitor is not None and step != self._last_step:  # once per step, even if it has two lines
             figures |= self._monitor.figures
         self._last_step, now = step, time.time()
         for output in self._outputs:
             output.log(int(step), now, figures)
 
     def sample(self, text: str) -> None:
-        """Add a text, whose first line is `step N: ...`, to samples.txt."""
+        """Append a text to samples.txt.  Its first line must be `step N: ...`, by which a resume cuts the file."""
         try:
             with open(self.folder / SAMPLES_FILE, "a", encoding="utf-8") as file:
                 file.write(f"=== {text}\n")
         except OSError as error:
-            warn("%s: %s: a sample is lost; the run goes on", self.folder / SAMPLES_FILE, error.strerror)
+            warn("%s: %s: a sample text is lost; the run continues", self.folder / SAMPLES_FILE, error.strerror)
 
     def draw(self, title: str = "", force: bool = False) -> None:
-        """Draw learning_curve.png, unless (a long log takes long to read) that came to over 1 % of the run's time."""
+        """Draw learning_curve.png, unless drawing would take over 1 % of the run's time: a long log is slow to read."""
         if not force and time.monotonic() - self._drawn < self._cost / DRAWING_SHARE:
             return
-        import matplotlib.figure  # noqa: F401  slow once, which is no measure of the drawing
+        import matplotlib.figure  # noqa: F401  slow the first time, so it is not part of the measured time
 
         start = time.monotonic()
         try:
             plot_learning_curve(self.folder, title)
-        except Exception as error:  # whatever a picture fails of, it is not worth the run
+        except Exception as error:  # no failure of a picture is worth stopping the run
             warn("the learning curve was not drawn: %s", error)
         self._drawn = time.monotonic()
         self._cost = self._drawn - start
@@ -108,11 +110,11 @@ class TRMTrainingLogger(contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def _spared():
-    """Around the opening of one file of the log: what is wrong with it is told, and the run goes on without."""
+    """Turn an error while opening one file of the log into a warning; the run continues without that file."""
     try:
         yield
     except (UserError, OSError) as error:
-        warn("%s: the run goes on without this log", error)
+        warn("%s: the run continues without this log", error)
 
 
 def _number(value):
@@ -121,7 +123,7 @@ def _number(value):
 
 
 def _tag(name) -> str:
-    """Where a figure stands in TensorBoard and Weights & Biases: train/loss, valid/loss, final/loss, system/rss_gib."""
+    """A figure's name in TensorBoard and Weights & Biases: train/loss, valid/loss, final/loss, system/rss_gib."""
     if name in SYSTEM_FIGURES:
         return f"system/{name}"
     for start, section in (("final_valid_", "final"), ("valid_", "valid")):
@@ -131,7 +133,7 @@ def _tag(name) -> str:
 
 
 class _Appended:
-    """A file that grows by whole records: unbuffered, and cut back where only a part of one could be written."""
+    """An unbuffered file that grows by whole records.  A record that could be written only partly is removed again."""
 
     def __init__(self, path: Path):
         self._path, self._file, self._warned = path, path.open("ab", buffering=0), False
@@ -145,7 +147,7 @@ class _Appended:
             with contextlib.suppress(OSError):
                 self._file.truncate(end)
             if not self._warned:
-                warn("%s: %s: its lines are lost until there is room; the run goes on", self._path, error.strerror)
+                warn("%s: %s: its lines are lost until there is room; the run continues", self._path, error.strerror)
             self._warned = True
 
     def close(self) -> None:
@@ -153,7 +155,7 @@ class _Appended:
 
 
 class _Lines(_Appended):
-    """metrics.jsonl."""
+    """Writes metrics.jsonl."""
 
     def __init__(self, folder: Path, resume_step: int | None):
         path, end = folder / METRICS_FILE, 0
@@ -162,7 +164,7 @@ class _Lines(_Appended):
                 if resume_step is not None and record["step"] > resume_step:
                     break
                 end = offset
-            os.truncate(path, end)  # a line that a kill left half goes too
+            os.truncate(path, end)  # also removes a last line that was cut off by a kill
         super().__init__(path)
 
     def log(self, step, now, figures) -> None:
@@ -173,10 +175,11 @@ class _Lines(_Appended):
 
 
 class _Events(_Appended):
-    """TensorBoard events, one per line of the log, by TensorBoard's own record writer.
+    """Writes TensorBoard events, one per line of the log, with TensorBoard's own record writer.
 
-    Not by SummaryWriter: its thread holds events back for two minutes, which a kill loses, and ends where the disk is
-    full; and its purge_step leaves what was logged after the checkpoint in TensorBoard's default reader."""
+    SummaryWriter is not used for three reasons. Its thread buffers events for two minutes, which a kill loses. That
+    thread dies if the disk is full. And after a resume with purge_step, TensorBoard's default reader still shows the
+    events that were logged after the checkpoint."""
 
     def __init__(self, folder: Path, resume_step: int | None):
         from google.protobuf.message import DecodeError
@@ -188,11 +191,11 @@ class _Events(_Appended):
         self._event, self._summary, self._writer = Event, Summary, RecordWriter
         for path in folder.glob("events.out.tfevents.*") if resume_step is not None else ():
             end = 0
-            with contextlib.suppress(DecodeError):  # a record that is no event, and what follows it, goes as well
-                for record in RawEventFileLoader(str(path)).Load():  # whole ones alone
+            with contextlib.suppress(DecodeError):  # a broken record and all that follows it are removed
+                for record in RawEventFileLoader(str(path)).Load():  # yields only complete records
                     if Event.FromString(record).step > resume_step:
                         break
-                    end += len(record) + 16  # its length and two checksums
+                    end += len(record) + 16  # 16 bytes: the record's length and two checksums
             os.truncate(path, end)
         super().__init__(folder / f"events.out.tfevents.{time.time():.6f}")
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -208,29 +211,31 @@ class _Events(_Appended):
 
 
 def _cut_samples(path: Path, resume_step: int) -> None:
-    """Drop the samples of steps after resume_step."""
+    """Remove the sample texts of steps after resume_step."""
     if path.exists():
-        parts = re.split(rb"(?m)^(?==== step \d+: )", path.read_bytes())  # bytes: whatever they are, they stay
+        parts = re.split(
+            rb"(?m)^(?==== step \d+: )", path.read_bytes()
+        )  # as bytes, so that text in any encoding is kept
         steps = [int(match[1]) if (match := re.match(rb"=== step (\d{1,18}):", part)) else 0 for part in parts]
         path.write_bytes(b"".join(part for part, step in zip(parts, steps) if step <= resume_step))
 
 
 class _Wandb:
-    """Weights & Biases: a resumed run goes on under its id, and the steps that it has already are dropped there."""
+    """Writes to Weights & Biases.  A resumed run continues under its id; W&B ignores the steps that it already has."""
 
     def __init__(self, folder: Path, project: str):
         try:
             import wandb
         except ImportError:
-            told = f"monitoring.wandb_project is {project}, but wandb is missing"
-            raise UserError(f"{told}: pip install wandb, or leave it out") from None
+            problem = f"monitoring.wandb_project is {project}, but wandb is missing"
+            raise UserError(f"{problem}: pip install wandb, or leave the setting out") from None
         before = next(folder.glob("wandb/*/run-*.wandb"), None)
         identity = {"id": before.stem.removeprefix("run-"), "resume": "allow"} if before else {}
         options = {"project": project, "name": folder.name, "dir": str(folder), "config": read_settings(folder)}
         try:
             self._run = wandb.init(**options, **identity)
         except wandb.errors.Error as error:
-            advice = "`wandb login` first, or set WANDB_MODE=offline, or leave monitoring.wandb_project out"
+            advice = "run `wandb login`, or set WANDB_MODE=offline, or leave monitoring.wandb_project out"
             raise UserError(f"Weights & Biases: {error}: {advice}") from None
 
     def log(self, step, now, figures) -> None:
@@ -241,11 +246,12 @@ class _Wandb:
 
 
 class ResourceMonitor(contextlib.AbstractContextManager):
-    """Samples the machine in a background thread, and warns through `logging` past the thresholds of its config.
+    """Measures the machine in a background thread, and warns through `logging` above the thresholds of its config.
 
-    `figures` has the last sample: cpu_percent (of all cores), memory_percent (of the machine), rss_gib (this process),
-    gpu_memory_gib and gpu_memory_percent (held by this process; CUDA alone), batch_s (median of the last 50 batches).
-    A kind of warning comes at most once a minute, and the longer it lasts the more seldom, down to once an hour.
+    `figures` holds the last sample: cpu_percent (of all cores), memory_percent (of the machine), rss_gib (this
+    process), gpu_memory_gib and gpu_memory_percent (held by this process; CUDA only), batch_s (median of the last 50
+    batches). The same kind of warning comes at most once a minute; each time it comes, this interval doubles, up to an
+    hour.
 
         with ResourceMonitor(config, device) as monitor:
             for batch in batches:
@@ -265,13 +271,13 @@ class ResourceMonitor(contextlib.AbstractContextManager):
         self._thread.start()
 
     def _watch(self):
-        psutil.cpu_percent()  # it tells the use since its last call in the same thread
+        psutil.cpu_percent()  # it reports the use since the last call in this thread, so this first call starts it
         while not self._stop.wait(self._every):
             self.sample()
 
     @contextlib.contextmanager
     def batch(self):
-        """Around a batch: its time is measured; one that hangs is warned of before it is done."""
+        """Measure the time of a batch.  If it hangs, the warning comes while it is still running."""
         self._began = began = time.perf_counter()
         try:
             yield
@@ -282,7 +288,7 @@ class ResourceMonitor(contextlib.AbstractContextManager):
             self._times.append(seconds)
 
     def sample(self) -> None:
-        """Take one sample, and warn where it is past a threshold."""
+        """Take one sample, and warn if it is above a threshold."""
         memory, rss = psutil.virtual_memory().percent, self._process.memory_info().rss / GIB
         figures = {"cpu_percent": psutil.cpu_percent(), "memory_percent": memory, "rss_gib": round(rss, 3)}
         if self._cuda is not None:
@@ -304,15 +310,15 @@ class ResourceMonitor(contextlib.AbstractContextManager):
             if value > getattr(self.config, name):
                 held = {"memory": "rss_gib", "gpu_memory": "gpu_memory_gib"}.get(kind)
                 own = f" (this process: {figures[held]:.1f} GiB)" if held else ""
-                self._warn(kind, f"{what} is {value:.0f} %{own}, past {name} {getattr(self.config, name):g}")
+                self._warn(kind, f"{what} is {value:.0f} %{own}, above {name} {getattr(self.config, name):g}")
 
     def _judge_batch(self, median):
         slowest, self._slowest, began = self._slowest, 0.0, self._began
         if began is not None:
             slowest = max(slowest, time.perf_counter() - began)
         if slowest > max(SLOW_FROM_S, self.config.slow_batch_threshold * median):
-            told = f"a batch took {slowest:.2f} s, {slowest / median:.1f} times the median of {median:.2f} s"
-            self._warn("slow_batch", f"{told}, past slow_batch_threshold {self.config.slow_batch_threshold:g}")
+            finding = f"a batch took {slowest:.2f} s, {slowest / median:.1f} times the median of {median:.2f} s"
+            self._warn("slow_batch", f"{finding}, above slow_batch_threshold {self.config.slow_batch_threshold:g}")
 
     def _warn(self, kind, sentence):
         now = time.monotonic()

@@ -1,7 +1,8 @@
-"""Run folders: config.yaml, `step_NNNNNNNN/` checkpoints and the links `last` and `best`; one process at a time.
+"""Run folders: config.yaml, `step_NNNNNNNN/` checkpoints, the links `last` and `best`, and a lock for one process.
 
-A run folder may be moved, and copied with or without its links: what lies in it is found from where it is now. Where a
-system has no links, as Windows for most users, `last` and `best` are files that hold the checkpoint's name.
+A run folder can be moved, or copied with or without its links, because everything in it is found relative to where it
+is now. If the system has no symbolic links (Windows, for most users), `last` and `best` are files that hold the name of
+the checkpoint.
 """
 
 import json
@@ -27,110 +28,121 @@ _FREE_ON_RESUME = {
     *("device", "precision", "compile", "shard", "num_workers", "num_proc", "cache_dir", "grad_accum", "max_skipped"),
     *("sample_prompt", "sample_tokens", "monitoring", "allow_changed_corpus"),
 }
-_SAID_BY_ITSELF = {"save_dir", "resume", "allow_changed_corpus"}
+_CHANGE_IS_OBVIOUS = {"save_dir", "resume", "allow_changed_corpus"}  # changes of these are not reported
 CORPUS = "corpus.json"
 
 
 def start(folder: Path, settings: dict, lock: "RunLock | None" = None) -> "RunLock":
-    """Make a run folder with its config.yaml, which `--config` takes back, and hold it (by `lock`, where that does).
+    """Make a run folder and write its config.yaml, a file for `--config`.  Returns the lock (`lock`, if already held).
 
-    UserError where it cannot be written, or another run has begun there in the meantime."""
+    Raises UserError if the folder cannot be written, or if another run has started there in the meantime."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if lock is None:
             lock = RunLock(folder)
             check_resume(folder, settings, resume=False)
-        _write(folder / "config.yaml", dump_yaml(settings | dict.fromkeys({"resume"} & settings.keys(), False)))
+        if "resume" in settings:  # whether to resume is a decision of each start
+            settings = settings | {"resume": False}
+        _write(folder / "config.yaml", dump_yaml(settings))
     except OSError as error:
         raise UserError(f"cannot write to save_dir {folder}: {error.strerror}; choose another folder") from None
     return lock
 
 
 def _write(path: Path, text: str):
+    """Write a file atomically: a crash leaves the old file or the new one, never half of it."""
     beside = path.with_name(f".{path.name}.writing")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 
 def check_writable(folder: Path, flag: str = "save_dir"):
-    """UserError where a run folder could not be made; makes nothing, as there may be other mistakes to tell first."""
+    """Raise UserError if a run folder could not be made here.
+
+    Does not make it yet: another setting may still be wrong, and a failed start should leave no folder."""
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"cannot write to {flag} {folder}: {parent} is no writable folder; choose another folder")
+        raise UserError(f"cannot write to {flag} {folder}: {parent} is not a writable folder; choose another folder")
 
 
 def settings_of(folder: Path) -> dict:
-    """The settings in a run folder's config.yaml; none where no run has begun.  UserError where it is broken."""
+    """The settings in a run folder's config.yaml; {} if no run has started.  Raises UserError if the file is broken."""
     path = folder / "config.yaml"
     settings = read_yaml(path) if path.exists() else {}
     if path.exists() and not settings:
-        raise UserError(f"{path} is empty, and should hold the run's settings: mend it, or choose another save_dir")
+        raise UserError(f"{path} is empty, but should hold the run's settings: restore it, or choose another save_dir")
     return settings
 
 
 def check_resume(folder: Path, settings: dict, resume: bool):
-    """Whether the run in a folder may go on with these settings: UserError where not, a line for each that changed."""
+    """Raise UserError if the run in this folder cannot continue with these settings; print those that changed."""
     if not (folder / "config.yaml").exists():
         if resume:
-            raise UserError(f"--resume: save_dir {folder} holds no run: correct it, or begin one without --resume")
+            raise UserError(f"--resume: save_dir {folder} holds no run: correct it, or start one without --resume")
         return
     if not resume:
-        raise UserError(f"save_dir {folder} holds a run: go on with --resume true, or choose another folder")
+        raise UserError(f"save_dir {folder} holds a run: continue it with --resume true, or choose another folder")
     before, free = settings_of(folder), set(_FREE_ON_RESUME)
-    if (folder / CORPUS).exists():  # which knows the text wherever it lies, see check_corpus
+    if (folder / CORPUS).exists():  # text may move: `corpus_changes` compares its content
         free |= {"train_paths", "valid_paths"}
     for name, new in settings.items():
         old = before.get(name)
         if old != new and name in before and name not in free:
             advice = f"resume with the same settings (--config {folder}/config.yaml) or choose another save_dir"
             raise UserError(f"--{name} is {new}, but the run in {folder} has {old}: {advice}")
-        if old != new and name not in _SAID_BY_ITSELF:
+        if old != new and name not in _CHANGE_IS_OBVIOUS:
             print(f"--{name} is {new}, and was {old} before", file=sys.stderr)
 
 
 def corpus_changes(folder: Path, corpus: dict) -> list[str]:
-    """What is no longer as `keep_corpus` saw it, in sentences; nothing where it was never called."""
+    """What has changed since `keep_corpus` wrote this run's corpus.json, as phrases; [] if there is no such file."""
     path = folder / CORPUS
     before = read_json(path) if path.exists() else {}
     try:
         return [change for part, now in corpus.items() for change in _changes(part, before.get(part, now), now)]
     except (AttributeError, TypeError, IndexError):
-        raise UserError(f"{path} is broken: delete it, and the text is taken as it is") from None
+        raise UserError(f"{path} is broken: delete it to accept the text as it is now") from None
 
 
 def keep_corpus(folder: Path, corpus: dict):
-    """Write down what text a run reads: {part: [(name, bytes, digest), ...], or a fingerprint}."""
+    """Record the text of a run in corpus.json: {part: [(name, bytes, digest), ...] or a fingerprint}."""
     _write(folder / CORPUS, json.dumps(corpus) + "\n")
 
 
 def _changes(part, before, now):
-    if not isinstance(now, list) or not isinstance(before, list):
-        return [f"the {part} has changed"] * (before != now)
-    old, new = ({tuple(file): None for file in files} for files in (before, now))
-    gone, come = ({file[0] for file in files} for files in (old.keys() - new.keys(), new.keys() - old.keys()))
-    told = []
+    """Phrases for what changed in one part of the corpus, such as `train files changed: b.jsonl`."""
+    if not isinstance(now, list) or not isinstance(before, list):  # a fingerprint, such as the tokenizer's
+        return [f"the {part} has changed"] if before != now else []
+    old = list(dict.fromkeys(tuple(file) for file in before))
+    new = list(dict.fromkeys(tuple(file) for file in now))
+    gone = {file[0] for file in set(old) - set(new)}
+    come = {file[0] for file in set(new) - set(old)}
+    changes = []
     for kind, names in (("added", come - gone), ("removed", gone - come), ("changed", come & gone)):
-        told += [f"{part} files {kind}: {few(sorted(names))}"] * bool(names)
-    return told or [f"{part} files come in another order"] * (list(old) != list(new))
+        if names:
+            changes.append(f"{part} files {kind}: {few(sorted(names))}")
+    if not changes and old != new:
+        changes.append(f"{part} files come in another order")
+    return changes
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first: what is called step_NNNNNNNN and is one, whole or not."""
+    """The checkpoints of a run, oldest first: folders named step_NNNNNNNN with a checkpoint file, complete or not."""
     named = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     return sorted(path for path in named if path.is_dir() and any((path / name).exists() for name in FILES))
 
 
 def _recover(folder: Path):
-    """Clear away what a crash left while a checkpoint was written, or `last` or `best`."""
+    """Clean up after a crash during the writing of a checkpoint, `last` or `best`."""
     for left in folder.glob(".*"):
         if found := re.fullmatch(r"\.(step_\d+|last|best)\.(writing|old)", left.name):
             folders.recover(folder / found[1])
 
 
 def newest_whole(folder: Path):
-    """(checkpoint folder, its state) of the newest step to go on from; None where a run has written none yet.
+    """(folder, state) of the newest checkpoint that can be read; None if the run has not written one yet.
 
-    A broken one is named on stderr, and the one before is taken. UserError where all are broken."""
+    Reports a broken checkpoint on stderr and tries the one before. Raises UserError if all are broken."""
     _recover(folder)
     found = checkpoints(folder)
     for path in reversed(found):
@@ -139,34 +151,36 @@ def newest_whole(folder: Path):
         except UserError as error:
             print(f"{error}; going back to the checkpoint before", file=sys.stderr)
     if found:
-        advice = "choose another save_dir; perhaps --init_from can still take weights from one"
+        advice = "choose another save_dir; --init_from may still be able to read the weights of one"
         raise UserError(f"none of the checkpoints in {folder} can be read: {advice}")
     return None
 
 
 class RunLock:
-    """Holds a run folder for this process, until `release` or its end.  UserError where another process holds it.
+    """Locks a run folder until `release` or the end of the process.  Raises UserError if another process holds it.
 
-    A lock of this process alone, which its loading processes do not inherit and keep."""
+    Uses lockf, not flock: data-loading child processes do not inherit the lock, so they cannot keep it."""
 
     def __init__(self, folder: Path):
         try:
             self.file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            raise UserError(f"cannot hold save_dir {folder} by its .lock: {error.strerror}; correct that") from None
+            raise UserError(
+                f"cannot lock save_dir {folder} by its .lock: {error.strerror}; make that file writable"
+            ) from None
         try:
             if fcntl is not None:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:  # nothing is inherited there, and a locked file cannot be read
+            else:  # Windows: a locked file cannot be read, so the lock needs a second file
                 from filelock import FileLock
 
                 self.held = FileLock(folder / ".lock.held", timeout=0)
                 self.held.acquire()
-        except (BlockingIOError, PermissionError, TimeoutError):  # by the system, each means that it is held
+        except (BlockingIOError, PermissionError, TimeoutError):  # held; the exception depends on the system
             self.file.seek(0)
             holder = self.file.read().strip() or "unknown"
-            told = f"save_dir {folder} is in use by another run (process {holder}): wait for it, or choose another"
-            raise UserError(told) from None
+            problem = f"save_dir {folder} is in use by another run (process {holder})"
+            raise UserError(f"{problem}: wait until it ends, or choose another folder") from None
         self.file.truncate(0)
         self.file.write(f"{os.getpid()}\n")
         self.file.flush()
@@ -178,7 +192,7 @@ class RunLock:
 
 
 def diverged(folder: Path, what: str) -> UserError:
-    """The error of a run that cannot go on, as `what` says."""
+    """The error for a run that has diverged.  what: the problem and its step."""
     last = follow(folder / "last")
     last = last.resolve() if last.exists() else "none yet"
     return UserError(
@@ -187,11 +201,13 @@ def diverged(folder: Path, what: str) -> UserError:
 
 
 def save(folder: Path, name: str, best: bool, keep: int, *checkpoint):
-    """Write a checkpoint of a run, let `last`, and `best` if it is, lead to it, and prune the old ones.
+    """Write a checkpoint, point `last` (and `best`, if best) to it, and prune the old checkpoints.
 
-    `checkpoint` as in `save_checkpoint`, after the folder. UserError where it cannot be written."""
-    if not folder.is_dir():  # making it anew would hide what happened
-        raise UserError(f"save_dir {folder} has vanished while the run went on: the checkpoints were in it")
+    checkpoint: the arguments of `save_checkpoint` after the folder. Raises UserError if it cannot be written."""
+    if not folder.is_dir():  # creating it again would hide that the older checkpoints are lost
+        raise UserError(
+            f"save_dir {folder} vanished during the run, and its checkpoints with it: find out what removed it"
+        )
     save_checkpoint(folder / name, *checkpoint)
     try:
         for link in ("best", "last") if best else ("last",):
@@ -202,28 +218,31 @@ def save(folder: Path, name: str, best: bool, keep: int, *checkpoint):
 
 
 def point(link, target_name: str):
-    """Make run_folder/last or run_folder/best lead to a checkpoint beside it, in one atomic step."""
+    """Point run_folder/last or run_folder/best to a checkpoint in the same folder, atomically."""
     link = Path(link)
     beside = link.with_name(f".{link.name}.link")
     beside.unlink(missing_ok=True)
     try:
         beside.symlink_to(target_name, target_is_directory=True)
-    except (OSError, NotImplementedError):  # a system, or a disk, without links: see `follow`
+    except (OSError, NotImplementedError):  # no symbolic links on this system or disk: see `follow`
         beside.write_text(f"{target_name}\n", encoding="utf-8")
-    if link.is_dir() and not link.is_symlink():  # a copy that was made through the link
+    if link.is_dir() and not link.is_symlink():  # the run folder was copied with links followed
         _, aside = folders.recover(link)
         link.rename(aside)
         os.replace(beside, link)
         folders.remove(aside, FILES.__contains__)
         if aside.exists():
             aside.rename(kept := link.with_name(f"{link.name}_copy"))
-            print(f"{link} was a folder of its own: what was yours in it is in {kept}", file=sys.stderr)
+            print(
+                f"{link} was a folder, not a link: files in it that are not the checkpoint's are now in {kept}",
+                file=sys.stderr,
+            )
     else:
         os.replace(beside, link)
 
 
 def prune(run_folder, keep: int):
-    """Delete all but the newest `keep` checkpoints and the one that `best` leads to; files of the user's stay."""
+    """Delete all checkpoints but the newest `keep` and the best one.  Other files in their folders are kept."""
     run_folder = Path(run_folder)
     _recover(run_folder)
     best = follow(run_folder / "best").resolve()

@@ -198,7 +198,7 @@ def test_empty_and_long_texts(source, tmp_path, capsys):
 
 def test_folders_that_are_refused(source, tmp_path):
     tune(source, tmp_path / "run", epochs=1)
-    with pytest.raises(UserError, match="holds a run: go on with --resume true"):
+    with pytest.raises(UserError, match="holds a run: continue it with --resume true"):
         tune(source, tmp_path / "run", epochs=1)
     with pytest.raises(UserError, match="--lr is 0.5, but the run in .* has 0.01"):
         tune(source, tmp_path / "run", epochs=1, lr=0.5, head_lr=0.1, resume=True)

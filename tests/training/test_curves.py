@@ -81,7 +81,7 @@ class TestReading:
             assert read_series(tmp_path, "loss")["loss"].tolist() == [[1, 2], [3, 1]]
         assert plot_learning_curve(tmp_path) is not None
         told = capsys.readouterr().err.splitlines()
-        assert told == [f"{tmp_path / METRICS_FILE}, line 2 is no record of a step: passed over"]
+        assert told == [f"{tmp_path / METRICS_FILE}, line 2 is not a record of a step: skipped"]
 
     def test_no_log(self, tmp_path):
         with pytest.raises(UserError, match=r"nowhere/metrics\.jsonl: No such file"):

@@ -84,7 +84,7 @@ class TestSamples:
         watched.sample()
         assert (watched.figures["gpu_memory_gib"], watched.figures["gpu_memory_percent"]) == (6.0, 75.0)
         (line,) = warnings_of(caplog)
-        assert line == "GPU memory held is 75 % (this process: 6.0 GiB), past gpu_memory_warning_threshold 70"
+        assert line == "GPU memory held is 75 % (this process: 6.0 GiB), above gpu_memory_warning_threshold 70"
 
 
 class TestWarnings:
@@ -94,9 +94,9 @@ class TestWarnings:
         busy()
         watched.sample()
         cpu, memory = warnings_of(caplog)
-        assert cpu == f"CPU use is {watched.figures['cpu_percent']:.0f} %, past cpu_warning_threshold 0"
+        assert cpu == f"CPU use is {watched.figures['cpu_percent']:.0f} %, above cpu_warning_threshold 0"
         assert f"memory in use is {watched.figures['memory_percent']:.0f} % (this process: " in memory
-        assert memory.endswith("GiB), past memory_warning_threshold 0")
+        assert memory.endswith("GiB), above memory_warning_threshold 0")
 
     def test_never_past_100(self, watch, caplog):
         watched = watch(cpu_warning_threshold=100, memory_warning_threshold=100)
@@ -117,7 +117,7 @@ class TestWarnings:
                 time.sleep(seconds)
         watched.sample()
         (line,) = warnings_of(caplog)
-        said = r"a batch took \d\.\d\d s, [\d.]+ times the median of 0\.\d\d s, past slow_batch_threshold 4"
+        said = r"a batch took \d\.\d\d s, [\d.]+ times the median of 0\.\d\d s, above slow_batch_threshold 4"
         assert re.fullmatch(said, line)
         caplog.clear()
         watched.sample()  # it is told once

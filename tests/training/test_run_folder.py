@@ -61,7 +61,7 @@ class TestCopied:
             assert link.is_symlink() and link.resolve() == (tmp_path / "copy" / "step_00000008")
         assert_same_checkpoints(tmp_path / "straight" / "last", tmp_path / "copy" / "last")
         assert (tmp_path / "copy" / "best_copy" / "notes.txt").read_text() == "mine"
-        assert "best was a folder of its own" in capsys.readouterr().err
+        assert "best was a folder, not a link" in capsys.readouterr().err
         assert not list((tmp_path / "copy").glob(".*.old"))
 
     def test_a_copy_that_is_the_best_still_opens(self, make, tmp_path):
@@ -116,7 +116,7 @@ class TestMoved:
         assert not (tmp_path / "run").exists()
 
     def test_a_mistyped_folder_is_no_new_run(self, make, tmp_path):
-        with pytest.raises(UserError, match="save_dir .*typo holds no run: correct it, or begin one without --resume"):
+        with pytest.raises(UserError, match="save_dir .*typo holds no run: correct it, or start one without --resume"):
             make("typo", resume=True)
         assert not (tmp_path / "typo").exists()
 

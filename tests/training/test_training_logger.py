@@ -127,7 +127,7 @@ class TestNotWorthARun:
             log.log(2, loss=1.0)
             log.sample("step 2: a text")
             log.draw(force=True)
-        assert name in caplog.text and "the run goes on" in caplog.text
+        assert name in caplog.text and "the run continues" in caplog.text
         if name == METRICS_FILE:
             assert scalars(tmp_path)["train/loss"] == [(2, 1.0)]
         else:
@@ -224,7 +224,7 @@ class TestFullDisk:
         assert [r["step"] for r in read_metrics(tmp_path)] == [1, 4]
         assert scalars(tmp_path)["train/loss"][0] == (1, 1.0) and scalars(tmp_path)["train/loss"][-1] == (4, 4.0)
         lines = [r.getMessage() for r in caplog.records if METRICS_FILE in r.getMessage()]
-        assert len(lines) == 1 and "File too large" in lines[0] and "the run goes on" in lines[0]
+        assert len(lines) == 1 and "File too large" in lines[0] and "the run continues" in lines[0]
 
     def test_a_log_that_cannot_begin_is_the_users_mistake(self, tmp_path):
         (tmp_path / "run").write_text("")
