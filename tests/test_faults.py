@@ -1,4 +1,4 @@
-"""What may go wrong in a long run: the last whole checkpoint stays, and a sentence names the cause."""
+"""Failures in a long run: the last complete checkpoint is kept, and a one-line message gives the cause."""
 
 import os
 import resource
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def poison(trainer, steps):
-    """Let the loss of some steps be NaN, as a broken number in a batch makes it."""
+    """Make the loss of some steps NaN, as a broken number in a batch would."""
     loss = trainer.raw.token_loss
 
     def poisoned(logits, targets):
@@ -43,7 +43,7 @@ class TestNotFinite:
         assert trainer.step == 8 and trainer.skipped == 1
         assert all(t.isfinite().all() for t in read_weights(trainer.folder / "last" / "ema.safetensors").values())
         assert [r["skipped"] for r in read_metrics(trainer.folder) if "skipped" in r] == [0, 0, 0, 1, 1, 1, 1, 1]
-        assert [r["step"] for r in read_metrics(trainer.folder) if r.get("loss", 1) is None] == [4]  # no step, no loss
+        assert [r["step"] for r in read_metrics(trainer.folder) if r.get("loss", 1) is None] == [4]  # logged as null
         assert "step 4: the gradient is not finite, skipped (1 so far)" in capsys.readouterr().err
 
     def test_many_in_a_row_end_the_run(self, make):
@@ -57,7 +57,7 @@ class TestNotFinite:
 
 class TestDiverged:
     def test_weights_that_are_not_finite_are_not_saved(self, make):
-        """The gradient of the last step was finite, and its update not."""
+        """The gradient of the last step was finite, but the updated weights are not."""
         trainer = make(save_every=4)
         during(trainer, 8, lambda: next(trainer.raw.parameters()).data.fill_(float("nan")))
         with pytest.raises(UserError, match="step 8: weights are not finite.*step_00000004; try a smaller --lr"):
@@ -67,7 +67,7 @@ class TestDiverged:
 
 class TestTwoAtOnce:
     def test_two_that_begin_in_one_folder(self, make, tmp_path):
-        """The one that comes second changes nothing of the first, which is running or has ended."""
+        """The second run is refused and changes nothing, while the first is running and after it has ended."""
         first = run_folder.start(tmp_path / "run", {"seed": 1})
         hold = "import pathlib, sys; from src.training.run_folder import start\n"
         hold += "start(pathlib.Path(sys.argv[1]), {'seed': 2})"
@@ -95,12 +95,12 @@ class TestTwoAtOnce:
             with pytest.raises(UserError, match=rf"run is in use by another run \(process {other.pid}\)"):
                 make(resume=True)
             other.kill()
-        assert make(resume=True).step == 8  # a dead process holds nothing
+        assert make(resume=True).step == 8  # the lock of a dead process is free
 
 
 class TestDisk:
     def test_full(self, make, corpus, tmp_path):
-        """A file may not grow past a limit, as on a full disk: exit code 2, and the checkpoint before is whole."""
+        """A limit on file sizes acts like a full disk: exit code 2, and the previous checkpoint is intact."""
         trainer = make(save_every=4)
         during(trainer, 4, lambda: signal.raise_signal(signal.SIGINT))
         trainer.train()
@@ -150,7 +150,7 @@ class TestSignals:
         assert signal.getsignal(signal.SIGINT) is before
 
     def test_sigterm_to_the_whole_group_with_workers(self, corpus, tmp_path):
-        """As a batch system sends it: the loading processes must not die before the last checkpoint."""
+        """A batch system sends SIGTERM to all processes; loading processes must live until the last checkpoint."""
         values = {**TINY, **corpus, "max_steps": 100000, "num_workers": 2, "save_dir": str(tmp_path / "run")}
         words = [w for n, v in values.items() for w in (f"--{n}", *(v if isinstance(v, list) else [str(v)]))]
         command = [sys.executable, "train_trm_lm.py", *words]
@@ -165,7 +165,7 @@ class TestSignals:
 
 
 def test_states_hold_plain_data_only(make):
-    """Resuming never unpickles code: torch refuses to here, and would raise."""
+    """Resuming never unpickles code: with weights_only, torch raises for anything but plain data."""
     trainer = make(num_workers=1)
     trainer.train()
     state = torch.load(trainer.folder / "last" / "state" / "training.pt", weights_only=True)

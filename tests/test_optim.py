@@ -1,4 +1,4 @@
-"""Parameter groups, schedules against their formulas, the moving average against a slow twin, AdamW against torch's."""
+"""Parameter groups, schedules and averaged weights against their formulas, and our AdamW and Muon against torch's."""
 
 import math
 
@@ -13,14 +13,14 @@ SHAPES = [
     {"recursion": "none", "norm": "pre", "tie_embeddings": True},
     {"recursion": "trm", "mixer": "mlp", "causal": False, "norm": "pre", "coda_layers": 1, "tie_embeddings": True},
 ]
-DECAYED = {"qkv", "out", "gate_up", "down", "inject_z", "inject_y", "gate", "head"}  # modules, by their last name
+DECAYED = {"qkv", "out", "gate_up", "down", "inject_z", "inject_y", "gate", "head"}  # last part of the module name
 SPARED = {"embed", "pos_embed", "q_head", "norm", "attn_norm", "mlp_norm", "attn_out_norm", "mlp_out_norm"} | {
     *("q_norm", "k_norm", "coda_norm")
 }
 
 
 def groups_of(model, name):
-    """{parameter name: (optimizer class, weight decay)}, each parameter exactly once."""
+    """{parameter name: (optimizer class, weight decay)}; asserts that no parameter is in two groups."""
     names = {id(p): n for n, p in model.named_parameters()}
     found = {}
     for optimizer in make_optimizers(model, name, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.99)):
@@ -36,7 +36,7 @@ class TestGroups:
     @pytest.mark.parametrize("settings", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
     @pytest.mark.parametrize("name", ["adamw", "muon"])
     def test_every_parameter_once_and_decay_on_matrices_alone(self, tiny, settings, name):
-        """Decay acts on matrices that mix channels; Muon takes those inside the network, AdamW the rest."""
+        """Weight decay acts on matrices that mix channels; Muon gets those inside the network, AdamW the rest."""
         model = tiny(**settings)
         found = groups_of(model, name)
         assert set(found) == {n for n, _ in model.named_parameters()}
@@ -55,7 +55,7 @@ class TestGroups:
 
 class TestMuon:
     def test_it_is_torchs_up_to_bf16(self):
-        """torch orthogonalises in bf16, whose rounding five steps of the iteration carry on; momentum is exact."""
+        """Momentum is equal; updates differ by bf16 rounding, in which torch runs the five steps of the iteration."""
         torch.manual_seed(0)
         ours = [torch.nn.Parameter(torch.randn(shape)) for shape in [(8, 24), (24, 8), (8, 24), (16, 16)]]
         theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
@@ -100,7 +100,7 @@ class TestMuon:
         ("cosine", 99, 10, 0.5, 0.2, 0.6),
         ("cosine", 99, 10, 1 / 3, 0.0, 0.75),
         ("cosine", 99, 10, 1.0, 0.05, 0.05),
-        ("cosine", 99, 10, 7.0, 0.05, 0.05),  # time may run past the end
+        ("cosine", 99, 10, 7.0, 0.05, 0.05),  # by max_minutes, progress may exceed 1
         ("cosine", 4, 10, 0.5, 0.2, 0.3),
         ("linear", 4, 10, 0.0, 0.1, 0.5),
         ("linear", 99, 10, 0.5, 0.1, 1.0),
@@ -166,7 +166,7 @@ class TestEMA:
         ema.swap(model)
         assert all(torch.equal(p, live[n]) for n, p in model.named_parameters())
         assert all(torch.equal(t, average[n]) for n, t in ema.average.items())
-        assert addresses == [p.data_ptr() for p in model.parameters()]  # the optimizer's references stay good
+        assert addresses == [p.data_ptr() for p in model.parameters()]  # the optimizer still refers to them
 
     def test_is_a_copy(self, tiny, tied):
         model = tiny(tie_embeddings=tied)
@@ -193,11 +193,11 @@ def test_optimizers_train(tiny, name):
     assert losses[-1] < 0.5 * losses[0] and losses[0] > 0.8 * math.log(23)
 
 
-SETTINGS = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 0.01, "weight_decay": 0.3}  # an eps that shows
+SETTINGS = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 0.01, "weight_decay": 0.3}  # an eps large enough to matter
 
 
 def descend(make, steps=7):
-    """Parameters (float64) after each step on a function with uneven curvature; the last has no gradient."""
+    """The parameters (float64) after each step on an unevenly curved function; the last one has no gradient."""
     start = torch.linspace(-1, 2, 12, dtype=torch.float64).view(3, 4)
     params = [start.clone().requires_grad_(), start[0].clone().requires_grad_(), start.clone().requires_grad_()]
     optimizer, path = make(params), []
@@ -253,7 +253,7 @@ class TestAdamW:
         assert p.item() == pytest.approx(wanted, abs=1e-14)
 
     def test_decay_is_decoupled(self):
-        """Where the gradient is 0 a weight shrinks by lr x weight_decay, whatever its history."""
+        """With a gradient of 0, a weight shrinks by lr x weight_decay per step, whatever its moments are."""
         p = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
         optimizer = AdamW([p], lr=0.1, weight_decay=0.5)
         for _ in range(3):
@@ -262,7 +262,7 @@ class TestAdamW:
         assert p.item() == pytest.approx(2 * 0.95**3, abs=1e-15)
 
     def test_goes_on_from_its_state(self):
-        """Saved after 3 steps and loaded into another: step 4 is the same."""
+        """The state is saved after 3 steps and loaded into a new optimizer: step 4 is the same."""
         runs = []
         for breaks in (False, True):
             p = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)

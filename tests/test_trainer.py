@@ -1,4 +1,4 @@
-"""The training loop: what a run leaves behind, exactness of resuming and of split batches, and what it refuses."""
+"""The training loop: the files of a run, split batches, repeatable runs, init_from, and settings that are refused."""
 
 import dataclasses
 import json
@@ -29,14 +29,16 @@ pytestmark = pytest.mark.usefixtures("unchecked")  # whole runs; the tests of th
 @pytest.mark.parametrize("family", ["none", "loop", "trm"])
 def test_every_family_learns(make, family, tmp_path):
     figures = make(recursion=family, max_steps=60, lr=1e-2, ema_decay=0.9).train()
-    assert figures["valid_loss"] < 2.8 < math.log(256)  # half of what knowing nothing costs
+    assert figures["valid_loss"] < 2.8 < math.log(256)  # half the loss of a uniform guess
     losses = [r["ce_loss"] for r in read_metrics(tmp_path / "run") if "ce_loss" in r]
     assert len(losses) == 60 and losses[-1] < 0.5 * losses[0]
-    assert figures["valid_bits_per_byte"] > figures["valid_loss"] / math.log(2)  # EOS costs, and is no byte of text
+    assert figures["valid_bits_per_byte"] > figures["valid_loss"] / math.log(
+        2
+    )  # the loss includes EOS, which has no bytes
 
 
 def test_a_model_beyond_this_machines_memory(make):
-    """Counted before any of it is made, which the system might allow and then end the process for."""
+    """The size is checked first: the system might grant the memory and kill the process when it is used."""
     with pytest.raises(UserError, match=r"the model needs [\d,]+ GiB, this machine has \d+: make it smaller"):
         make(d_model=2**20, d_ff=2**24)
 
@@ -101,7 +103,7 @@ class TestRunFolder:
         assert sorted(p.name for p in folder.glob("*step_*")) == ["step_00000004", "step_00000008"]
 
     def test_best_is_judged_on_the_same_text(self, make, tmp_path, monkeypatch):
-        """The last evaluation takes all validation text; a mean over other text says nothing about which is best."""
+        """The last evaluation uses all validation text, so its loss must not be compared with those on a part of it."""
         trainer = make(max_steps=8, eval_every=2, eval_batches=1, save_every=2)
 
         def falling_loss_but_the_rest_is_harder(model, batches, bytes_per_token, precision, limit=None, *rest, **more):
@@ -113,7 +115,7 @@ class TestRunFolder:
         assert (tmp_path / "run" / "best").resolve().name == "step_00000008"
 
     def test_config_json_is_strict_json(self, make, tmp_path):
-        """A run that ends before its first evaluation has no best loss yet, and JSON has no infinity."""
+        """A run that ends before its first evaluation has a best loss of infinity, which JSON cannot express."""
         trainer = make()
         during(trainer, 2, lambda: signal.raise_signal(signal.SIGTERM))
         trainer.train()
@@ -124,8 +126,8 @@ class TestRunFolder:
         json.loads((tmp_path / "run" / "last" / "config.json").read_text(), parse_constant=refuse)
 
 
-# AdamW divides by the gradient's own size, which turns rounding errors of tiny gradients into whole steps. With the
-# gradient clipped under AdamW's epsilon (1e-8) an update is linear in the gradient, so that rounding stays rounding.
+# AdamW divides by the gradient's size, which can turn a rounding error in a tiny gradient into a full step. If the
+# gradient is clipped to less than AdamW's epsilon (1e-8), updates are linear in it, so rounding errors stay small.
 LINEAR = {"grad_clip": 1e-9, "lr": 1.0, "min_lr_ratio": 1.0, "warmup_steps": 1, "weight_decay": 0.0}
 
 
@@ -157,12 +159,12 @@ class TestSplitBatches:
             trained.append(weights(trainer) - start)
             norms.append([r["grad_norm"] for r in read_metrics(trainer.folder) if "grad_norm" in r])
         moved = trained[0].norm()
-        assert moved > 1e-3  # the comparison is of something
+        assert moved > 1e-3  # the weights did move
         assert (trained[1] - trained[0]).norm() < 1e-4 * moved  # fp32 sums in another order
         assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
     def test_targets_count_not_rows(self, make):
-        """One part holds 1 target, another 16 x 2, the last none: the loss is that of all 33 tokens at once."""
+        """One part has 1 target, another 2 x 16, the last none: the update is that of all 33 targets in one batch."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, 250, (8, 17), generator=generator)
         targets = ids[:, 1:].clone()
@@ -213,7 +215,7 @@ class TestRepeating:
         assert not torch.equal(weights(other), weights(a))
 
     def test_evaluation_and_sampling_draw_nothing(self, make):
-        """How often a run looks at itself does not change what it learns."""
+        """How often a run evaluates and samples does not change its weights."""
         a = make("a", dropout=0.2, eval_every=1, save_every=1, sample_tokens=4, keep_checkpoints=9)
         b = make("b", dropout=0.2, eval_every=100, log_every=5)
         a.train(), b.train()
@@ -232,7 +234,7 @@ class TestRepeating:
 class TestInitFrom:
     @pytest.fixture
     def from_first(self, corpus, tmp_path):
-        """from_first(*flags): settings of a run in tmp_path/second that starts from the one in tmp_path/first."""
+        """from_first(*flags): settings of a run in tmp_path/second with init_from tmp_path/first."""
         folders = {"init_from": str(tmp_path / "first"), "save_dir": str(tmp_path / "second")}
         model = {field.name for field in dataclasses.fields(TRMConfig)}
         own = {name: value for name, value in TINY.items() if name not in model}

@@ -1,4 +1,4 @@
-"""Tiny training runs for tests: the fixture `make`, and comparisons of what runs leave behind."""
+"""Tiny training runs for tests: the fixture `make`, and comparisons of the files that runs write."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ TINY = {
 
 
 def trainer_of(values):
-    """The Trainer of {setting: value}."""
+    """A Trainer with the settings {name: value}; all others have their defaults."""
     names = [{f.name for f in dataclasses.fields(c)} for c in CLASSES]
     assert values.keys() <= set().union(*names), "no such settings"
     parts = ({name: values[name] for name in own & values.keys()} for own in names)
@@ -29,7 +29,7 @@ def trainer_of(values):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """Settings that name a small corpus of short documents, and a cache that all tests of this file share."""
+    """Settings for a small corpus of short documents, with a token cache that all tests share."""
     folder = tmp_path_factory.mktemp("corpus")
     for name, numbers in (("train", range(120)), ("valid", range(120, 150))):
         lines = (json.dumps({"text": f"def f{n}(x):\n    return x{' + x' * (n % 7)}\n"}) + "\n" for n in numbers)
@@ -40,9 +40,9 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def make(corpus, tmp_path, monkeypatch):
-    """make(name, **settings): a Trainer of tiny settings whose run folder is tmp_path/name.
+    """make(name, **settings): a Trainer for a tiny run in the folder tmp_path/name.
 
-    It draws no learning curve, which takes longer than a tiny run, unless draws=True."""
+    It draws a learning curve only with draws=True, because drawing takes longer than a tiny run."""
 
     def make(name="run", draws=False, **changes):
         if not draws:
@@ -53,12 +53,12 @@ def make(corpus, tmp_path, monkeypatch):
 
 
 def read_metrics(folder):
-    """The lines of folder/metrics.jsonl, all at once."""
+    """All records in folder/metrics.jsonl, as a list."""
     return [record for record, _ in scan_metrics(folder)]
 
 
 def during(trainer, step, action):
-    """Let `action` happen at the end of the given training step."""
+    """Call `action` at the end of the given training step."""
     train_step = trainer.train_step
 
     def with_action(batch):
@@ -81,7 +81,7 @@ def same(a, b):
 
 
 def assert_same_checkpoints(a, b):
-    """Weights, averages, and all that resuming needs but the time it took."""
+    """Assert that two checkpoints are equal: weights, averaged weights and all state, except for times."""
     for name in ("model.safetensors", "ema.safetensors"):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     states = load_state(a), load_state(b)

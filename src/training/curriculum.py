@@ -108,10 +108,8 @@ class CurriculumScheduler:
     def load_state_dict(self, state: dict):
         """Only compares, as the stages follow from the settings.  Raises UserError if they start at other steps now."""
         if state["starts"] != self.starts:
-            raise UserError(
-                f"the curriculum's stages started at steps {state['starts']}, but now start at {self.starts}: "
-                "resume with the same stages and training text"
-            )
+            starts = f"the curriculum's stages started at steps {state['starts']}, but now at {self.starts}"
+            raise UserError(f"{starts}: resume with the same stages and training text")
 
 
 def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, progress: float) -> TRMConfig:

@@ -1,8 +1,9 @@
-"""Runs that are killed again and again: python kill_runs.py SPEC, a JSON file of [{"settings", "kills", "longest",
-"draws"}].
+"""Runs that are killed repeatedly: python kill_runs.py SPEC.
 
-The run is a child that is forked, so that it starts in no time; SIGKILL comes at random moments after its first
-checkpoint, and each new child resumes. Prints, of each run, how often it was killed while it wrote a checkpoint."""
+SPEC is a JSON file of [{"settings", "kills", "longest", "draws"}].
+
+Each run is a forked child, because a fork starts fast. It gets SIGKILL at random moments after its first checkpoint,
+and each new child resumes. Prints, for each run, how many kills came while it was writing a checkpoint."""
 
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-# what a run imports late: a child that is forked has it already
+# a run imports these late; importing them here saves that time in every forked child
 import datasets  # noqa: F401
 import tensorboard.backend.event_processing.event_file_loader
 import tensorboard.summary.writer.record_writer  # noqa: F401
@@ -47,7 +48,7 @@ def check_weights(folder, state):
 
 
 def killed(spec):
-    """One run; how many kills came while a checkpoint was written."""
+    """Execute one run with its kills; returns how many came while it was writing a checkpoint."""
     settings, rng, torn = spec["settings"], random.Random(7), 0
     folder = Path(settings["save_dir"])
     if not spec["draws"]:
@@ -57,7 +58,7 @@ def killed(spec):
             child = start(settings | {"resume": kill > 0}, log)
             lines = (folder / "metrics.jsonl").stat().st_size if kill else 0
             while not list(folder.glob("step_*")) or (folder / "metrics.jsonl").stat().st_size <= lines:
-                time.sleep(0.01)  # until it has its first checkpoint and, later, until it goes on
+                time.sleep(0.01)  # until it has its first checkpoint and has logged a new line
                 assert os.waitpid(child, os.WNOHANG)[0] == 0, "the run ended by itself"
             time.sleep(rng.uniform(0, spec["longest"]))
             os.kill(child, signal.SIGKILL)

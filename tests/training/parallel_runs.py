@@ -1,7 +1,7 @@
-"""Several runs by the processes that torchrun starts, one after the other: python -m torch.distributed.run ... SPEC.
+"""Several training runs, one after the other, in the processes of torchrun: python -m torch.distributed.run ... SPEC.
 
-SPEC is a JSON file of [{"settings": {...}, "stop": {"rank": r, "step": s, "signal": name}}, ...]. What each rank found
-is written to SPEC.rank: whether parameters are sharded, how many numbers it holds, where it ended."""
+SPEC is a JSON file of [{"settings": {...}, "stop": {"rank": r, "step": s, "signal": name}}, ...]. Each rank writes to
+SPEC.rank, for each run: whether parameters are sharded, how many numbers it holds, and the step at which it ended."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def main(spec):
             }
         )
     Path(f"{spec}.{trainer.rank}").write_text(json.dumps(found))
-    trainer.accelerator.end_training()  # a process that goes while the other still talks to it makes that one abort
+    trainer.accelerator.end_training()  # a process that exits while another still talks to it would make that one abort
 
 
 if __name__ == "__main__":

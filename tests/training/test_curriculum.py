@@ -1,4 +1,4 @@
-"""Stages: plan, settings file, depth on a live model.  Width: same output, same gradient, and the new part learns."""
+"""Stages: schedule, settings file, depth change of a model.  Width: same output, same gradient, new weights train."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ from src.training.curriculum import (
 )
 from src.training.train_config import CurriculumConfig, CurriculumStage
 
-WIDE = 32  # from 16: a multiple of the heads of every grouping
+WIDE = 32  # grown from 16; a multiple of the head group in all cases
 BASE = TRMConfig(**TINY)
 MIXER = [{"recursion": family, "mixer": "mlp", "causal": False} for family in ("trm", "loop", "none")]
 SHAPES = [*singles(AXES), *mixtures(AXES, 8, seed=5), *MIXER, {"recursion": "loop", "injection": "none"}]
@@ -38,7 +38,7 @@ FEW = [
 
 
 def plan(*stages, model=BASE, batch_size=8, max_steps=100):
-    """The scheduler of stages given as dicts, over a text of 1,600 tokens."""
+    """A scheduler for stages given as dicts, with a text of 1,600 tokens."""
     stages = [CurriculumStage(**stage) for stage in stages]
     return CurriculumScheduler(stages, model, batch_size, max_steps, lambda seq_len: 1600 // seq_len)
 
@@ -51,7 +51,7 @@ class TestPlan:
         assert [(s.index, s.steps, s.seq_len, s.batch_size) for s in got.stages] == [
             (0, 12, 16, 8), (1, 25, 8, 16), (2, 7, 16, 16)
         ]  # fmt: skip
-        wanted = [0] * 12 + [1] * 25 + [2] * 9  # past the end it is the last
+        wanted = [0] * 12 + [1] * 25 + [2] * 9  # after the end, the last stage
         assert [got.at(step).index for step in range(46)] == wanted
         per_step = [16 * 8] * 12 + [8 * 16] * 25 + [16 * 16] * 7
         assert [got.tokens(step) for step in range(45)] == [sum(per_step[:step]) for step in range(45)]
@@ -89,10 +89,10 @@ class TestPlan:
         ("stage", "said"),
         [
             ({"seq_len": 17}, "seq_len 17 is over max_seq_len 16"),
-            ({"dim": 12}, "dim 12 is under"),
+            ({"dim": 12}, "dim 12 is less than"),
             ({"dim": 18}, "dim 18 is not a multiple of 4"),
-            ({"d_ff": 20}, "d_ff 20 is under"),
-            ({"dim": 24, "d_ff": 20}, "d_ff 20 is under"),
+            ({"d_ff": 20}, "d_ff 20 is less than"),
+            ({"dim": 24, "d_ff": 20}, "d_ff 20 is less than"),
         ],
         ids=str,
     )
@@ -137,7 +137,7 @@ class TestPlan:
 
 @dataclasses.dataclass
 class Run:
-    """A run.
+    """Settings of a run.
 
     Args:
         lr: learning rate
@@ -195,14 +195,14 @@ class TestDepth:
         shallow, (ids, targets) = live.config, batch()
         before = live(ids, targets).loss
         set_depth(live, made.config)
-        assert live.config == made.config and shallow != made.config  # the old config is nobody's to change
+        assert live.config == made.config and shallow != made.config  # the config object itself was not modified
         assert torch.equal(live(ids, targets).loss, made(ids, targets).loss)
         assert torch.equal(live.generate(ids, 5, temperature=0.0), made.generate(ids, 5, temperature=0.0))
         set_depth(live, shallow)
         assert torch.equal(live(ids, targets).loss, before)
 
     def test_training_follows(self, tiny):
-        """The visits with gradient are those of the new depth: counted at the network."""
+        """Counts the visits with gradient at the network: they must match the new depth."""
         live, visits = tiny(latent_steps=1, deep_steps=1, supervision_steps=1), []
         live.net.register_forward_hook(lambda net, inputs, out: visits.append(out.requires_grad))
         deeper = dataclasses.replace(live.config, latent_steps=2, deep_steps=3, supervision_steps=2)
@@ -219,7 +219,7 @@ def grown(tiny, settings, dtype=torch.float32):
 
 
 def new_part(model, wide):
-    """{name: mask of the entries that the growth added}, by marking where old ones stand."""
+    """{name: mask of the entries that growth added}, found by placing a marker for each old entry."""
     masks = {}
     for path, p in wide.named_parameters():
         old = torch.zeros(p.shape)
@@ -231,7 +231,7 @@ def new_part(model, wide):
 class TestWidth:
     @pytest.mark.parametrize("settings", SHAPES, ids=name)
     def test_same_output(self, tiny, settings):
-        """In float64, every step's logits and halting logits; small embeddings, so that a wrong eps shows."""
+        """Compares logits and halting logits of every step in float64; embeddings are small, so that eps matters."""
         model = tiny(dtype=torch.float64, **settings)
         ids, targets = batch(length=TINY["max_seq_len"])
         with torch.no_grad():
@@ -246,7 +246,7 @@ class TestWidth:
 
     @pytest.mark.parametrize("settings", SHAPES[::3], ids=name)
     def test_same_output_in_fp32(self, settings):
-        """To 1e-5, or where recursion magnifies rounding, to a few times what the old model is off from float64."""
+        """Agrees to 1e-5 or, if recursion magnifies rounding, to a few times the old model's own error."""
         model = TRMModel(TRMConfig(**{**TINY, **settings})).eval()
         ids, targets = batch(length=TINY["max_seq_len"])
         with torch.no_grad():
@@ -260,7 +260,7 @@ class TestWidth:
         wide = grow_width(grow_width(model, 24, d_ff=30), 40)
         assert (wide.config.n_heads, wide.config.d_ff, wide.config.norm_eps) == (10, 64, pytest.approx(1e-5 * 16 / 40))
         assert torch.allclose(wide(batch()[0]).logits, model(batch()[0]).logits, rtol=0, atol=1e-9)
-        deep = grow_width(model, 16, d_ff=40)  # no width but that of SwiGLU
+        deep = grow_width(model, 16, d_ff=40)  # only the width of SwiGLU
         assert (deep.config.d_model, deep.config.d_ff, deep.config.norm_eps) == (16, 40, 1e-5)
         assert torch.allclose(deep(batch()[0]).logits, model(batch()[0]).logits, rtol=0, atol=1e-9)
 
@@ -271,7 +271,7 @@ class TestWidth:
         assert torch.equal(wide.generate(ids, 4, temperature=0.0), model.generate(ids, 4, temperature=0.0))
 
     def test_config_and_weights_are_all_there_is(self, tiny):
-        """What a checkpoint keeps, which is these two, makes the same model again: eps and scales are in the config."""
+        """A checkpoint holds config and weights, which rebuild the same model: eps and scales are in the config."""
         _, wide = grown(tiny, FEW[1])
         again = TRMModel(TRMConfig(**wide.config.to_dict())).eval()
         again.load_state_dict(wide.state_dict())
@@ -289,7 +289,7 @@ class TestWidth:
 
     @pytest.mark.parametrize("settings", FEW[1:], ids=name)
     def test_the_new_part_learns(self, tiny, settings):
-        """New entries have gradients and move within three steps; and they learn alone, with all old ones frozen."""
+        """New entries get gradients and move within three steps; they also train with all old entries frozen."""
         model, wide = grown(tiny, settings)
         ids, targets = batch(rows=4, length=TINY["max_seq_len"])
         masks, start = new_part(model, wide), {n: p.detach().clone() for n, p in wide.named_parameters()}
@@ -312,7 +312,7 @@ class TestWidth:
 class TestTrainingState:
     @pytest.mark.parametrize("settings", FEW, ids=name)
     def test_gradients_stand_where_moments_are_put(self, tiny, settings):
-        """The old entries' gradients in the wide model are the old model's, placed: what moments are averages of."""
+        """Old entries have the old model's gradients, moved by `place`, so Adam's moments can be moved likewise."""
         model, wide = grown(tiny, settings, torch.float64)
         ids, targets = batch(length=TINY["max_seq_len"])
         for each in (model, wide):
@@ -353,7 +353,7 @@ class TestTrainingState:
         assert a["step"] == b["step"] == 3
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(b[key][:, :16], a[key]) and not b[key][:, 16:].any()
-        a, b = both("net.blocks.0.attn_norm.weight")  # a gain x s has gradients / s; here s = (1/2)^(1/2)
+        a, b = both("net.blocks.0.attn_norm.weight")  # a gain times s has a gradient divided by s; here s = sqrt(1/2)
         assert torch.allclose(b["exp_avg"][:16], a["exp_avg"] * 2**0.5) and not b["exp_avg"][16:].any()
         assert torch.allclose(b["exp_avg_sq"][:16], a["exp_avg_sq"] * 2)
         a, b = both("net.blocks.1.attn.qkv.weight")  # from 4 + 2 + 2 to 8 + 4 + 4 heads of 4 channels
@@ -367,7 +367,7 @@ class TestTrainingState:
 
     @pytest.mark.parametrize("settings", FEW, ids=name)
     def test_averaged_model_is_the_same(self, tiny, settings):
-        """The grown average is the model that the average was, and again is one when the next weights enter it."""
+        """The grown average computes the same as the old one, and can average the wider model's next weights."""
         model = tiny(dtype=torch.float64, **settings)
         ema = EMA(model, 0.9)
         with torch.no_grad():

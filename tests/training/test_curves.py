@@ -1,4 +1,4 @@
-"""curves.py and experiments/compare_runs.py: what a log gives back, what is drawn, what is told of several runs."""
+"""curves.py and experiments/compare_runs.py: reading logs, drawing curves, and the table of several runs."""
 
 import json
 
@@ -34,7 +34,7 @@ def write(folder, *records, settings=None):
 
 
 def a_run(folder, steps=20, end=1.0, settings=None, without=(), speed=1000.0):
-    """A run whose bits per byte fall to about `end`, evaluated each 5 steps; the best evaluation is the one at 15."""
+    """Log a run whose bits per byte fall to about `end`, evaluated every 5 steps; the best evaluation is at step 15."""
     records = []
     for step in range(1, steps + 1):
         bits = end + 2.0 / step
@@ -49,7 +49,7 @@ def a_run(folder, steps=20, end=1.0, settings=None, without=(), speed=1000.0):
 
 class TestReading:
     def test_a_series_has_each_step_once_and_in_order(self, tmp_path):
-        """A run that was resumed by something that cut nothing: what it logged again replaces what it logged before."""
+        """A resumed run whose log was not cut: lines that it logged again replace the earlier ones."""
         losses = [(1, 1.0), (2, 2.0), (3, 3.0), (2, 20.0), (4, 4.0)]
         write(tmp_path, *({"step": step, "loss": loss} for step, loss in losses), {"step": 4, "valid_loss": 9.0})
         series = read_series(tmp_path, "loss", "valid_loss", "lr")
@@ -154,7 +154,7 @@ class TestLearningCurve:
         assert not (tmp_path / "learning_curve.png").exists()
 
     def test_a_step_logged_twice_is_drawn_once(self, tmp_path, monkeypatch):
-        """As an unbroken run is: the steps of every curve, in order."""
+        """It is drawn like an uninterrupted run: each curve has every step once, in order."""
         lines = (a_run(tmp_path, 40) / METRICS_FILE).read_text().splitlines(keepends=True)
         (tmp_path / METRICS_FILE).write_text("".join(lines[:30] + lines[20:]))
         figures = []
@@ -167,7 +167,7 @@ class TestLearningCurve:
 
 
 def compare(capsys, *words):
-    """(rows of the table as words, what stands on stderr)."""
+    """(rows of the table as lists of words, text on stderr)."""
     compare_runs.main([str(word) for word in words])
     out = capsys.readouterr()
     return [line.split() for line in out.out.splitlines()], out.err
@@ -198,7 +198,7 @@ class TestCompareRuns:
     def test_x_is_steps_tokens_or_minutes(self, two):
         loaded = compare_runs.load_run(two[0])
         assert [compare_runs.along(loaded, x)["bits_per_byte"][-1, 0] for x in compare_runs.X] == [20, 1280, 2.0]
-        valid = compare_runs.along(loaded, "elapsed")["valid_bits_per_byte"]  # its lines have no clock of their own
+        valid = compare_runs.along(loaded, "elapsed")["valid_bits_per_byte"]  # lines of evaluations have no elapsed_s
         assert valid[:, 0] == pytest.approx([0.5, 1.0, 1.5, 2.0])
         assert (valid[:, 1] == loaded.series["valid_bits_per_byte"][:, 1]).all()
 

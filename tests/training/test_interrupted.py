@@ -1,4 +1,4 @@
-"""Signals to a run of train_trm_lm.py: it ends with a whole checkpoint, whatever it is doing."""
+"""Signals to train_trm_lm.py: the run ends with a complete checkpoint, whatever it is doing."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ pytest_plugins = "scripts"  # the fixtures home and data
 
 
 def until(condition, child, seconds=240):
-    """Wait until the condition holds or the child is gone."""
+    """Wait until the condition holds or the child has ended."""
     end = time.monotonic() + seconds
     while not condition() and child.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
@@ -45,7 +45,7 @@ class TestInterrupted:
         ids=str,
     )
     def test_ends_with_a_checkpoint(self, data, tmp_path, moment, number):
-        """The signal goes to the whole group, as Ctrl-C in a terminal does."""
+        """The signal goes to the whole process group, as with Ctrl-C in a terminal."""
         more, ready = MOMENTS[moment]
         words = ["train_trm_lm.py", *SMALL, *data, "--save_dir", tmp_path / "run", "--max_steps", 10**6, *more]
         child = start(*words, start_new_session=True)
@@ -65,7 +65,7 @@ class TestInterrupted:
     @pytest.mark.parametrize("wait", [0.5, 2.0, 3.5, 5.0])
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
     def test_at_any_moment(self, data, tmp_path, wait, number):
-        """Also while it imports, reads and builds: afterwards there is no checkpoint, or a whole one."""
+        """This includes imports and data preparation: afterwards there is no checkpoint, or a complete one."""
         words = ["train_trm_lm.py", *SMALL, *data, "--save_dir", tmp_path / "run", "--max_steps", 10**6]
         child = start(*words, "--save_every", 1, "--keep_checkpoints", 1)
         time.sleep(wait)

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: resumed each time, a run ends with the weights of the unbroken one, bit for bit."""
+"""SIGKILL at random moments: after resumes, a run ends with the same weights as an uninterrupted run, bit for bit."""
 
 import json
 import os
@@ -14,7 +14,7 @@ PATHS = {"tokenized": {}, "streaming": {"streaming": True, "shuffle_buffer": 20}
 
 
 def kill_again_and_again(tmp_path, corpus, kills, longest, draws, paths, **changes):
-    """{path: how many kills came while a checkpoint was written}; runs are in tmp_path/straight-PATH, broken-PATH."""
+    """Run in tmp_path/straight-PATH and, with kills, broken-PATH.  Returns {path: kills during a checkpoint write}."""
     settings = {**TINY, **corpus, "dropout": 0.2, "num_workers": 2, "save_every": 10, "eval_every": 50, **changes}
     specs = [
         {
@@ -54,7 +54,7 @@ def test_killed_twice(tmp_path, corpus, path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_killed_25_times(tmp_path, corpus, path):
-    """A run of at least 30 s (at 100 steps a second, far fewer here); some kills tear a checkpoint that is written."""
+    """The run is long enough (30 s or more) that some kills interrupt the writing of a checkpoint."""
     settings = {"max_steps": 3000, "save_every": 3, "keep_checkpoints": 3}
     torn = kill_again_and_again(tmp_path, corpus, 25, 1.0, True, [path], **settings)
     assert_same_runs(tmp_path, path, 3000)

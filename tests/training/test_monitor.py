@@ -1,4 +1,4 @@
-"""ResourceMonitor and MonitoringConfig of monitor.py: its samples, when it warns, and when not."""
+"""ResourceMonitor and MonitoringConfig: samples, and when a warning comes and when not."""
 
 import logging
 import re
@@ -18,7 +18,7 @@ from src.training.monitor import MonitoringConfig, ResourceMonitor
 
 @pytest.fixture
 def watch():
-    """watch(every=..., **config): a monitor that ends with the test; by default its thread never samples."""
+    """watch(every=..., **config): a monitor that is closed after the test; by default its thread never samples."""
     watches = []
 
     def make(every=3600.0, device=None, **config):
@@ -36,7 +36,7 @@ def warnings_of(caplog):
 
 
 def busy(seconds=0.05):
-    """Work, so that the CPU's use is above 0."""
+    """Keep the CPU busy, so that its use is above 0."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         pass
@@ -107,7 +107,7 @@ class TestWarnings:
 
     @pytest.fixture
     def short(self, monkeypatch):
-        """Batches of this test are short."""
+        """Lowers the threshold of 1 s, so that a test can use short batches."""
         monkeypatch.setattr(monitor, "SLOW_FROM_S", 0.05)
 
     def test_a_slow_batch(self, watch, caplog, short):
@@ -120,7 +120,7 @@ class TestWarnings:
         said = r"a batch took \d\.\d\d s, [\d.]+ times the median of 0\.\d\d s, above slow_batch_threshold 4"
         assert re.fullmatch(said, line)
         caplog.clear()
-        watched.sample()  # it is told once
+        watched.sample()  # it is reported once
         assert warnings_of(caplog) == []
 
     def test_a_batch_that_hangs_is_told_before_it_is_done(self, watch, caplog, short):
@@ -150,7 +150,7 @@ class TestWarnings:
         assert watched.figures["batch_s"] > 0 and warnings_of(caplog) == []
 
     def test_a_failed_batch_is_over(self, watch, caplog, short):
-        """It is no batch that hangs, though much time passes."""
+        """After an exception the batch is over, so time that passes later does not count as a batch that hangs."""
         watched = watch(memory_warning_threshold=100, slow_batch_threshold=4)
         for _ in range(12):
             with pytest.raises(ValueError, match="broken"), watched.batch():
@@ -172,13 +172,13 @@ class TestWarnings:
             watched.sample()
             told += [time.monotonic() - start] * (len(warnings_of(caplog)) - len(told))
             time.sleep(0.005)
-        assert len(told) == 4 and told[0] < 0.1  # then 0.1, 0.2 and 0.4 s after the one before
+        assert len(told) == 4 and told[0] < 0.1  # then intervals of 0.1, 0.2 and 0.4 s
         assert told[1] - told[0] >= 0.09 and told[2] - told[1] >= 0.19 and told[3] - told[2] >= 0.39
 
 
 @dataclass
 class Settings:
-    """A program's settings.
+    """Settings of some program.
 
     Args:
         lr: its own
@@ -197,7 +197,7 @@ class TestConfig:
         (settings,) = parse_flags("", Settings, argv=[*flags.split(), "--config", str(path)])
         expected = MonitoringConfig(90.0, slow_batch_threshold=3.0, tensorboard=False, wandb_project="trm")
         assert settings == Settings(2.0, expected)
-        path.write_text(yaml.safe_dump(asdict(settings)))  # as a run folder keeps it
+        path.write_text(yaml.safe_dump(asdict(settings)))  # as in a run folder
         assert parse_flags("", Settings, argv=["--config", str(path)]) == (settings,)
 
     @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Two processes on a CPU (gloo): the same run as one, sharded or not; who writes; checkpoints that move; one dies."""
+"""Two CPU processes (gloo): the same losses as one, sharded or not; who writes; moved checkpoints; a lost process."""
 
 import json
 import os
@@ -19,7 +19,7 @@ STEPS = {"lr": 3e-3, "warmup_steps": 5, "eval_every": 25}
 
 
 def launch(spec, runs, timeout=180):
-    """Run them in two processes; the finished launcher."""
+    """Execute runs in two processes; returns the finished launcher."""
     Path(spec).write_text(json.dumps(runs))
     script = str(Path(__file__).parent / "parallel_runs.py")
     command = [
@@ -42,7 +42,7 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, corpus):
-    """(folder of two-process runs, what each rank found, the finished launcher)."""
+    """(folder of the two-process runs, the findings of each rank, the finished launcher)."""
     folder = tmp_path_factory.mktemp("two")
 
     def run(name, stop=None, **changes):
@@ -84,7 +84,7 @@ def test_the_curve_of_two_is_that_of_one(two, make, name):
 
 
 def test_shards_are_shards(two):
-    """accelerate may copy where it was asked to shard; here each process holds its half of every parameter."""
+    """Each process holds half of every parameter.  (On CPUs, accelerate's own FSDP plugin copies instead.)"""
     for found in two[1]:
         ddp, fsdp = found["ddp"], found["fsdp"]
         assert fsdp["sharded"] and not ddp["sharded"] and ddp["held"] == ddp["whole"] == fsdp["whole"]
@@ -107,7 +107,7 @@ def test_only_one_process_writes(two):
 
 @pytest.mark.parametrize("name", ["ddp_to_one", "fsdp_to_one", "one_to_ddp", "one_to_fsdp"])
 def test_checkpoints_move_between_one_and_two(two, make, name):
-    """A signal to one of two processes stops both; one goes on. And the other way round."""
+    """A signal to one of two processes stops both; one process resumes their run, and two resume that of one."""
     folder, found, _ = two
     assert [f[name]["step"] for f in found] == ([7, 7] if name.endswith("one") else [10, 10])
     straight = make("straight", **STEPS, max_steps=10)

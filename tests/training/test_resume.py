@@ -1,4 +1,4 @@
-"""Runs that stop and go on: resuming is exact, and a run ends with a checkpoint whatever ended it."""
+"""Stopping and resuming: a resume is exact, and a run ends with a checkpoint, whatever ended it."""
 
 import math
 import signal
@@ -44,7 +44,7 @@ class TestResume:
         assert logs[0] == logs[1]
 
     def test_killed_between_checkpoints(self, make):
-        """Steps after the last checkpoint are lost, and made again exactly."""
+        """Steps after the last checkpoint are lost and repeated exactly."""
         straight = make("straight", dropout=0.2, save_every=3)
         straight.train()
         first = make("broken", dropout=0.2, save_every=3)
@@ -105,7 +105,7 @@ class TestResume:
             make(resume=True)
 
     def test_last_that_leads_nowhere_is_no_fresh_start(self, make, tmp_path):
-        """A run of hours must not start over because its newest checkpoint was moved away."""
+        """A long run must not start over silently because its newest checkpoint was moved away."""
         make(save_every=4).train()
         last = (tmp_path / "run" / "last").resolve()
         last.rename(tmp_path / "run" / "moved")
@@ -126,7 +126,7 @@ class TestResume:
 
     @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state/training.pt"])
     def test_broken_newest_checkpoint(self, make, tmp_path, name, capsys):
-        """The one before is taken, it is said, and the run ends as if nothing had been."""
+        """The previous checkpoint is used, with a message, and the run ends with the same result."""
         settings = {"dropout": 0.2, "save_every": 3}
         make(**settings).train()
         whole = {n: (tmp_path / "run" / "last" / n).read_bytes() for n in ("model.safetensors", "ema.safetensors")}
@@ -142,7 +142,7 @@ class TestResume:
 
 class TestStopping:
     def test_signal_during_an_evaluation_ends_with_a_checkpoint(self, make, monkeypatch):
-        """Ctrl-C ends a run with a checkpoint of its last step, also when it comes between two steps."""
+        """Ctrl-C ends a run with a checkpoint of its last step, even if it arrives between two steps."""
         trainer = make(eval_every=2, save_every=100)
         evaluate, calls = trainer.evaluate, []
 
@@ -151,7 +151,7 @@ class TestStopping:
             figures = evaluate(limit)
             if trainer.step == 4:
                 signal.raise_signal(signal.SIGTERM)
-                figures["valid_loss"] = 9.9  # no improvement, so that nothing else asks for a checkpoint
+                figures["valid_loss"] = 9.9  # no improvement, which would cause a checkpoint by itself
             return figures
 
         trainer.evaluate = interrupted
@@ -160,7 +160,7 @@ class TestStopping:
         assert (trainer.folder / "last").resolve().name == "step_00000004"
 
     def test_time_that_ends_during_an_evaluation(self, make, monkeypatch):
-        """The end of a run judges it on the whole validation text and saves it, whatever used up its time."""
+        """The run still ends with an evaluation on all validation text and a checkpoint."""
         late, real = [0.0], time.monotonic
         monkeypatch.setattr(time, "monotonic", lambda: real() + late[0])
         trainer = make(eval_every=2, eval_batches=1, save_every=100, max_minutes=10.0, max_steps=1000)
@@ -188,7 +188,7 @@ class TestStopping:
         trainer.train()
         assert 38 <= trainer.step <= 40
         rates = [r["lr"] for r in read_metrics(trainer.folder) if "lr" in r]
-        assert rates[0] == pytest.approx(0.5e-2, rel=0.02)  # half way through the warm-up
+        assert rates[0] == pytest.approx(0.5e-2, rel=0.02)  # the first of two warm-up steps
         assert all(a >= b for a, b in zip(rates[1:], rates[2:]))
         assert 1e-3 <= rates[-1] < 1.1e-3
 

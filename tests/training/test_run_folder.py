@@ -1,4 +1,4 @@
-"""Run folders that were copied, moved, or lie where there are no links; the text that a run was begun with."""
+"""Run folders that were copied or moved, or on systems without links; and the text that a run started with."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 def stopped(make, name="run", step=4, **changes):
-    """A run of 8 steps that was killed after `step`, and left the checkpoint of an earlier one."""
+    """The folder of a run of 8 steps that was killed after `step`, with an earlier checkpoint."""
     trainer = make(name, save_every=step - 1, eval_every=2, **changes)
 
     def die():
@@ -50,7 +50,7 @@ class TestCopied:
     def test_links_that_became_folders_are_links_again(self, make, tmp_path, capsys):
         make("straight", save_every=3, eval_every=2).train()
         folder = stopped(make)
-        shutil.copytree(folder, tmp_path / "copy")  # as cp -rL does: it follows the links
+        shutil.copytree(folder, tmp_path / "copy")  # follows the links, as cp -rL does
         assert not (tmp_path / "copy" / "last").is_symlink() and not (tmp_path / "copy" / "best").is_symlink()
         (tmp_path / "copy" / "best" / "notes.txt").write_text("mine")
         trainer = make("copy", save_every=3, eval_every=2, resume=True)
@@ -148,7 +148,7 @@ class TestText:
         assert f"the run continues with changed text: {said}" in capsys.readouterr().err
         trainer.train()
         assert trainer.step == 8
-        make(**again)  # which is its text from now on
+        make(**again)  # from now on, this is the text of the run
 
     def test_validation_text_and_a_mixture(self, make, files):
         paths = [str(files / "a.jsonl"), str(files / "b.jsonl")]
@@ -174,7 +174,7 @@ class TestText:
         assert (folder / "corpus.json").exists()
 
     def test_the_tokenizer(self, make, files):
-        """A checkpoint whose tokenizer was exchanged for another of the same size."""
+        """The checkpoint's tokenizer was replaced by another one of the same size."""
         folder = stopped(make, train_paths=[str(files)])
         keep_corpus(folder, {"tokenizer": "that of another"})
         with pytest.raises(UserError, match="the tokenizer has changed"):
@@ -222,7 +222,7 @@ class TestCheckpoints:
 
 
 class TestWithoutLinks:
-    """Windows, as far as it can be tried here: no symbolic links, no fcntl."""
+    """Imitates Windows: no symbolic links and no fcntl."""
 
     @pytest.fixture
     def windows(self, monkeypatch):
@@ -264,7 +264,7 @@ class TestWithoutLinks:
         point(tmp_path / "last", "step_00000002")
         assert os.readlink(tmp_path / "last") == "step_00000002"
 
-    @pytest.mark.slow  # three starts of Python with torch
+    @pytest.mark.slow  # starts Python with torch three times
     @pytest.mark.parametrize("script", ["train_trm_lm.py", "generate.py", "train_classifier.py"])
     def test_scripts_start_without_fcntl(self, script):
         code = "import sys, runpy; sys.modules['fcntl'] = None; sys.argv = [sys.argv[1], '--help']; "

@@ -1,4 +1,4 @@
-"""What a run goes on from is checked whole before any of it is used: a broken one is named, the one before is taken."""
+"""A checkpoint is checked completely before it is used; a broken one is reported, and the previous one is used."""
 
 import math
 import shutil
@@ -19,7 +19,7 @@ SETTINGS = {"save_every": 4, "eval_every": 100, "keep_checkpoints": 3, "dropout"
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
-    """The folder of a run of 8 steps."""
+    """The folder of a finished run of 8 steps."""
     home, quiet = tmp_path_factory.mktemp("states"), MonitoringConfig(tensorboard=False)
     trainer = trainer_of({**TINY, **corpus, **SETTINGS, "monitoring": quiet, "save_dir": str(home / "run")})
     trainer.train()
@@ -92,7 +92,7 @@ def test_every_file_is_looked_at(finished, tmp_path, name):
     (folder / "mine.txt").write_text("of no concern")
     assert load_state(folder)["step"] == 8
     content = bytearray((folder / name).read_bytes())
-    content[-3] ^= 1  # one bit
+    content[-3] ^= 1  # flip one bit
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name} is broken: it is not as it was written"):
         load_state(folder)
@@ -102,7 +102,7 @@ def test_every_file_is_looked_at(finished, tmp_path, name):
 
 
 def test_a_checkpoint_of_a_version_without_digests(make, capsys):
-    """It is taken, which is said; an optimizer of another model is refused even there, as fused kernels trust it."""
+    """It is used, with a message.  An optimizer state of another model is refused, as fused kernels do not check it."""
     make(**SETTINGS).train()
     folder = make(**SETTINGS, resume=True).folder / "step_00000008"
     (folder / "state" / "digests.json").unlink()
@@ -143,12 +143,12 @@ def test_the_checkpoint_before_is_taken(make, capsys, broken):
 
 
 def test_rates_come_from_the_settings(make):
-    """A state's groups are not read: they hold what the settings say, or what they should not."""
+    """The saved parameter groups are ignored: the settings already determine them, and a file may be wrong."""
     make(**SETTINGS).train()
     make("straight", **SETTINGS).train()
     run = make(resume=True, **SETTINGS).folder
     path = run / "step_00000008" / "state" / "training.pt"
-    (run / "step_00000008" / "model.safetensors").unlink()  # so that step 4 is gone on from
+    (run / "step_00000008" / "model.safetensors").unlink()  # so that the run resumes from step 4
     path = run / "step_00000004" / "state" / "training.pt"
     state = torch.load(path)
     for optimizer in state["optimizers"]:

@@ -1,4 +1,4 @@
-"""A curriculum through the trainer: its stages are entered on time, learned in, and gone on with after a stop."""
+"""A curriculum in the trainer: stages start at their step, train, and continue after a stop."""
 
 import signal
 
@@ -40,7 +40,7 @@ def test_stages_are_entered_and_logged(make, optimizer, capsys):
 
 @pytest.mark.parametrize("stop", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5, 9)), 3, 7])
 def test_a_run_goes_on_in_its_stage(make, stop):
-    """Also where it stopped at the very step at which a stage ends."""
+    """This includes a stop at exactly the step where a stage ends."""
     settings = {"curriculum": curriculum(*STAGES), "dropout": 0.1}
     straight = make("straight", **settings)
     straight.train()
@@ -113,7 +113,7 @@ class TestDepthByStep:
         trainer = make(sample_depth=True, deep_steps=3, grad_deep_steps=2, max_steps=30)
         trainer.train()
         depths = {r["recursion_depth"] / 6 for r in read_metrics(trainer.folder) if "loss" in r}
-        assert depths == {1, 2, 3}  # cycles, of three visits in each of two supervision steps
+        assert depths == {1, 2, 3}  # cycles; each is three visits in each of two supervision steps
         assert trainer.raw.config.deep_steps == 3 and trainer.raw.config.grad_deep_steps == 2
 
     def test_switched_on_late(self, make):
@@ -123,7 +123,7 @@ class TestDepthByStep:
         assert depths == [3] * 4 + [12] * 4
 
     def test_a_sampled_depth_is_one_of_the_step(self, make):
-        """The same in a run that stopped, and the gradient of a shallow step is that of a shallow model."""
+        """The depth depends on the step alone, and a shallow step updates the weights like a shallow model."""
         a, b = make("a", sample_depth=True, deep_steps=2, max_steps=6), make("b", deep_steps=1, max_steps=6)
         a.enter_stage()
         batch = next(a.loader)

@@ -1,4 +1,4 @@
-"""TRMTrainingLogger of monitor.py: what a log holds after kills, resumes and a full disk."""
+"""TRMTrainingLogger: the content of a log after kills, resumes and a full disk."""
 
 import resource
 import signal
@@ -29,13 +29,13 @@ def logger(folder, resume_step=None, config=LINES_ALONE, **options):
 
 
 def scalars(folder):
-    """{tag: [(step, value)]} as TensorBoard reads them."""
+    """{tag: [(step, value)]}, as TensorBoard reads the event files."""
     events = EventAccumulator(str(folder)).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def raw_scalars(folder):
-    """How often each (tag, step) stands in the event files, whatever a reader would make of it."""
+    """How often each (tag, step) is in the event files; a reader may hide duplicates."""
     events = [event for path in sorted(folder.glob("events*")) for event in EventFileLoader(str(path)).Load()]
     return Counter((value.tag, event.step) for event in events for value in event.summary.value)
 
@@ -45,7 +45,7 @@ class TestLines:
         before = datetime.now(UTC)
         with logger(tmp_path) as log:
             log.log(7, epoch=0.5, tokens=4096, loss=torch.tensor(2.5), lr=1e-3, grad_norm=torch.tensor(1.5))
-            (record,) = read_metrics(tmp_path)  # written at once: readable while the run goes on
+            (record,) = read_metrics(tmp_path)  # readable immediately, while the run continues
         when = datetime.fromisoformat(record.pop("time"))
         assert when.utcoffset().total_seconds() == 0
         assert abs((when - before).total_seconds()) < 5
@@ -58,7 +58,7 @@ class TestLines:
         assert record["valid_loss"] is None and record["grad_norm"] is None and "absent" not in record
 
     def test_every_line_is_on_disk_when_the_process_is_killed(self, tmp_path):
-        """The log of a process that kills itself without closing anything."""
+        """The log of a process that kills itself without closing its files."""
         code = (
             "import os, signal, sys; from src.training.monitor import TRMTrainingLogger\n"
             "log = TRMTrainingLogger(sys.argv[1])\n"
@@ -118,7 +118,7 @@ class TestResume:
 
 
 class TestNotWorthARun:
-    """What is wrong with a file of the log is told, and the others go on."""
+    """A problem with one file of the log is reported, and the other files are still written."""
 
     @pytest.mark.parametrize("name", [METRICS_FILE, "samples.txt", "events.out.tfevents.1"])
     def test_a_folder_in_its_place(self, tmp_path, name, caplog):
@@ -166,11 +166,11 @@ class TestTensorBoard:
         }
 
     def test_a_resumed_run_has_each_step_once_in_the_files_themselves(self, tmp_path):
-        """Two kills, each after steps that no checkpoint has, the first in the middle of a record."""
+        """Two kills, each some steps after the last checkpoint; the first one cuts a record in the middle."""
         with logger(tmp_path, config=MonitoringConfig()) as log:
             for step in range(1, 11):
                 log.log(step, loss=float(step))
-            log.log(10, valid_loss=10.0)  # no later line has it again
+            log.log(10, valid_loss=10.0)  # no later line replaces it
         events = next(tmp_path.glob("events*"))
         events.write_bytes(events.read_bytes() + b"\x30\0\0\0\0\0\0\0abc")
         with logger(tmp_path, resume_step=6, config=MonitoringConfig()) as log:
@@ -200,7 +200,7 @@ class TestTensorBoard:
 
 @pytest.fixture
 def file_limit():
-    """file_limit(n): no file of this process may grow past n bytes; file_limit(None) ends that."""
+    """file_limit(n): no file of this process can grow beyond n bytes; file_limit(None) removes the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size):
@@ -215,7 +215,7 @@ class TestFullDisk:
         with logger(tmp_path, config=MonitoringConfig()) as log:
             log.log(1, loss=1.0)
             size = (tmp_path / METRICS_FILE).stat().st_size
-            file_limit(size + size // 2)  # half of the next line has room
+            file_limit(size + size // 2)  # room for half of the next line
             for step in (2, 3):
                 log.log(step, loss=2.0)
             assert (tmp_path / METRICS_FILE).stat().st_size == size
@@ -243,7 +243,7 @@ class TestFullDisk:
 class TestDrawing:
     @pytest.fixture
     def drawings(self, monkeypatch):
-        """Titles of the pictures drawn; each takes 20 ms."""
+        """The titles of the pictures drawn so far; drawing one takes 20 ms."""
         drawn = []
 
         def draw(folder, title):
@@ -294,7 +294,7 @@ class TestWandb:
 
 @pytest.fixture
 def watched():
-    """A monitor that has taken one sample."""
+    """A monitor that has already taken one sample."""
     with ResourceMonitor(every=3600) as watched:
         watched.sample()
         yield watched
@@ -311,7 +311,7 @@ def test_the_machines_figures_are_logged_once_per_step(tmp_path, watched):
 
 
 def test_a_line_costs_little(tmp_path, watched):
-    """Far below the 3 % that all of logging may cost of a step of 100 ms."""
+    """The cost is far below 3 % of a step of 100 ms, the limit for all logging."""
     figures = {name: 1.5 for name in "epoch tokens loss ce_loss act_loss bits_per_byte lr grad_norm".split()}
     with logger(tmp_path, config=MonitoringConfig(), monitor=watched) as log:
         times = []
