@@ -142,10 +142,8 @@ class Trainer:
         except RuntimeError as error:
             if self.world == 1 or not parallel.is_peer_failure(error):
                 raise
-            raise UserError(
-                f"after step {self.step} another process of this run was lost: see its message, then continue from the "
-                f"last checkpoint with --resume true --save_dir {self.folder}"
-            ) from None
+            advice = f"see its message, then continue with --resume true --save_dir {self.folder}"
+            raise UserError(f"after step {self.step} another process of this run was lost: {advice}") from None
         finally:
             self.monitor.close()
             if self.log is not None:
@@ -178,7 +176,7 @@ class Trainer:
             if self.step % config.save_every == 0 or over or improved:
                 self.save(improved)
         is_part = 0 < config.eval_batches * config.batch_size < len(self.valid_set)
-        if is_part and figures and not stopped:  # so far, only eval_batches batches were evaluated
+        if is_part and figures and not stopped:  # the evaluations so far took only eval_batches
             self.say(f"the last evaluation, on all validation text: {self.valid_set}")
             figures = self.measure(None)
             if self.log is not None:
@@ -211,9 +209,9 @@ class Trainer:
     def _supervise(self, parts):
         """Run the supervision steps of one batch: forward, backward, and the optimizer's updates.
 
-        Each step back-propagates its own loss immediately and passes a detached carry to the next step. Only one step's
-        graph is in memory at a time, however many supervision steps there are. `full_bptt` needs one graph through all
-        of them, so it makes a single forward call, which weighs the losses itself; so do models with a single step."""
+        Each step back-propagates its own loss immediately and passes a detached carry to the next step. So only one
+        step's graph is in memory at a time, however many steps there are. `full_bptt` needs one graph through all
+        steps, and a loop or plain transformer has a single step: then one forward call weighs all losses itself."""
         model = self.raw.config
         one_call = model.full_bptt or model.train_steps == 1
         weights = [1.0] if one_call else loss_weights(model, model.train_steps)
@@ -223,7 +221,7 @@ class Trainer:
         skipped_before = self.skipped
         for s, weight in enumerate(weights):
             weight = weight / sum(weights)
-            # with an update per supervision step, losses have mean weight 1, so that each update has its full size
+            # weights sum to 1, for one update per batch; with an update per step, their mean must be 1 instead
             scale = weight * len(weights) if update_each_step else weight
             updates = weight > 0 and (update_each_step or s == len(weights) - 1)
             for i, (part, share) in enumerate(parts):
@@ -241,7 +239,7 @@ class Trainer:
                 del out  # free its logits before the next forward pass makes new ones
             if updates:
                 self._update_weights()
-        if self.skipped == skipped_before:  # otherwise the losses may be NaN, and the mean in the log with them
+        if self.skipped == skipped_before:  # a skipped step may have NaN losses, which would make the logged mean NaN
             self.window.losses += step_losses
             self.window.good += 1
 

@@ -32,9 +32,7 @@ def test_every_family_learns(make, family, tmp_path):
     assert figures["valid_loss"] < 2.8 < math.log(256)  # half the loss of a uniform guess
     losses = [r["ce_loss"] for r in read_metrics(tmp_path / "run") if "ce_loss" in r]
     assert len(losses) == 60 and losses[-1] < 0.5 * losses[0]
-    assert figures["valid_bits_per_byte"] > figures["valid_loss"] / math.log(
-        2
-    )  # the loss includes EOS, which has no bytes
+    assert figures["valid_bits_per_byte"] > figures["valid_loss"] / math.log(2)  # EOS has no bytes
 
 
 def test_a_model_beyond_this_machines_memory(make):

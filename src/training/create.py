@@ -49,7 +49,8 @@ def _create_trainer(settings):
     run_folder.check_writable(folder)
     run_folder.check_resume(folder, settings.flat(), config.resume)
     if (folder / "config.yaml").exists():
-        lock = parallel.is_main() and run_folder.RunLock(folder)
+        if parallel.is_main():
+            lock = run_folder.RunLock(folder)
         newest = run_folder.newest_whole(folder)
     source = None  # the checkpoint that provides the weights and the tokenizer
     if newest:

@@ -115,10 +115,11 @@ def _changes(part, before, now):
         return [f"the {part} has changed"] if before != now else []
     old = list(dict.fromkeys(tuple(file) for file in before))
     new = list(dict.fromkeys(tuple(file) for file in now))
-    gone = {file[0] for file in set(old) - set(new)}
-    come = {file[0] for file in set(new) - set(old)}
+    only_old = {file[0] for file in set(old) - set(new)}
+    only_new = {file[0] for file in set(new) - set(old)}
+    kinds = {"added": only_new - only_old, "removed": only_old - only_new, "changed": only_new & only_old}
     changes = []
-    for kind, names in (("added", come - gone), ("removed", gone - come), ("changed", come & gone)):
+    for kind, names in kinds.items():
         if names:
             changes.append(f"{part} files {kind}: {few(sorted(names))}")
     if not changes and old != new:
@@ -165,9 +166,8 @@ class RunLock:
         try:
             self.file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
-            raise UserError(
-                f"cannot lock save_dir {folder} by its .lock: {error.strerror}; make that file writable"
-            ) from None
+            problem = f"cannot lock save_dir {folder} by its .lock: {error.strerror}"
+            raise UserError(f"{problem}; make that file writable") from None
         try:
             if fcntl is not None:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,13 +191,12 @@ class RunLock:
             self.held.release()
 
 
-def diverged(folder: Path, what: str) -> UserError:
-    """The error for a run that has diverged.  what: the problem and its step."""
+def diverged(folder: Path, problem: str) -> UserError:
+    """The error for a run that has diverged.  problem: what happened at which step."""
     last = follow(folder / "last")
     last = last.resolve() if last.exists() else "none yet"
-    return UserError(
-        f"{what}; the last good checkpoint is {last}; try a smaller --lr, more --warmup_steps, or --precision fp32"
-    )
+    advice = "try a smaller --lr, more --warmup_steps, or --precision fp32"
+    return UserError(f"{problem}; the last good checkpoint is {last}; {advice}")
 
 
 def save(folder: Path, name: str, best: bool, keep: int, *checkpoint):
@@ -205,16 +204,14 @@ def save(folder: Path, name: str, best: bool, keep: int, *checkpoint):
 
     checkpoint: the arguments of `save_checkpoint` after the folder. Raises UserError if it cannot be written."""
     if not folder.is_dir():  # creating it again would hide that the older checkpoints are lost
-        raise UserError(
-            f"save_dir {folder} vanished during the run, and its checkpoints with it: find out what removed it"
-        )
+        raise UserError(f"save_dir {folder} vanished during the run with all its checkpoints: find what removed it")
     save_checkpoint(folder / name, *checkpoint)
     try:
         for link in ("best", "last") if best else ("last",):
             point(folder / link, name)
         prune(folder, keep)
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; its checkpoints are whole") from None
+        raise UserError(f"cannot write to {folder}: {error.strerror}; its checkpoints are intact") from None
 
 
 def point(link, target_name: str):
@@ -233,10 +230,7 @@ def point(link, target_name: str):
         folders.remove(aside, FILES.__contains__)
         if aside.exists():
             aside.rename(kept := link.with_name(f"{link.name}_copy"))
-            print(
-                f"{link} was a folder, not a link: files in it that are not the checkpoint's are now in {kept}",
-                file=sys.stderr,
-            )
+            print(f"{link} was a folder, not a link; your own files from it are now in {kept}", file=sys.stderr)
     else:
         os.replace(beside, link)
 
