@@ -213,9 +213,7 @@ class _Events(_Appended):
 def _cut_samples(path: Path, resume_step: int) -> None:
     """Remove the sample texts of steps after resume_step."""
     if path.exists():
-        parts = re.split(
-            rb"(?m)^(?==== step \d+: )", path.read_bytes()
-        )  # as bytes, so that text in any encoding is kept
+        parts = re.split(rb"(?m)^(?==== step \d+: )", path.read_bytes())  # bytes: any encoding is kept
         steps = [int(match[1]) if (match := re.match(rb"=== step (\d{1,18}):", part)) else 0 for part in parts]
         path.write_bytes(b"".join(part for part, step in zip(parts, steps) if step <= resume_step))
 
