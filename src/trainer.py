@@ -216,6 +216,7 @@ class Trainer:
         one_call = model.full_bptt or model.train_steps == 1
         weights = [1.0] if one_call else loss_weights(model, model.train_steps)
         update_each_step = self.config.optimizer_step == "supervision" and not one_call
+        last = max(s for s, weight in enumerate(weights) if weight > 0)
         carries = [None] * len(parts)
         step_losses = torch.zeros_like(self.window.losses)
         skipped_before = self.skipped
@@ -223,7 +224,7 @@ class Trainer:
             weight = weight / sum(weights)
             # weights sum to 1, for one update per batch; with an update per step, their mean must be 1 instead
             scale = weight * len(weights) if update_each_step else weight
-            updates = weight > 0 and (update_each_step or s == len(weights) - 1)
+            updates = weight > 0 and (update_each_step or s == last)
             for i, (part, share) in enumerate(parts):
                 # processes exchange gradients once per update, in the backward pass of its last part
                 with parallel.gradient_sync(self.accelerator, self.model, updates and i == len(parts) - 1):

@@ -141,6 +141,7 @@ class TestSplitBatches:
             {"packing": False},  # rows of different length: parts with different numbers of targets
             {"supervision_weights": "linear", "supervision_steps": 3},
             {"supervision_weights": "last"},
+            {"supervision_weights": "1,0,1"},  # of two steps: the last one has weight 0, the update comes before it
             {"full_bptt": True},
             {"optimizer_step": "supervision"},
             {"recursion": "none"},
