@@ -1,0 +1,298 @@
+"""Puzzles on a grid: boards as rows of tokens, what a kind of puzzle provides, files of boards, splits without leaks.
+
+A board of L = height * width cells is one row of tokens, read line by line. Token 0 is padding in inputs and "not a
+target" in labels. The token numbers are those of the authors' code for arXiv:2510.04871, so that data and weights can
+be exchanged with it.
+"""
+
+import csv
+import itertools
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32, UInt8
+
+from src.errors import UserError, few, one_line
+from src.files.text import read_lines
+
+QUESTION_NAMES = ("question", "puzzle", "quizzes", "input")
+ANSWER_NAMES = ("answer", "solution", "solutions", "output")
+RATING_NAMES = ("rating", "difficulty")
+REPORTED = 3  # this many skipped puzzles of a file are named on stderr, the rest only counted
+CHUNK = 10_000  # puzzles of a file that are parsed and verified at once
+MOST_CHARS = 100_000  # of a line; csv itself refuses fields of 131,072 characters
+UNKNOWN = 255  # stands for a character that is no symbol of a kind
+
+
+class Grids(NamedTuple):
+    """N puzzles of one kind with their answers. `len()` is that of the tuple: the number of puzzles is `n_rows`."""
+
+    inputs: UInt8[np.ndarray, "n l"]  # tokens; 0 = padding
+    labels: UInt8[np.ndarray, "n l"]  # tokens; 0 = not a target
+    puzzle_ids: Int32[np.ndarray, "n"]  # row of the puzzle embedding; 0 = none
+    groups: Int32[np.ndarray, "n"]  # rows of a group are one puzzle and its augmentations
+    difficulty: dict[str, np.ndarray]  # name -> (N,) numbers
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.inputs)
+
+    def take(self, rows) -> "Grids":
+        """The puzzles at some row numbers, or where a boolean array is true."""
+        arrays = (array[rows] for array in self[:4])
+        return Grids(*arrays, {name: values[rows] for name, values in self.difficulty.items()})
+
+
+def make_grids(inputs, labels, difficulty: dict | None = None) -> Grids:
+    """Grids without puzzle ids, where every row is a group of its own."""
+    n = len(inputs)
+    return Grids(inputs, labels, np.zeros(n, np.int32), np.arange(n, dtype=np.int32), difficulty or {})
+
+
+class PuzzleKind:
+    """One kind of puzzle: its board, its rules and its symmetries.
+
+    `symbols[token]` is the character of a token; `aliases` maps other characters that a text may use to symbols. A
+    subclass provides `verify`, `augment` and `orbits`, and faster versions of the rest where it has them."""
+
+    one_orbit_per_group = True  # False if the rows of a group are different puzzles, such as the pairs of an ARC task
+
+    def __init__(self, name: str, height: int, width: int, symbols: str, aliases: dict[str, str] | None = None):
+        self.name, self.height, self.width, self.symbols = name, height, width, symbols
+        self.aliases = aliases or {}
+        self._token_of = np.full(256, UNKNOWN, np.uint8)
+        for token, symbol in enumerate(symbols[1:], start=1):  # padding is never part of a text
+            self._token_of[ord(symbol)] = token
+        for other, symbol in self.aliases.items():
+            self._token_of[ord(other)] = symbols.index(symbol)
+
+    @property
+    def cells(self) -> int:
+        return self.height * self.width
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.symbols)
+
+    # ---- rules ----
+
+    def verify(self, board: UInt8[np.ndarray, "l"], answer: UInt8[np.ndarray, "l"]) -> str | None:
+        """What is wrong with an answer to a board by the rules, as a short phrase, or None if it is right."""
+        raise NotImplementedError
+
+    def are_right(self, inputs: UInt8[np.ndarray, "n l"], answers: UInt8[np.ndarray, "n l"]) -> Bool[np.ndarray, "n"]:
+        """Whether each answer is right by the rules: `verify` for many boards."""
+        return np.array([self.verify(*pair) is None for pair in zip(inputs, answers)], dtype=bool)
+
+    def question_problem(self, board: UInt8[np.ndarray, "l"]) -> str | None:
+        """What is wrong with a question, such as "it has several solutions", or None if it can be solved."""
+        return None
+
+    def difficulty(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> dict[str, np.ndarray]:
+        """Measured difficulty: name -> (N,) numbers."""
+        return {}
+
+    # ---- symmetries ----
+
+    def augment(self, rng: np.random.Generator, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]):
+        """(inputs, labels) of the same shape, each board under a random symmetry of its own."""
+        raise NotImplementedError
+
+    def orbits(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
+        """A key per board that is equal for all boards which symmetries turn into each other."""
+        raise NotImplementedError
+
+    # ---- text ----
+
+    def to_text(self, board: UInt8[np.ndarray, "l"], line_breaks: bool = True) -> str:
+        """A board as characters, with a line break after each row of it unless line_breaks is false."""
+        text = "".join(self.symbols[token] for token in board)
+        step = self.width if line_breaks else len(text)
+        return "\n".join(text[start : start + step] for start in range(0, len(text), step))
+
+    def from_text(self, text: str) -> UInt8[np.ndarray, "l"]:
+        """Tokens of a board given as characters, with or without line breaks.
+
+        Raises UserError for a wrong length or a wrong symbol."""
+        cells = self.clean(text)
+        tokens = self._tokens(cells)
+        allowed = "".join([*self.symbols[1:], *self.aliases])
+        if (tokens == UNKNOWN).any():
+            wrong = int((tokens == UNKNOWN).argmax())
+            raise UserError(f"cell {wrong + 1} is {cells[wrong]!r}: a {self.name} board is written with {allowed!r}")
+        if len(cells) != self.cells:
+            size = f"{self.cells} cells ({self.height} x {self.width})"
+            raise UserError(f"a {self.name} board has {size}, this one has {len(cells)}: add or remove cells")
+        return tokens
+
+    def clean(self, text: str) -> str:
+        """A text without characters that are no cells."""
+        return text.replace("\r", "").replace("\n", "")
+
+    def parse(self, texts: Sequence[str]) -> tuple[UInt8[np.ndarray, "n l"], Bool[np.ndarray, "n"]]:
+        """(tokens, is_board) of many texts. The tokens of a text that is no board are 0; `from_text` has the reason."""
+        texts = [self.clean(text) for text in texts]
+        is_board = np.array([len(text) == self.cells for text in texts], dtype=bool)
+        tokens = np.zeros((len(texts), self.cells), np.uint8)
+        tokens[is_board] = self._tokens("".join(itertools.compress(texts, is_board))).reshape(-1, self.cells)
+        is_board &= (tokens != UNKNOWN).all(1)
+        tokens[~is_board] = 0
+        return tokens, is_board
+
+    def _tokens(self, text):
+        return self._token_of[np.frombuffer(text.encode("latin-1", "replace"), np.uint8)]
+
+
+# ---- splits ---------------------------------------------------------------------------------------------------------
+
+
+def split_by_orbit(kind: PuzzleKind, grids: Grids, share: float, seed: int) -> tuple[Grids, Grids]:
+    """(train, test), where test has about `share` of the rows and whole orbits only; rows of a group stay together.
+
+    Raises UserError if share is not between 0 and 1, or if all rows are one orbit."""
+    if not 0 < share < 1:
+        raise UserError(f"share is {share}: set it between 0 and 1")
+    numbers = {}
+    keys = [numbers.setdefault(key, len(numbers)) for key in kind.orbits(grids.inputs, grids.labels)]
+    _, classes = np.unique(
+        _joined(np.array(keys), np.unique(grids.groups, return_inverse=True)[1]), return_inverse=True
+    )
+    sizes = np.bincount(classes)
+    if len(sizes) < 2:
+        raise UserError(f"all {grids.n_rows} {kind.name} puzzles are one orbit: nothing can be held out, add others")
+    goal, chosen, n_test = share * grids.n_rows, [], 0
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    for number in order[:-1]:  # one class is left for training
+        if abs(n_test + sizes[number] - goal) < abs(n_test - goal):
+            chosen.append(number)
+            n_test += sizes[number]
+    is_test = np.isin(classes, chosen or [sizes.argmin()])
+    return grids.take(~is_test), grids.take(is_test)
+
+
+def _joined(*partitions):
+    """(N,) labels, equal for rows that are connected by any chain of equal numbers in any of the partitions."""
+    labels = np.arange(len(partitions[0]))
+    while True:
+        before = labels
+        for numbers in partitions:
+            lowest = np.full(numbers.max() + 1, len(numbers))
+            np.minimum.at(lowest, numbers, labels)
+            labels = lowest[numbers]
+        if (labels == before).all():
+            return labels
+
+
+def check_leak(kind: PuzzleKind, train: Grids, test: Grids):
+    """Raises UserError if a test grid is a training grid under a symmetry of the kind.
+
+    Of a training group whose rows are augmentations of one puzzle, only the first row is looked at."""
+    rows = np.unique(train.groups, return_index=True)[1] if kind.one_orbit_per_group else np.arange(train.n_rows)
+    known = {}
+    for row, key in zip(rows, kind.orbits(train.inputs[rows], train.labels[rows])):
+        known.setdefault(key, row)
+    leaks = {row: known[key] for row, key in enumerate(kind.orbits(test.inputs, test.labels)) if key in known}
+    if leaks:
+        first = next(iter(leaks))
+        counts = f"{len(leaks)} of {test.n_rows} test grids are training grids under a symmetry of {kind.name}"
+        rows = f"test rows {few(map(str, leaks))}; row {first} is training row {leaks[first]}"
+        raise UserError(f"{counts} ({rows}; rows count from 0): remove them, or split by orbit")
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+class _Record(NamedTuple):
+    line: int  # from 1
+    question: str
+    answer: str
+    rating: float
+
+
+def read_csv(kind: PuzzleKind, path) -> Grids:
+    """The puzzles of a .csv or .csv.gz file whose header names a question and an answer column, each answer verified.
+
+    `difficulty` has what the kind measures, and the file's rating if it has one. A puzzle that is malformed or whose
+    answer is wrong is skipped; the first few are named on stderr, all are counted. Raises UserError if the header lacks
+    a column, if the file cannot be read to its end, or if no puzzle is left."""
+    records, reasons, total = iter(_records(path)), [], 0
+    parts = []
+    while chunk := list(itertools.islice(records, CHUNK)):
+        total += len(chunk)
+        inputs, labels, is_good = _read_chunk(kind, path, chunk, reasons)
+        ratings = np.array([record.rating for record in chunk])[is_good]
+        parts.append((inputs[is_good], labels[is_good], ratings))
+    if not total:
+        raise UserError(f"{path} holds no puzzle below its header: add lines")
+    inputs, labels, ratings = map(np.concatenate, zip(*parts))
+    if not len(inputs):
+        raise UserError(f"none of the {total} puzzles of {path} is usable as {kind.name}; {reasons[0]}")
+    for reason in reasons[:REPORTED]:
+        print(f"{path}: skipped {reason}", file=sys.stderr)
+    if reasons:
+        print(f"{path}: {len(reasons)} of {total} puzzles skipped", file=sys.stderr)
+    difficulty = kind.difficulty(inputs, labels)
+    if not np.isnan(ratings).all():
+        difficulty["rating"] = ratings
+    return make_grids(inputs, labels, difficulty)
+
+
+def _read_chunk(kind, path, chunk, reasons):
+    """(inputs, labels, is_good) of some records; appends one reason per bad record to `reasons`."""
+    inputs, has_question = kind.parse([record.question for record in chunk])
+    labels, has_answer = kind.parse([record.answer for record in chunk])
+    is_good = has_question & has_answer
+    is_good[is_good] = kind.are_right(inputs[is_good], labels[is_good])
+    for row in np.flatnonzero(~is_good):
+        reason = None
+        for part, text, is_board in (
+            ("question", chunk[row].question, has_question),
+            ("answer", chunk[row].answer, has_answer),
+        ):
+            if not is_board[row]:
+                reason = reason or f"{part}: {_reason(kind, text)}"
+        reason = reason or f"wrong answer: {kind.verify(inputs[row], labels[row])}"
+        reasons.append(f"line {chunk[row].line}, {reason}")
+    return inputs, labels, is_good
+
+
+def _reason(kind, text):
+    try:
+        kind.from_text(text)
+    except UserError as error:
+        return one_line(error)
+    raise AssertionError("from_text accepts what parse refuses")
+
+
+def _records(path) -> Iterable[_Record]:
+    """The lines of a file below its header, except blank ones."""
+    lines = ("too long\n" if line is None else line for _, line in read_lines(path, MOST_CHARS))
+    rows = csv.reader(lines)
+    try:
+        header = [name.strip().lower() for name in next(rows, [])]
+        question, answer, rating = (_column(header, names) for names in (QUESTION_NAMES, ANSWER_NAMES, RATING_NAMES))
+        if question is None or answer is None:
+            names = f"{'/'.join(QUESTION_NAMES)} and {'/'.join(ANSWER_NAMES)}"
+            raise UserError(one_line(f"{path}: the header {','.join(header)!r} must name two columns: {names}"))
+        for row in rows:
+            if row:
+                row += [""] * (len(header) - len(row))
+                yield _Record(
+                    rows.line_num, row[question], row[answer], math.nan if rating is None else _number(row[rating])
+                )
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: {error}: mend the line") from None
+
+
+def _column(header, names):
+    return next((header.index(name) for name in names if name in header), None)
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

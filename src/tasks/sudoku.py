@@ -1,0 +1,292 @@
+"""Sudoku of 4 x 4, 6 x 6 and 9 x 9: rules, symmetries, canonical forms, and a generator with measured difficulty.
+
+Files in .csv form are read by `puzzles.read_csv`; solving is in sudoku_solver.py.
+"""
+
+import math
+from functools import cache
+from itertools import permutations, product
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from src.errors import UserError
+from src.tasks import sudoku_solver as solver
+from src.tasks.puzzles import Grids, PuzzleKind, make_grids
+from src.tasks.sudoku_solver import BLANK, BOXES
+
+FEWEST_CLUES = {4: 4, 6: 8, 9: 17}  # with one solution; each is the known minimum
+DIFFICULTIES = ("any", "singles", "guess")
+BATCH = 10_000  # boards that the generator makes at once
+MOST_BATCHES = 30  # in a row without a good puzzle, after which the generator gives up
+ORBIT_CHUNK = 500  # solutions whose symmetries are compared at once; bounds the memory
+
+
+class Sudoku(PuzzleKind):
+    """Sudoku of a size of BOXES: `.` is a blank, also written 0 or _.
+
+    symmetries: "all" are relabelling of digits, permutation of bands, of stacks, of rows in a band and of columns in a
+    stack, and, if the boxes are square, transposition; "relabel" is relabelling alone. Augmentation and orbits use the
+    same group, so that no augmentation of a training grid is a test grid of another orbit."""
+
+    def __init__(self, size: int = 9, symmetries: str = "all"):
+        if size not in BOXES:
+            raise UserError(f"sudoku size is {size}: set it to one of {', '.join(map(str, BOXES))}")
+        if symmetries not in ("all", "relabel"):
+            raise UserError(f"symmetries is {symmetries!r}: set it to all or relabel")
+        digits = "".join(str(digit + 1) for digit in range(size))
+        super().__init__(f"sudoku{size}", size, size, f"?.{digits}", {"0": ".", "_": "."})
+        self.size, self.symmetries = size, symmetries
+
+    def clean(self, text: str) -> str:
+        return "".join(text.split())
+
+    # ---- rules ----
+
+    def are_right(self, inputs: UInt8[np.ndarray, "n l"], answers: UInt8[np.ndarray, "n l"]) -> Bool[np.ndarray, "n"]:
+        units, _, full = solver.layout(self.size)
+        is_right = ((inputs == answers) | (inputs == BLANK)).all(1)
+        for start in range(0, len(answers), BATCH):
+            chunk = answers[start : start + BATCH]
+            bits = np.where(
+                (chunk > BLANK) & (chunk < self.vocab_size), 1 << np.maximum(chunk.astype(np.int32) - 2, 0), 0
+            )
+            is_right[start : start + BATCH] &= (np.bitwise_or.reduce(bits[:, units], axis=2) == full).all(1)
+        return is_right
+
+    def verify(self, board: UInt8[np.ndarray, "l"], answer: UInt8[np.ndarray, "l"]) -> str | None:
+        if problem := self._conflict(answer):
+            return problem
+        if len(changed := np.flatnonzero((board != answer) & (board != BLANK))):
+            digit, clue = (self.symbols[tokens[changed[0]]] for tokens in (answer, board))
+            return f"{self._place(changed[0])} is {digit}, but its clue is {clue}"
+        blank = np.flatnonzero((answer <= BLANK) | (answer >= self.vocab_size))
+        return f"{self._place(blank[0])} is blank" if len(blank) else None
+
+    def question_problem(self, board: UInt8[np.ndarray, "l"]) -> str | None:
+        if problem := self._conflict(board):
+            return problem
+        count = solver.count_solutions(self.size, board[None])[0]
+        return (None if count == 1 else "it has several solutions") if count else "it has no solution"
+
+    def _conflict(self, board):
+        """A digit that is twice in a row, column or box of a board."""
+        for number, unit in enumerate(solver.layout(self.size).units):
+            digits, counts = np.unique(board[unit][board[unit] > BLANK], return_counts=True)
+            if (counts > 1).any():
+                name = ("row", "column", "box")[number // self.size]
+                return f"{name} {number % self.size + 1} has {self.symbols[digits[counts.argmax()]]} twice"
+        return None
+
+    def _place(self, cell):
+        return f"row {cell // self.size + 1}, column {cell % self.size + 1}"
+
+    def difficulty(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> dict[str, np.ndarray]:
+        """clues, rounds and guess, as `sudoku_solver.rate` measures them."""
+        return solver.rate(self.size, inputs)
+
+    # ---- symmetries ----
+
+    def augment(self, rng: np.random.Generator, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]):
+        n, size = len(inputs), self.size
+        tokens = np.concatenate([np.tile([0, BLANK], (n, 1)), _shuffles(rng, n, size) + 2], axis=1).astype(np.uint8)
+        cells = np.broadcast_to(np.arange(size * size), (n, size * size))
+        if self.symmetries == "all":
+            box_rows, box_columns = BOXES[size]
+            rows, columns = _line_order(rng, n, size, box_rows), _line_order(rng, n, size, box_columns)
+            cells = rows[:, :, None] * size + columns[:, None, :]
+            if box_rows == box_columns:
+                is_transposed = rng.random(n) < 0.5
+                cells[is_transposed] = cells[is_transposed].transpose(0, 2, 1)
+            cells = cells.reshape(n, -1)
+        boards = (np.take_along_axis(board, cells, 1) for board in (inputs, labels))
+        return tuple(np.take_along_axis(tokens, board.astype(np.int64), 1) for board in boards)
+
+    def orbits(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
+        """The canonical form of each solution: the lexicographically least board that the symmetries reach, 0 for the
+        first digit. It is exact for every size: keys are equal if and only if a symmetry relates the solutions."""
+        answers, index = np.unique(labels, axis=0, return_inverse=True)
+        grids = answers.reshape(-1, self.size, self.size) - 2
+        if self.symmetries == "relabel":
+            keys = [_relabelled(grids, grids[:, 0])[i].tobytes() for i in range(len(grids))]
+        else:
+            chunks = (grids[start : start + ORBIT_CHUNK] for start in range(0, len(grids), ORBIT_CHUNK))
+            keys = [key for chunk in chunks for key in _canonical(self.size, chunk)]
+        return [keys[i] for i in index.ravel()]
+
+
+def _shuffles(rng, n, length):
+    """(n, length) random permutations."""
+    return rng.random((n, length)).argsort(1)
+
+
+def _line_order(rng, n, size, per_band):
+    """(n, size) random orders of rows, or of columns, that keep bands together."""
+    bands = _shuffles(rng, n, size // per_band)
+    inner = _shuffles(rng, n * (size // per_band), per_band).reshape(n, -1, per_band)
+    return (bands[:, :, None] * per_band + inner).reshape(n, size)
+
+
+# ---- canonical forms ------------------------------------------------------------------------------------------------
+#
+# Relabelling can turn any row into 0, 1, 2, ..., so that is the first row of a least board. The second row then follows
+# from a permutation s: the second row has in column j the digit that the first row has in column s[j]. Reordering the
+# columns by p turns s into p^-1 s p. A table holds, for each s, the least second row and all orders p that reach it.
+# The few (pair of rows, p) left are tried: sorting the other rows gives a board, and the least one is the answer.
+
+
+@cache
+def _column_orders(size: int) -> np.ndarray:
+    """(P, size): all orders of columns that keep stacks together; P is 8, 72 or 1296."""
+    width = BOXES[size][1]
+    inner = list(permutations(range(width)))
+    stacks = permutations(range(size // width))
+    return np.array(
+        [
+            [s * width + i for s, order in zip(outer, orders) for i in order]
+            for outer in stacks
+            for orders in product(inner, repeat=size // width)
+        ]
+    )
+
+
+@cache
+def _row_pairs(size: int) -> np.ndarray:
+    """(R, 2): all ordered pairs of rows in one band."""
+    height = BOXES[size][0]
+    return np.array([(a, b) for a, b in permutations(range(size), 2) if a // height == b // height])
+
+
+def _relabelled(grids, first_rows):
+    """Grids (N, n, n) with the digits of first_rows (N, n) renamed to 0, 1, 2, ..."""
+    names = first_rows.argsort(1).astype(np.uint8)
+    return np.take_along_axis(names, grids.reshape(len(grids), -1).astype(np.int64), 1).reshape(grids.shape)
+
+
+def _canonical(size, grids):
+    """The canonical form of each of N solutions, digits from 0, as bytes."""
+    height, width = BOXES[size]
+    pairs, (codes, best, starts, orders) = _row_pairs(size), _second_rows(size)
+    views = (grids, grids.transpose(0, 2, 1))[: 1 + (height == width)]
+    grids = np.stack(views, axis=1)  # (N, T, n, n)
+    first, second = (grids[:, :, pairs[:, i]].reshape(-1, size) for i in (0, 1))  # (N * T * R, n)
+    shifts = np.take_along_axis(first.argsort(1), second.astype(np.int64), 1)
+    entries = np.searchsorted(codes, shifts @ _powers(size)).reshape(len(grids), -1)  # (N, T * R)
+    owner, pair = np.nonzero(best[entries] == best[entries].min(1, keepdims=True))
+    chosen = entries[owner, pair]
+    repeats = starts[chosen + 1] - starts[chosen]
+    within = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+    order = orders[np.repeat(starts[chosen], repeats) + within]
+    owner, pair = np.repeat(owner, repeats), np.repeat(pair, repeats)
+    boards = np.take_along_axis(grids[owner, pair // len(pairs)], order[:, None], 2)
+    boards = _relabelled(boards, boards[np.arange(len(boards)), pairs[pair % len(pairs), 0]])
+    column = boards[:, :, 0].astype(np.int64)  # its digits differ, so they sort rows and bands
+    bands = column.reshape(len(boards), -1, height).min(2)
+    rows = (np.repeat(bands, height, axis=1) * size + column).argsort(1)
+    boards = np.take_along_axis(boards, rows[:, :, None], 1)
+    least = [b"\xff"] * len(grids)
+    for number, board in zip(owner, boards):
+        least[number] = min(least[number], board.tobytes())
+    return least
+
+
+def _powers(size):
+    """Weights that turn a row of digits into a number with the same order."""
+    return size ** np.arange(size - 1, -1, -1)
+
+
+@cache
+def _second_rows(size: int) -> tuple[np.ndarray, ...]:
+    """(codes, best, starts, orders): for the i-th permutation s, in the order of its code, best[i] is the code of the
+    least p^-1 s p, and orders[starts[i] : starts[i + 1]] are all p that reach it."""
+    width, powers, columns = BOXES[size][1], _powers(size), _column_orders(size)
+    shifts = np.array(list(permutations(range(size))))
+    shifts = shifts[(shifts // width != np.arange(size) // width).all(1)]  # a digit is once in a box
+    ranks, best, hits = columns.argsort(1), [], []
+    for start in range(0, len(shifts), ORBIT_CHUNK):
+        images = shifts[start : start + ORBIT_CHUNK][:, columns]  # (D, P, n): s p
+        codes = ranks[np.arange(len(columns))[:, None], images] @ powers
+        best.append(codes.min(1))
+        hits.append(codes == best[-1][:, None])
+    hits = np.concatenate(hits)
+    starts = np.concatenate([[0], hits.sum(1).cumsum()])
+    return shifts @ powers, np.concatenate(best), starts, columns[np.nonzero(hits)[1]]
+
+
+# ---- generator ------------------------------------------------------------------------------------------------------
+
+
+def generate(size: int, n: int, clues: tuple[int, int], seed: int, difficulty: str = "any") -> Grids:
+    """n puzzles with one solution and a number of clues in the range `clues`, both ends included.
+
+    difficulty: "singles" are solved by naked and hidden singles, "guess" are not, "any" may be either. Clues are taken
+    away from a random solution in random order as long as the puzzle stays so. Equal arguments give equal puzzles.
+    Raises UserError if the range is impossible, or if no such puzzle is found."""
+    kind = Sudoku(size)
+    low, high = clues
+    if difficulty not in DIFFICULTIES:
+        raise UserError(f"difficulty is {difficulty!r}: set it to one of {', '.join(DIFFICULTIES)}")
+    if not FEWEST_CLUES[size] <= low <= high <= size * size:
+        bounds = f"from {FEWEST_CLUES[size]}, the fewest with one solution, to {size * size}"
+        raise UserError(
+            f"clues {low} to {high} do not fit a sudoku of size {size}: set both {bounds}, the lower one first"
+        )
+    rng, parts, found, tried, without = np.random.default_rng((seed, size)), [], 0, 0, 0
+    while found < n:
+        batch = math.ceil((n - found) / max(0.01, found / tried if tried else 1))  # by the share that was good so far
+        solutions = random_solutions(size, min(BATCH, batch), rng)
+        boards = _take_clues(size, solutions, rng, low, high, difficulty == "singles")
+        ratings = solver.rate(size, boards)
+        is_good = ratings["clues"] <= high
+        if difficulty == "guess":
+            is_good &= ratings["guess"]
+        parts.append(make_grids(boards, solutions, ratings).take(is_good))
+        found, tried = found + is_good.sum(), tried + len(boards)
+        without = 0 if is_good.any() else without + 1
+        if without == MOST_BATCHES:
+            result = f"{tried} tries gave {found} of {n} {kind.name} puzzles of difficulty {difficulty}"
+            raise UserError(f"{result} with {low} to {high} clues: allow more clues, or fewer puzzles")
+    ratings = {name: np.concatenate([part.difficulty[name] for part in parts])[:n] for name in parts[0].difficulty}
+    inputs, labels = (np.concatenate([part[i] for part in parts])[:n] for i in (0, 1))
+    return make_grids(inputs, labels, ratings)
+
+
+def random_solutions(size: int, n: int, rng: np.random.Generator) -> UInt8[np.ndarray, "n c"]:
+    """n filled boards. Of size 4 each of the 288 is equally likely; larger ones are not drawn uniformly."""
+    empty = np.full((1, size * size), BLANK, np.uint8)
+    if size == 4:
+        return solver.all_solutions(4, empty[0])[rng.integers(288, size=n)]
+    full = solver.candidates(size, empty)
+    masks, done = np.repeat(full, n, axis=1), []
+    while masks.shape[1]:
+        result = solver.propagate(size, masks)
+        done.append(solver.boards_of(result.masks[:, result.is_solved]))
+        masks = np.where(result.is_wrong, full, result.masks)[:, ~result.is_solved]  # a dead end starts again
+        counts = solver.COUNT[masks]
+        cell = np.where(counts > 1, counts + rng.random(counts.shape), 99).argmin(0)
+        here = (cell, np.arange(masks.shape[1]))
+        choice = (rng.random(masks.shape[1]) * counts[here]).astype(np.int64)
+        masks[here] = np.uint16(1) << solver.NTH[masks[here], choice].astype(np.uint16)
+    return rng.permutation(np.concatenate(done))  # in the order of search, easy ones would come first
+
+
+def _take_clues(size, solutions, rng, low, high, singles):
+    """Boards with as few clues as drawn for each from low..high, or with the fewest that the order of cells allows."""
+    boards, n = solutions.copy(), len(solutions)
+    order, goals = _shuffles(rng, n, size * size), rng.integers(low, high + 1, n)
+    for step in range(size * size):
+        rows = np.flatnonzero((boards > BLANK).sum(1) > goals)
+        if not len(rows):
+            break
+        here = (np.arange(len(rows)), order[rows, step])
+        trial = boards[rows]
+        trial[here] = BLANK
+        masks = solver.candidates(size, trial)
+        if singles:
+            stays = solver.propagate(size, masks).is_solved
+        else:  # the solution is the only one if no other digit fits the cell
+            masks[here[::-1]] ^= np.uint16(1) << (solutions[rows][here] - 2).astype(np.uint16)
+            stays = np.ones(len(rows), bool)
+            stays[solver.search(size, masks, 1)[0]] = False
+        boards[rows[stays]] = trial[stays]
+    return boards
