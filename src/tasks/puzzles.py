@@ -25,6 +25,9 @@ REPORTED = 3  # this many skipped puzzles of a file are named on stderr, the res
 CHUNK = 10_000  # puzzles of a file that are parsed and verified at once
 MOST_CHARS = 100_000  # of a line; csv itself refuses fields of 131,072 characters
 UNKNOWN = 255  # stands for a character that is no symbol of a kind
+# The eight symmetries of a square, numbered as in the authors' code: whether to transpose first, then whether to
+# reverse the order of rows, and of columns. Numbers 1, 2, 3 are quarter turns to the left.
+DIHEDRAL = ((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 1))
 
 
 class Grids(NamedTuple):
@@ -50,6 +53,13 @@ def make_grids(inputs, labels, difficulty: dict | None = None) -> Grids:
     """Grids without puzzle ids, where every row is a group of its own."""
     n = len(inputs)
     return Grids(inputs, labels, np.zeros(n, np.int32), np.arange(n, dtype=np.int32), difficulty or {})
+
+
+def dihedral(grids: np.ndarray, number: int) -> np.ndarray:
+    """Grids (..., H, W) under a symmetry of DIHEDRAL, as a view."""
+    is_transposed, flips_rows, flips_columns = DIHEDRAL[number]
+    grids = grids.swapaxes(-1, -2) if is_transposed else grids
+    return grids[..., :: -1 if flips_rows else 1, :: -1 if flips_columns else 1]
 
 
 class PuzzleKind:
@@ -265,6 +275,14 @@ def _reason(kind, text):
     except UserError as error:
         return one_line(error)
     raise AssertionError("from_text accepts what parse refuses")
+
+
+def first_question(path) -> str:
+    """The question of the first puzzle of a .csv file, whose length says how large the boards are."""
+    record = next(iter(_records(path)), None)
+    if record is None:
+        raise UserError(f"{path} holds no puzzle below its header: add lines")
+    return record.question
 
 
 def _records(path) -> Iterable[_Record]:

@@ -1,0 +1,243 @@
+"""Mazes in the authors' characters `# SGo`: wall, floor, start, goal, path. Rules, symmetries and a generator.
+
+The answer marks a shortest path from S to G with `o`. `Maze.verify` accepts every shortest path; the generator makes
+mazes with exactly one, so that each cell has one right answer. Files in .csv form are read by `puzzles.read_csv`.
+"""
+
+import math
+import random
+
+import numpy as np
+from jaxtyping import Bool, Int64, UInt8
+
+from src.errors import UserError
+from src.tasks.puzzles import DIHEDRAL, Grids, PuzzleKind, dihedral, first_question, make_grids
+
+WALL, FLOOR, START, GOAL, PATH = range(1, 6)  # tokens
+CHUNK = 1000  # mazes that are searched at once
+STARTS = 8  # tried in a maze before another maze is made
+MOST_MAZES = 200  # in a row without a path of the wanted length, after which the generator gives up
+
+
+class Maze(PuzzleKind):
+    """Mazes of one size. Symmetries are the eight of a square, or the four of a rectangle."""
+
+    def __init__(self, height: int = 30, width: int | None = None):
+        width = height if width is None else width
+        if min(height, width) < 2:
+            raise UserError(f"a maze of {height} x {width} is too small: set both sides to 2 or more")
+        super().__init__(f"maze{height}x{width}", height, width, "?# SGo")
+        self.transforms = [t for t, (transposes, *_) in enumerate(DIHEDRAL) if height == width or not transposes]
+
+    # ---- rules ----
+
+    def verify(self, board: UInt8[np.ndarray, "l"], answer: UInt8[np.ndarray, "l"]) -> str | None:
+        without_path = np.where(answer == PATH, FLOOR, answer)
+        if len(wrong := np.flatnonzero(without_path != board)):
+            place = f"row {wrong[0] // self.width + 1}, column {wrong[0] % self.width + 1}"
+            found, expected = (self.symbols[tokens[wrong[0]]] for tokens in (answer, board))
+            return f"{place} is {found!r}, the question has {expected!r}"
+        if problem := self.question_problem(board):
+            return problem
+        marked, n_marked = self._steps((answer >= START)[None], board[None])[0], (answer == PATH).sum()
+        if marked < 0:
+            return "the cells marked o do not connect S with G"
+        shortest = self._steps((board != WALL)[None], board[None])[0]
+        if marked > shortest:
+            return f"the path has {marked} steps, the shortest {shortest}"
+        if n_marked != shortest - 1:
+            return f"the number of cells marked o is {n_marked}, a shortest path has {shortest - 1}"
+        return None
+
+    def are_right(self, inputs: UInt8[np.ndarray, "n l"], answers: UInt8[np.ndarray, "n l"]) -> Bool[np.ndarray, "n"]:
+        is_right = (np.where(answers == PATH, FLOOR, answers) == inputs).all(1)
+        is_right &= ((inputs == START).sum(1) == 1) & ((inputs == GOAL).sum(1) == 1) & (inputs >= WALL).all(1)
+        shortest = self._steps(inputs != WALL, inputs)
+        is_right &= (shortest > 0) & ((answers == PATH).sum(1) == shortest - 1)
+        return is_right & (self._steps(answers >= START, inputs) == shortest)
+
+    def question_problem(self, board: UInt8[np.ndarray, "l"]) -> str | None:
+        for token in (START, GOAL):
+            if (count := (board == token).sum()) != 1:
+                return f"it has {count} cells {self.symbols[token]}, not one"
+        if (wrong := (board < WALL) | (board > GOAL)).any():
+            return f"cell {wrong.argmax() + 1} is no wall, floor, start or goal"
+        return "no path leads from S to G" if self._steps((board != WALL)[None], board[None])[0] < 0 else None
+
+    def difficulty(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> dict[str, np.ndarray]:
+        """path: steps from S to G."""
+        return {"path": (labels == PATH).sum(1) + 1}
+
+    def _steps(self, is_open, boards) -> Int64[np.ndarray, "n"]:
+        """Fewest steps from S to G over open cells (N, L); -1 if there is no way, or no S."""
+        parts = [np.zeros(0, np.int64)]
+        for start in range(0, len(boards), CHUNK):
+            rows = slice(start, start + CHUNK)
+            views = (
+                cells[rows].reshape(-1, self.height, self.width) for cells in (is_open, boards == START, boards == GOAL)
+            )
+            parts.append(_steps(*views))
+        return np.concatenate(parts)
+
+    # ---- symmetries ----
+
+    def augment(self, rng: np.random.Generator, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]):
+        cells = np.arange(self.cells).reshape(self.height, self.width)
+        orders = np.stack([dihedral(cells, number).ravel() for number in self.transforms])
+        chosen = orders[rng.integers(len(orders), size=len(inputs))]
+        return tuple(np.take_along_axis(board, chosen, 1) for board in (inputs, labels))
+
+    def orbits(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
+        """The least of all images of the maze itself; the path is left out, as there may be several shortest ones."""
+        mazes = np.where(labels == PATH, FLOOR, labels).astype(np.uint8).reshape(-1, self.height, self.width)
+        images = [np.ascontiguousarray(dihedral(mazes, number)).reshape(len(mazes), -1) for number in self.transforms]
+        return [min(image[row].tobytes() for image in images) for row in range(len(mazes))]
+
+
+def maze_of_file(path) -> Maze:
+    """The kind of the mazes in a .csv file, which are square, or have line breaks inside quotes.
+
+    Raises UserError if the first maze has neither."""
+    question = first_question(path)
+    lines = question.strip("\r\n").splitlines()
+    if len(lines) > 1:
+        return Maze(len(lines), len(lines[0]))
+    side = math.isqrt(len(question))
+    if side * side != len(question):
+        raise UserError(f"{path}: the first maze has {len(question)} cells and no line breaks, so it is not square")
+    return Maze(side)
+
+
+def _steps(is_open, is_start, is_goal):
+    """(N,) fewest steps over open cells (N, H, W) from start to goal, all mazes at once; -1 if there is no way."""
+    n, height, width = is_open.shape
+    steps, rows = np.full(n, -1), np.arange(n)
+    free = np.pad(is_open, ((0, 0), (1, 1), (1, 1)))  # cells not yet reached; the border saves checks at the edges
+    front = np.zeros_like(free)
+    front[:, 1:-1, 1:-1] = is_start
+    step = 0
+    while len(rows):
+        arrived = (front[:, 1:-1, 1:-1] & is_goal).any((1, 2))
+        steps[rows[arrived]] = step
+        stays = front.any((1, 2)) & ~arrived
+        if stays.sum() < 0.8 * len(rows) or not stays.any():  # copying the rest costs more than a few idle mazes
+            rows, free, front, is_goal = rows[stays], free[stays], front[stays], is_goal[stays]
+        else:
+            front[~stays] = False
+        free &= ~front
+        spread = np.zeros_like(front)
+        spread[:, 1:] |= front[:, :-1]
+        spread[:, :-1] |= front[:, 1:]
+        spread[:, :, 1:] |= front[:, :, :-1]
+        spread[:, :, :-1] |= front[:, :, 1:]
+        front = spread & free
+        step += 1
+    return steps
+
+
+# ---- generator ------------------------------------------------------------------------------------------------------
+
+
+def generate(height: int, width: int, n: int, path: tuple[int, int], seed: int, loops: float = 0.05) -> Grids:
+    """n mazes with one shortest path, of a number of steps in the range `path`, both ends included.
+
+    A random spanning tree joins rooms at every second row and column; then each wall between two rooms is opened with
+    probability `loops`. Lengths that a maze offers are equally likely. Equal arguments give equal mazes. Raises
+    UserError if the range is impossible, or if no such path is found."""
+    kind = Maze(height, width)
+    low, high = path
+    if not 1 <= low <= high:
+        raise UserError(f"path {low} to {high} is no range of steps: set both to 1 or more, the lower one first")
+    if not 0 <= loops <= 1:
+        raise UserError(f"loops is {loops}: set it from 0 to 1")
+    rng = random.Random(f"{seed} {height} {width}")
+    inputs, labels, failed = [], [], 0
+    while len(inputs) < n:
+        is_open = _carve(height, width, loops, rng)
+        route = _find_route(is_open, width + 2, low, high, rng)
+        failed = 0 if route else failed + 1
+        if route:
+            board = np.where(is_open, FLOOR, WALL).astype(np.uint8)
+            board[route[0]], board[route[-1]] = START, GOAL
+            answer = board.copy()
+            answer[route[1:-1]] = PATH
+            inputs.append(board)
+            labels.append(answer)
+        elif failed == MOST_MAZES:
+            tried = f"{MOST_MAZES} mazes of {height} x {width} have no path of {low} to {high} steps"
+            raise UserError(f"{tried}: allow shorter paths, or set larger sides")
+    inputs, labels = (
+        np.array(boards).reshape(-1, height + 2, width + 2)[:, 1:-1, 1:-1].reshape(-1, kind.cells)
+        for boards in (inputs, labels)
+    )
+    return make_grids(inputs, labels, kind.difficulty(inputs, labels))
+
+
+def _carve(height, width, loops, rng):
+    """Open cells of a random maze, as a flat list of bools with a border of walls around it."""
+    stride = width + 2
+    is_open = [False] * (stride * (height + 2))
+    # With an even side, one row or column beyond the last room is wall; it is sometimes the first, sometimes the last.
+    tops = range(1 + rng.randrange(2 - height % 2), height + 1, 2)
+    lefts = range(1 + rng.randrange(2 - width % 2), width + 1, 2)
+    rooms = [row * stride + column for row in tops for column in lefts]
+    is_room = set(rooms)
+    stack = [rng.choice(rooms)]
+    is_open[stack[0]] = True
+    while stack:
+        room = stack[-1]
+        closed = [
+            step for step in (-2, 2, -2 * stride, 2 * stride) if room + step in is_room and not is_open[room + step]
+        ]
+        if not closed:
+            stack.pop()
+            continue
+        step = rng.choice(closed)
+        is_open[room + step // 2] = is_open[room + step] = True
+        stack.append(room + step)
+    for room in rooms:
+        for step in (1, stride):
+            if room + 2 * step in is_room and rng.random() < loops:
+                is_open[room + step] = True
+    return is_open
+
+
+def _find_route(is_open, stride, low, high, rng):
+    """Cells from a start to a goal on the only shortest path between them, low to high steps long; None if there is no
+    such path from a few random starts."""
+    cells = [cell for cell, open_ in enumerate(is_open) if open_]
+    start = rng.choice(cells)
+    for _ in range(STARTS):
+        distance, n_paths, parent = _explore(is_open, stride, start)
+        by_length = {}
+        for cell, steps in distance.items():
+            if low <= steps <= high and n_paths[cell] == 1:
+                by_length.setdefault(steps, []).append(cell)
+        if by_length:
+            cell = rng.choice(by_length[rng.choice(sorted(by_length))])
+            route = [cell]
+            while cell != start:
+                cell = parent[cell]
+                route.append(cell)
+            return route[::-1]
+        longest = max(distance.values())
+        # The cell farthest from here has the longest paths, so it is the next start if the paths were too short.
+        start = next(reversed(distance)) if longest < low and rng.random() < 0.5 else rng.choice(cells)
+    return None
+
+
+def _explore(is_open, stride, start):
+    """Three dicts by cell, in the order of distance: the distance from start, the number of shortest paths, and a
+    neighbour that is one step nearer."""
+    distance, n_paths, parent, queue = {start: 0}, {start: 1}, {}, [start]
+    for cell in queue:  # which grows in the loop
+        for step in (-1, 1, -stride, stride):
+            beside = cell + step
+            if not is_open[beside]:
+                continue
+            if beside not in distance:
+                distance[beside], n_paths[beside], parent[beside] = distance[cell] + 1, n_paths[cell], cell
+                queue.append(beside)
+            elif distance[beside] == distance[cell] + 1:
+                n_paths[beside] += n_paths[cell]
+    return distance, n_paths, parent
