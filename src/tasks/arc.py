@@ -129,6 +129,7 @@ def crop(tokens: UInt8[np.ndarray, "l"]) -> UInt8[np.ndarray, "h w"]:
 class Arc(PuzzleKind):
     """ARC grids. The rule of a task is not known, so `verify` only checks that an answer is one framed grid."""
 
+    has_rules = False
     one_orbit_per_group = False
 
     def __init__(self):

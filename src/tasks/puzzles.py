@@ -68,6 +68,7 @@ class PuzzleKind:
     `symbols[token]` is the character of a token; `aliases` maps other characters that a text may use to symbols. A
     subclass provides `verify`, `augment` and `orbits`, and faster versions of the rest where it has them."""
 
+    has_rules = True  # False if `verify` cannot tell a right answer from a wrong one
     one_orbit_per_group = True  # False if the rows of a group are different puzzles, such as the pairs of an ARC task
 
     def __init__(self, name: str, height: int, width: int, symbols: str, aliases: dict[str, str] | None = None):

@@ -1,0 +1,233 @@
+"""Folders of puzzles in the form of the authors' code for arXiv:2510.04871: .npy arrays, read memory-mapped.
+
+    FOLDER/identifiers.json                       names of puzzle ids; the name of id 0 is <blank>
+    FOLDER/{train,test}/dataset.json              lengths, vocabulary, counts
+    FOLDER/{train,test}/all__inputs.npy           (N, L) tokens, 0 = padding
+                        all__labels.npy           (N, L) tokens, 0 = not a target
+                        all__puzzle_identifiers.npy   (P,) id of each puzzle
+                        all__puzzle_indices.npy   (P + 1,) first row of each puzzle, and N
+                        all__group_indices.npy    (G + 1,) first puzzle of each group, and P
+
+A puzzle is a board, or all pairs of an ARC task under one augmentation; a group is a puzzle and its augmentations.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from src.errors import UserError
+from src.files.folders import replacing
+from src.files.text import check_is_file, read_json, read_object
+from src.tasks.arc import NO_ID, Arc
+from src.tasks.mazes import Maze
+from src.tasks.puzzles import REPORTED, Grids, PuzzleKind
+from src.tasks.sudoku import Sudoku
+from src.tasks.sudoku_solver import BOXES
+
+SPLITS = ("train", "test")
+OWN = {*SPLITS, "identifiers.json"}  # what `write_folder` writes in a folder
+CHUNK = 100_000  # rows that are checked at once, so that a mapped file is never in memory as a whole
+MOST_TOKENS = 256  # a token is one byte
+
+
+class PuzzleFolder(NamedTuple):
+    train: Grids
+    test: Grids
+    names: list[str]  # of puzzle ids
+    kind: PuzzleKind
+
+
+def kind_named(name: str) -> PuzzleKind:
+    """The kind of a name: sudoku4, sudoku6, sudoku9, arc, or a maze such as maze30x30.  UserError for other names."""
+    if name == "arc":
+        return Arc()
+    if name in {f"sudoku{size}" for size in BOXES}:
+        return Sudoku(int(name.removeprefix("sudoku")))
+    if sides := re.fullmatch(r"maze(\d{1,3})x(\d{1,3})", name):
+        return Maze(int(sides[1]), int(sides[2]))
+    known = ", ".join(f"sudoku{size}" for size in BOXES)
+    raise UserError(f"puzzle kind {name!r} is not known: use {known}, arc, or a maze such as maze30x30")
+
+
+def read_folder(folder, verify: bool = True) -> PuzzleFolder:
+    """Both splits of a folder. Arrays of bytes stay on disk, mapped; those of larger integers are read as bytes.
+
+    With verify, a board whose answer breaks the rules of its kind is named on stderr and left out. `difficulty` is
+    empty: `PuzzleKind.difficulty` measures it. Raises UserError, which names the file, if one is missing, is no array
+    of integers, does not fit the others, or holds a value out of range."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give one with train/, test/ and identifiers.json")
+    names = read_json(folder / "identifiers.json")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{folder / 'identifiers.json'} is no list of names, one per puzzle id: copy it again")
+    facts = {split: _read_facts(folder / split / "dataset.json", len(names)) for split in SPLITS}
+    kind = _kind_of(facts["train"], folder / "train" / "dataset.json")
+    if _kind_of(facts["test"], folder / "test" / "dataset.json").name != kind.name:
+        raise UserError(f"{folder}: train and test are puzzles of different kinds: put them into folders of their own")
+    grids = [_read_split(folder / split, facts[split]) for split in SPLITS]
+    if verify and kind.has_rules:
+        grids = [_without_wrong(kind, each, folder / split) for each, split in zip(grids, SPLITS)]
+    return PuzzleFolder(*grids, names, kind)
+
+
+def _read_facts(path, n_names):
+    facts = read_object(path)
+    for name in ("seq_len", "vocab_size", "num_puzzle_identifiers"):
+        if type(facts.get(name)) is not int or facts[name] < 1:
+            raise UserError(f"{path}: {name} is {facts.get(name)!r}: it must be a number from 1")
+    for name in ("pad_id", "ignore_label_id", "blank_identifier_id"):
+        if facts.get(name) != 0:
+            raise UserError(f"{path}: {name} is {facts.get(name)!r}: only 0 can be read")
+    if facts["vocab_size"] > MOST_TOKENS:
+        raise UserError(f"{path}: vocab_size is {facts['vocab_size']}: at most {MOST_TOKENS} can be read")
+    if facts["num_puzzle_identifiers"] > n_names:
+        raise UserError(
+            f"{path} has {facts['num_puzzle_identifiers']} puzzle ids, but identifiers.json {n_names} names"
+        )
+    sets = facts.get("sets")
+    if not isinstance(sets, list) or len(sets) != 1 or not re.fullmatch(r"\w+", str(sets[0])):
+        raise UserError(f"{path}: sets is {sets!r}: only one set, such as ['all'], can be read")
+    return facts
+
+
+def _kind_of(facts, path):
+    """The kind of puzzles: by its name if this module wrote the folder, else by length and vocabulary."""
+    if isinstance(facts.get("kind"), str):
+        kind = kind_named(facts["kind"])
+    else:
+        kinds = [*(Sudoku(size) for size in BOXES), Arc()]
+        side = max(2, round(facts["seq_len"] ** 0.5))
+        kinds.append(Maze(side))
+        shape = facts["seq_len"], facts["vocab_size"]
+        kind = next((each for each in kinds if (each.cells, each.vocab_size) == shape), None)
+    if kind is None or (kind.cells, kind.vocab_size) != (facts["seq_len"], facts["vocab_size"]):
+        size = f"{facts['seq_len']} cells and {facts['vocab_size']} tokens"
+        raise UserError(f"{path}: no kind of puzzle has {size}: use Sudoku of 4, 6, 9, a square maze or ARC")
+    return kind
+
+
+def _read_split(folder, facts):
+    prefix = f"{facts['sets'][0]}__"
+    paths = {name: folder / f"{prefix}{name}.npy" for name in ("inputs", "labels", "puzzle_identifiers")}
+    indices = {name: folder / f"{prefix}{name}.npy" for name in ("puzzle_indices", "group_indices")}
+    inputs, labels = (_open(paths[name], 2) for name in ("inputs", "labels"))
+    for name, array in (("inputs", inputs), ("labels", labels)):
+        if array.shape != (len(inputs), facts["seq_len"]):
+            expected = f"({len(inputs)}, {facts['seq_len']}): rows of inputs, seq_len of dataset.json"
+            raise UserError(f"{paths[name]} has the shape {array.shape}, not {expected}")
+    inputs, labels = (
+        _as_bytes(array, facts["vocab_size"], paths[name]) for name, array in (("inputs", inputs), ("labels", labels))
+    )
+    ids = np.array(_open(paths["puzzle_identifiers"], 1))
+    first_rows = _read_indices(indices["puzzle_indices"], len(inputs), "rows of inputs")
+    if len(ids) != len(first_rows) - 1:
+        raise UserError(
+            f"{paths['puzzle_identifiers']} has {len(ids)} puzzles, but puzzle_indices {len(first_rows) - 1}"
+        )
+    first_puzzles = _read_indices(indices["group_indices"], len(ids), "puzzles of puzzle_indices")
+    if ids.min() < 0 or ids.max() >= facts["num_puzzle_identifiers"]:
+        bounds = f"0 to {facts['num_puzzle_identifiers'] - 1}, num_puzzle_identifiers of dataset.json less one"
+        raise UserError(f"{paths['puzzle_identifiers']} holds ids from {ids.min()} to {ids.max()}, not from {bounds}")
+    groups = np.repeat(np.arange(len(first_puzzles) - 1, dtype=np.int32), np.diff(first_puzzles))
+    n_rows = np.diff(first_rows)
+    return Grids(inputs, labels, np.repeat(ids.astype(np.int32), n_rows), np.repeat(groups, n_rows), {})
+
+
+def _open(path, n_axes):
+    """An array of integers, mapped; unlike np.load, open_memmap never unpickles."""
+    check_is_file(path, path)
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError, EOFError, OverflowError, TypeError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read as an array of integers: {' '.join(str(error).split())}") from None
+    if array.dtype.kind not in "iu" or array.ndim != n_axes:
+        form = f"{array.ndim} axes of {array.dtype}"
+        raise UserError(f"{path} has {form}: it must have {n_axes} axes of integers")
+    return array
+
+
+def _as_bytes(array, vocab_size, path):
+    """The same tokens as uint8, after a check of their range: the mapped array itself if it has bytes."""
+    tokens = array if array.dtype == np.uint8 else np.empty(array.shape, np.uint8)
+    for start in range(0, len(array), CHUNK):
+        chunk = array[start : start + CHUNK]
+        is_wrong = (chunk < 0) | (chunk >= vocab_size)
+        if is_wrong.any():
+            row, cell = np.argwhere(is_wrong)[0]
+            value = f"row {start + row}, cell {cell} is {chunk[row, cell]} (both count from 0)"
+            raise UserError(
+                f"{path}: {value}, not a token from 0 to {vocab_size - 1}, vocab_size of dataset.json less one"
+            )
+        if tokens is not array:
+            tokens[start : start + CHUNK] = chunk
+    return tokens
+
+
+def _read_indices(path, end, of_what):
+    """Indices that ascend from 0 to `end`."""
+    indices = np.array(_open(path, 1))
+    if len(indices) < 2 or indices[0] != 0 or indices[-1] != end or (indices[1:] <= indices[:-1]).any():
+        raise UserError(f"{path} does not ascend from 0 to {end}, the number of {of_what}: copy it again")
+    return indices.astype(np.int64)
+
+
+def _without_wrong(kind, grids, folder):
+    """Grids without the boards whose answer breaks the rules, which are named on stderr."""
+    parts = [slice(start, start + CHUNK) for start in range(0, grids.n_rows, CHUNK)]
+    is_right = np.concatenate([kind.are_right(grids.inputs[part], grids.labels[part]) for part in parts])
+    wrong = np.flatnonzero(~is_right)
+    for row in wrong[:REPORTED]:
+        reason = kind.verify(grids.inputs[row], grids.labels[row])
+        print(f"{folder}: skipped row {row}, wrong answer: {reason}", file=sys.stderr)
+    if not len(wrong):
+        return grids
+    print(f"{folder}: {len(wrong)} of {grids.n_rows} puzzles skipped", file=sys.stderr)
+    if len(wrong) == grids.n_rows:
+        raise UserError(f"{folder} holds no {kind.name} puzzle with a right answer")
+    return grids.take(is_right)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_folder(folder, kind: PuzzleKind, train: Grids, test: Grids, names: list[str] | None = None):
+    """Write both splits so that the authors' code and `read_folder` can read them; an old folder is replaced.
+
+    names: of puzzle ids, by default id 0 alone. Rows are sorted by group and puzzle id. A row without a puzzle id is a
+    puzzle of its own; rows of a group with the same id are one puzzle, as ARC has it. Raises UserError if `folder` is a
+    file, if there is nothing to write, or if there is no name for an id."""
+    names = [NO_ID] if names is None else names
+    for split, grids in zip(SPLITS, (train, test)):
+        if not grids.n_rows:
+            raise UserError(f"there is no {split} puzzle to write into {folder}: give one or more")
+        if grids.puzzle_ids.max() >= len(names):
+            raise UserError(f"puzzle id {grids.puzzle_ids.max()} of {split} has no name: {len(names)} names are given")
+    with replacing(folder, OWN.__contains__) as new:
+        for split, grids in zip(SPLITS, (train, test)):
+            (new / split).mkdir()
+            _write_split(new / split, kind, grids, len(names))
+        (new / "identifiers.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+
+
+def _write_split(folder, kind, grids, n_names):
+    order = np.lexsort((grids.puzzle_ids, grids.groups))
+    if (order != np.arange(len(order))).any():  # else mapped arrays need no copy
+        grids = grids.take(order)
+    new_group = np.diff(grids.groups, prepend=grids.groups[0] - 1) != 0
+    new_puzzle = new_group | (np.diff(grids.puzzle_ids, prepend=-1) != 0) | (grids.puzzle_ids == 0)
+    first_rows = np.append(np.flatnonzero(new_puzzle), grids.n_rows)
+    first_puzzles = np.append(np.flatnonzero(new_group[new_puzzle]), len(first_rows) - 1)
+    arrays = {"inputs": grids.inputs, "labels": grids.labels, "puzzle_identifiers": grids.puzzle_ids[new_puzzle]}
+    arrays |= {"puzzle_indices": first_rows.astype(np.int32), "group_indices": first_puzzles.astype(np.int32)}
+    for name, array in arrays.items():
+        np.save(folder / f"all__{name}.npy", array, allow_pickle=False)
+    facts = {"seq_len": kind.cells, "vocab_size": kind.vocab_size, "num_puzzle_identifiers": n_names}
+    facts |= {"pad_id": 0, "ignore_label_id": 0, "blank_identifier_id": 0, "sets": ["all"], "kind": kind.name}
+    facts |= {"total_groups": len(first_puzzles) - 1, "total_puzzles": len(first_rows) - 1}
+    facts |= {"mean_puzzle_examples": grids.n_rows / (len(first_rows) - 1)}
+    (folder / "dataset.json").write_text(json.dumps(facts), encoding="utf-8")
