@@ -143,7 +143,7 @@ def _open(path, n_axes):
     check_is_file(path, path)
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError, EOFError, OverflowError, TypeError, SyntaxError) as error:
+    except Exception as error:  # a damaged header fails in the tokenizer, the parser or the system
         raise UserError(f"{path} cannot be read as an array of integers: {' '.join(str(error).split())}") from None
     if array.dtype.kind not in "iu" or array.ndim != n_axes:
         form = f"{array.ndim} axes of {array.dtype}"

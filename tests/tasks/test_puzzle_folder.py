@@ -176,7 +176,15 @@ ARRAYS = ("inputs", "labels", "puzzle_identifiers", "puzzle_indices", "group_ind
 def test_missing_and_broken_arrays(folder, name):
     path = folder / "test" / f"all__{name}.npy"
     data = path.read_bytes()
-    for content in (data[:-3], data[:50], b"", b"text", pickle.dumps([1]), data.replace(b"'descr'", b"'descs'", 1)):
+    for content in (
+        data[:-3],
+        data[:50],
+        b"",
+        b"text",
+        pickle.dumps([1]),
+        data.replace(b"'descr'", b"'descs'", 1),
+        data.replace(b"}", b" "),
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match="cannot be read as an array of integers") as error:
             read_folder(folder)
