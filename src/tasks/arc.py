@@ -126,6 +126,14 @@ def crop(tokens: UInt8[np.ndarray, "l"]) -> UInt8[np.ndarray, "h w"]:
     return grid if grid.size else grid[:0, :0]
 
 
+def at_corner(tokens: UInt8[np.ndarray, "l"]) -> UInt8[np.ndarray, "l"]:
+    """A framed grid at any place, as training has it, moved to the upper left; a board without colours as it is."""
+    board = tokens.reshape(SIDE, SIDE)
+    is_colour = board >= COLOUR
+    row, column = is_colour.any(1).argmax(), is_colour.any(0).argmax()
+    return np.pad(board[row:, column:], ((0, row), (0, column))).ravel()
+
+
 class Arc(PuzzleKind):
     """ARC grids. The rule of a task is not known, so `verify` only checks that an answer is one framed grid."""
 
@@ -150,15 +158,15 @@ class Arc(PuzzleKind):
 
         In ARC-AGI-1 itself, 9 of the 419 test pairs of the evaluation set are images of training pairs, 7 of them of
         pairs of their own task."""
-        pairs = ((crop(board), crop(label)) for board, label in zip(inputs, labels))
+        pairs = ((crop(at_corner(board)), crop(at_corner(label))) for board, label in zip(inputs, labels))
         return [
             min(_pattern([dihedral(grid, number) for grid in pair])[0] for number in range(len(DIHEDRAL)))
             for pair in pairs
         ]
 
     def to_text(self, board: UInt8[np.ndarray, "l"], line_breaks: bool = True) -> str:
-        """The grid at the upper left, one line of digits per row; the whole board if there is none."""
-        grid = crop(board)
+        """The grid, one line of digits per row, wherever it is on the board; the whole board if there is no grid."""
+        grid = crop(at_corner(board))
         if not grid.size:
             return super().to_text(board, line_breaks)
         return ("\n" if line_breaks else "").join("".join(map(str, row)) for row in grid)

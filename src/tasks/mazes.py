@@ -146,6 +146,8 @@ def generate(height: int, width: int, n: int, path: tuple[int, int], seed: int, 
     UserError if the range is impossible, or if no such path is found."""
     kind = Maze(height, width)
     low, high = path
+    if n < 1:
+        raise UserError(f"the number of mazes is {n}: set it to 1 or more")
     if not 1 <= low <= high:
         raise UserError(f"path {low} to {high} is no range of steps: set both to 1 or more, the lower one first")
     if not 0 <= loops <= 1:

@@ -31,7 +31,7 @@ DIHEDRAL = ((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1), (0, 0, 1), (0, 1, 0), (1
 
 
 class Grids(NamedTuple):
-    """N puzzles of one kind with their answers. `len()` is that of the tuple: the number of puzzles is `n_rows`."""
+    """N puzzles of one kind with their answers. `n_rows` is N; `len()` counts the fields of the tuple."""
 
     inputs: UInt8[np.ndarray, "n l"]  # tokens; 0 = padding
     labels: UInt8[np.ndarray, "n l"]  # tokens; 0 = not a target
@@ -168,9 +168,8 @@ def split_by_orbit(kind: PuzzleKind, grids: Grids, share: float, seed: int) -> t
         raise UserError(f"share is {share}: set it between 0 and 1")
     numbers = {}
     keys = [numbers.setdefault(key, len(numbers)) for key in kind.orbits(grids.inputs, grids.labels)]
-    _, classes = np.unique(
-        _joined(np.array(keys), np.unique(grids.groups, return_inverse=True)[1]), return_inverse=True
-    )
+    groups = np.unique(grids.groups, return_inverse=True)[1]
+    _, classes = np.unique(_joined(np.array(keys), groups), return_inverse=True)
     sizes = np.bincount(classes)
     if len(sizes) < 2:
         raise UserError(f"all {grids.n_rows} {kind.name} puzzles are one orbit: nothing can be held out, add others")
@@ -229,11 +228,10 @@ def read_csv(kind: PuzzleKind, path) -> Grids:
     `difficulty` has what the kind measures, and the file's rating if it has one. A puzzle that is malformed or whose
     answer is wrong is skipped; the first few are named on stderr, all are counted. Raises UserError if the header lacks
     a column, if the file cannot be read to its end, or if no puzzle is left."""
-    records, reasons, total = iter(_records(path)), [], 0
-    parts = []
+    records, reasons, parts, total = iter(_records(path)), [], [], 0
     while chunk := list(itertools.islice(records, CHUNK)):
         total += len(chunk)
-        inputs, labels, is_good = _read_chunk(kind, path, chunk, reasons)
+        inputs, labels, is_good = _read_chunk(kind, chunk, reasons)
         ratings = np.array([record.rating for record in chunk])[is_good]
         parts.append((inputs[is_good], labels[is_good], ratings))
     if not total:
@@ -241,31 +239,29 @@ def read_csv(kind: PuzzleKind, path) -> Grids:
     inputs, labels, ratings = map(np.concatenate, zip(*parts))
     if not len(inputs):
         raise UserError(f"none of the {total} puzzles of {path} is usable as {kind.name}; {reasons[0]}")
-    for reason in reasons[:REPORTED]:
+    for reason in reasons:
         print(f"{path}: skipped {reason}", file=sys.stderr)
     if reasons:
-        print(f"{path}: {len(reasons)} of {total} puzzles skipped", file=sys.stderr)
+        print(f"{path}: {total - len(inputs)} of {total} puzzles skipped", file=sys.stderr)
     difficulty = kind.difficulty(inputs, labels)
     if not np.isnan(ratings).all():
         difficulty["rating"] = ratings
     return make_grids(inputs, labels, difficulty)
 
 
-def _read_chunk(kind, path, chunk, reasons):
-    """(inputs, labels, is_good) of some records; appends one reason per bad record to `reasons`."""
+def _read_chunk(kind, chunk, reasons):
+    """(inputs, labels, is_good) of some records; adds the reasons for bad ones to `reasons`, up to REPORTED."""
     inputs, has_question = kind.parse([record.question for record in chunk])
     labels, has_answer = kind.parse([record.answer for record in chunk])
     is_good = has_question & has_answer
     is_good[is_good] = kind.are_right(inputs[is_good], labels[is_good])
-    for row in np.flatnonzero(~is_good):
-        reason = None
-        for part, text, is_board in (
-            ("question", chunk[row].question, has_question),
-            ("answer", chunk[row].answer, has_answer),
-        ):
-            if not is_board[row]:
-                reason = reason or f"{part}: {_reason(kind, text)}"
-        reason = reason or f"wrong answer: {kind.verify(inputs[row], labels[row])}"
+    for row in np.flatnonzero(~is_good)[: REPORTED - len(reasons)]:
+        if not has_question[row]:
+            reason = f"question: {_reason(kind, chunk[row].question)}"
+        elif not has_answer[row]:
+            reason = f"answer: {_reason(kind, chunk[row].answer)}"
+        else:
+            reason = f"wrong answer: {kind.verify(inputs[row], labels[row])}"
         reasons.append(f"line {chunk[row].line}, {reason}")
     return inputs, labels, is_good
 
@@ -299,9 +295,8 @@ def _records(path) -> Iterable[_Record]:
         for row in rows:
             if row:
                 row += [""] * (len(header) - len(row))
-                yield _Record(
-                    rows.line_num, row[question], row[answer], math.nan if rating is None else _number(row[rating])
-                )
+                number = math.nan if rating is None else _number(row[rating])
+                yield _Record(rows.line_num, row[question], row[answer], number)
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: {error}: mend the line") from None
 

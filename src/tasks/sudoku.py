@@ -17,7 +17,7 @@ from src.tasks.sudoku_solver import BLANK, BOXES
 
 FEWEST_CLUES = {4: 4, 6: 8, 9: 17}  # with one solution; each is the known minimum
 DIFFICULTIES = ("any", "singles", "guess")
-BATCH = 10_000  # boards that the generator makes at once
+BATCH = 10_000  # boards that are generated, or verified, at once
 MOST_BATCHES = 30  # in a row without a good puzzle, after which the generator gives up
 ORBIT_CHUNK = 500  # solutions whose symmetries are compared at once; bounds the memory
 
@@ -46,11 +46,10 @@ class Sudoku(PuzzleKind):
     def are_right(self, inputs: UInt8[np.ndarray, "n l"], answers: UInt8[np.ndarray, "n l"]) -> Bool[np.ndarray, "n"]:
         units, _, full = solver.layout(self.size)
         is_right = ((inputs == answers) | (inputs == BLANK)).all(1)
+        bit_of = np.zeros(256, np.uint16)
+        bit_of[2 : self.vocab_size] = 1 << np.arange(self.size)
         for start in range(0, len(answers), BATCH):
-            chunk = answers[start : start + BATCH]
-            bits = np.where(
-                (chunk > BLANK) & (chunk < self.vocab_size), 1 << np.maximum(chunk.astype(np.int32) - 2, 0), 0
-            )
+            bits = bit_of[answers[start : start + BATCH]]
             is_right[start : start + BATCH] &= (np.bitwise_or.reduce(bits[:, units], axis=2) == full).all(1)
         return is_right
 
@@ -67,7 +66,7 @@ class Sudoku(PuzzleKind):
         if problem := self._conflict(board):
             return problem
         count = solver.count_solutions(self.size, board[None])[0]
-        return (None if count == 1 else "it has several solutions") if count else "it has no solution"
+        return {0: "it has no solution", 1: None}.get(int(count), "it has several solutions")
 
     def _conflict(self, board):
         """A digit that is twice in a row, column or box of a board."""
@@ -104,11 +103,17 @@ class Sudoku(PuzzleKind):
 
     def orbits(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
         """The canonical form of each solution: the lexicographically least board that the symmetries reach, 0 for the
-        first digit. It is exact for every size: keys are equal if and only if a symmetry relates the solutions."""
+        first digit. It is exact for every size: keys are equal if and only if a symmetry relates the solutions.
+
+        Raises UserError if a board is no solution."""
         answers, index = np.unique(labels, axis=0, return_inverse=True)
+        is_solution = self.are_right(np.full_like(answers, BLANK), answers)
+        if not is_solution.all():
+            row = np.flatnonzero(~is_solution[index.ravel()])[0]
+            raise UserError(f"row {row} (from 0) is no {self.name} solution, so it has no orbit: remove it")
         grids = answers.reshape(-1, self.size, self.size) - 2
         if self.symmetries == "relabel":
-            keys = [_relabelled(grids, grids[:, 0])[i].tobytes() for i in range(len(grids))]
+            keys = [grid.tobytes() for grid in _relabelled(grids, grids[:, 0])]
         else:
             chunks = (grids[start : start + ORBIT_CHUNK] for start in range(0, len(grids), ORBIT_CHUNK))
             keys = [key for chunk in chunks for key in _canonical(self.size, chunk)]
@@ -226,6 +231,8 @@ def generate(size: int, n: int, clues: tuple[int, int], seed: int, difficulty: s
     low, high = clues
     if difficulty not in DIFFICULTIES:
         raise UserError(f"difficulty is {difficulty!r}: set it to one of {', '.join(DIFFICULTIES)}")
+    if n < 1:
+        raise UserError(f"the number of puzzles is {n}: set it to 1 or more")
     if not FEWEST_CLUES[size] <= low <= high <= size * size:
         bounds = f"from {FEWEST_CLUES[size]}, the fewest with one solution, to {size * size}"
         raise UserError(
@@ -271,7 +278,8 @@ def random_solutions(size: int, n: int, rng: np.random.Generator) -> UInt8[np.nd
 
 
 def _take_clues(size, solutions, rng, low, high, singles):
-    """Boards with as few clues as drawn for each from low..high, or with the fewest that the order of cells allows."""
+    """Solutions with clues taken away: a number from low to high is drawn for each and reached, or else each clue that
+    is left is needed."""
     boards, n = solutions.copy(), len(solutions)
     order, goals = _shuffles(rng, n, size * size), rng.integers(low, high + 1, n)
     for step in range(size * size):

@@ -144,7 +144,7 @@ def test_solutions_of_another_form_are_refused(tmp_path, solutions, message):
 def test_a_file_that_is_cut_short_is_refused(tmp_path):
     data = gzip.compress(json.dumps({"abc": as_json(TASK)}).encode())
     (tmp_path / "a.json.gz").write_bytes(data[:-20])
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         read_tasks(tmp_path / "a.json.gz")
 
 
@@ -315,6 +315,8 @@ def test_orbits_do_not_change_under_augmentation():
     for number in range(8):
         colours = arc._shuffled_colours(rng, 3)
         assert kind.orbits(*place(*data.train[:2], np.full(3, number), colours)) == keys
+        moved = place(*data.train[:2], np.full(3, number), colours, rng)
+        assert kind.orbits(*moved) == keys and kind.to_text(moved[0][1]).replace("\n", "").isdigit()
     many = [np.repeat(board[:1], 200, axis=0) for board in data.train[:2]]
     inputs, labels = kind.augment(rng, *many)
     assert inputs.shape == labels.shape == (200, 900) and len(np.unique(inputs, axis=0)) == 200

@@ -152,6 +152,7 @@ def test_loops_are_opened():
     [
         ((5, 5, 1, (0, 3), 0), "path 0 to 3 is no range of steps"),
         ((5, 5, 1, (4, 3), 0), "the lower one first"),
+        ((5, 5, 0, (1, 3), 0), "the number of mazes is 0"),
         ((5, 5, 1, (100, 200), 0), "200 mazes of 5 x 5 have no path of 100 to 200 steps: allow shorter paths"),
         ((5, 5, 1, (1, 3), 0, 2.0), "loops is 2.0: set it from 0 to 1"),
         ((1, 5, 1, (1, 3), 0), "a maze of 1 x 5 is too small"),

@@ -160,7 +160,7 @@ def test_wrong_answers_are_named_and_left_out(folder, capsys):
 
 @pytest.mark.parametrize("file", ["identifiers.json", "train/dataset.json", "test/dataset.json"])
 @pytest.mark.parametrize(
-    "content, message", [(None, "no such file"), ("{", "broken JSON"), ("3", "holds no|is no list")]
+    "content, message", [(None, "no such file"), ("{", "broken JSON"), ("3", "not a JSON object|is no list")]
 )
 def test_missing_and_broken_json(folder, file, content, message):
     (folder / file).unlink() if content is None else (folder / file).write_text(content)

@@ -212,7 +212,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         read_csv(Sudoku(4), tmp_path / "a.csv")
     data = gzip.compress("\n".join(["question,answer"] + [f"{QUESTION},{ANSWER}"] * 5000).encode())
     (tmp_path / "a.csv.gz").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         read_csv(Sudoku(4), tmp_path / "a.csv.gz")
 
 

@@ -159,6 +159,14 @@ def test_canonical_forms_of_9x9_agree_under_each_symmetry_and_differ_otherwise()
     assert not kind.are_right(no_symmetry * 0 + BLANK, no_symmetry).any()
 
 
+@pytest.mark.parametrize("symmetries", ["all", "relabel"])
+def test_boards_that_are_no_solution_have_no_orbit(symmetries):
+    boards = every_4x4()[:5].copy()
+    boards[3, 0] = BLANK
+    with pytest.raises(UserError, match="row 3 .from 0. is no sudoku4 solution"):
+        Sudoku(4, symmetries).orbits(boards, boards)
+
+
 def test_splits_hold_out_whole_orbits():
     every = every_4x4()
     grids = make_grids(every, every)
@@ -196,6 +204,7 @@ def test_generated_puzzles_are_what_was_asked_for(size, clues, difficulty):
         ((9, 1, (30, 82), 0), "to 81"),
         ((4, 1, (5, 8), 0, "hard"), "difficulty is 'hard': set it to one of any, singles, guess"),
         ((7, 1, (5, 8), 0), "size is 7"),
+        ((9, 0, (30, 40), 0), "the number of puzzles is 0"),
         (
             (4, 5, (16, 16), 0, "guess"),
             "tries gave 0 of 5 sudoku4 puzzles of difficulty guess with 16 to 16 clues: allow more",
