@@ -280,9 +280,8 @@ def _sizes(boards):
 def _place(boards, sizes, transforms, tables, offsets):
     cells = np.arange(SIDE, dtype=np.int16)
     height, width = sizes.T.astype(np.int16)[:, :, None]
-    rows, columns = (
-        cells - offset[:, None] for offset in offsets.T.astype(np.int16)
-    )  # (N, 30), from the grid's corner
+    first_rows, first_columns = offsets.T.astype(np.int16)[:, :, None]
+    rows, columns = cells - first_rows, cells - first_columns  # (N, 30), counted from the corner of the grid
     is_row, is_column = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
     is_below, is_right = rows == height, columns == width
     rows = np.where(_FLIPS_ROWS[transforms][:, None], height - 1 - rows, rows)

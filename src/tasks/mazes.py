@@ -188,9 +188,8 @@ def _carve(height, width, loops, rng):
     is_open[stack[0]] = True
     while stack:
         room = stack[-1]
-        closed = [
-            step for step in (-2, 2, -2 * stride, 2 * stride) if room + step in is_room and not is_open[room + step]
-        ]
+        beside = (step for step in (-2, 2, -2 * stride, 2 * stride) if room + step in is_room)
+        closed = [step for step in beside if not is_open[room + step]]
         if not closed:
             stack.pop()
             continue
@@ -223,8 +222,9 @@ def _find_route(is_open, stride, low, high, rng):
                 route.append(cell)
             return route[::-1]
         longest = max(distance.values())
-        # The cell farthest from here has the longest paths, so it is the next start if the paths were too short.
-        start = next(reversed(distance)) if longest < low and rng.random() < 0.5 else rng.choice(cells)
+        start = rng.choice(cells)
+        if longest < low and rng.random() < 0.5:
+            start = next(reversed(distance))  # the farthest cell, whose paths are the longest ones
     return None
 
 

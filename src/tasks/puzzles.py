@@ -196,16 +196,20 @@ def _joined(*partitions):
             return labels
 
 
-def check_leak(kind: PuzzleKind, train: Grids, test: Grids):
-    """Raises UserError if a test grid is a training grid under a symmetry of the kind.
+def find_leaks(kind: PuzzleKind, train: Grids, test: Grids) -> dict[int, int]:
+    """{test row: a training row} for each test grid that is a training grid under a symmetry of the kind.
 
     Of a training group whose rows are augmentations of one puzzle, only the first row is looked at."""
     rows = np.unique(train.groups, return_index=True)[1] if kind.one_orbit_per_group else np.arange(train.n_rows)
     known = {}
-    for row, key in zip(rows, kind.orbits(train.inputs[rows], train.labels[rows])):
+    for row, key in zip(rows.tolist(), kind.orbits(train.inputs[rows], train.labels[rows])):
         known.setdefault(key, row)
-    leaks = {row: known[key] for row, key in enumerate(kind.orbits(test.inputs, test.labels)) if key in known}
-    if leaks:
+    return {row: known[key] for row, key in enumerate(kind.orbits(test.inputs, test.labels)) if key in known}
+
+
+def check_leak(kind: PuzzleKind, train: Grids, test: Grids):
+    """Raises UserError if a test grid is a training grid under a symmetry of the kind; see `find_leaks`."""
+    if leaks := find_leaks(kind, train, test):
         first = next(iter(leaks))
         counts = f"{len(leaks)} of {test.n_rows} test grids are training grids under a symmetry of {kind.name}"
         rows = f"test rows {few(map(str, leaks))}; row {first} is training row {leaks[first]}"

@@ -7,7 +7,7 @@ import pytest
 
 from src.errors import UserError
 from src.tasks import puzzles
-from src.tasks.puzzles import Grids, PuzzleKind, check_leak, make_grids, read_csv, split_by_orbit
+from src.tasks.puzzles import Grids, PuzzleKind, check_leak, find_leaks, make_grids, read_csv, split_by_orbit
 from src.tasks.sudoku import Sudoku, generate
 
 QUESTION, ANSWER = "12..34.....34..1", "1234341221434321"
@@ -100,7 +100,7 @@ def test_a_split_keeps_orbits_whole():
 
 
 def test_a_split_keeps_groups_whole():
-    """The groups chain the orbits of aa, ab and bb together, so that only cc... remains: nothing can be held out."""
+    """aa and ab share group 0, ba and bb share group 1, ab and ba are one orbit: all four stay together."""
     with pytest.raises(UserError, match="all 4 letters puzzles are one orbit"):
         split_by_orbit(Letters(), letters("aa", "ab", "ba", "bb", groups=[0, 0, 1, 1]), 0.5, 0)
     train, test = split_by_orbit(Letters(), letters("aa", "ab", "ba", "bb", groups=[0, 0, 1, 2]), 0.2, 0)
@@ -125,6 +125,7 @@ def test_leaks_are_named():
         "4 of 5 test grids are training grids under a symmetry of letters (test rows 1, 2, 3 and 1 more; row 1 is "
         "training row 1; rows count from 0): remove them, or split by orbit"
     )
+    assert find_leaks(Letters(), letters("aa", "ab"), letters("bb", "ba", "aa")) == {1: 1, 2: 0}
     check_leak(Letters(), letters("aa", "ab"), letters("bb"))
 
 
