@@ -1,9 +1,9 @@
-"""A model with its tokenizer: text goes in, text or figures come out.
+"""A model with its tokenizer: takes text, and returns text or figures.
 
-lm = load_model("runs/trm")               # of src/checkpoint.py
-model, tokenizer = lm                     # it unpacks
-lm.write("Once upon", seed=1)             # what generate.py writes
-lm.score(["One text.", "Another one."])   # loss, bits per byte of each
+lm = load_model("runs/trm")               # in src/checkpoint.py
+model, tokenizer = lm                     # a LanguageModel is a tuple
+lm.write("Once upon", seed=1)             # the text that generate.py prints
+lm.score(["One text.", "Another one."])   # loss, bits per byte and more of each text
 lm.inspect("Once upon").logits.shape      # recursion steps x tokens x vocabulary
 """
 
@@ -21,11 +21,11 @@ from src.tokenizer import StreamDecoder
 
 
 class Inspection(NamedTuple):
-    """What a model computed for one text of T tokens in S recursion steps and V visits of its network."""
+    """What a model computed for one text: T tokens, S recursion steps, V visits of the network."""
 
     ids: Int[Tensor, "t"]  # BOS first
     logits: Float[Tensor, "s t vocabulary"]  # after each recursion step
-    halt_logits: Float[Tensor, "s t"] | None  # likewise; None without a halting head
+    halt_logits: Float[Tensor, "s t"] | None  # after each recursion step; None without a halting head
     states: Float[Tensor, "v t d"]  # the network's output at each visit: z, ..., z, y for each deep step of trm
 
 
@@ -36,26 +36,30 @@ class LanguageModel(NamedTuple):
     tokenizer: Any
 
     def write(self, text: str = "", max_new_tokens: int = 200, temperature=0.8, top_p=0.95, **options) -> str:
-        """A text and what the model writes after it, as generate.py does; more options: stop_at_eos, which is true,
-        and those of `sampling.generate`, such as top_k and seed.  ValueError for options and texts that cannot be."""
+        """Returns the text with the model's continuation, like generate.py.
+
+        More options: stop_at_eos (default: True) and those of `sampling.generate`, such as top_k and seed. Raises
+        ValueError for options or texts that the model cannot use."""
         options |= {"temperature": temperature, "top_p": top_p}
         written = continue_texts(self.model, self.tokenizer, [text], max_new_tokens, **options)
         return text + "".join(pieces[0] for pieces, _ in written)
 
     def score(self, texts: list[str], **options) -> list:
-        """`scoring.Figures` of each text by itself, after BOS: loss in nats per token, bits per byte, and more.
+        """Returns a `scoring.Figures` (loss in nats per token, bits per byte, ...) of each text, scored by itself.
 
-        Options are those of `scoring.score_corpus`, such as stride or rule. UserError for a text without tokens."""
-        from src.evaluation.scoring import score_corpus  # here, as it builds on data sets
+        Options are those of `scoring.score_corpus`, such as stride or rule. Raises UserError for an empty text."""
+        from src.evaluation.scoring import score_corpus  # imported here: generating text does not need it
 
         return [score_corpus(self.model, self.tokenizer, [text], **options).figures for text in texts]
 
     @torch.no_grad()
     def inspect(self, text: str, rule: ExitRule | None = None) -> Inspection:
-        """Logits after every recursion step and hidden states after every visit, for a text that fits the context.
+        """Returns the logits after every recursion step and the hidden states after every visit.
 
-        rule: how many steps, and whether tokens may leave early; default as trained."""
-        ids, states = torch.tensor([self.tokenizer.encode(text, bos=True)], device=self.model.embed.weight.device), []
+        The text must fit the context. rule: the number of steps, and whether tokens may stop early; default: as
+        trained."""
+        ids = torch.tensor([self.tokenizer.encode(text, bos=True)], device=self.model.embed.weight.device)
+        states = []
         hook = self.model.net.register_forward_hook(lambda net, inputs, state: states.append(state[0]))
         try:
             output = self.model(ids, exit=rule or ExitRule(), return_steps=True)
@@ -66,18 +70,20 @@ class LanguageModel(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What one step of generation adds to texts that are written together."""
+    """What one generation step adds to a batch of texts."""
 
-    pieces: list[str]  # for each text; "" where it has ended, or while a character lacks bytes
-    tokens: int  # that were made, EOS included
+    pieces: list[str]  # new text of each row; "" if the row has ended or a character is still incomplete
+    tokens: int  # number of new tokens, with EOS
 
 
 def continue_texts(
     model, tokenizer, prompts: list[str], max_new_tokens: int, stop_at_eos: bool = True, **options
 ) -> Iterator[Written]:
-    """Write on after each prompt, as one batch.  Options as in `sampling.generate`, and its ValueErrors."""
+    """Continues the prompts as one batch and yields the new text of each step. Options and ValueErrors are those of
+    `sampling.generate`."""
     rows = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    gaps, device = [max(map(len, rows)) - len(row) for row in rows], next(model.parameters(), torch.empty(0)).device
+    gaps = [max(map(len, rows)) - len(row) for row in rows]  # rows are padded on the left
+    device = next(model.parameters(), torch.empty(0)).device  # an ONNX graph has no parameters: CPU
     ids = torch.tensor([[tokenizer.pad_id] * gap + row for gap, row in zip(gaps, rows)], device=device)
     mask = torch.tensor([[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows)], device=device)
     decoders = [StreamDecoder(tokenizer, starts_text=not prompt) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Counts of a model: parameters, depth, FLOPs, cache bytes."""
+"""Computes the size and cost of a model: parameters, depth, FLOPs, cache bytes."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,12 @@ from src.model_config import TRMConfig, loss_weights
 
 
 def count_parameters(model: nn.Module) -> dict:
-    """total, trainable, embedding, recursive_core and per_module {name: n}; a tied parameter is counted once.
+    """Returns parameter counts: total, trainable, embedding, recursive_core, and per_module as {name: count}.
 
-    embedding: the tables of nn.Embedding (a tied one is the head as well). recursive_core: the parameters of model.net
-    where it is visited more than once, else 0. per_module: the children, a tied one with the first that has it."""
-    parameters = list(model.parameters())  # each once
+    A tied parameter is counted once. embedding: all nn.Embedding tables; a tied one is also the head.
+    recursive_core: the parameters of model.net if training visits it more than once, else 0.
+    per_module: one entry per child module; a tied parameter belongs to the first child that has it."""
+    parameters = list(model.parameters())  # yields a tied parameter once
     tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
     config, net, seen, per_module = getattr(model, "config", None), getattr(model, "net", None), set(), {}
     for name, child in model.named_children():
@@ -32,7 +33,7 @@ def count_parameters(model: nn.Module) -> dict:
 
 
 def format_params(n) -> str:
-    """Three significant digits: 999, 12.3K, 1.23M, 4.56B."""
+    """Formats a count with three significant digits: 999, 12.3K, 1.23M, 4.56B."""
     for divisor, suffix in ((1, ""), (1e3, "K"), (1e6, "M"), (1e9, "B"), (1e12, "T")):
         value = n / divisor
         if abs(value) < 999.5 or suffix == "T":
@@ -44,25 +45,27 @@ def format_params(n) -> str:
 
 
 def describe_model(model: nn.Module) -> str:
-    """`trm, 1.64M parameters`."""
+    """Returns a short description, such as `trm, 1.64M parameters`."""
     return f"{model.config.recursion}, {format_params(sum(p.numel() for p in model.parameters()))} parameters"
 
 
 class Depth(NamedTuple):
-    """Blocks that a token passes: read out after one supervision step, and after all of them."""
+    """Number of blocks that a token passes: for one supervision step with its read-out, and for all steps."""
 
     per_step: int
     total: int
 
 
 def effective_depth(config: TRMConfig) -> Depth:
-    """prelude + visits * n_layers + coda."""
+    """Returns prelude + visits * n_layers + coda, for one supervision step and for all."""
     ends, step = config.prelude_layers + config.coda_layers, config.visits_per_step * config.n_layers
     return Depth(ends + step, ends + step * config.train_steps)
 
 
 class Flops(NamedTuple):
-    """FLOPs per token (one multiply-add is 2), the attention's T x T products apart from the weights'."""
+    """FLOPs per token; a multiply-add counts as 2.
+
+    matmul: products with weights; attention: the T x T products of scores and values."""
 
     train_matmul: int
     train_attention: int
@@ -79,18 +82,20 @@ class Flops(NamedTuple):
 
 
 def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
-    """FLOPs per token of training and of decoding at `context` tokens (default max_seq_len).
+    """Returns the FLOPs per token of training and of decoding at `context` tokens (default: max_seq_len).
 
-    Weights: 2 per multiply-add forward, 4 more backward where gradient flows, so 6 x parameters visited with gradient
-    + 2 x those visited without (trm: all but the last grad_deep_steps; act_target stable: its second read-out).
-    Attention: scores and values are 4*T*D forward per token and layer visit and 8*T*D backward, the whole T x T square
-    although half of it is masked, as in PaLM (arXiv:2204.02311, appendix B); kept apart, so that either sum can be had.
-    Included: injection, gate, coda, head and halting head once per supervision step, the prelude once per supervision
-    step too (training recomputes x; full_bptt does not). Not included: embedding look-up, norms, softmax, optimizer,
-    gradient checkpointing's recomputation. Supervision steps count in full, whatever supervision_weights says; of the
-    loop's visits those that have a loss are read out, by coda and head.
-    Decoding: forward for one new token with a cache of `context` tokens: every visit, the coda and head once. For a
-    model that is not causal it is the forward pass over `context` tokens, per token."""
+    Weights: 2 per multiply-add in the forward pass, 4 more in the backward pass. A parameter therefore costs 6 per
+    visit with gradient and 2 per visit without (trm: all but the last grad_deep_steps; act_target stable: the second
+    read-out).
+    Attention: scores and values cost 4*T*D forward and 8*T*D backward per token and layer visit. The whole T x T square
+    counts although half of it is masked, as in PaLM (arXiv:2204.02311, appendix B).
+    Included: coda, head and halting head once per supervision step (for the loop: once per visit with a loss); the
+    injection and gate of every visit; the prelude once per supervision step, because training recomputes x each time
+    (with full_bptt it does not: once).
+    Not included: embedding look-up, norms, softmax, optimizer, recomputation by gradient checkpointing.
+    All supervision steps count in full, whatever supervision_weights is.
+    Decoding: the forward pass of one new token with a cache of `context` tokens: every visit, coda and head once. For a
+    model that is not causal: the forward pass over `context` tokens, divided by their number."""
     context = context or config.max_seq_len
     steps, D = config.train_steps, config.d_model
     block, attention = _block_macs(config, context)
@@ -103,7 +108,8 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
     cycle = layers_per_cycle * block + _cycle_extras(config)
     is_loop = config.recursion == "loop"
     readouts = sum(w > 0 for w in loss_weights(config, config.deep_steps)) if is_loop else steps
-    entries = 1 if config.full_bptt else steps
+    entries = 1 if config.full_bptt else steps  # times that the prelude runs
+    # act_target stable reads out the answer of the step before a second time, without gradient
     second_looks = steps - 1 if config.recursion == "trm" and config.act_target == "stable" else 0
     with_grad = entries * prelude * block + steps * grad_cycles * cycle + readouts * (readout + halt)
     without = steps * (cycles - grad_cycles) * cycle + second_looks * (readout + halt)
@@ -119,7 +125,7 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
 
 
 def _block_macs(c: TRMConfig, context: int) -> tuple[int, int]:
-    """Multiply-adds per token of one TinyBlock: through its weights, and of its scores and values."""
+    """Returns the multiply-adds per token of one TinyBlock: (products with weights, attention scores and values)."""
     swiglu = 3 * c.d_model * c.d_ff
     if c.mixer == "mlp":  # 3 * L * d_ff for each of the D channels of a row, shared by its L tokens
         return 2 * swiglu, 0
@@ -128,7 +134,7 @@ def _block_macs(c: TRMConfig, context: int) -> tuple[int, int]:
 
 
 def _cycle_extras(c: TRMConfig) -> int:
-    """Multiply-adds per token of one deep step beside its blocks: injection and gate of its visits."""
+    """Returns the multiply-adds per token that one deep step spends on injections and gates."""
     if c.recursion == "none":
         return 0
     latent = c.latent_steps if c.recursion == "trm" else 0  # visits that update z and read x, y, z
@@ -137,7 +143,7 @@ def _cycle_extras(c: TRMConfig) -> int:
 
 
 def cache_bytes_per_token(config: TRMConfig, dtype_bytes: int) -> int:
-    """Bytes of the key/value cache per token of context: 2 * slots * K * E * bytes; 0 for a model that has no cache."""
+    """Returns the bytes of key/value cache per token of context, 2 * slots * K * E * bytes; 0 without a cache."""
     if not config.causal or config.mixer != "attention":
         return 0
     return 2 * cache_slots(config) * config.n_kv_heads * config.head_dim * dtype_bytes

@@ -273,7 +273,7 @@ class TestInitFrom:
     def test_weights_keep_their_shapes(self, make, from_first):
         make("first").train()
         for name, value in (("d_model", "32"), ("vocab_size", "300")):
-            with pytest.raises(UserError, match=rf"ema.safetensors does not fit a model of other {name}: change only"):
+            with pytest.raises(UserError, match=rf"ema.safetensors does not fit a model with another {name}: change"):
                 create_trainer(from_first(f"--{name}", value, "--supervision_steps", "3"))
 
     def test_keeps_its_tokenizer(self, make, from_first):

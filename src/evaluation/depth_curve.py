@@ -1,4 +1,4 @@
-"""Bits per byte against depth: every exit rule at several thresholds, and a picture of it."""
+"""Bits per byte against depth: scores every exit rule at several thresholds, and draws the result."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -28,13 +28,13 @@ COLORS = {"fixed": ORANGE, "halt": BLUE, "kl": GREEN}
 
 
 class CurvePoint(NamedTuple):
-    """One setting of an exit rule, and what it costs and gives."""
+    """One setting of an exit rule, with its cost (depth, visits) and its quality (loss, bits per byte)."""
 
     exit: str
     setting: float  # recursion steps, act_threshold or kl_threshold
     depth: float  # mean recursion steps per token
     visits: float  # mean applications of the network per token
-    saved: float  # share of the visits at the trained depth that this leaves out
+    saved: float  # share of visits saved compared with the trained depth
     loss: float  # nats per token
     bits_per_byte: float
 
@@ -52,20 +52,21 @@ def depth_curve(
     max_tokens: int | None = None,
     bar: tqdm | None = None,
 ) -> list[CurvePoint]:
-    """Points of every exit rule that the model can obey, all on the same windows, which are kept in memory.
+    """Returns the points of every exit rule that the model supports, all scored on the same windows of text.
 
-    One pass gives all fixed depths up to max_recursion_depth (at least the trained one); each threshold is a pass."""
+    One pass scores all fixed depths, up to max_recursion_depth or the trained depth, whichever is deeper. Each
+    threshold needs a pass of its own, so the windows are kept in memory."""
     config, size = model.config, Size()
     if config.recursion == "none":
-        raise UserError("recursion none is one visit: there is no depth to draw a curve over")
+        raise UserError("recursion none visits the network once, so there is no depth curve: use a recursive model")
     deepest = max(max_depth(config), max_recursion_depth or 0)
     if deepest == 1:
-        raise UserError("one recursion step is no depth to draw a curve over: add --max_recursion_depth 4")
+        raise UserError("a depth curve needs more than one recursion step: add --max_recursion_depth 4")
     samples = list(corpus_windows(config, tokenizer, documents, size, stride, max_docs, max_tokens))
     if size.lost:
-        raise UserError("the tokenizer does not give all of the text back: there are no bits per byte to draw")
+        raise UserError("the tokenizer loses part of the text, so there are no bits per byte: use other text")
     rules = [ExitRule("halt", deepest, act_threshold=a) for a in act_thresholds if config.recursion == "trm"]
-    rules += [ExitRule("kl", deepest, kl_threshold=k) for k in kl_thresholds if deepest > 2]  # it needs two steps
+    rules += [ExitRule("kl", deepest, kl_threshold=k) for k in kl_thresholds if deepest > 2]  # compares two steps
     if bar is not None:
         bar.reset(size.tokens * (1 + len(rules)))
     fixed = score_windows(model, samples, size, batch_size, ExitRule("fixed", deepest), True, bar)
@@ -83,21 +84,23 @@ def _point(config, exit, setting, depth, figures) -> CurvePoint:
 
 
 def cheapest_points(points: list[CurvePoint], trained_depth: int, within: float = 0.01) -> dict[str, CurvePoint]:
-    """{exit: point of the fewest visits that has at most (1 + within) x the trained depth's bits per byte}."""
+    """Returns {exit rule: its cheapest point (fewest visits) that is nearly as good as the trained depth}.
+
+    Nearly as good: at most (1 + within) x the bits per byte at the trained depth. Rules without one are left out."""
     limit = (1 + within) * full_point(points, trained_depth).bits_per_byte
     good = [[p for p in points if p.exit == name and p.bits_per_byte <= limit] for name in NAMES]
     return {of_rule[0].exit: min(of_rule, key=lambda p: p.visits) for of_rule in good if of_rule}
 
 
 def full_point(points: list[CurvePoint], trained_depth: int) -> CurvePoint:
-    """The point of the depth that the model was trained with."""
+    """Returns the point of the depth that the model was trained with."""
     return next(point for point in points if (point.exit, point.setting) == ("fixed", trained_depth))
 
 
 def draw_depth_curve(points: list[CurvePoint], trained_depth: int, path: str, title: str = "", remark: str = ""):
-    """A picture (PNG) of bits per byte over mean visits per token: a curve per exit rule, its cheapest point ringed.
+    """Draws bits per byte over mean visits per token as a PNG: one curve per exit rule, its cheapest point circled.
 
-    Points of far more bits per byte than the trained depth has may lie above the frame."""
+    Points with far more bits per byte than the trained depth may lie above the frame."""
     figure, grid = new_figure(5.2)
     axes, full = figure.add_subplot(grid[:, :]), full_point(points, trained_depth)
     style_axes(axes, "bits per byte")

@@ -1,4 +1,4 @@
-"""How good a language model is on text: loss, bits per byte, accuracy."""
+"""Evaluation during training: loss, bits per byte and accuracy on validation text, and a sample."""
 
 import itertools
 
@@ -13,17 +13,18 @@ from src.tokenizer import StreamDecoder
 
 @torch.no_grad()
 def evaluate(model, batches, bytes_per_token: float, precision="fp32", limit=None, accelerator=None) -> dict:
-    """Loss (nats per target token), bits per byte and token accuracy of all supervision steps' answer on `batches`.
+    """Returns loss (nats per target token), bits per byte and token accuracy on at most `limit` of the `batches`.
 
-    Every process takes its share of the batches. The model is left in the mode it was in."""
+    The logits are those after the last supervision step. The batches are divided among the processes. At the end the
+    model is back in the mode (train or eval) that it was in."""
     was_training, device = model.training, next(model.parameters()).device
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     model.eval()
-    with torch.compiler.set_stance("force_eager"):  # other shapes than in training: not worth a compilation
+    with torch.compiler.set_stance("force_eager"):  # shapes differ from training: not worth compiling
         batches = itertools.islice(batches, limit)
         while group := list(itertools.islice(batches, world)):
-            batch = group[min(rank, len(group) - 1)]  # every process runs as often: sharded models work together
+            batch = group[min(rank, len(group) - 1)]  # sharded models need a call on every process
             batch = {name: t.to(device) for name, t in batch.items()}
             targets = batch.pop("target_ids")
             if rank >= len(group):
@@ -36,7 +37,7 @@ def evaluate(model, batches, bytes_per_token: float, precision="fp32", limit=Non
     model.train(was_training)
     loss, right, tokens = (accelerator.reduce(sums) if accelerator else sums).tolist()
     if not tokens:
-        raise UserError("the validation text holds no target token: give more of it")
+        raise UserError("the validation text has no target token: give more text")
     return {
         "valid_loss": loss / tokens,
         "valid_bits_per_byte": bits_per_byte(loss / tokens, bytes_per_token),
@@ -45,7 +46,7 @@ def evaluate(model, batches, bytes_per_token: float, precision="fp32", limit=Non
 
 
 def sample_text(model, tokenizer, prompt: str, new_tokens: int, seed: int) -> str:
-    """A prompt and what a model writes after it at temperature 0.8, top_p 0.95, up to EOS."""
+    """Returns a prompt with the model's continuation, sampled at temperature 0.8 and top_p 0.95, up to EOS."""
     ids = tokenizer.encode(prompt, bos=True)[: model.config.max_seq_len]
     decoder, text = StreamDecoder(tokenizer, starts_text=not prompt), prompt
     options = {"temperature": 0.8, "top_p": 0.95, "seed": seed, "eos_id": tokenizer.end_ids}

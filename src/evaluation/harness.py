@@ -1,6 +1,6 @@
-"""The model under EleutherAI's lm-evaluation-harness (pip install lm_eval): its three kinds of requests, answered.
+"""Adapter for EleutherAI's lm-evaluation-harness (pip install lm_eval): answers its three kinds of requests.
 
-A task is a name that the harness knows, or a local YAML file beside its data, such as
+A task is a name that the harness knows, or a local YAML file next to its data. For example:
 
     task: capitals
     dataset_path: json
@@ -12,7 +12,7 @@ A task is a name that the harness knows, or a local YAML file beside its data, s
     doc_to_target: "{{answer}}"
     metric_list: [{metric: acc}]
 
-which runs without a network (HF_DATASETS_OFFLINE=1); data_files are looked for from the working directory on.
+This task runs without a network (HF_DATASETS_OFFLINE=1). Paths in data_files are relative to the working directory.
 """
 
 import difflib
@@ -29,34 +29,35 @@ from src.exits import ExitRule
 from src.sampling import generate
 from src.tokenizer import StreamDecoder
 
-VERSION = "0.4.13"  # of lm_eval, which this was written for
-MAX_NEW_TOKENS = 256  # where a task does not say
+VERSION = "0.4.13"  # of lm_eval: the version that this file was written for
+MAX_NEW_TOKENS = 256  # if a task sets no limit
 
 
 class Answers:
-    """Answers to the requests of lm_eval; of a request only `args` is used, so that this needs no lm_eval.
+    """Answers the requests of lm_eval. It reads only `args` of a request, so it works without lm_eval installed.
 
-    Every context starts as the model's texts do (with BOS, unless the tokenizer says no), and keeps its end where it
-    is too long. rule: when a token stops recursing."""
+    Every context starts like the training texts: with BOS, unless the tokenizer adds none. A context that is too long
+    loses its beginning. rule: when a token stops recursing."""
 
     def __init__(self, model, tokenizer, batch_size: int = 8, rule: ExitRule | None = None):
         super().__init__()
         self.model, self.tokenizer, self.batch_size, self.rule = model, tokenizer, batch_size, rule
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability in nats, is it what greedy decoding writes?) of each (context, continuation)."""
+        """Returns (log-probability in nats, whether greedy decoding writes it) for each (context, continuation)."""
         pairs = [encode_pair(self.tokenizer, *request.args) for request in requests]
         return [tuple(answer) for answer in self._score(pairs, disable_tqdm)]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability in nats of each (text,), every token of it from BOS on."""
+        """Returns the log-probability in nats of each (text,): of all its tokens, given BOS."""
         pairs = [(self.tokenizer.start([]), self.tokenizer.encode(request.args[0])) for request in requests]
         return [answer.logprob for answer in self._score(pairs, disable_tqdm)]
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """What follows each (context, options), up to EOS or a stop string of `until`, which is left out."""
+        """Returns the continuation of each (context, options), up to but without EOS or a stop string of `until`."""
         texts = {}
         with tqdm(total=len(requests), unit="text", disable=disable_tqdm) as bar:
+            # requests with equal options share a batch
             alike = sorted(range(len(requests)), key=lambda i: repr(requests[i].args[1]))
             for _, group in itertools.groupby(alike, key=lambda i: repr(requests[i].args[1])):
                 group = sorted(group, key=lambda i: len(requests[i].args[0]))
@@ -72,7 +73,7 @@ class Answers:
             return score_continuations(self.model, pairs, None, self.batch_size, self.rule, bar)
 
     def _write(self, contexts, options):
-        """Texts after contexts, one batch under the same options."""
+        """Returns the continuations of one batch of contexts with the same options."""
         stops, n_new, choice = read_options(options)
         ids, mask = self._prompts(contexts, n_new)
         ends, decoders, texts = self.tokenizer.end_ids, [StreamDecoder(self.tokenizer) for _ in ids], [""] * len(ids)
@@ -85,14 +86,16 @@ class Answers:
                     is_open[row] = index not in ends and not any(stop in texts[row] for stop in stops)
             if not any(is_open):
                 break
-        texts = [text + decoder.flush() * goes_on for text, decoder, goes_on in zip(texts, decoders, is_open)]
+        for row, decoder in enumerate(decoders):
+            if is_open[row]:  # ended by the token limit
+                texts[row] += decoder.flush()
         return [min((text.partition(stop)[0] for stop in stops), key=len, default=text) for text in texts]
 
     def _prompts(self, contexts, n_new):
-        """Left-padded ids (B, T) and attention mask (B, T), with room for the new tokens in the context if possible."""
+        """Returns left-padded ids (B, T) and their mask (B, T), with space left for the new tokens if possible."""
         context = self.model.config.max_seq_len
-        room = max(1, context - n_new, context // 2)
-        rows = [self.tokenizer.encode(text, bos=True)[-room:] for text in contexts]
+        longest = max(1, context - n_new, context // 2)  # of a prompt; always at least half the context
+        rows = [self.tokenizer.encode(text, bos=True)[-longest:] for text in contexts]
         gaps = [max(map(len, rows)) - len(row) for row in rows]
         ids = torch.tensor([[self.tokenizer.pad_id] * gap + row for gap, row in zip(gaps, rows)])
         mask = torch.tensor([[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows)])
@@ -101,7 +104,7 @@ class Answers:
 
 
 def read_options(options: dict) -> tuple[list[str], int, dict]:
-    """(stop strings, number of new tokens, options of `sampling.generate`) of a task's generation options."""
+    """Splits a task's generation options into (stop strings, number of new tokens, options of `sampling.generate`)."""
     until = options.get("until") or []
     stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
     n_new = next((int(options[k]) for k in ("max_gen_toks", "max_new_tokens", "max_tokens") if options.get(k)), None)
@@ -120,20 +123,20 @@ def run_tasks(
     batch_size: int = 8,
     rule: ExitRule | None = None,
 ) -> tuple[dict, str]:
-    """(figures of each task and group, the harness's table) of tasks by name, wildcard or YAML file.
+    """Runs tasks, given by name, wildcard or YAML file. Returns (figures of each task and group, the harness's table).
 
-    include_path: a folder with more tasks; limit: examples per task. Raises UserError where lm_eval is not installed,
-    and for tasks that it does not know or whose data is not there."""
+    include_path: a folder with more tasks; limit: examples per task. Raises UserError if lm_eval is not installed, if
+    it does not know a task, or if a task's data cannot be read."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.api.model import LM
         from lm_eval.utils import make_table
     except ImportError as error:
-        raise UserError(f"lm-evaluation-harness is not here ({error}): pip install lm_eval=={VERSION}") from None
-    from datasets.exceptions import DatasetsError  # what lm_eval reads the tasks' data with
+        raise UserError(f"lm-evaluation-harness is not installed ({error}): pip install lm_eval=={VERSION}") from None
+    from datasets.exceptions import DatasetsError  # lm_eval reads its data with this package
 
     if include_path is not None and not Path(include_path).is_dir():
-        raise UserError(f"--include_path {include_path} is no folder: give one that holds YAML files of tasks")
+        raise UserError(f"--include_path {include_path} is not a folder: give a folder of task YAML files")
     adapter = type("Adapter", (Answers, LM), {})(model, tokenizer, batch_size, rule)
     try:
         manager, names = _find(tasks, include_path)
@@ -148,25 +151,25 @@ def run_tasks(
             log_samples=False,
         )
     except (OSError, DatasetsError, yaml.YAMLError) as error:
-        raise UserError(f"--lm_eval {' '.join(tasks)}: a task's file or data cannot be read ({error})") from None
+        raise UserError(f"--lm_eval {' '.join(tasks)}: cannot read a task's file or data ({error})") from None
     table = "\n".join(make_table(results, part).rstrip() for part in ("results", "groups") if results.get(part))
     return {part: results[part] for part in ("results", "groups", "versions", "n-shot") if part in results}, table
 
 
 def _find(tasks, include_path):
-    """(the harness's TaskManager, names of the tasks that are meant).  UserError for one that there is not."""
+    """Returns (the harness's TaskManager, names of the matching tasks). Raises UserError for an unknown task."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include_path, include_defaults=False)
     found = [_names(task, manager) for task in tasks]
     if not all(found):
-        manager = TaskManager(include_path=include_path)  # reads the thousands that it brings along: half a minute
+        manager = TaskManager(include_path=include_path)  # includes its thousands of built-in tasks: half a minute
         found = [_names(task, manager) for task in tasks]
     for task, names in zip(tasks, found):
         if not names:
             close = difflib.get_close_matches(task, manager.all_tasks, 1)
             advice = f"did you mean {close[0]}?" if close else "give its YAML file, or its folder as --include_path"
-            raise UserError(f"--lm_eval {task}: there is no such task; {advice}")
+            raise UserError(f"--lm_eval {task}: unknown task; {advice}")
     return manager, list(itertools.chain.from_iterable(found))
 
 

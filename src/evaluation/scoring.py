@@ -1,11 +1,12 @@
-"""How well a model predicts text: log-probabilities of tokens, of continuations, and the figures of a whole corpus.
+"""Scores text with a model: log-probabilities of tokens and of continuations, and figures of a whole corpus.
 
-What counts: every document is scored by itself, after BOS. Each of its tokens is a target exactly once, the first one
-predicted by BOS; BOS and EOS are no targets. Bytes and characters are those of the documents' text (UTF-8).
+Every document is scored by itself, after BOS. Each of its tokens is a target exactly once; the first is predicted from
+BOS. BOS and EOS are not targets. Bytes and characters are those of the documents' text (UTF-8).
 
-Long documents are scored in windows of max_seq_len inputs that advance by `stride` tokens, of which only the targets
-count that no window had before: each is predicted from max_seq_len - stride earlier tokens at least, where the document
-has them. A smaller stride gives more context and takes longer; it changes nothing about what is counted.
+Long documents are scored in windows of max_seq_len inputs. Each window starts `stride` tokens after the one before, and
+only targets that no earlier window scored count. Every target is therefore predicted from at least max_seq_len - stride
+earlier tokens, if the document has that many. A smaller stride gives more context and takes longer; the targets stay
+the same.
 """
 
 import itertools
@@ -28,17 +29,17 @@ from src.exits import ExitRule, max_depth, visits_per_recursion_step
 from src.losses import IGNORE, bits_per_byte
 from src.tokenizer import warn_of_loss
 
-SORTED = 16  # batches whose rows are sorted by length together, so that little is padded
+SORTED = 16  # batches whose rows are sorted by length together, which keeps padding low
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 
 
 class TokenScores(NamedTuple):
-    """Of every target; 0, False where there is none.  S = 1, or recursion steps that were run by any token."""
+    """Scores of every target; 0 and False if there is none. S: 1, or the most recursion steps that any token took."""
 
     logprobs: Float[Tensor, "s *n"]  # nats
     is_likeliest: Bool[Tensor, "s *n"]
-    depth: Int[Tensor, "*n"]  # recursion steps that the token before it took
+    depth: Int[Tensor, "*n"]  # recursion steps that the model took to predict it
 
 
 @torch.inference_mode()
@@ -50,10 +51,11 @@ def score_tokens(
     rule: ExitRule | None = None,
     per_step: bool = False,
 ) -> TokenScores:
-    """Log-probabilities of the tokens of rows: target_ids[t] follows input_ids[t], -100 is no target.  (S, B, T).
+    """Returns the scores (S, B, T) of target_ids, where target_ids[t] follows input_ids[t] and -100 means no target.
 
-    attention_mask: 0 = padding, None = every token is real; rule: when a token stops recursing, default the trained
-    depth; per_step: read the answer out after each recursion step, else after each token's last."""
+    attention_mask: 0 = padding; None = no padding.
+    rule: when a token stops recursing; default: the trained depth.
+    per_step: score the prediction after each recursion step; otherwise only after each token's last step."""
     output = model(input_ids, attention_mask=attention_mask, exit=rule or ExitRule(), return_steps=per_step)
     steps = output.logits if per_step else output.logits[None]
     logprobs = torch.stack([_logprobs(logits, target_ids) for logits in steps])
@@ -68,9 +70,9 @@ def _logprobs(logits, targets):
 def score_samples(
     model, samples: Iterable[Sample], batch_size: int = 8, rule: ExitRule | None = None, per_step: bool = False
 ) -> Iterator[tuple[int, TokenScores]]:
-    """(number of the sample, TokenScores (S, N) of its N targets) for each sample, those of like length first.
+    """Yields (number of the sample, TokenScores (S, N) of its N targets) for each sample, grouped by similar length.
 
-    Rows are padded on the right under a mask, so that a sample's scores do not depend on its batch."""
+    Rows are padded on the right and masked, so a sample's scores do not depend on its batch."""
     device, numbered, was_training = model.embed.weight.device, enumerate(samples), model.training
     model.eval()
     try:
@@ -88,8 +90,10 @@ def score_samples(
 
 
 def windows(prefix: list[int], pieces: Iterable[list[int]], context: int, stride: int) -> Iterator[Sample]:
-    """The tokens of `pieces` after a prefix (1 to `context` ids, no targets) in windows of at most `context` inputs."""
-    row, scored = list(prefix), len(prefix) - 1  # of the row's targets that no later window may count
+    """Yields windows of at most `context` inputs over the tokens of `pieces`.
+
+    The prefix (1 to `context` ids) comes before the tokens. Its ids are inputs but not targets."""
+    row, scored = list(prefix), len(prefix) - 1  # scored: leading targets of the row that do not count (again)
     for piece in pieces:
         row += piece
         while len(row) > context:
@@ -107,9 +111,9 @@ def _window(row, scored):
 
 
 def choose_stride(config, stride: int | None = None) -> int:
-    """The stride that is asked for, else half the context.  UserError where the model or the stride cannot be."""
+    """Returns the given stride, or half the context for None. Raises UserError for an unusable model or stride."""
     if not config.causal:
-        raise UserError("this model sees all positions at once (causal is false): it is no language model to score")
+        raise UserError("causal is false in this model, so it cannot be scored as a language model: use a causal one")
     if stride is not None and not 1 <= stride <= config.max_seq_len:
         raise UserError(f"stride is {stride}: set it from 1 to the context of {config.max_seq_len} tokens")
     return max(1, config.max_seq_len // 2) if stride is None else stride
@@ -120,12 +124,14 @@ def choose_stride(config, stride: int | None = None) -> int:
 
 class Continuation(NamedTuple):
     logprob: float  # of all its tokens, nats
-    is_greedy: bool  # each of them is the likeliest there
+    is_greedy: bool  # whether each token is the likeliest one at its position
 
 
 def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """(ids of BOS and the context, ids of the continuation), split where the ids of both together part from the
-    context's own. White space at the context's end belongs to the continuation, as to the tokens of words."""
+    """Tokenizes context and continuation together. Returns (ids of BOS and the context, ids of the continuation).
+
+    The split is at the first id that differs from those of the context alone. White space at the end of the context
+    goes to the continuation, because tokens of words include the space before them."""
     stripped = context.rstrip()
     ids, own = tokenizer.encode(context + continuation), tokenizer.encode(stripped)
     same = next((i for i, (a, b) in enumerate(zip(ids, own)) if a != b), min(len(ids), len(own)))
@@ -140,11 +146,11 @@ def score_continuations(
     rule: ExitRule | None = None,
     bar: tqdm | None = None,
 ) -> list[Continuation]:
-    """How likely each pair's second ids are after its first (one at least, such as BOS).
+    """Scores the second ids of each pair as a continuation of the first (at least one id, such as BOS).
 
-    As much of the first as fits is kept, from its end; a continuation that does not fit either is scored in windows."""
+    Keeps as many of the first ids as fit, from the end. A continuation that does not fit is scored in windows."""
     context, stride = model.config.max_seq_len, choose_stride(model.config, stride)
-    owners, results = [], []
+    owners, results = [], []  # owners[i]: number of the pair that window i belongs to
 
     def samples():
         for prefix, ids in pairs:
@@ -168,32 +174,32 @@ def score_continuations(
 
 @dataclass
 class Size:
-    """What was scored of a corpus."""
+    """How much of a corpus was scored."""
 
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
     chars: int = 0
-    lost: int = 0  # bytes that the tokens do not give back
+    lost: int = 0  # bytes that the tokenizer cannot represent
 
 
 class Figures(NamedTuple):
-    """The quality of one answer, over all targets; NaN per byte and character where the tokens lose some text."""
+    """Figures over all targets. Those per byte and per character are NaN if the tokenizer loses part of the text."""
 
     loss: float  # nats per token
     bits_per_byte: float
     bits_per_char: float
     perplexity: float  # per token
-    accuracy: float  # share of the targets that are the likeliest token
+    accuracy: float  # share of targets that the model ranks first
 
 
 class Score(NamedTuple):
     size: Size
-    figures: Figures  # of each token's last answer
-    steps: list[Figures]  # after each recursion step, where a token that has stopped keeps its answer; or []
+    figures: Figures  # of each token's last recursion step
+    steps: list[Figures]  # after each recursion step (a stopped token keeps its last prediction); [] without per_step
     depth: float  # mean recursion steps per token
     visits: float  # mean applications of the network per token
-    saved: float  # share of the visits at the trained depth that this leaves out
+    saved: float  # share of visits saved compared with the trained depth
 
 
 def score_corpus(
@@ -208,24 +214,24 @@ def score_corpus(
     max_tokens: int | None = None,
     bar: tqdm | None = None,
 ) -> Score:
-    """Score of documents: texts, or the (piece, is_last) pairs of `corpus.read_pieces`; memory stays flat.
+    """Scores documents, which are texts or the (piece, is_last) pairs of `corpus.read_pieces`, in constant memory.
 
-    At most max_docs documents and max_tokens tokens are read; the last document may be cut. bar counts tokens.
-    Raises UserError where there is nothing to score, or `choose_stride` refuses."""
+    Reads at most max_docs documents and max_tokens tokens; the last document may be cut. bar counts tokens.
+    Raises UserError if there is nothing to score, or if `choose_stride` rejects the model or the stride."""
     size = Size()
     samples = corpus_windows(model.config, tokenizer, documents, size, stride, max_docs, max_tokens)
     return score_windows(model, samples, size, batch_size, rule, per_step, bar)
 
 
 def corpus_windows(config, tokenizer, documents, size, stride=None, max_docs=None, max_tokens=None) -> Iterator[Sample]:
-    """Documents as windows; arguments as in `score_corpus`. What they hold is added to `size` as they are made."""
+    """Yields documents as windows and adds what they contain to `size`. Arguments as in `score_corpus`."""
     stride = choose_stride(config, stride)
     pieces = itertools.chain.from_iterable(cut(d) if isinstance(d, str) else (d,) for d in documents)
     for first in pieces:
         size.documents += 1
         ids = _document(itertools.chain((first,), pieces), tokenizer, size, max_tokens or sys.maxsize)
         prefix = tokenizer.start([])
-        if not tokenizer.add_bos:
+        if not tokenizer.add_bos:  # the first token takes the place of BOS
             piece = next(filter(None, ids), [])
             prefix, ids = piece[:1] or prefix, itertools.chain((piece[1:],), ids)
         yield from windows(prefix, ids, config.max_seq_len, stride)
@@ -234,8 +240,9 @@ def corpus_windows(config, tokenizer, documents, size, stride=None, max_docs=Non
 
 
 def _document(pieces, tokenizer, size, max_tokens):
-    """Ids of each piece of one document. Those that are scored are counted in `size`: all but the first of a document
-    that does not begin with BOS, as nothing stands before it."""
+    """Yields the ids of each piece of one document, and counts the scored ones in `size`.
+
+    All ids are scored, except the first one of a document without BOS: there is no token to predict it from."""
     skips = not tokenizer.add_bos
     for piece, is_last in pieces:
         ids = tokenizer.encode(piece)
@@ -245,25 +252,26 @@ def _document(pieces, tokenizer, size, max_tokens):
         data = piece.encode() if len(scored) == len(ids) else tokenizer.decode_bytes(scored)
         size.tokens += len(scored)
         size.bytes += len(data)
-        size.chars += len(data.decode(errors="replace"))  # half a character at the cut is one
+        size.chars += len(data.decode(errors="replace"))  # an incomplete character at the cut counts as one
         yield kept
         if is_last or size.tokens == max_tokens:
             return
 
 
 def score_windows(model, samples, size, batch_size, rule, per_step, bar) -> Score:
-    """Score of the windows that `corpus_windows` makes, of which `size` tells what they hold."""
+    """Scores the windows that `corpus_windows` yields; it adds their contents to `size` meanwhile."""
     config, rule = model.config, rule or ExitRule()
     most = max_depth(config, rule) if per_step else 1
     sums, depth = torch.zeros(most, 2, dtype=torch.float64), 0
     for _, scores in score_samples(model, samples, batch_size, rule, per_step):
         parts = torch.stack((scores.logprobs.double().sum(-1), scores.is_likeliest.double().sum(-1)), dim=-1)
-        sums += torch.cat((parts, parts[-1:].expand(most - len(parts), -1)))  # later steps, which no token here ran
+        missing = most - len(parts)  # steps that no token of this sample ran: they repeat the last one
+        sums += torch.cat((parts, parts[-1:].expand(missing, -1)))
         depth += scores.depth.sum().item()
         if bar is not None:
             bar.update(scores.depth.numel())
     if not size.tokens:
-        raise UserError("there is no token to score: give text that is not empty")
+        raise UserError("there is no token to score: give non-empty text")
     steps = [_figures(*row, size) for row in sums.tolist()]
     warn_of_loss(size.lost, size.bytes)
     visits = visits_per_recursion_step(config) * depth / size.tokens
@@ -274,6 +282,6 @@ def score_windows(model, samples, size, batch_size, rule, per_step, bar) -> Scor
 def _figures(logprob, likeliest, size) -> Figures:
     loss = -logprob / size.tokens
     bytes, chars = (nan, nan) if size.lost else (size.bytes, size.chars)
-    perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # inf, where math.exp would raise
+    perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # gives inf; math.exp would raise OverflowError
     per_byte, per_char = (bits_per_byte(loss, number / size.tokens) for number in (bytes, chars))
     return Figures(loss, per_byte, per_char, perplexity, likeliest / size.tokens)

@@ -1,13 +1,13 @@
-"""Seeing it think: the next-token distribution of every written token, recursion step by recursion step.
+"""Traces of generation: the next-token distribution after each recursion step, for every generated token.
 
     trace = Trace(tokenizer)
-    for ids in generate(model, prompt_ids, 40, thoughts=trace): ...    # `generate` adds to it what it reads
+    for ids in generate(model, prompt_ids, 40, thoughts=trace): ...    # `generate` appends to the trace
     print_table(trace, sys.stderr)
     write_json(trace, "out.json", prompt)
-    draw_trace(trace, "out.png", prompt)                               # of src/evaluation/trace_picture.py
+    draw_trace(trace, "out.png", prompt)                               # in src/evaluation/trace_picture.py
 
-A trace is a list of plain dicts, one per token (`read_thought`), so it is its own JSON. Probabilities are the model's,
-at temperature 1 and before top_k and top_p.
+A trace is a list of plain dicts, one per token (see `read_thought`), so it can be written as JSON directly.
+Probabilities are those of the model at temperature 1, before top_k and top_p.
 """
 
 import json
@@ -28,17 +28,20 @@ from src.tokenizer import REPLACEMENT
 
 FORMATS = (".png", ".pdf", ".svg")
 
-# ---- what is read from the model ------------------------------------------------------------------------------------
+# ---- reading from the model -----------------------------------------------------------------------------------------
 
 
 def read_thought(thought: Thought, tokenizer, row: int = 0, top: int = 5, limit: int | None = None) -> dict:
-    """What became of one row's new token while the model thought about it: a dict of plain values.
+    """Returns the per-step predictions behind one row's new token, as a dict of plain values.
 
-    token, text: the one written; depth: recursion steps it took; halted: whether that is under `limit`, the most it
-    could take (default: as many as any row took). Then one value per step: probability and rank (1 = the likeliest)
-    of the token written, entropy in bits, kl in nats to the step before (None at the first), halt = the halting
-    probability (None without a halting head). candidates: the token written and the `top` likeliest of every step,
-    each with token, text and its probability at every step; first the one that was ever the most probable.
+    token, text: the chosen token.
+    depth: recursion steps that it took.
+    halted: whether depth is below `limit`, the most steps allowed (default: the most that any row took).
+    probability, rank, entropy, kl, halt: lists with one value per step. The first two are those of the chosen token
+        (rank 1 = the likeliest); entropy is in bits; kl is in nats, relative to the step before (None at the first
+        step); halt is the halting probability (None without a halting head).
+    candidates: the chosen token and the `top` likeliest tokens of every step, each as a dict of token, text and its
+        probability at every step; sorted by highest probability at any step.
     """
     depth, written = int(thought.depth[row]), int(thought.token[row])
     logits = thought.logits[:depth, row].cpu().double()
@@ -65,7 +68,7 @@ def _plain(values):
 
 
 class Trace(list):
-    """The thoughts behind one row's tokens, up to its end, each read as it comes so that no logits are kept."""
+    """The trace of one row up to its EOS. Converts each Thought when it is appended, so that no logits are kept."""
 
     def __init__(self, tokenizer, row: int = 0, top: int = 5, limit: int | None = None):
         super().__init__()
@@ -78,23 +81,23 @@ class Trace(list):
 
 
 def likeliest(token: dict) -> list[dict]:
-    """The candidate with the most probability, for each step of a token."""
+    """Returns the most probable candidate at each step of a token."""
     return [max(token["candidates"], key=lambda c: c["probability"][s]) for s in range(token["depth"])]
 
 
 def changes_of_mind(token: dict) -> list[bool]:
-    """For each step, whether the likeliest token is another one than a step before."""
+    """Returns, for each step, whether the likeliest token differs from that of the step before."""
     ids = [candidate["token"] for candidate in likeliest(token)]
     return [False, *(a != b for a, b in zip(ids, ids[1:]))]
 
 
 def is_single(trace: list[dict]) -> bool:
-    """Whether no token could take more than one recursion step: then its candidates are shown, likeliest first."""
+    """Returns whether every token was limited to one recursion step. Then its candidates are shown, likeliest first."""
     return all(token["depth"] == 1 and not token["halted"] for token in trace)
 
 
 def summary(trace: list[dict]) -> str:
-    """How many tokens, how deep, and for how many of them the likeliest one changed on the way."""
+    """Returns one line: number of tokens, their depth, and how many changed their likeliest token between steps."""
     n, deepest = len(trace), max(token["depth"] for token in trace)
     tokens, steps = (f"{k:,} {what}{'s' * (k > 1)}" for k, what in ((n, "token"), (deepest, "recursion step")))
     if is_single(trace):
@@ -105,7 +108,7 @@ def summary(trace: list[dict]) -> str:
 
 
 def token_text(tokenizer, index: int) -> str:
-    """The text of one id; <0xE4> for the bytes of part of a character, <eos> and the like for what has no text."""
+    """Returns the text of an id: bytes of an incomplete character as <0xE4>, ids without text as <eos> or similar."""
     data = tokenizer.id_to_bytes(index)
     if data in (b"", REPLACEMENT):
         t = tokenizer
@@ -117,20 +120,20 @@ def token_text(tokenizer, index: int) -> str:
 
 
 def visible(text: str) -> str:
-    """Text with its blanks as signs, long runs of them counted; what cannot be seen as its code point."""
+    """Returns text with white space as symbols, its long runs as counts, and unprintable characters as code points."""
     text = re.sub(r"([ \n\t])\1{3,}", lambda run: f"{run[1]}×{len(run[0])}", text)
     signs = {" ": "␣", "\n": "↵", "\t": "⇥"}
     return "".join(signs.get(c) or (c if c.isprintable() else f"<U+{ord(c):04X}>") for c in text)
 
 
 def text_width(text: str) -> int:
-    """Columns that a text takes in a terminal: East Asian wide characters two, combining ones none."""
+    """Returns the terminal columns of a text: 2 per wide East Asian character, 0 per combining character."""
     wide = {"W": 2, "F": 2}
     return sum(0 if unicodedata.combining(c) else wide.get(unicodedata.east_asian_width(c), 1) for c in text)
 
 
 def clip(text: str, width: int) -> str:
-    """Text cut to `width` columns, the cut marked with an ellipsis."""
+    """Cuts a text to `width` columns; marks the cut with an ellipsis."""
     if text_width(text) <= width:
         return text
     while text_width(text) > width - 1:
@@ -139,17 +142,17 @@ def clip(text: str, width: int) -> str:
 
 
 def write_json(trace: list[dict], path, prompt: str = ""):
-    """{"prompt", "tokens": the trace}, one token a line.  UserError where it cannot be written."""
+    """Writes {"prompt", "tokens": the trace}, one token per line. Raises UserError if that fails."""
     head, *tokens = (json.dumps(part, ensure_ascii=False) for part in (prompt, *trace))
     text = f'{{"prompt": {head}, "tokens": [\n' + ",\n".join(tokens) + "\n]}\n"
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; name another file") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another file") from None
 
 
 def check_path(path: str):
-    """UserError where a picture and its JSON cannot be written there: asked before a long generation, not after."""
+    """Raises UserError if a picture or its JSON file cannot be written there. Checked before a long generation."""
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--trace {path}: name a file that ends in {', '.join(FORMATS)}; a checkpoint goes before it")
@@ -159,38 +162,44 @@ def check_path(path: str):
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
-# foreground and background of the 256 colours, by fifths of probability; they stand out from black and from white
+# ANSI 256-colour codes for each fifth of probability, readable on black and on white terminals
 BLUES = ("38;5;32", "97;48;5;18", "97;48;5;25", "97;48;5;32", "30;48;5;39")
 ORANGES = ("38;5;166", "97;48;5;94", "97;48;5;130", "30;48;5;172", "30;48;5;208")
 
 
 def print_table(trace: list[dict], stream, color: bool | None = None):
-    """One line per token: text, depth, and the likeliest token of each step with its probability.
+    """Prints one line per token: its text, its depth, and the likeliest token of each step with its probability.
 
-    After a single step the likeliest tokens side by side. As wide as the terminal; where not all steps fit, the first,
-    the last and some between. Colour where the stream is a terminal, unless NO_COLOR is set (no-color.org)."""
-    color = stream.isatty() and not os.environ.get("NO_COLOR") if color is None else color
+    If all tokens took a single step, a line shows that step's likeliest tokens side by side instead. The table is as
+    wide as the terminal; if not all steps fit, it shows the first, the last and some between. By default it has colour
+    if the stream is a terminal and NO_COLOR is not set (no-color.org)."""
+    if color is None:
+        color = stream.isatty() and not os.environ.get("NO_COLOR")
     single, deepest = is_single(trace), max(token["depth"] for token in trace)
     names = [clip(visible(token["text"]), 14) for token in trace]
     first = max(5, *map(text_width, names))
-    room = shutil.get_terminal_size().columns - first - 7
+    columns = shutil.get_terminal_size().columns - first - 7  # for the steps
     count = 5 if single else deepest
-    shown = min(count, max(1, room // 14))
+    shown = min(count, max(1, columns // 14))
     longest = max(text_width(visible(c["text"])) for token in trace for c in likeliest(token))
-    cell = max(6, min(longest, 16, room // shown - 8))
-    chosen = range(shown) if single else [round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)]
-    heads = ["likeliest", "2nd", "3rd", "4th", "5th"] if single else [f"step {s + 1}" for s in range(count)]
+    cell = max(6, min(longest, 16, columns // shown - 8))
+    if single:
+        chosen, heads = range(shown), ["likeliest", "2nd", "3rd", "4th", "5th"]
+    else:
+        chosen = [round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)]
+        heads = [f"step {s + 1}" for s in range(count)]
     print(_pad("token", first), "depth ", *(_pad(f" {heads[i]}", cell + 7) for i in chosen), file=stream)
     for token, name in zip(trace, names):
-        cells = [(c, c["probability"][0], False) for c in token["candidates"]]
-        if not single:
+        if single:
+            cells = [(c, c["probability"][0], False) for c in token["candidates"]]
+        else:
             both = zip(likeliest(token), changes_of_mind(token))
             cells = [(c, c["probability"][s], is_new) for s, (c, is_new) in enumerate(both)]
-        told = [_cell(*cells[i], token["token"], cell, color) for i in chosen if i < len(cells)]
-        print(_pad(name, first), f"{token['depth']:5}{'■' if token['halted'] else ' '}", *told, file=stream)
+        line = [_cell(*cells[i], token["token"], cell, color) for i in chosen if i < len(cells)]
+        print(_pad(name, first), f"{token['depth']:5}{'■' if token['halted'] else ' '}", *line, file=stream)
     blue, orange = (_shade(f" {name} ", 0.5, name == "blue") for name in ("blue", "orange"))
     legend = [f"{blue} the token written, {orange} another"] * color
-    legend += ["▸ the likeliest token is another than a step before"] * (deepest > 1)
+    legend += ["▸ the likeliest token differs from the step before"] * (deepest > 1)
     legend += ["■ halted early"] * any(token["halted"] for token in trace)
     legend += [f"{shown} of {count} steps fit this terminal"] * (shown < count and not single)
     print(*filter(None, (", ".join(legend), summary(trace))), sep="\n", file=stream)

@@ -1,4 +1,4 @@
-"""A trace as a picture: what the next token was going to be, from one recursion step to the next."""
+"""Draws a trace as a picture: how the prediction of each token changes from one recursion step to the next."""
 
 import re
 import sys
@@ -12,26 +12,26 @@ from src.evaluation.trace import changes_of_mind, clip, is_single, likeliest, su
 from src.training.curves import BLUE, GREEN, GREY, INK
 
 MONO = "DejaVu Sans Mono"  # comes with matplotlib
-DRAWN = 240  # tokens in a picture at most; the JSON has all
-RANKS = 5  # candidates that are shown after a single step
+DRAWN = 240  # most tokens in a picture; the JSON file has all of them
+RANKS = 5  # candidates shown for a trace of single steps
 ROW, COLUMN, BAR, LEFT, HEAD, NAME, STRIP = 0.23, 0.94, 0.76, 0.62, 0.68, 0.27, 0.36  # inches
 WRITTEN, RIVALS, OTHERS = "#7fb8dc", ("#f2a875", "#f5d27a", "#e0b4cd"), ("#d4d4d4", "#e3e3e3")  # tints of curves.py's
 GROUND, RIM = "#f5f5f5", "#bbbbbb"
 
 
 class Fonts(NamedTuple):
-    """Installed fonts, monospaced first, that have the characters of a text between them; those that none has."""
+    """Installed fonts that together cover a text, the monospaced one first; and the characters that none has."""
 
     names: list[str]
     missing: set[str]
 
     @property
     def style(self) -> dict:
-        """For a heading. Fonts that help out often have no bold face, and matplotlib says so for every text."""
+        """Text style of a heading. Not bold with fallback fonts: matplotlib warns of each that has no bold face."""
         return {"family": self.names, "fontweight": "normal" if len(self.names) > 1 else "bold"}
 
     def show(self, text: str, index: int | None = None) -> str:
-        """Visible text; <U+4EAC> for a character that no font has, #id for a token with several."""
+        """Returns printable text: <U+4EAC> for a character that no font has, #index for a token with several."""
         text = visible(text)
         if index is not None and sum(c in self.missing for c in text) > 1:
             return f"#{index}"
@@ -39,11 +39,12 @@ class Fonts(NamedTuple):
 
 
 def choose_fonts(text: str) -> Fonts:
-    """Fonts for the characters of a text; of several that have one, Japanese before sans before others."""
+    """Chooses fonts that cover a text. Beyond the monospaced font it prefers Japanese fonts, then sans, then others."""
     from matplotlib import font_manager
 
     names, missing = [MONO], set(text) - _characters(font_manager.findfont(MONO))
-    fonts = [f for f in font_manager.fontManager.ttflist if not f.name.startswith("Last Resort")]  # it has boxes only
+    # the Last Resort font covers everything, but only with placeholder boxes
+    fonts = [f for f in font_manager.fontManager.ttflist if not f.name.startswith("Last Resort")]
     for font in sorted(fonts, key=lambda f: (*(not re.search(name, f.name) for name in ("JP|Gothic", "Sans")), f.name)):
         if not missing:
             break
@@ -59,21 +60,22 @@ def _characters(file: str) -> set[str]:
 
 
 class Look(NamedTuple):
-    """What all panels share."""
+    """Layout values that all panels of a picture share."""
 
-    single: bool  # one step only: the rows are candidates, likeliest first
+    single: bool  # tokens took one step each: rows are candidates, likeliest first
     rows: int
     row: float  # height in inches
-    most: float  # entropy at the top of its strip, in bits
+    most: float  # entropy at the top of the entropy strip, in bits
     fonts: Fonts
 
 
 def draw_trace(trace: list[dict], path, title: str = ""):
-    """Draw tokens from left to right, their recursion steps downwards; returns the Figure.
+    """Draws tokens from left to right and their recursion steps from top to bottom. Returns the Figure.
 
-    A bar is the whole probability after a step: the token written lies at its left in blue, those that were ever
-    likelier follow in orange, others in grey. The likeliest is named where it is new. After a single step there is a
-    bar per candidate. UserError where the file cannot be written."""
+    Each bar is the probability distribution after a step: the token written at its left in blue, then in orange the
+    tokens that were the likeliest at some step, then others in grey. A label names the likeliest token at each step
+    where it changes. If all tokens took a single step, there is a bar per candidate instead. Raises UserError if the
+    file cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -96,7 +98,7 @@ def draw_trace(trace: list[dict], path, title: str = ""):
     try:
         figure.savefig(path)
     except OSError as error:
-        raise UserError(f"cannot write the picture {path}: {error.strerror}; name another file") from None
+        raise UserError(f"cannot write the picture {path}: {error.strerror}; choose another file") from None
     return figure
 
 
@@ -105,13 +107,13 @@ def _fonts_for(trace, title, single):
     fonts = choose_fonts("…" + "".join(map(visible, (title, *named))))
     if fonts.missing:
         some = " ".join(sorted(fonts.missing)[:8])
-        hint = "drawn as code points and ids; a font such as Noto Sans CJK would show them"
+        hint = "they are drawn as code points and ids; to see them, install a font such as Noto Sans CJK"
         print(f"no installed font has {len(fonts.missing)} of the characters ({some}): {hint}", file=sys.stderr)
     return fonts
 
 
 def _draw_panel(axes, tokens, look):
-    """Axes in inches: a column of bars per token, its name above, the entropy below."""
+    """Draws a column of bars per token, with its name above and its entropy below. The axes are in inches."""
     from matplotlib.collections import LineCollection, PolyCollection
 
     label = {"color": GREY, "fontsize": 7.5, "ha": "right", "va": "center"}
@@ -140,7 +142,7 @@ def _draw_panel(axes, tokens, look):
 
 
 def _ordered(token):
-    """(candidate, colour) from left to right: the token written, those that were ever likelier, the next few."""
+    """Returns (candidate, colour) from left to right: the token written, those that led at some step, four more."""
     leaders = [c["token"] for c in likeliest(token)]
     written = next(c for c in token["candidates"] if c["token"] == token["token"])
     others = [c for c in token["candidates"] if c is not written]
@@ -151,7 +153,7 @@ def _ordered(token):
 
 
 def _bands(token, x, row):
-    """(polygon, colour): the whole bar, then each candidate's share, flat within a step and sloping to the next."""
+    """Yields (polygon, colour): the background, then each candidate's share as a band that changes between steps."""
     top = np.arange(token["depth"])[:, None] * row
     y = (top + [0, 0.8 * row]).ravel()
     yield [(x, 0), (x + BAR, 0), (x + BAR, y[-1]), (x, y[-1])], GROUND
@@ -164,7 +166,7 @@ def _bands(token, x, row):
 
 
 def _ranked_bars(token, x, row):
-    """(polygon, colour): a bar for each of the likeliest candidates of the only step."""
+    """Yields (polygon, colour): a background and a bar for each of the likeliest candidates of the only step."""
     for k, candidate in enumerate(token["candidates"][:RANKS]):
         p, top, bottom = candidate["probability"][0], k * row, (k + 0.8) * row
         color = RIVALS[0] if p > token["probability"][0] else OTHERS[0]
@@ -173,13 +175,13 @@ def _ranked_bars(token, x, row):
 
 
 def _curve(values, x, y, most):
-    """Points of the entropy over the steps, from left to right; level where there is one step."""
+    """Returns the points of the entropy curve over the steps, from left to right. One step gives a level line."""
     values = values * 2 if len(values) == 1 else values
     return [(x + BAR * s / (len(values) - 1), y + 0.22 * (1 - v / most)) for s, v in enumerate(values)]
 
 
 def _draw_names(axes, token, x, look):
-    """The token written and its final probability above its bars, and in them the likeliest where it is new."""
+    """Labels one token: its text and final probability above the bars, and the likeliest candidates inside them."""
     style = {"family": look.fonts.names, "va": "center", "color": INK, "parse_math": False}
     name = clip(look.fonts.show(token["text"], token["token"]), 9)
     axes.text(x, -0.1, name, fontsize=8, **style | look.fonts.style)
@@ -188,13 +190,13 @@ def _draw_names(axes, token, x, look):
     size = min(7.5, 50 * look.row)
     for s, start, candidate in _labels(token, look.single):
         text = clip(look.fonts.show(candidate["text"], candidate["token"]), 12)
-        room = BAR - 0.62 * size / 72 * text_width(text)  # a text that begins late moves left, so that it ends inside
-        at = x + 0.03 + max(0, min(BAR * start, room - 0.03))
+        last = BAR - 0.62 * size / 72 * text_width(text)  # the furthest start at which the text still fits the bar
+        at = x + 0.03 + max(0, min(BAR * start, last - 0.03))
         axes.text(at, (s + 0.41) * look.row, text, fontsize=size, **style)
 
 
 def _labels(token, single):
-    """(row, where its share begins, candidate) of each candidate that is named."""
+    """Returns (row, left end of its share, candidate) for each candidate that gets a label."""
     if single:
         return [(k, 0, candidate) for k, candidate in enumerate(token["candidates"][:RANKS])]
     order, new = [candidate for candidate, _ in _ordered(token)], [True, *changes_of_mind(token)[1:]]
@@ -203,7 +205,7 @@ def _labels(token, single):
 
 
 def _draw_head(figure, trace, title, look):
-    """Title, how deep it thought, and what the colours mean: the top HEAD inches."""
+    """Draws the title, the summary and the legend in the top HEAD inches."""
     from matplotlib.legend_handler import HandlerTuple
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -211,7 +213,7 @@ def _draw_head(figure, trace, title, look):
     left, right = LEFT / figure.get_figwidth(), 1 - (COLUMN - BAR) / figure.get_figwidth()
     y, below = (1 - inches / figure.get_figheight() for inches in (0.2, 0.36))
     style = {"fontsize": 11, "color": INK, "parse_math": False, **look.fonts.style}
-    end = clip(visible(title)[::-1], 44)[::-1]  # the last part of a long prompt, which is what the tokens continue
+    end = clip(visible(title)[::-1], 44)[::-1]  # the end of a long prompt: the tokens continue it
     figure.text(left, y, look.fonts.show(end), va="center", **style)
     remark = summary(trace) + (f" (drawn: the first {DRAWN})" if len(trace) > DRAWN else "")
     figure.text(right, y, remark, ha="right", va="center", fontsize=8.5, color=GREY)

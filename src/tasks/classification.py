@@ -1,9 +1,10 @@
-"""Text classification by a language model of any family: zero-shot, by the words of its labels, or fine-tuned.
+"""Text classification with a language model of any family: zero-shot by the names of the labels, or fine-tuned.
 
-Data: `label ||| text` a line (.txt), columns with a tab between (.tsv), or objects (.jsonl); gzipped or not. A header
-line, or the keys of objects, name the columns (TEXT_NAMES, LABEL_NAMES); else the label comes first, or is left out.
-Labels are the names that a file has, such as -1, 0, 1; with a JSON list of names also their numbers, from 0. A text may
-be empty; of one that is longer than the context the end is kept, as a review says there what it thinks.
+Data files have one example per line: `label ||| text` (.txt), columns separated by tabs (.tsv), or JSON objects
+(.jsonl); gzipped or not. A header line or the objects' keys name the columns (TEXT_NAMES, LABEL_NAMES). Without a
+header the label comes first; it may be missing. A file writes labels as names, such as -1, 0, 1; if a JSON list of
+names is given, their numbers from 0 are allowed too. A text may be empty. A text longer than the context keeps its end,
+because that is where a review gives its verdict.
 """
 
 import itertools
@@ -36,23 +37,23 @@ TEXT_NAMES = ("text", "sentence", "review", "content", "document", "comment", "m
 LABEL_NAMES = ("label", "labels", "class", "category", "sentiment", "target", "rating", "stars", "topic", "intent")
 MOST_CLASSES = 1000
 MOST_LABEL = 200  # characters
-MISSING = {".tsv": "there is no tab between label and text", ".jsonl": "this is no JSON object with `label` and `text`"}
+MISSING = {".tsv": "there is no tab between label and text", ".jsonl": "not a JSON object with `label` and `text`"}
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
 class Example(NamedTuple):
     text: str
-    label: int | None  # None where a file has texts alone
+    label: int | None  # None if the file has no labels
 
 
 class Row(NamedTuple):
-    number: int  # of the line, from 1
+    number: int  # line number, from 1
     label: str | None
     text: str
 
 
 def read_label_names(path) -> list[str]:
-    """Names of the labels, in the order of their numbers, from a JSON list.  UserError where it is none."""
+    """Reads the label names, in the order of their numbers, from a JSON list. Raises UserError for other content."""
     names = read_json(path, "label_names")
     is_list = isinstance(names, list) and all(isinstance(name, str) and _is_label(name) for name in names)
     names = [name.strip() for name in names] if is_list else []
@@ -63,24 +64,29 @@ def read_label_names(path) -> list[str]:
 
 
 def read_examples(path, names: list[str], needs_labels: bool = True) -> list[Example]:
-    """All examples of a file.  UserError for a line without a label (where not one has any, only if needs_labels), or
-    whose label is none of the names."""
+    """Reads all examples of a file. Raises UserError for a label that is not among the names, and for a missing label.
+
+    With needs_labels false, a file in which no line has a label is accepted too."""
     numbers = {} if any(map(_NUMBER.fullmatch, names)) else {str(i): i for i in range(len(names))}
     index = {None: None} | numbers | {name: i for i, name in enumerate(names)}
     rows = _read_rows(path, needs_labels)
     if wrong := next((row for row in rows if row.label not in index), None):
         known = ", ".join(f"{i} {name}" if numbers else name for i, name in enumerate(names))
-        raise UserError(f"{path}, line {wrong.number}: label {wrong.label!r} is none of {known}: mend it, or the names")
+        where = f"{path}, line {wrong.number}"
+        raise UserError(f"{where}: label {wrong.label!r} is not one of {known}: correct the label or the names")
     return [Example(row.text, index[row.label]) for row in rows]
 
 
 def find_label_names(path) -> list[str]:
-    """The labels that a file has, for want of names: numbers by size, then words.  UserError where they look like
-    texts, or are too many or too few to be labels."""
+    """Collects the label names from a file, numbers first and sorted by value, then words.
+
+    Raises UserError if the labels look like texts, or if there are too many or too few different ones."""
     rows = _read_rows(path)
     labels, texts = [row.label for row in rows], {row.text for row in rows}
     names = set(labels)
     n_long = sum(len(label.split()) > 1 for label in labels)
+    # The columns look swapped if the texts are numbers and the labels are not, if most labels have several words and no
+    # text has, or if no label occurs twice but the same few texts do.
     is_swapped = (
         (all(map(_NUMBER.fullmatch, texts)) and not all(map(_NUMBER.fullmatch, names)))
         or (2 * n_long > len(rows) and all(len(text.split()) < 2 for text in texts))
@@ -96,24 +102,24 @@ def find_label_names(path) -> list[str]:
 
 
 def spelling(path, names: list[str]) -> list[str]:
-    """How a file writes each of the names: as its number, where the file has numbers, else as the name itself."""
+    """Returns how a file writes each name: as its number if the file uses numbers, otherwise as the name itself."""
     own = {row.label for row in _read_rows(path, needs_labels=False)} - {None, *names}
     return [str(i) for i in range(len(names))] if own else names
 
 
 def write_answers(path, labels: list[str], texts: list[str]):
-    """A file of labelled texts in the form that its name says, which `read_examples` reads."""
+    """Writes labelled texts in the format of the file's ending. `read_examples` can read the file."""
     kind, rows = Path(path).suffix.lower(), list(zip(labels, texts))
     if kind == ".jsonl":
         lines = [json.dumps({"label": label, "text": text}, ensure_ascii=False) for label, text in rows]
     else:
-        bar = "\t" if kind == ".tsv" else " ||| "
-        lines = [f"{label}{bar}{' '.join(text.splitlines())}" for label, text in rows]
+        separator = "\t" if kind == ".tsv" else " ||| "
+        lines = [f"{label}{separator}{' '.join(text.splitlines())}" for label, text in rows]
     write_text(path, "".join(line + "\n" for line in lines))
 
 
 def _read_rows(path, needs_labels=True) -> list[Row]:
-    """The rows of a file that are not blank."""
+    """Reads the non-blank lines of a file as rows."""
     lines = []
     for number, line in read_lines(path):
         if line is None or not is_text(line):
@@ -126,37 +132,37 @@ def _read_rows(path, needs_labels=True) -> list[Row]:
     else:
         rows = _rows_of_columns(lines, "\t" if kind == ".tsv" else "|||", path)
     if not rows:
-        raise UserError(f"{path} holds no labelled text: give lines such as `1 ||| a good film`")
+        raise UserError(f"{path} has no labelled text: give lines such as `1 ||| a good film`")
     needs_labels = needs_labels or any(row.label for row in rows)
     for number, label, _ in rows:
         if needs_labels and not label:
             missing = MISSING.get(kind, "there is no ` ||| ` between label and text")
             raise UserError(f"{path}, line {number}: {missing}, or the label is empty: add the label")
         if label and not _is_label(label):
-            raise UserError(f"{path}, line {number}: {label[:60]!r} is no label: give a short name or a number")
+            raise UserError(f"{path}, line {number}: {label[:60]!r} cannot be a label: use a short name or a number")
     return [row._replace(label=row.label or None) for row in rows]
 
 
 def _is_label(label):
-    """Whether it can be written before a text and read back."""
+    """Returns whether a label can be written before a text and read back."""
     return bool(label.strip()) and len(label) <= MOST_LABEL and "|||" not in label and label.splitlines() == [label]
 
 
-def _rows_of_columns(lines, bar, path):
-    names = [cell.strip().lower() for cell in lines[0][1].split(bar)] if lines else []
+def _rows_of_columns(lines, separator, path):
+    names = [cell.strip().lower() for cell in lines[0][1].split(separator)] if lines else []
     header = {name: names.index(name) for name in names}
     text, label = _first(header, TEXT_NAMES), _first(header, LABEL_NAMES)
-    if text is None or label is None and bar != "\t":
-        pairs = ((number, *line.partition(bar)) for number, line in lines)
+    if text is None or label is None and separator != "\t":  # the first line is no header
+        pairs = ((number, *line.partition(separator)) for number, line in lines)
         return [
             Row(number, start.strip() if found else None, (rest if found else start).strip())
             for number, start, found, rest in pairs
         ]
     rows, last = [], max(text, -1 if label is None else label)
     for number, line in lines[1:]:
-        cells = line.split(bar, len(names) - 1)
+        cells = line.split(separator, len(names) - 1)  # the last column may contain the separator
         if len(cells) <= last:
-            raise UserError(f"{path}, line {number} has {len(cells)} columns, the header {len(names)}: mend the line")
+            raise UserError(f"{path}, line {number} has {len(cells)} columns, the header {len(names)}: fix the line")
         rows.append(Row(number, None if label is None else cells[label].strip(), cells[text].strip()))
     return rows
 
@@ -166,26 +172,31 @@ def _row_of_json(number, line, where):
     record = {key.lower(): value for key, value in record.items()} if isinstance(record, dict) else {}
     text, label = _first(record, TEXT_NAMES), _first(record, LABEL_NAMES)
     if not isinstance(text, str) or isinstance(label, (list, dict)):
-        raise UserError(f"{where}: {MISSING['.jsonl']}: mend it")
-    if isinstance(label, float) and label.is_integer():  # as tables write whole numbers where some are missing
+        raise UserError(f"{where}: {MISSING['.jsonl']}: fix the line")
+    if isinstance(label, float) and label.is_integer():  # pandas writes integers so if a column has gaps
         label = int(label)
-    return Row(number, label.strip() if isinstance(label, str) else None if label is None else json.dumps(label), text)
+    if isinstance(label, str):
+        label = label.strip()
+    elif label is not None:
+        label = json.dumps(label)
+    return Row(number, label, text)
 
 
 def _first(values, names):
-    """The value of the first of the names that there is, or None."""
+    """Returns the value of the first name that `values` has, or None."""
     return next((values[name] for name in names if name in values), None)
 
 
 def encode(examples: Iterable[Example], tokenizer, context: int) -> tuple[list[Sample], int]:
-    """A Sample of each text, whose one target is the label, at its last token; and how many texts were cut.
+    """Returns a Sample for each text, and the number of texts that were cut.
 
-    Rows begin as the model's texts do (`tokenizer.start`) and keep the last tokens that fit."""
+    The only target of a sample is its label, at the last token. Rows start like the training texts
+    (`tokenizer.start`) and keep the last tokens that fit the context."""
     samples, cut, examples = [], 0, list(examples)
+    longest = context - tokenizer.add_bos
     for example, ids in zip(examples, tokenizer.encode_batch([example.text for example in examples])):
-        room = context - tokenizer.add_bos
-        cut += len(ids) > room
-        ids = torch.tensor(tokenizer.start(ids[max(0, len(ids) - room) :]))
+        cut += len(ids) > longest
+        ids = torch.tensor(tokenizer.start(ids[max(0, len(ids) - longest) :]))
         targets = torch.full_like(ids, IGNORE)
         targets[-1] = IGNORE if example.label is None else example.label
         samples.append(Sample(ids, targets, None))
@@ -196,10 +207,10 @@ def encode(examples: Iterable[Example], tokenizer, context: int) -> tuple[list[S
 
 
 class LlamaZeroShotClassifier:
-    """Texts -> log-probabilities of label names as they would go on after text + suffix, without any training.
+    """Scores each label name as the continuation of text + suffix, without any training.
 
-    suffix: what follows each text; `{labels}` in it becomes the names, joined. A name of several tokens is scored
-    whole; of a text that is too long the end is kept."""
+    suffix: added to each text; `{labels}` in it is replaced by the names, joined. All tokens of a name are scored. A
+    text that is too long keeps its end."""
 
     def __init__(self, model, tokenizer, names: list[str], suffix: str = SUFFIX):
         self.model, self.tokenizer, self.names = model, tokenizer, names
@@ -208,29 +219,28 @@ class LlamaZeroShotClassifier:
     def __call__(
         self, texts: Iterable[str], batch_size: int = 8, rule: ExitRule | None = None, bar=None
     ) -> Float[Tensor, "n c"]:
-        """(N, C) log-probabilities in nats, not normalised over the names.
+        """Returns (N, C) log-probabilities in nats, not normalised over the names.
 
-        rule: when a token stops recursing, default the trained depth; bar counts tokens."""
+        rule: when a token stops recursing; default: the trained depth. bar counts tokens."""
         pairs = [encode_pair(self.tokenizer, text + self.suffix, name) for text in texts for name in self.names]
         scores = score_continuations(self.model, pairs, None, batch_size, rule, bar)
         return torch.tensor([score.logprob for score in scores]).view(-1, len(self.names))
 
     def by_depth(self, texts: list[str], batch_size: int = 8, bar=None) -> Float[Tensor, "s n c"]:
-        """The same where every token takes 1, 2, ... recursion steps, up to the trained depth."""
+        """Returns (S, N, C) log-probabilities at fixed depths of 1, 2, ... recursion steps, up to the trained depth."""
         rules = (ExitRule("fixed", depth) for depth in range(1, max_depth(self.model.config) + 1))
         return torch.stack([self(texts, batch_size, rule, bar) for rule in rules])
 
 
 class LlamaEmbeddingClassifier(nn.Module):
-    """ids (B, T) -> logits (S, B, C), one answer per supervision step: dropout and a linear layer on the hidden state
-    of the last real token.
+    """Applies dropout and a linear layer to the hidden state of the last real token: ids (B, T) -> logits (S, B, C).
 
-    The language model is taken over: its head is put aside, so that its `logits` are the states before it, and its
-    blocks drop as much as asked for here."""
+    There is one answer for each of the S supervision steps. The classifier changes the language model it is given: it
+    replaces the head by the identity, so that the model's `logits` are hidden states, and sets its dropout."""
 
     def __init__(self, model, names: list[str], dropout: float = 0.1):
         super().__init__()
-        self.model, self.names, self._head = model, names, [model.head]  # in a list: no parameter of this module
+        self.model, self.names, self._head = model, names, [model.head]  # a list hides it from parameters()
         model.head = nn.Identity()
         self.dropout = nn.Dropout(dropout)
         for module in model.modules():
@@ -252,7 +262,7 @@ class LlamaEmbeddingClassifier(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        """The language model's own, as it was."""
+        """The original head of the language model."""
         return self._head[0]
 
 
@@ -260,7 +270,7 @@ class LlamaEmbeddingClassifier(nn.Module):
 def predict(
     classifier: LlamaEmbeddingClassifier, samples: list[Sample], batch_size: int = 32, precision: str = "fp32", bar=None
 ) -> Float[Tensor, "s n c"]:
-    """(S, N, C) logits of all samples, in eval mode and in their order, whatever batches they were in."""
+    """Returns (S, N, C) logits of all samples in their order, computed in eval mode in batches of similar length."""
     device, was_training, logits = classifier.classifier.weight.device, classifier.training, {}
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].input_ids))
     classifier.eval()
@@ -278,16 +288,16 @@ def predict(
     return torch.stack([logits[i] for i in range(len(samples))], dim=1)
 
 
-# ---- how good it is -------------------------------------------------------------------------------------------------
+# ---- metrics --------------------------------------------------------------------------------------------------------
 
 
 class Report(NamedTuple):
-    """Figures of predictions; counts[i, j] texts of label i were taken for label j."""
+    """Quality of predictions. counts[i, j] is the number of texts with label i that were predicted as label j."""
 
     accuracy: float
     macro_f1: float  # mean of the F1 of the labels that occur
     counts: Int[Tensor, "c c"]
-    per_class: list[tuple[float, float, float]]  # precision, recall, F1; nan where there is nothing to divide by
+    per_class: list[tuple[float, float, float]]  # precision, recall, F1; NaN if there is nothing to divide by
 
 
 def labels_of(examples: Iterable[Example]) -> Int[Tensor, "n"]:
@@ -295,24 +305,24 @@ def labels_of(examples: Iterable[Example]) -> Int[Tensor, "n"]:
 
 
 def accuracies(scores: Float[Tensor, "s n c"], examples: Iterable[Example]) -> list[float]:
-    """Share of right answers by recursion step."""
+    """Returns the accuracy after each recursion step."""
     return (scores.argmax(-1) == labels_of(examples)).double().mean(1).tolist()
 
 
 def report(predicted: Int[Tensor, "n"], labels: Int[Tensor, "n"], n_classes: int) -> Report:
-    """Accuracy, macro-averaged F1, the confusion matrix, and each class by itself."""
+    """Computes accuracy, macro-averaged F1, the confusion matrix, and precision, recall and F1 of each class."""
     counts = torch.bincount(labels * n_classes + predicted, minlength=n_classes**2).view(n_classes, n_classes)
-    right, taken, there = counts.diag().double(), counts.sum(0), counts.sum(1)
-    per_class = torch.stack((right / taken, right / there, 2 * right / (taken + there)), dim=1)
-    macro_f1 = per_class[there > 0, 2].mean().item()
+    right, n_predicted, n_true = counts.diag().double(), counts.sum(0), counts.sum(1)
+    per_class = torch.stack((right / n_predicted, right / n_true, 2 * right / (n_predicted + n_true)), dim=1)
+    macro_f1 = per_class[n_true > 0, 2].mean().item()
     return Report((right.sum() / len(labels)).item(), macro_f1, counts, [tuple(row) for row in per_class.tolist()])
 
 
-MOST_NUMBERS = 20  # labels of a picture that has numbers in its cells; more of them are shaded only
+MOST_NUMBERS = 20  # with more labels than this, the cells of the picture have no numbers
 
 
 def draw_confusion(found: Report, names: list[str], path, title: str = "") -> Path:
-    """A picture (PNG) of the confusion matrix: rows are the true labels, shaded by their share of the row."""
+    """Draws the confusion matrix as a PNG. Rows are the true labels; a cell is shaded by its share of the row."""
     has_numbers = len(names) <= MOST_NUMBERS
     figure, grid = new_figure(1.8 + 0.6 * min(len(names), MOST_NUMBERS))
     axes = figure.add_subplot(grid[:, :])
@@ -322,7 +332,7 @@ def draw_confusion(found: Report, names: list[str], path, title: str = "") -> Pa
         color = "white" if shares[i, j] > 0.5 else INK
         cell = f"{found.counts[i, j].item():,}\n{shares[i, j].item():.0%}"
         axes.text(j, i, cell, fontsize=8, color=color, ha="center", va="center")
-    if has_numbers:  # else the axes count the labels
+    if has_numbers:  # otherwise the ticks are label numbers
         axes.set_xticks(range(len(names)), names)
         axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0, labelsize=9)

@@ -1,4 +1,4 @@
-"""The settings of a task, which scripts read before they import torch."""
+"""Settings of a task. Scripts read them before they import torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,18 +12,19 @@ class FinetuneConfig:
 
     Args:
         save_dir: run folder: config, metrics.jsonl, checkpoints, confusion.png
-        tune: full = all weights, head = the new layer alone, lora = adapters on the linear layers (needs peft)
-        lora_rank: rank of the adapters
-        epochs: times through the training texts; the best epoch on the dev set is kept
+        tune: what is trained: full = all weights, head = only the new layer, lora = adapters on the linear layers
+            (needs peft)
+        lora_rank: rank of the LoRA adapters
+        epochs: passes over the training texts; the epoch that is best on the dev set is kept
         batch_size: texts per optimizer step
-        lr: peak learning rate, after a warm-up of a tenth of the run; falls to 0 along a cosine
-        head_lr: peak learning rate of the new layer; default ten times lr
-        weight_decay: decoupled weight decay of matrices
-        dropout: probability of dropping, before the new layer and in the blocks
-        grad_clip: largest norm of the gradient; 0 = no clipping
-        balance: every label counts alike in the loss, however rare it is
-        seed: seed of the order of examples and of dropout
-        resume: go on from the newest checkpoint of save_dir
+        lr: peak learning rate; reached after a tenth of the run, then decays to 0 along a cosine
+        head_lr: peak learning rate of the new layer; default: 10 x lr
+        weight_decay: decoupled weight decay of the matrices
+        dropout: dropout probability, before the new layer and in the blocks
+        grad_clip: the gradient is scaled down to this norm if it is larger; 0 = no clipping
+        balance: give every label the same total weight in the loss, even if it is rare
+        seed: seed of the order of the texts and of dropout
+        resume: continue from the newest checkpoint in save_dir
     """
 
     save_dir: str = "runs/classifier"
@@ -46,6 +47,6 @@ class FinetuneConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
         self.head_lr = 10 * self.lr if self.head_lr is None else self.head_lr
         if not (self.lr > 0 and self.head_lr > 0 and 0 <= self.dropout < 1):
-            raise ValueError("lr and head_lr must be over 0, dropout 0 or more and under 1: correct them")
+            raise ValueError("set lr and head_lr above 0, and dropout to 0 or more and below 1")
         if not (self.weight_decay >= 0 and self.grad_clip >= 0 and 0 <= self.seed < 2**63):
-            raise ValueError("weight_decay, grad_clip and seed must be 0 or more: correct them")
+            raise ValueError("set weight_decay, grad_clip and seed to 0 or more")

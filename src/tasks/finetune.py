@@ -1,8 +1,9 @@
-"""Fine-tuning a language model into a classifier: all weights, the classifier's own layer, or LoRA adapters.
+"""Fine-tunes a language model as a classifier: all weights, only the classifier's new layer, or LoRA adapters.
 
-A run folder like that of the language model: checkpoints `best` (on the dev set) and `last`, metrics.jsonl, TensorBoard
-events. A checkpoint is the tuned language model, which goes on writing text, with `classifier.safetensors` beside it
-and the names of the labels in config.json. Killed and resumed, a run ends with the weights of an unbroken one.
+The run folder is like that of a language model: checkpoints `best` (on the dev set) and `last`, metrics.jsonl, and
+TensorBoard events. A checkpoint is the tuned language model, which can still generate text, plus
+`classifier.safetensors` and the label names in config.json. Kill a run at any point; after `--resume` it ends with the
+same weights as an uninterrupted run.
 """
 
 import sys
@@ -28,16 +29,16 @@ from src.training.monitor import TRMTrainingLogger
 from src.training.parallel import load_optimizer
 
 CLASSIFIER_FILE = "classifier.safetensors"
-ADAPTED = ["qkv", "out", "gate_up", "down"]  # the linear layers that LoRA adds to
+ADAPTED = ["qkv", "out", "gate_up", "down"]  # the linear layers that get LoRA adapters
 COUNTERS = ("step", "best", "best_loss")
-SORTED = 16  # batches whose rows are sorted by length together, so that little is padded
+SORTED = 16  # batches whose rows are sorted by length together, which keeps padding low
 
 
 def load_classifier(folder, device="cpu") -> tuple[LlamaEmbeddingClassifier, object]:
-    """(classifier in eval mode, tokenizer) of a fine-tuned checkpoint or run folder.  UserError where it is none."""
+    """Loads (classifier in eval mode, tokenizer) from a fine-tuned checkpoint or run folder, else raises UserError."""
     folder = checkpoint.resolve(folder)
     if not (folder / CLASSIFIER_FILE).exists():
-        raise UserError(f"{folder} is no classifier (no {CLASSIFIER_FILE}): make one with --option finetune")
+        raise UserError(f"{folder} is not a classifier (no {CLASSIFIER_FILE}): train one with --option finetune")
     model, tokenizer = checkpoint.load_model(folder, device, trains=True)
     names = checkpoint.read_info(folder).get("labels")
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
@@ -49,7 +50,7 @@ def load_classifier(folder, device="cpu") -> tuple[LlamaEmbeddingClassifier, obj
 
 
 def add_adapters(model, rank: int):
-    """LoRA (arXiv:2106.09685) on the model's linear layers, in place; all other weights are frozen."""
+    """Adds LoRA adapters (arXiv:2106.09685) to the model's linear layers in place, and freezes all other weights."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -58,7 +59,7 @@ def add_adapters(model, rank: int):
 
 
 def language_weights(classifier) -> dict:
-    """The language model's weights under their own names, its head among them, adapters merged."""
+    """Returns the language model's weights under their usual names, with its head and with LoRA adapters merged."""
     weights, suffix = checkpoint.own_state(classifier.model), ".base_layer.weight"
     for name, module in classifier.model.named_modules():
         if name + suffix in weights:
@@ -70,7 +71,7 @@ def language_weights(classifier) -> dict:
 
 
 class Finetuner:
-    """One fine-tuning run of a classifier; `train` runs it to its end or to a signal."""
+    """A fine-tuning run of a classifier. `train` runs it until it is done or a signal arrives."""
 
     def __init__(self, config: FinetuneConfig, classifier, tokenizer, train_set, dev_set, precision):
         self.config, self.classifier, self.tokenizer, self.precision = config, classifier, tokenizer, precision
@@ -101,14 +102,14 @@ class Finetuner:
         counts = torch.bincount(labels_of(self.train_set), minlength=len(self.classifier.names))
         for name, count in zip(self.classifier.names, counts.tolist()):
             if count == 0:
-                print(f"no training text has the label {name!r}: it will hardly be predicted", file=sys.stderr)
+                print(f"no training text has the label {name!r}: it will rarely be predicted", file=sys.stderr)
         if not self.config.balance:
             return None
         weights = counts.sum() / counts.clamp(min=1) / (counts > 0).sum()
         return weights.to(self.device, torch.float32)
 
     def train(self) -> bool:
-        """Run to the end, which is told by True, or to a signal."""
+        """Trains to the end and returns True, or until a signal arrives and returns False."""
         log = TRMTrainingLogger(self.folder, self.step)
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", desc=self.config.tune)
         with log, bar, Interrupt() as interrupt:
@@ -121,11 +122,11 @@ class Finetuner:
                         break
                 self._save(is_best=self.step % self.epoch_steps == 0 and self._judge(log))
         if self.step < self.total_steps:
-            print(f"{interrupt.signal_name} after step {self.step}: go on with --resume true", file=sys.stderr)
+            print(f"{interrupt.signal_name} after step {self.step}: continue with --resume true", file=sys.stderr)
         return self.step == self.total_steps
 
     def _batches(self):
-        """What is left of this epoch: lists of samples, alike in length, in an order that depends on (seed, epoch)."""
+        """Yields the remaining batches of this epoch: samples of similar length, in an order fixed by (seed, epoch)."""
         epoch, done = divmod(self.step, self.epoch_steps)
         draw, size = np.random.default_rng((self.config.seed, epoch)), self.config.batch_size
         order, batches = draw.permutation(len(self.train_set)).tolist(), []
@@ -137,7 +138,7 @@ class Finetuner:
 
     def _train_step(self, rows, log) -> float:
         c = self.config
-        torch.manual_seed(mix_seed(c.seed, self.step))  # dropout depends on nothing else
+        torch.manual_seed(mix_seed(c.seed, self.step))  # makes dropout the same after a resume
         factor = learning_rate_factor("cosine", self.step, self.total_steps // 10, self.step / self.total_steps, 0.0)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -152,7 +153,7 @@ class Finetuner:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), c.grad_clip or torch.inf)
         if not norm.isfinite():
-            raise UserError(f"step {self.step + 1}: the gradient is not finite: try a smaller --lr; last is whole")
+            raise UserError(f"step {self.step + 1}: the gradient is not finite: use a smaller --lr; `last` is intact")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -161,7 +162,9 @@ class Finetuner:
         return loss.item()
 
     def _judge(self, log) -> bool:
-        """Whether this epoch is the best so far on the dev set, by accuracy, then loss; without one, the last is."""
+        """Evaluates on the dev set. Returns whether this epoch is the best so far, by accuracy, then by loss.
+
+        Without a dev set every epoch is, so the last one is kept."""
         epoch = self.step // self.epoch_steps
         if not self.dev_set:
             return True
@@ -186,7 +189,7 @@ class Finetuner:
         run_folder.save(self.folder, name, is_best, 1, *parts, {CLASSIFIER_FILE: own})
 
     def load(self, state: dict):
-        """Go on exactly where a checkpoint was written."""
+        """Restores the state of a checkpoint, so that training continues exactly."""
         for name in COUNTERS:
             setattr(self, name, state[name])
         with torch.no_grad():
@@ -196,17 +199,17 @@ class Finetuner:
 
 
 def labels_of(samples: list[Sample]) -> torch.Tensor:
-    """(N,) labels of samples made by `classification.encode`."""
+    """Returns the (N,) labels of samples made by `classification.encode`."""
     return torch.stack([sample.target_ids[-1] for sample in samples])
 
 
 def finetune(
     config: FinetuneConfig, source, train: list[Example], dev: list[Example], names: list[str], device, precision="fp32"
 ) -> tuple[LlamaEmbeddingClassifier, object] | None:
-    """The best classifier of a run in config.save_dir, new or resumed, from a checkpoint folder of a language model;
-    and the tokenizer.
+    """Fine-tunes a classifier from `source`, a language model's checkpoint folder, in a new or resumed run.
 
-    None where a signal ended it early. UserError for a folder that is in use, or holds a run of other settings."""
+    Returns (best classifier, tokenizer), or None if a signal stopped the run. Raises UserError if config.save_dir is in
+    use, or contains a run with other settings."""
     folder = Path(config.save_dir)
     settings = asdict(config) | {"checkpoint": str(checkpoint.resolve(source)), "labels": names}
     settings |= {"train_texts": _digest(train), "dev_texts": _digest(dev)}
@@ -223,8 +226,8 @@ def finetune(
             samples, cut = encode(examples, tokenizer, model.config.max_seq_len)
             sets.append(samples)
             if cut:
-                where = f"longer than the context of {model.config.max_seq_len} tokens"
-                print(f"{cut} of {len(samples)} texts are {where}: their end is kept", file=sys.stderr)
+                limit = f"longer than the context of {model.config.max_seq_len} tokens"
+                print(f"{cut} of {len(samples)} texts are {limit}: only their end is used", file=sys.stderr)
         run = Finetuner(config, classifier, tokenizer, *sets, precision)
         newest = None if is_new else run_folder.newest_whole(folder)
         if newest:

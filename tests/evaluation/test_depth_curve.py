@@ -28,7 +28,7 @@ def test_curve_has_every_rule_on_the_same_tokens(tiny):
 def test_curve_of_other_families(tiny):
     loop = depth_curve(tiny(vocab_size=V, recursion="loop", deep_steps=2), BYTE, TEXTS[1:3], max_tokens=5)
     assert [(p.exit, p.setting, p.visits, p.saved) for p in loop] == [("fixed", 1, 1, 0.5), ("fixed", 2, 2, 0)]
-    with pytest.raises(UserError, match="no depth to draw"):
+    with pytest.raises(UserError, match="there is no depth curve"):
         depth_curve(tiny(vocab_size=V, recursion="none"), BYTE, TEXTS)
 
 

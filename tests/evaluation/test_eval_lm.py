@@ -126,7 +126,7 @@ def test_depth_curve(home, model, capsys):
         (["{home}/loop", "--exit", "halt"], "has no halting head: choose exit kl or fixed"),
         (["{home}/none", "--max_recursion_depth", "2"], "recursion none is one visit"),
         (["{home}/none", "--exit", "halt"], "recursion none is one visit"),
-        (["{home}/none", "--depth_curve", "{home}/curve.png"], "no depth to draw"),
+        (["{home}/none", "--depth_curve", "{home}/curve.png"], "no depth curve"),
         (["{home}/nothing"], "no checkpoint folder"),
     ],
 )

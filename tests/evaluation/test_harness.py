@@ -203,7 +203,7 @@ def test_tasks_whose_files_are_not_there(answers, local):
 
 @pytest.mark.slow
 def test_a_task_that_nobody_has(answers, local):
-    with pytest.raises(UserError, match="choicse: there is no such task; did you mean choices?"):
+    with pytest.raises(UserError, match="choicse: unknown task; did you mean choices?"):
         run_tasks(answers.model, BYTE, ["choicse"], str(local))
 
 

@@ -55,7 +55,7 @@ def test_a_licence_by_flag_stays_with_the_model(mine, tmp_path):
         (["{mine}"], "1 paths given"),
         (["{mine}", "a", "b"], "3 paths given"),
         (["nowhere", "{tmp}/out"], "there is no nowhere"),
-        (["{tmp}", "{tmp}/out"], "is no checkpoint"),
+        (["{tmp}", "{tmp}/out"], "is neither a checkpoint"),
         (["{mine}", "{mine}"], "mine exists"),
         (["{mine}", "{tmp}/out", "--to", "onnx"], "--to onnx"),
         (["{mine}", "{tmp}/out", "--tokeniser", "byte"], "did you mean --tokenizer"),

@@ -66,7 +66,7 @@ class TestRecognize:
             read_source(tmp_path / "m.gguf")
 
     def test_a_folder_of_something_else(self, tmp_path):
-        with pytest.raises(UserError, match="is no checkpoint"):
+        with pytest.raises(UserError, match="is neither a checkpoint"):
             read_source(tmp_path)
 
 

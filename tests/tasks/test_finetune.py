@@ -94,7 +94,7 @@ def test_stopped_and_resumed_is_unbroken(source, tmp_path, monkeypatch, capsys, 
     tune(source, tmp_path / "straight", tune=how)
     during(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
     assert tune(source, tmp_path / "broken", tune=how) is None
-    assert "SIGINT after step 2: go on with --resume true" in capsys.readouterr().err
+    assert "SIGINT after step 2: continue with --resume true" in capsys.readouterr().err
     during(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGTERM))
     assert tune(source, tmp_path / "broken", tune=how, resume=True) is None
     best = tune(source, tmp_path / "broken", tune=how, resume=True)
@@ -193,7 +193,7 @@ def test_empty_and_long_texts(source, tmp_path, capsys):
     examples = [Example("", 0), Example("x" * 40, 1)]
     best = tune(source, tmp_path / "run", train=examples, dev=examples, epochs=8, dropout=0.0)
     assert accuracy(best, examples) == 1.0
-    assert "1 of 2 texts are longer than the context of 16 tokens: their end is kept" in capsys.readouterr().err
+    assert "1 of 2 texts are longer than the context of 16 tokens: only their end is used" in capsys.readouterr().err
 
 
 def test_folders_that_are_refused(source, tmp_path):
@@ -214,7 +214,7 @@ def test_folders_that_are_refused(source, tmp_path):
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     lock.release()
-    with pytest.raises(UserError, match="is no classifier"):
+    with pytest.raises(UserError, match="is not a classifier"):
         load_classifier(source / "trm")
     config = tmp_path / "run" / "best" / "config.json"
     whole = json.loads(config.read_text())

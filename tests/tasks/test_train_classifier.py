@@ -135,7 +135,7 @@ def test_predict_takes_texts_without_labels(home, capsys):
         (["--option", "finetune", "--train", "train.txt", "--test", "other.txt"], "line 2: label '7' is none of"),
         (["--option", "finetune", "--train", "train.txt", "--epochs", "0"], "epochs is 0"),
         (["--option", "finetune", "--train", "train.txt", "--save_dir", "train.txt/run"], "cannot write to save_dir"),
-        (["--option", "predict", "--test", "train.txt"], "is no classifier (no classifier.safetensors)"),
+        (["--option", "predict", "--test", "train.txt"], "is not a classifier (no classifier.safetensors)"),
         (["--option", "generate", "--prompt", "x" * 60], "the prompt has 61 tokens, the context holds 48"),
         (["--option", "guess"], "--option guess: expected one of"),
         (["--option", "generate", "--dev_out", "none/out.txt"], "dev_out none/out.txt: its folder does not exist"),

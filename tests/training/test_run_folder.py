@@ -256,7 +256,7 @@ class TestWithoutLinks:
     def test_a_file_that_names_no_checkpoint(self, tmp_path, content):
         (tmp_path / "last").write_bytes(content.encode("latin-1"))
         assert follow(tmp_path / "last") == tmp_path / "last"
-        with pytest.raises(UserError, match="is no checkpoint"):
+        with pytest.raises(UserError, match="is neither a checkpoint"):
             resolve(tmp_path)
 
     def test_a_file_becomes_a_link_where_there_are_some(self, tmp_path):

@@ -94,7 +94,7 @@ def test_every_file_is_looked_at(finished, tmp_path, name):
     content = bytearray((folder / name).read_bytes())
     content[-3] ^= 1  # flip one bit
     (folder / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name} is broken: it is not as it was written"):
+    with pytest.raises(UserError, match=f"{name} is broken: it differs from what was written"):
         load_state(folder)
     (folder / name).unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
@@ -107,7 +107,7 @@ def test_a_checkpoint_of_a_version_without_digests(make, capsys):
     folder = make(**SETTINGS, resume=True).folder / "step_00000008"
     (folder / "state" / "digests.json").unlink()
     assert make(**SETTINGS, resume=True).step == 8
-    assert f"{folder} is of a version that kept no state/digests.json" in capsys.readouterr().err
+    assert f"{folder} has no state/digests.json" in capsys.readouterr().err
     for what in ("moment is a scalar", "moment is halved", "moment is a list", "a parameter too many"):
         state = load_state(folder)
         BREAKS[what](state)
