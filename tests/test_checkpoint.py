@@ -1,4 +1,4 @@
-"""Checkpoint folders: exact round trips, no code from files, clear words about broken ones, whole at any moment."""
+"""Tests of checkpoint folders: exact round trips, no code run from files, clear errors, intact after a crash."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ def model(tiny):
 
 @pytest.fixture
 def saved(model, tmp_path):
-    """A whole checkpoint folder with averaged weights and a state."""
+    """A complete checkpoint folder with averaged weights and a state."""
     folder = tmp_path / "whole"
     ema = {name: t + 1 for name, t in checkpoint.own_state(model).items()}
     save_checkpoint(folder, model, TOKENIZER, ema, {"step": 3, "optimizers": [{"x": torch.ones(2)}]}, {"step": 3})
@@ -115,7 +115,7 @@ class TestNoCodeFromFiles:
     @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "config.json", "tokenizer_config.json"])
     def test_other_files(self, saved, evil, name, tmp_path):
         torch.save(evil, saved / name)
-        if name == "model.safetensors":  # which is read where there are no averaged weights
+        if name == "model.safetensors":  # it is only read if there are no averaged weights
             (saved / "ema.safetensors").unlink()
         with pytest.raises(UserError, match=name):
             load_model(saved)
@@ -186,7 +186,7 @@ class TestBroken:
             save_checkpoint(tmp_path / "file" / "c", model, TOKENIZER)
 
     def test_disk_full(self, model, saved, tmp_path):
-        """The writers of weights and of the state do not raise OSError; the old checkpoint stays."""
+        """The writers of weights and state raise other errors than OSError. The old checkpoint stays intact."""
         import resource
 
         old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -215,7 +215,7 @@ class TestRunFolder:
         return tmp_path
 
     def test_means_best_then_last(self, run):
-        with pytest.raises(UserError, match="no checkpoint"):
+        with pytest.raises(UserError, match="is neither a checkpoint"):
             resolve(run)
         point(run / "last", "step_00000003")
         assert resolve(run).resolve().name == "step_00000003"
@@ -267,7 +267,7 @@ class TestRunFolder:
 
 class TestWholeAtAnyMoment:
     def test_killed_while_writing(self, tmp_path):
-        """kill -9 at ten random moments of a process that does nothing but save: `last` is always whole."""
+        """Kills a process that saves all the time, at ten random moments: `last` is always a complete checkpoint."""
         torch.manual_seed(0)
         model = TRMModel(TRMConfig(vocab_size=TOKENIZER.vocab_size, d_model=32, n_heads=2))
         rng, steps = random.Random(5), []
@@ -304,7 +304,7 @@ class TestWholeAtAnyMoment:
 
     @pytest.mark.parametrize("crashing", ["pathlib.Path.rename", "os.replace", "os.rename", "shutil.rmtree"])
     def test_stopped_between_two_steps_of_writing(self, model, tmp_path, monkeypatch, crashing):
-        """Writing stops at any of its file operations: the link still leads to a whole checkpoint."""
+        """If writing stops at any file operation, the link still leads to a complete checkpoint."""
         save_checkpoint(tmp_path / "step_00000001", model, TOKENIZER)
         point(tmp_path / "last", "step_00000001")
 
@@ -318,22 +318,22 @@ class TestWholeAtAnyMoment:
             prune(tmp_path, 1)
         monkeypatch.undo()
         load_model(tmp_path / "last")
-        save_checkpoint(tmp_path / "step_00000003", model, TOKENIZER)  # and what is left over is not in the way
+        save_checkpoint(tmp_path / "step_00000003", model, TOKENIZER)  # leftovers do not interfere
         point(tmp_path / "last", "step_00000003")
         load_model(tmp_path / "last")
 
     def test_figures_are_json(self, model, tmp_path):
-        """JSON has no infinity: such a figure is an error, not a file that others cannot read."""
+        """JSON has no infinity, so such a figure raises an error; the file would be unreadable for other programs."""
         with pytest.raises(ValueError, match="JSON"):
             save_checkpoint(tmp_path / "c", model, TOKENIZER, info={"best_valid_loss": math.inf})
         assert not (tmp_path / "c").exists()
 
 
 class TestOldCheckpoints:
-    """tests/old_checkpoints was written by commit 4906ad7: concat injection, a gate, a prelude; weights in fp16."""
+    """Loads tests/old_checkpoints, written by commit 4906ad7: concat injection, a gate, a prelude; weights in fp16."""
 
     OLD = Path(__file__).parent / "old_checkpoints"
-    # the logits of four tokens after the text, and its greedy continuation, as that commit computed them
+    # logits of four tokens after the text, and the greedy continuation, as computed by that commit
     TOLD = {
         "trm": ([-1.0531080961, -1.3970839977, 1.0263417959, -0.4019035137], [241] * 8),
         "loop": ([0.6901095510, -0.2419453114, -0.1444563568, 0.5429365635], [125, 97, 155, 45, 125, 46, 169, 39]),
@@ -348,7 +348,7 @@ class TestOldCheckpoints:
         assert model.generate(ids, 8, temperature=0)[0, 8:].tolist() == text
 
     def test_a_loop_is_trained_on_by_its_last_visit_alone(self, tmp_path):
-        """`equal` was the default that the loop ignored; asked for now, it stays."""
+        """Old configs contain `equal`, a default that the loop ignored; in new checkpoints it is kept."""
         config = load_config(self.OLD / "loop")
         assert config.supervision_weights is None and loss_weights(config, 3) == [0, 0, 1]
         assert load_config(self.OLD / "trm").supervision_weights == "equal"

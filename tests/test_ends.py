@@ -1,4 +1,4 @@
-"""What begins and ends a text is the tokenizer's: every front end stops at each of its ends, and prints none."""
+"""Begin and end tokens come from the tokenizer: every front end stops at any of its end tokens, and prints none."""
 
 import json
 import pickle
@@ -23,12 +23,12 @@ from src.interop.hf_llama import write_hf
 from src.tasks.classification import Example, encode
 from src.tokenizer import ByteLevelTokenizer, HFTokenizer, read_tokenizer
 
-N, END = 9, 3  # tokens asked for, and which of them is an end
+N, END = 9, 3  # number of new tokens, and index of the one that is an end token
 
 
 @pytest.fixture
 def ends_early(tiny):
-    """(model, tokenizer, text): the token that would be the fourth after "ab" ends a text; "ab" and the three."""
+    """Returns (model, tokenizer, text): the fourth token after "ab" is an end token; text is "ab" and three tokens."""
     model = tiny(vocab_size=259, recursion="none", norm="pre", seed=4)
     prompt = torch.tensor([BYTE.encode("ab", bos=True)])
     new = model.generate(prompt, N, temperature=0)[0, 3:].tolist()
@@ -52,7 +52,7 @@ class TestEveryFrontEnd:
     def test_trace(self, ends_early):
         model, tokenizer, _ = ends_early
         trace, ids = Trace(tokenizer), torch.tensor([tokenizer.encode("ab", bos=True)] * 2)
-        model.generate(ids, N, temperature=0, thoughts=trace)  # which goes on, as it is not told where to stop
+        model.generate(ids, N, temperature=0, thoughts=trace)  # no eos_id: does not stop at the end
         assert len(trace) == END + 1 and trace[-1]["token"] == tokenizer.end_ids[1]
 
     def test_harness(self, ends_early):
@@ -105,7 +105,7 @@ class TestTokenizer:
     def test_a_text_without_bos(self):
         tokenizer = ByteLevelTokenizer().set_ends(add_bos=False)
         assert tokenizer.encode("ab", bos=True, eos=True) == [97, 98, 258]
-        assert tokenizer.encode("", bos=True) == [257] == tokenizer.start([])  # a model needs one token to go on from
+        assert tokenizer.encode("", bos=True) == [257] == tokenizer.start([])  # a model needs one token to start
 
 
 class TestScoringWithoutBos:
@@ -163,7 +163,8 @@ class TestFromElsewhere:
         ("puts", "more", "expected"), [(True, {"x": 9}, True), (False, {"x": 9}, False), (False, {}, True)]
     )
     def test_a_post_processor(self, llama, puts, more, expected):
-        """Where nothing says add_bos_token. Folders that this project wrote before named four tokens alone."""
+        """If add_bos_token is not set, the post-processor decides. Exception: folders that this project wrote before,
+        whose settings name four special tokens and nothing else."""
         from test_tokenizer import byte_level
         from tokenizers.processors import TemplateProcessing
 
@@ -175,13 +176,13 @@ class TestFromElsewhere:
         assert read_source(llama).tokenizer.add_bos == expected
 
     def test_rows_beyond_the_tokenizer_are_left_out(self, llama, tmp_path, capsys):
-        """An embedding whose rows were padded to a multiple of 64: 320 rows, 259 tokens."""
+        """The embedding was padded to a multiple of 64: 320 rows for 259 tokens."""
         from safetensors.torch import load_file, save_file
         from transformers import AutoModelForCausalLM
 
         tensors = load_file(llama / "model.safetensors")
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            extra = 9 * torch.ones(61, 16) * torch.tensor([1, -1] * 8)  # large, so that they would win
+            extra = 9 * torch.ones(61, 16) * torch.tensor([1, -1] * 8)  # large: they win
             tensors[name] = torch.cat((tensors[name], extra))
         save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
         self.change(llama / "config.json", vocab_size=320, pad_token_id=300)

@@ -1,4 +1,4 @@
-"""What load_model gives: it unpacks, writes as generate.py does, scores as eval_lm.py does, shows what it computed."""
+"""Tests of LanguageModel: it unpacks, writes like generate.py, scores like eval_lm.py, and shows hidden states."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_inspect_shows_every_step_and_visit(tiny, family):
     assert seen.ids.tolist() == [BYTE.bos_id, *b"abc"]
     assert seen.logits.shape == (steps, 4, BYTE.vocab_size) and (seen.halt_logits is None) == (family != "trm")
     assert seen.states.shape == (c.visits_per_step * c.train_steps, 4, c.d_model)
-    every = len(seen.states) // steps  # the last visit of a step makes its y, which is read out
+    every = len(seen.states) // steps  # visits per step; the last one updates y, which is read out
     torch.testing.assert_close(lm.model.head(seen.states[every - 1 :: every]), seen.logits)
     torch.testing.assert_close(seen.logits[-1], lm.model(seen.ids[None]).logits[0])
     assert not lm.model.net._forward_hooks

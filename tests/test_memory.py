@@ -1,6 +1,7 @@
-"""Contract 4: the memory of a training step does not grow with supervision_steps, nor with deep_steps.
+"""Memory of a training step: it grows neither with supervision_steps nor with deep_steps.
 
-Two measures: bytes kept for the backward pass, counted exactly (same process), and peak RSS (a fresh process each).
+Measured in two ways: exact count of the bytes kept for the backward pass (in this process), and peak RSS (each in a
+fresh process).
 """
 
 import json
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class SavedBytes:
-    """Peak of the bytes that autograd holds for the backward pass, each storage counted once, weights left out."""
+    """Counts the peak bytes that autograd saves for the backward pass: each storage once, weights excluded."""
 
     def __init__(self, model):
         self.users = {tensor.untyped_storage().data_ptr(): 1 for tensor in model.state_dict().values()}
@@ -54,7 +55,7 @@ def batch(rows=4, length=16):
 
 
 def step_by_step(model, ids, targets):
-    """One training step as the trainer does it: backward after each supervision step, the state carried on."""
+    """Runs one training step like the trainer: backward after each supervision step, then the next from its state."""
     weights = loss_weights(model.config, model.config.train_steps)
     carry = None
     for weight in weights:
@@ -92,7 +93,7 @@ def test_saved_bytes_are_flat_in_deep_steps(settings):
 
 
 def test_saved_bytes_grow_where_the_contract_lets_them():
-    """Negative control: the same count sees full_bptt, all steps in one call, more gradient or latent steps."""
+    """Negative control: the count grows with full_bptt, all steps in one call, and more gradient or latent steps."""
     base = saved_bytes(supervision_steps=2)
     assert saved_bytes(all_at_once, supervision_steps=8) > 3 * saved_bytes(all_at_once, supervision_steps=2)
     assert saved_bytes(all_at_once, supervision_steps=2) > 1.5 * base
@@ -152,9 +153,9 @@ print(json.dumps({"MiB": (peak_rss_bytes() - before) / 2**20}))
 
 
 def peak_mib(at_once=False, **settings):
-    """Growth of the peak RSS by one eager training step in a fresh process, MiB."""
+    """Returns the growth of peak RSS in MiB during one eager training step in a fresh process."""
     command = [sys.executable, "-c", CHILD, json.dumps(settings), "at_once" if at_once else "by_step"]
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed tensors go back to the system: no fragmentation
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # frees tensors to the system: no fragmentation
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)["MiB"]
@@ -163,7 +164,7 @@ def peak_mib(at_once=False, **settings):
 @pytest.mark.slow
 def test_peak_rss_is_flat_within_a_tenth():
     base = peak_mib(supervision_steps=2, deep_steps=2)
-    assert base > 100  # activations, not noise, are what is measured
+    assert base > 100  # large enough to be activations, not noise
     assert peak_mib(supervision_steps=6, deep_steps=2) < 1.1 * base
     assert peak_mib(supervision_steps=2, deep_steps=6) < 1.1 * base
     assert peak_mib(at_once=True, supervision_steps=2, deep_steps=2, full_bptt=True) > 2.5 * base  # negative control

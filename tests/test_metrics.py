@@ -1,4 +1,4 @@
-"""metrics.py: counts against torch's own counters."""
+"""Tests of metrics.py against torch's own counters."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ FAMILIES = {
     "trm_all": {"prelude_layers": 1, "coda_layers": 1, "injection": "concat", "gate": True, "n_kv_heads": 1},
     "trm_tied": {"tie_embeddings": True, "positions": "learned"},
 }
-# Every option of a model, from the axes that the slow twin is held to: a new one cannot have wrong FLOPs unseen.
+# Every model option that is compared with the reference implementation, so that new options are covered too.
 CASES = [
     *singles(AXES),
     *singles({key: values for key, values in TRAINING_AXES.items() if key != "act_target"}),
@@ -33,7 +33,7 @@ CASES = [
     {"recursion": "trm", "causal": False},
     {"recursion": "trm", "causal": False, "mixer": "mlp", "positions": "none"},
 ]
-CASES = [case | {"act_target": "correct"} for case in CASES]  # stable is counted apart, below
+CASES = [case | {"act_target": "correct"} for case in CASES]  # stable has its own test below
 
 
 def model_of(settings):
@@ -46,7 +46,7 @@ def batch_of(config, batch=2):
 
 
 def counted(work, tokens):
-    """FLOPs per token as torch counts them: (weights' products, attention's)."""
+    """Returns FLOPs per token as torch counts them: (products with weights, attention)."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
     by_op = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
@@ -61,9 +61,9 @@ def test_decode_flops_are_those_of_a_forward_pass(settings):
     with torch.no_grad():
         matmul, attention = counted(lambda: model(ids), ids.numel())
     flops = flops_per_token(model.config)
-    if model.config.mixer == "mlp":  # batched products across the sequence belong to its weights
+    if model.config.mixer == "mlp":  # its batched products over the sequence use weights
         matmul, attention = matmul + attention, 0
-    assert flops.decode_matmul == pytest.approx(matmul, abs=1)  # abs: a share of the halting head's product
+    assert flops.decode_matmul == pytest.approx(matmul, abs=1)  # abs: the halting head's share is not an integer
     assert flops.decode_attention == attention
     assert flops.decode == flops.decode_matmul + flops.decode_attention
 
@@ -97,7 +97,7 @@ def test_stable_halting_counts_its_second_read_out():
     stable, correct = TRMConfig(act_target="stable", **config), TRMConfig(**config)
     block = 16 * 48 + 16 * 16 + 3 * 16 * 24
     more = flops_per_token(stable).train_matmul - flops_per_token(correct).train_matmul
-    assert more == 2 * (block + 16 * 23 + 16)  # one more look without gradient, at the second of two steps
+    assert more == 2 * (block + 16 * 23 + 16)  # one more read-out without gradient, at the second of two steps
 
 
 def test_flops_by_hand():

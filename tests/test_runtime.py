@@ -1,4 +1,4 @@
-"""runtime.py: device, precision and compiler choices, on stand-ins for the hardware that is not here."""
+"""Tests of runtime.py: choices of device, precision and compiler, with simulated hardware."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(gpus=, mps=, capability=, features=): what torch is to find."""
+    """Returns a function that makes torch report the given hardware."""
 
     def pretend(gpus=0, mps=False, capability=(8, 0), features=()):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
@@ -125,12 +125,12 @@ def test_compile_needs_a_compiler_and_headers(monkeypatch, tmp_path):
     (tmp_path / "Python.h").touch()
     assert choose_compile(None, CPU) == (True, "found /usr/bin/g++")
     assert choose_compile(True, CPU).value is True
-    assert choose_compile(False, CPU) == (False, "as asked")
+    assert choose_compile(False, CPU) == (False, "as requested")
     assert choose_compile(None, MPS).value is False
     assert choose_compile(None, CPU, flops=1e12).value is False and choose_compile(None, CPU, flops=1e15).value is True
     assert choose_compile(None, CPU, flops=1e15, minutes=1) == (
         False,
-        "a run of about 60 s ends before compiling pays; --compile true does it",
+        "a run of about 60 s is too short to gain from torch.compile; force it with --compile true",
     )
     assert choose_compile(True, CPU, flops=1e12).value is True and choose_compile(None, CPU, 1e15, 3).value is True
     monkeypatch.setattr(runtime, "find_compiler", lambda: None)
@@ -195,7 +195,7 @@ def test_a_second_ctrl_c_raises_and_handlers_come_back():
     old = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # asks again, politely
+        os.kill(os.getpid(), signal.SIGTERM)  # a second SIGTERM does nothing
         assert interrupt.signal_name == "SIGTERM"
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == old
@@ -242,7 +242,7 @@ class TestFreeCores:
         "worked, own, threads", [(0, 0, 4), (4, 4, 4), (4, 3.8, 4), (4, 3, 3), (4, 1, 1), (8, 0.5, 1)]
     )
     def test_threads_are_what_others_leave(self, monkeypatch, worked, own, threads):
-        """Of four cores, over one second that ended just now."""
+        """Four cores, measured over the last second."""
         now = time.perf_counter()
         cores = self.clocks(monkeypatch, (4, now - 1, 10, 5), (4, now, 10 + worked, 5 + own))
         assert cores(4) == threads and cores(1) == 1

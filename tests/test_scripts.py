@@ -57,7 +57,7 @@ class TestTraining:
     def test_stdout_is_empty_and_stderr_tells(self, trained):
         folder, out, err = trained
         assert out == "" and "Traceback" not in err
-        assert "cpu, fp32 (as asked); eager (as asked)" in err
+        assert "cpu, fp32 (as requested); eager (as requested)" in err
         assert "done: step 30, validation" in err and f"python generate.py {folder} --prompt" in err
         for name in ("config.yaml", "metrics.jsonl", "learning_curve.png", "samples.txt", "last", "best"):
             assert (folder / name).exists(), name

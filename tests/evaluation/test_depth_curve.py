@@ -1,4 +1,4 @@
-"""The curve of bits per byte against depth: the same tokens for every exit rule, its cheapest points, its picture."""
+"""Tests of the depth curve: same tokens for every exit rule, its cheapest points, its picture."""
 
 import pytest
 from test_scoring import TEXTS, V
@@ -20,8 +20,8 @@ def test_curve_has_every_rule_on_the_same_tokens(tiny):
     assert full.bits_per_byte == pytest.approx(score_corpus(model, BYTE, TEXTS).figures.bits_per_byte, rel=1e-6)
     assert [p.visits for p in points[:4]] == [unit, 2 * unit, 3 * unit, 4 * unit]
     assert [p.saved for p in points[:4]] == pytest.approx([2 / 3, 1 / 3, 0, -1 / 3])
-    assert points[4].bits_per_byte == pytest.approx(points[0].bits_per_byte, rel=1e-6)  # halts at once
-    assert points[6].bits_per_byte == pytest.approx(points[3].bits_per_byte, rel=1e-6)  # never changes too little
+    assert points[4].bits_per_byte == pytest.approx(points[0].bits_per_byte, rel=1e-6)  # all halt after one step
+    assert points[6].bits_per_byte == pytest.approx(points[3].bits_per_byte, rel=1e-6)  # no token stops early
     assert unit < points[5].visits < 4 * unit
 
 

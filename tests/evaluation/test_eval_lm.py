@@ -1,4 +1,4 @@
-"""eval_lm.py as a user runs it: tables, files, exit rules, and one clear line for every mistake."""
+"""Runs eval_lm.py like a user: tables, files, exit rules, and a one-line message for every mistake."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def model(tiny):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, model, tiny):
-    """Checkpoints of a TRM, a loop and a plain transformer, and texts."""
+    """A folder with checkpoints of a TRM, a loop and a plain transformer, and with texts."""
     home = tmp_path_factory.mktemp("eval")
     save_checkpoint(home / "trm", model, BYTE)
     for family in ("loop", "none"):
@@ -43,7 +43,7 @@ def start(home, *words, checkpoint="trm", paths="texts.jsonl"):
 
 
 def rows_of(table):
-    """The cells of a table's rows, without its head."""
+    """Returns the cells of a table's rows, without its header."""
     return [line.split() for line in table.splitlines()[1:]]
 
 
@@ -124,8 +124,8 @@ def test_depth_curve(home, model, capsys):
         (["--max_recursion_depth", "0"], "max_recursion_depth is 0"),
         (["--exit", "soon"], "--exit soon"),
         (["{home}/loop", "--exit", "halt"], "has no halting head: choose exit kl or fixed"),
-        (["{home}/none", "--max_recursion_depth", "2"], "recursion none is one visit"),
-        (["{home}/none", "--exit", "halt"], "recursion none is one visit"),
+        (["{home}/none", "--max_recursion_depth", "2"], "recursion none has a single visit"),
+        (["{home}/none", "--exit", "halt"], "recursion none has a single visit"),
         (["{home}/none", "--depth_curve", "{home}/curve.png"], "no depth curve"),
         (["{home}/nothing"], "no checkpoint folder"),
     ],
@@ -177,7 +177,7 @@ def test_in_a_process_of_its_own(home):
 
 
 def test_no_bits_per_byte_of_text_that_does_not_come_back(home, tiny, tmp_path, capsys):
-    """A tokenizer that loses Japanese would be the better for it: 1.7 bits per byte, where others have 9."""
+    """A tokenizer that loses Japanese text would get a better figure for it: 1.7 bits per byte instead of 9."""
     usual = usual_spm(tmp_path)
     save_checkpoint(tmp_path / "usual", tiny(vocab_size=usual.vocab_size, n_layers=1), usual)
     write(tmp_path / "ja.txt", ["東京は夜の七時。", "the cat"])
@@ -194,6 +194,6 @@ def test_no_bits_per_byte_of_text_that_does_not_come_back(home, tiny, tmp_path, 
     assert "loses 77.4 % of the text's bytes" in err
     found, out, err = figures["en"]
     assert found["bits_per_byte"] > 0 and found["lost"] == 0 and "warning" not in err
-    with pytest.raises(UserError, match="no bits per byte to draw"):
+    with pytest.raises(UserError, match="there are no bits per byte"):
         curve = ["--depth_curve", str(tmp_path / "curve.png")]
         eval_lm.main([str(tmp_path / "usual"), "--paths", str(tmp_path / "ja.txt"), *curve])

@@ -1,4 +1,4 @@
-"""The harness's requests, answered without lm_eval; and, where lm_eval is installed, a local task from its files."""
+"""Tests of the harness adapter: requests without lm_eval, and local tasks if lm_eval is installed."""
 
 import json
 import sys
@@ -27,12 +27,12 @@ def requests(*args):
 
 
 def logprobs_after(model, text):
-    """log-probabilities (V,) of what follows BOS and a text."""
+    """Returns the log-probabilities (V,) of the token after BOS and a text."""
     return model(torch.tensor([BYTE.encode(text, bos=True)])).logits[0, -1].log_softmax(-1)
 
 
 def greedy(model, context, n, **options):
-    """What the model writes after a context, as bytes, up to EOS."""
+    """Returns the model's greedy continuation of a context, up to EOS."""
     ids = torch.tensor([BYTE.encode(context, bos=True)])
     new = generate_ids(model, ids, n, temperature=0, eos_id=BYTE.eos_id, **options)[0, ids.shape[1] :].tolist()
     return BYTE.decode(new[: new.index(BYTE.eos_id)] if BYTE.eos_id in new else new)
@@ -153,7 +153,7 @@ QUESTIONS = ("abc", "b")
 
 
 def write_tasks(folder, answers):
-    """Local tasks: choices and texts, of which the first answer is what the model gives and the second is not."""
+    """Writes local tasks in which the model is right on the first of two rows and wrong on the second."""
     rows = []
     for i, question in enumerate(QUESTIONS):
         first, second = answers.loglikelihood(requests((question, "d"), (question, "e")), True)
@@ -169,7 +169,7 @@ def write_tasks(folder, answers):
 
 @pytest.fixture
 def local(monkeypatch, tmp_path, answers):
-    """A folder of tasks, no network, and a cache of its own."""
+    """A folder of tasks, without network access and with its own cache."""
     pytest.importorskip("lm_eval")
     import datasets
 
@@ -189,15 +189,15 @@ def test_local_tasks_run(answers, local, capsys):
     assert all(name in table for name in ("choices", "rolling", "writing", "acc"))
     limited, _ = run_tasks(answers.model, BYTE, ["choices"], str(local), limit=1)
     assert limited["results"]["choices"]["acc,none"] == 1.0
-    assert capsys.readouterr().out == ""  # stdout is the caller's
+    assert capsys.readouterr().out == ""  # stdout belongs to the caller
     json.dumps(results)
 
 
 def test_tasks_whose_files_are_not_there(answers, local):
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         run_tasks(answers.model, BYTE, ["choices"], str(local / "nowhere"))
     (local / "rows.jsonl").unlink()
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read a task's file or data"):
         run_tasks(answers.model, BYTE, ["choices"], str(local))
 
 

@@ -1,4 +1,4 @@
-"""Scoring against a slow twin (one token at a time), what is counted, and the exit rules' curve."""
+"""Tests of scoring against a slow version (one token at a time), of what is counted, and of exit rules."""
 
 import math
 
@@ -30,9 +30,9 @@ def model(tiny):
 
 
 def slow_logprob(model, documents, start_of, n_prefix=1):
-    """Log-probability of the ids of documents after a prefix; start_of(t): the first id that target t is given.
+    """Returns the log-probability of the documents' ids after a prefix. start_of(t): first id in target t's context.
 
-    Each has a row of its own, and only rows of one length go together, so that nothing is padded."""
+    Every target has its own row, and only rows of equal length share a batch, so that there is no padding."""
     rows = [(ids[start_of(t) : t], ids[t]) for ids in documents for t in range(n_prefix, len(ids))]
     total = 0.0
     for length in {len(row) for row, _ in rows}:
@@ -47,7 +47,7 @@ def of_bytes(text):
 
 
 def window_start(stride):
-    """Where the first window starts that reaches target t."""
+    """Returns a function: target t -> start of the first window that contains it."""
     return lambda t: max(0, -(-(t - C) // stride)) * stride
 
 
@@ -77,7 +77,7 @@ def test_a_document_alone_scores_as_in_a_batch(tiny, family):
 
 def test_figures_of_a_model_that_knows_nothing(tiny):
     model = tiny(vocab_size=V)
-    torch.nn.init.zeros_(model.head.weight)  # every token is as likely; the likeliest is the first, byte 0
+    torch.nn.init.zeros_(model.head.weight)  # all tokens are equally likely; argmax picks the first, byte 0
     figures = score_corpus(model, BYTE, ["\0a\0\0", "\0"]).figures
     assert figures.bits_per_byte == pytest.approx(math.log2(V), rel=1e-6)
     assert figures.perplexity == pytest.approx(V, rel=1e-5)
@@ -93,7 +93,7 @@ def test_bits_per_character_of_japanese_are_three_times_those_per_byte(model):
 def test_tokens_and_documents_are_bounded(model):
     assert score_corpus(model, BYTE, TEXTS, max_docs=2).size == Size(2, 45, 45, 45)
     assert score_corpus(model, BYTE, TEXTS, max_tokens=45).size == Size(2, 45, 45, 45)
-    assert score_corpus(model, BYTE, TEXTS[3:], max_tokens=7).size == Size(1, 7, 7, 3)  # the third is cut
+    assert score_corpus(model, BYTE, TEXTS[3:], max_tokens=7).size == Size(1, 7, 7, 3)  # the third character is cut
     cut, whole = score_corpus(model, BYTE, TEXTS[:1], max_tokens=9), score_corpus(model, BYTE, [TEXTS[0][:9]])
     assert cut == whole
 
@@ -116,7 +116,7 @@ def test_nothing_to_score_and_strides_that_cannot_be(model, tiny):
     for stride in (0, 17):
         with pytest.raises(UserError, match=f"stride is {stride}: set it from 1 to the context of 16"):
             score_corpus(model, BYTE, TEXTS, stride=stride)
-    with pytest.raises(UserError, match="no language model"):
+    with pytest.raises(UserError, match="cannot be scored as a language model"):
         score_corpus(tiny(vocab_size=V, causal=False), BYTE, TEXTS)
     assert choose_stride(model.config) == 8
 
@@ -136,7 +136,7 @@ def test_the_mode_of_the_model_is_left_as_it_was(model):
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 18, 24, 25, 50])
 @pytest.mark.parametrize("n_prefix", [1, 4])
 def test_every_token_is_scored_once_with_enough_context(n, stride, n_prefix):
-    ids = list(range(n_prefix + n))  # each token is its place
+    ids = list(range(n_prefix + n))  # each token is its own position
     pieces = [ids[n_prefix : n_prefix + 7], [], ids[n_prefix + 7 :]]
     seen = []
     for sample in windows(ids[:n_prefix], pieces, C, stride):
@@ -246,12 +246,12 @@ def test_a_halting_threshold_of_0_is_one_step_and_of_1_is_all(model):
     assert (first.depth, every.depth) == (1.0, 3.0)
     assert first.saved == pytest.approx(2 / 3) and first.visits == model.config.visits_per_step
     assert first.figures == pytest.approx(plain.steps[0], rel=1e-6)
-    assert first.steps == [first.figures] * 3  # a token that has stopped keeps its answer
+    assert first.steps == [first.figures] * 3  # a stopped token keeps its prediction
     assert every.figures == pytest.approx(plain.figures, rel=1e-6)
 
 
 def test_depth_counts_each_token_once(model):
-    """The mean depth is that of the tokens as they are scored, not of the context that windows repeat."""
+    """The mean depth is over scored tokens only, not over the context that windows repeat."""
     rule = ExitRule("halt", act_threshold=0.75)
     score = score_corpus(model, BYTE, TEXTS[:1], rule=rule)
     steps = 0

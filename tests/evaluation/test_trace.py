@@ -1,4 +1,4 @@
-"""trace.py: what is read from a model's thoughts, and how it is told in a picture, a table and JSON."""
+"""Tests of trace.py and trace_picture.py: reading per-step predictions, and showing them as picture, table and JSON."""
 
 import io
 import json
@@ -23,7 +23,7 @@ ANSI = re.compile(r"\033\[[\d;]*m")
 
 
 def thought(text, *steps, halt=None, depth=None, rows=1):
-    """A Thought over the bytes: each step gives some characters' probability, the rest is spread over all others."""
+    """Makes a Thought over bytes. Each step gives some characters' probabilities; all others share the rest equally."""
     p = torch.empty(len(steps), rows, BYTES.vocab_size, dtype=torch.float64)
     for s, chosen in enumerate(steps):
         p[s] = (1 - sum(chosen.values())) / (BYTES.vocab_size - len(chosen))
@@ -42,7 +42,7 @@ def traced(*thoughts, tokenizer=BYTES, **options):
 
 
 def settling(n=1):
-    """n tokens: 'b' at first, then 'a', which is written."""
+    """Returns a trace of n tokens whose likeliest token is first 'b', then 'a', which is written."""
     return traced(*(thought("a", {"a": 0.2, "b": 0.6}, {"a": 0.5, "b": 0.25}, {"a": 0.9, "b": 0.05}) for _ in range(n)))
 
 
@@ -96,7 +96,7 @@ class TestReading:
 
     @pytest.mark.parametrize("exit", [ExitRule(max_recursion_depth=3), ExitRule("halt", 3, 0.5), ExitRule("kl", 3)])
     def test_of_a_real_model(self, tiny, exit):
-        """Greedy: the token written is the likeliest after the last step, in every row of a batch."""
+        """With greedy decoding the token written is the likeliest after the last step, in every row of a batch."""
         model = tiny(recursion="trm", vocab_size=BYTES.vocab_size)
         trace, ids = Trace(BYTES, row=1, limit=3), torch.randint(0, 256, (2, 4))
         written = list(generate(model, ids, 5, temperature=0, exit=exit, thoughts=trace))
@@ -152,7 +152,7 @@ class TestPicture:
     def test_names_where_the_mind_changes_and_the_final_share(self, tmp_path):
         axes = draw_trace(settling(), tmp_path / "out.png").axes[0]
         names = self.texts(axes)
-        assert names.count("b") == 1 and names.count("a") == 2 and "90%" in names  # b, then a; and a as the heading
+        assert names.count("b") == 1 and names.count("a") == 2 and "90%" in names  # labels b and a, and the heading a
 
     def test_bars_are_probabilities(self, tmp_path):
         axes = draw_trace(settling(), tmp_path / "out.png").axes[0]
@@ -173,7 +173,7 @@ class TestPicture:
         assert "halted early" in [text.get_text() for text in figure.legends[0].texts]
 
     def test_one_step_shows_the_likeliest_tokens(self, tmp_path):
-        """Dollars and backslashes are drawn as they are, not read as formulas."""
+        """Dollar signs and backslashes are drawn literally, not parsed as formulas."""
         steps = {"$": 0.5, "a": 0.25, "\\": 0.125}
         figure = draw_trace(traced(thought("a", steps)), tmp_path / "out.png", "$x^$")
         told = " ".join(text.get_text() for text in figure.texts)
@@ -184,7 +184,7 @@ class TestPicture:
         assert bars[:6] == pytest.approx([1, 0.5, 1, 0.25, 1, 0.125], abs=1e-5)
 
     def test_all_halted_after_the_first_step(self, tmp_path):
-        """That is not the picture of a model that has one step."""
+        """The picture differs from that of a model with a single step."""
         trace = traced(thought("a", {"a": 0.9}), limit=4)
         assert "step 1" in self.texts(draw_trace(trace, tmp_path / "out.png").axes[0])
         assert t.summary(trace) == "1 token, 1 recursion step; 0 changed on the way"
@@ -199,7 +199,7 @@ class TestPicture:
         assert (figure.get_size_inches() * 150 < 2**14).all()
 
     def test_another_script(self, tmp_path, capsys):
-        """A character is drawn in a font that has it, or as its code point; a warning would be of an empty box."""
+        """A character is drawn in a font that has it, or as its code point; matplotlib would warn of an empty box."""
         words = "京都"
         trace = traced(thought("a", {"a": 0.5}))
         trace[0]["candidates"][0]["text"] = trace[0]["text"] = words
@@ -236,7 +236,7 @@ class TestFonts:
         assert fonts.show("京都", 5) == "#5" and fonts.show("京都") == "<U+4EAC><U+90FD>"
 
     def test_another_font_helps_out(self):
-        """With matplotlib's own fonts alone: a character that the monospaced one lacks and the sans one has."""
+        """Uses matplotlib's own fonts: finds a character that the sans font has and the monospaced one lacks."""
         sans, mono = (picture._characters(font_manager.findfont(name)) for name in ("DejaVu Sans", picture.MONO))
         other = next(c for c in sorted(sans - mono) if c.isprintable())
         names, missing = picture.choose_fonts("a" + other)
@@ -261,7 +261,7 @@ class TestTable:
         head, *lines = self.table(settling(2))
         assert head.split() == ["token", "depth", "step", "1", "step", "2", "step", "3"]
         assert lines[0].split() == ["a", "3", "b", "60%", "▸a", "50%", "a", "90%"]
-        assert lines[2].startswith("▸ the likeliest token is another") and "■" not in lines[2]
+        assert lines[2].startswith("▸ the likeliest token differs") and "■" not in lines[2]
         assert lines[3] == "2 tokens, 3 recursion steps; 2 changed on the way"
 
     def test_one_step_shows_the_likeliest_tokens(self):

@@ -1,4 +1,4 @@
-"""Labelled data, the two classifiers against what they are made of, and figures computed by hand."""
+"""Tests of labelled data, of the two classifiers against the bare language model, and of metrics by hand."""
 
 import gzip
 import json
@@ -226,7 +226,7 @@ def test_a_text_keeps_its_end():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zero_shot_is_the_models_own_probability(tiny, family):
-    """By hand: the probability of every byte of the name, one forward pass each, after text and suffix."""
+    """The reference computes each byte of the name after text and suffix, with one forward pass per byte."""
     model = model_of(tiny, family, max_seq_len=64)
     classifier = LlamaZeroShotClassifier(model, BYTE, ["bad", "fine"], " {labels}? ")
     assert classifier.suffix == " bad or fine? "
@@ -261,7 +261,7 @@ def test_zero_shot_by_depth(tiny):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("settings", [{}, {"coda_layers": 1, "norm": "pre", "tie_embeddings": True}], ids=str)
 def test_logits_are_of_the_last_real_state(tiny, family, settings):
-    """The head is linear, so logits of the language model are those of the classifier with the head's weights."""
+    """The head is linear: a classifier with the head's weights gives the language model's logits."""
     model = model_of(tiny, family, **settings)
     samples, _ = encode([Example(text, 0) for text in TEXTS], BYTE, model.config.max_seq_len)
     expected = [model(s.input_ids[None], return_steps=True).logits[:, 0, -1] for s in samples]  # each alone

@@ -1,4 +1,4 @@
-"""Fine-tuning: it learns, resumes exactly, and leaves a language model with a classifier beside it."""
+"""Tests of fine-tuning: it learns, resumes exactly, and saves a language model together with its classifier."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from src.training.run_folder import RunLock
 
 NAMES = ["bad", "good"]
 TRAIN = [Example(text, label) for text, label in zip("aa ab ba b abba a bb bab abb baa".split(), [1, 0, 1, 0] * 3)]
-TRAIN = [Example(text, int(text.endswith("a"))) for text, _ in TRAIN]  # what the last letter tells
+TRAIN = [Example(text, int(text.endswith("a"))) for text, _ in TRAIN]  # the last letter decides
 DEV = TRAIN[:4]
 
 
@@ -40,7 +40,7 @@ def tune(source, folder, family="trm", train=TRAIN, dev=DEV, **settings):
 
 
 def during(monkeypatch, step, action):
-    """Do something in the middle of a step of the next run."""
+    """Runs an action in the middle of a step of the next run."""
     original = Finetuner._train_step
 
     def train_step(self, rows, log):
@@ -71,7 +71,7 @@ def accuracy(classifier, examples):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The Finetuners that a test makes."""
+    """Collects the Finetuners that a test makes."""
     made, original = [], Finetuner.__init__
     monkeypatch.setattr(Finetuner, "__init__", lambda run, *args: (made.append(run), original(run, *args))[0])
     return made
@@ -124,7 +124,7 @@ def test_a_finished_run_resumes_to_its_answer(source, tmp_path):
 
 
 def test_head_alone(source, tmp_path):
-    """The language model stays as it was, and goes on writing."""
+    """The language model is unchanged and can be loaded as before."""
     tune(source, tmp_path / "run", tune="head")
     before, _ = checkpoint.load_model(source / "trm")
     after, _ = checkpoint.load_model(tmp_path / "run")
@@ -133,7 +133,7 @@ def test_head_alone(source, tmp_path):
 
 @pytest.mark.parametrize("family", ["trm", "none"])
 def test_adapters_are_merged(source, tmp_path, runs, family):
-    """The checkpoint, which has no adapters, answers like the model that was trained with them."""
+    """The checkpoint has no adapters, but gives the same logits as the model that was trained with them."""
     pytest.importorskip("peft")
     saved = tune(source, tmp_path / "run", family, tune="lora", dev=[])
     samples, _ = encode(TRAIN, BYTE, 16)
@@ -146,7 +146,7 @@ def test_adapters_are_merged(source, tmp_path, runs, family):
 
 
 def test_best_epoch_is_kept(source, tmp_path, monkeypatch):
-    """The first of the epochs with the highest accuracy on dev; without dev, the last."""
+    """Keeps the first epoch with the highest dev accuracy; without a dev set, the last epoch."""
     accuracies = iter((0.5, 0.75, 0.75))
 
     def answers(classifier, samples, *options):

@@ -1,4 +1,4 @@
-"""train_classifier.py as a user runs it: four options, their files, and one clear line for every mistake."""
+"""Runs train_classifier.py like a user: four options, their files, and a one-line message for every mistake."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_generate(home, model, capsys):
     before = sorted(home.iterdir())
     start("--option", "generate", "--prompt", "ab", "--max_new_tokens", 9)
     out, outs = capsys.readouterr().out, ["low_temp_out", "low.txt", "high_temp_out", "high.txt"]
-    assert sorted(home.iterdir()) == before  # nothing that was not asked for
+    assert sorted(home.iterdir()) == before  # no unrequested files
     words = [word if "." in word else f"--generated_sentence_{word}" for word in outs]
     start("--option", "generate", "--prompt", "ab", "--max_new_tokens", 9, *words)
     assert capsys.readouterr().out == out
@@ -83,17 +83,17 @@ def test_finetune_then_predict(home, capsys):
 def test_names_out_of_the_training_texts(home, capsys):
     start("--option", "finetune", "--train", "train.txt", "--epochs", 1, "--save_dir", "run")
     assert json.loads((home / "run" / "best" / "config.json").read_text())["info"]["labels"] == ["0", "1"]
-    assert capsys.readouterr().out == ""  # without dev and test there is nothing to tell
+    assert capsys.readouterr().out == ""  # without dev and test there is nothing to report
 
 
 def tiny_run(*words):
-    """Fine-tuning that remembers a few texts."""
+    """Fine-tunes until the model has memorized a few texts."""
     start("--option", "finetune", "--epochs", 12, "--batch_size", 4, "--dropout", 0, "--lr", 3e-3, *words)
 
 
 @pytest.mark.parametrize("labels", ["-1 0 1", "404 500"])
 def test_answers_are_in_the_users_own_labels_and_read_back(home, labels, capsys):
-    """From training to the file of answers, which as data is answered without a mistake."""
+    """The answers of a fine-tuned model can be used as data, and the model predicts all of them right."""
     labels = labels.split()
     rows = [f"{label} ||| {'abc'[i] * (n + 1)}\n" for i, label in enumerate(labels) for n in range(4)]
     (home / "own.txt").write_text("".join(rows))
@@ -116,7 +116,7 @@ def test_predict_takes_texts_without_labels(home, capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and "test: 2 texts without labels" in captured.err
     train_classifier.main(["run", "--option", "predict", "--test", "new.txt"])
-    assert capsys.readouterr().out == "yes ||| abaa\nno ||| aab\n"  # where else, if no file is named
+    assert capsys.readouterr().out == "yes ||| abaa\nno ||| aab\n"  # printed if no output file is given
     start("--option", "prompt", "--test", "new.txt", "--label_names", "names.json", "--test_out", "answers.txt")
     assert [line.split(" ||| ")[1] for line in (home / "answers.txt").read_text().splitlines()] == ["abaa", "aab"]
 
@@ -131,8 +131,8 @@ def test_predict_takes_texts_without_labels(home, capsys):
         (["--option", "finetune"], "option finetune needs --train"),
         (["--option", "finetune", "--train", "none.txt"], "none.txt: no such file"),
         (["--option", "finetune", "--train", "train.txt", "--label_names", "train.txt"], "train.txt is broken JSON"),
-        (["--option", "finetune", "--train", "train.txt", "--dev", "other.txt"], "line 2: label '7' is none of"),
-        (["--option", "finetune", "--train", "train.txt", "--test", "other.txt"], "line 2: label '7' is none of"),
+        (["--option", "finetune", "--train", "train.txt", "--dev", "other.txt"], "line 2: label '7' is not one of"),
+        (["--option", "finetune", "--train", "train.txt", "--test", "other.txt"], "line 2: label '7' is not one of"),
         (["--option", "finetune", "--train", "train.txt", "--epochs", "0"], "epochs is 0"),
         (["--option", "finetune", "--train", "train.txt", "--save_dir", "train.txt/run"], "cannot write to save_dir"),
         (["--option", "predict", "--test", "train.txt"], "is not a classifier (no classifier.safetensors)"),
