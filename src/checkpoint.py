@@ -45,17 +45,17 @@ def save_checkpoint(folder, model: TRMModel, tokenizer, ema=None, state=None, in
     weights: the full tensors if the model is sharded (its `own_state`, gathered); default: those of the model.
     more: {name of another .safetensors file: tensors}."""
     try:
-        with replacing(folder, FILES.__contains__) as beside:
-            save_tensors(own_state(model) if weights is None else weights, beside / "model.safetensors")
+        with replacing(folder, FILES.__contains__) as new:
+            save_tensors(own_state(model) if weights is None else weights, new / "model.safetensors")
             for name, tensors in ((more or {}) | ({} if ema is None else {"ema.safetensors": ema})).items():
-                save_tensors(tensors, beside / name)
-            tokenizer.save(beside)
+                save_tensors(tensors, new / name)
+            tokenizer.save(new)
             config = {"format": FORMAT, "model": model.config.to_dict(), "info": info or {}}
-            (beside / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            (new / "config.json").write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")
             if state is not None:
-                (beside / "state").mkdir()
-                torch.save(state, beside / "state" / "training.pt")
-                (beside / DIGESTS).write_text(json.dumps(_digests(beside)) + "\n", encoding="utf-8")
+                (new / "state").mkdir()
+                torch.save(state, new / "state" / "training.pt")
+                (new / DIGESTS).write_text(json.dumps(_digests(new)) + "\n", encoding="utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:  # which one a full disk raises depends on the writer
         raise UserError(
             f"cannot write the checkpoint {folder}: {getattr(error, 'strerror', None) or error}; "
@@ -148,7 +148,8 @@ def check_tensors(tensors: dict, path) -> dict:
 def check_size(config: TRMConfig, weights: dict, path):
     """Raises UserError if weights clearly do not fit a config, before memory for the model is allocated.
 
-    Compares only the number of layers and the largest matrices, because `check_fit` imports for a second."""
+    Compares only the number of layers and the largest matrices. `check_fit` compares all names and shapes, but its
+    use of torch's meta device costs a second of imports."""
     for name in ("n_layers", "prelude_layers", "coda_layers"):
         if getattr(config, name) > len(weights):
             count = f"has {len(weights)} tensors, too few for {name} {getattr(config, name)} in its config.json"
@@ -229,7 +230,7 @@ def _fits(config, weights, path, **changes) -> bool:
 
 def load_pt(path, mmap=False):
     """Reads a .pt file without running code from it. A broken file raises one of many kinds of Exception."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(path) as archive:  # torch never compresses: a larger content could fill the memory
         if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
             raise ValueError("its parts are compressed, or overlap")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

@@ -264,7 +264,7 @@ class TestMistakesOfGenerating:
             assert_one_line(*call("generate.py", trained[0], *words), said)
         for words, said in [
             ([tmp_path / "nowhere"], "nowhere"),
-            ([tmp_path], "no checkpoint"),
+            ([tmp_path], "is neither a checkpoint"),
             ([tmp_path / "latin.txt"], "latin.txt"),
             ([trained[0], "another"], "another"),
         ]:

@@ -66,7 +66,7 @@ def depth_curve(
     if size.lost:
         raise UserError("the tokenizer loses part of the text, so there are no bits per byte: use other text")
     rules = [ExitRule("halt", deepest, act_threshold=a) for a in act_thresholds if config.recursion == "trm"]
-    rules += [ExitRule("kl", deepest, kl_threshold=k) for k in kl_thresholds if deepest > 2]  # compares two steps
+    rules += [ExitRule("kl", deepest, kl_threshold=k) for k in kl_thresholds if deepest > 2]  # stops at 2 or later
     if bar is not None:
         bar.reset(size.tokens * (1 + len(rules)))
     fixed = score_windows(model, samples, size, batch_size, ExitRule("fixed", deepest), True, bar)
@@ -79,7 +79,8 @@ def depth_curve(
 
 
 def _point(config, exit, setting, depth, figures) -> CurvePoint:
-    visits, saved = visits_per_recursion_step(config) * depth, 1 - depth / max_depth(config)
+    visits = visits_per_recursion_step(config) * depth
+    saved = 1 - depth / max_depth(config)
     return CurvePoint(exit, setting, depth, visits, saved, figures.loss, figures.bits_per_byte)
 
 
@@ -88,8 +89,12 @@ def cheapest_points(points: list[CurvePoint], trained_depth: int, within: float 
 
     Nearly as good: at most (1 + within) x the bits per byte at the trained depth. Rules without one are left out."""
     limit = (1 + within) * full_point(points, trained_depth).bits_per_byte
-    good = [[p for p in points if p.exit == name and p.bits_per_byte <= limit] for name in NAMES]
-    return {of_rule[0].exit: min(of_rule, key=lambda p: p.visits) for of_rule in good if of_rule}
+    cheapest = {}
+    for name in NAMES:
+        good = [p for p in points if p.exit == name and p.bits_per_byte <= limit]
+        if good:
+            cheapest[name] = min(good, key=lambda p: p.visits)
+    return cheapest
 
 
 def full_point(points: list[CurvePoint], trained_depth: int) -> CurvePoint:
@@ -102,7 +107,8 @@ def draw_depth_curve(points: list[CurvePoint], trained_depth: int, path: str, ti
 
     Points with far more bits per byte than the trained depth may lie above the frame."""
     figure, grid = new_figure(5.2)
-    axes, full = figure.add_subplot(grid[:, :]), full_point(points, trained_depth)
+    axes = figure.add_subplot(grid[:, :])
+    full = full_point(points, trained_depth)
     style_axes(axes, "bits per byte")
     axes.set_xlabel("mean visits of the network per token", fontsize=9, color="#555555")
     axes.axhspan(full.bits_per_byte, 1.01 * full.bits_per_byte, color=GREY, alpha=0.15, linewidth=0)
@@ -119,7 +125,8 @@ def draw_depth_curve(points: list[CurvePoint], trained_depth: int, path: str, ti
     place = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": COLORS["fixed"]}
     for p in points:
         if p.exit == "fixed" and p.bits_per_byte < axes.get_ylim()[1]:
-            axes.annotate(f"{p.setting:g}{' (trained)' * (p is full)}", (p.visits, p.bits_per_byte), **place)
+            label = f"{p.setting:g} (trained)" if p is full else f"{p.setting:g}"
+            axes.annotate(label, (p.visits, p.bits_per_byte), **place)
     axes.plot(full.visits, full.bits_per_byte, "s", color=INK, markersize=6, zorder=5)
     inside = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8, "color": GREY}
     axes.text(0.01, 1.005 * full.bits_per_byte, "at most 1 % over the trained depth", **inside)

@@ -19,15 +19,16 @@ def evaluate(model, batches, bytes_per_token: float, precision="fp32", limit=Non
     model is back in the mode (train or eval) that it was in."""
     was_training, device = model.training, next(model.parameters()).device
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    sums = torch.zeros(3, dtype=dtype, device=device)  # loss, right answers, targets
     model.eval()
     with torch.compiler.set_stance("force_eager"):  # shapes differ from training: not worth compiling
         batches = itertools.islice(batches, limit)
         while group := list(itertools.islice(batches, world)):
-            batch = group[min(rank, len(group) - 1)]  # sharded models need a call on every process
+            batch = group[min(rank, len(group) - 1)]  # a sharded model needs all processes
             batch = {name: t.to(device) for name, t in batch.items()}
             targets = batch.pop("target_ids")
-            if rank >= len(group):
+            if rank >= len(group):  # a repeated batch: it does not count
                 targets = torch.full_like(targets, IGNORE)
             with autocast(device, precision):
                 logits = model(**batch).logits

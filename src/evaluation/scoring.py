@@ -93,7 +93,7 @@ def windows(prefix: list[int], pieces: Iterable[list[int]], context: int, stride
     """Yields windows of at most `context` inputs over the tokens of `pieces`.
 
     The prefix (1 to `context` ids) comes before the tokens. Its ids are inputs but not targets."""
-    row, scored = list(prefix), len(prefix) - 1  # scored: leading targets of the row that do not count (again)
+    row, scored = list(prefix), len(prefix) - 1  # the first `scored` targets of the row do not count
     for piece in pieces:
         row += piece
         while len(row) > context:
@@ -154,6 +154,7 @@ def score_continuations(
 
     def samples():
         for prefix, ids in pairs:
+            # keep the prefix that fits, but at least the context that a target has in later windows
             kept = max(1, context - stride, context + 1 - len(ids))
             results.append(Continuation(0.0, True))
             for window in windows(prefix[-min(kept, context) :], [ids], context, stride):
@@ -243,7 +244,7 @@ def _document(pieces, tokenizer, size, max_tokens):
     """Yields the ids of each piece of one document, and counts the scored ones in `size`.
 
     All ids are scored, except the first one of a document without BOS: there is no token to predict it from."""
-    skips = not tokenizer.add_bos
+    skips = not tokenizer.add_bos  # leave out the first id
     for piece, is_last in pieces:
         ids = tokenizer.encode(piece)
         size.lost += tokenizer.lost_bytes(piece, ids)

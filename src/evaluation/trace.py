@@ -46,6 +46,7 @@ def read_thought(thought: Thought, tokenizer, row: int = 0, top: int = 5, limit:
     depth, written = int(thought.depth[row]), int(thought.token[row])
     logits = thought.logits[:depth, row].cpu().double()
     p = logits.softmax(-1)
+    # the ids of all candidates, sorted by their highest probability at any step
     seen = torch.cat((p.topk(min(top, p.shape[-1])).indices.flatten(), torch.tensor([written]))).unique()
     seen = seen[p[:, seen].amax(0).argsort(descending=True, stable=True)].tolist()
     halt = None if thought.halt_logits is None else thought.halt_logits[:depth, row].cpu().double().sigmoid()

@@ -15,7 +15,8 @@ MONO = "DejaVu Sans Mono"  # comes with matplotlib
 DRAWN = 240  # most tokens in a picture; the JSON file has all of them
 RANKS = 5  # candidates shown for a trace of single steps
 ROW, COLUMN, BAR, LEFT, HEAD, NAME, STRIP = 0.23, 0.94, 0.76, 0.62, 0.68, 0.27, 0.36  # inches
-WRITTEN, RIVALS, OTHERS = "#7fb8dc", ("#f2a875", "#f5d27a", "#e0b4cd"), ("#d4d4d4", "#e3e3e3")  # tints of curves.py's
+# lighter tints of the colours in src/training/curves.py
+WRITTEN, RIVALS, OTHERS = "#7fb8dc", ("#f2a875", "#f5d27a", "#e0b4cd"), ("#d4d4d4", "#e3e3e3")
 GROUND, RIM = "#f5f5f5", "#bbbbbb"
 
 

@@ -67,6 +67,7 @@ def read_examples(path, names: list[str], needs_labels: bool = True) -> list[Exa
     """Reads all examples of a file. Raises UserError for a label that is not among the names, and for a missing label.
 
     With needs_labels false, a file in which no line has a label is accepted too."""
+    # if names are numbers themselves, a label is always a name
     numbers = {} if any(map(_NUMBER.fullmatch, names)) else {str(i): i for i in range(len(names))}
     index = {None: None} | numbers | {name: i for i, name in enumerate(names)}
     rows = _read_rows(path, needs_labels)
@@ -152,7 +153,7 @@ def _rows_of_columns(lines, separator, path):
     names = [cell.strip().lower() for cell in lines[0][1].split(separator)] if lines else []
     header = {name: names.index(name) for name in names}
     text, label = _first(header, TEXT_NAMES), _first(header, LABEL_NAMES)
-    if text is None or label is None and separator != "\t":  # the first line is no header
+    if text is None or label is None and separator != "\t":  # the first line is not a header
         pairs = ((number, *line.partition(separator)) for number, line in lines)
         return [
             Row(number, start.strip() if found else None, (rest if found else start).strip())
@@ -173,7 +174,7 @@ def _row_of_json(number, line, where):
     text, label = _first(record, TEXT_NAMES), _first(record, LABEL_NAMES)
     if not isinstance(text, str) or isinstance(label, (list, dict)):
         raise UserError(f"{where}: {MISSING['.jsonl']}: fix the line")
-    if isinstance(label, float) and label.is_integer():  # pandas writes integers so if a column has gaps
+    if isinstance(label, float) and label.is_integer():  # pandas writes 1 as 1.0 if the column has gaps
         label = int(label)
     if isinstance(label, str):
         label = label.strip()

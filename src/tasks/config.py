@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+# the default zero-shot question; {labels} becomes the label names
 SUFFIX = " Is this movie {labels}? This movie is "
 
 

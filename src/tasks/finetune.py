@@ -2,8 +2,8 @@
 
 The run folder is like that of a language model: checkpoints `best` (on the dev set) and `last`, metrics.jsonl, and
 TensorBoard events. A checkpoint is the tuned language model, which can still generate text, plus
-`classifier.safetensors` and the label names in config.json. Kill a run at any point; after `--resume` it ends with the
-same weights as an uninterrupted run.
+`classifier.safetensors` and the label names in config.json. Kill a run at any point; after `--resume true` it ends with
+the same weights as an uninterrupted run.
 """
 
 import sys
@@ -77,7 +77,8 @@ class Finetuner:
         self.config, self.classifier, self.tokenizer, self.precision = config, classifier, tokenizer, precision
         self.train_set, self.dev_set, self.folder = train_set, dev_set, Path(config.save_dir)
         self.device = classifier.classifier.weight.device
-        self.step, self.best, self.best_loss = 0, -1.0, torch.inf
+        self.step = 0
+        self.best, self.best_loss = -1.0, torch.inf  # on the dev set; -1: not evaluated yet
         for parameter in classifier.model.parameters():
             parameter.requires_grad_(config.tune == "full")
         if config.tune == "lora":

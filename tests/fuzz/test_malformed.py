@@ -93,10 +93,10 @@ class TestTensors:
         [
             (lambda t: t.index_fill(0, torch.tensor([1]), math.nan), "embed.weight holds NaN or infinity"),
             (lambda t: t.index_fill(0, torch.tensor([1]), -math.inf), "embed.weight holds NaN or infinity"),
-            (lambda t: t.to(torch.int8), "embed.weight is of torch.int8"),
-            (lambda t: t.bool(), "embed.weight is of torch.bool"),
-            (lambda t: t.to(torch.complex64), "embed.weight is of torch.complex64"),
-            (lambda t: t.to(torch.float8_e4m3fn), "embed.weight is of torch.float8_e4m3fn"),
+            (lambda t: t.to(torch.int8), "embed.weight has dtype torch.int8"),
+            (lambda t: t.bool(), "embed.weight has dtype torch.bool"),
+            (lambda t: t.to(torch.complex64), "embed.weight has dtype torch.complex64"),
+            (lambda t: t.to(torch.float8_e4m3fn), "embed.weight has dtype torch.float8_e4m3fn"),
         ],
     )
     def test_weights_that_are_none(self, saved, broken, said):

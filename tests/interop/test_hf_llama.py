@@ -260,7 +260,7 @@ class TestFiles:
     def test_integers(self, folder):
         path = folder / "model.safetensors"
         save_file(load_file(path) | {"lm_head.weight": torch.ones(V, 16, dtype=torch.int8)}, path)
-        with pytest.raises(UserError, match="lm_head.weight is of torch.int8"):
+        with pytest.raises(UserError, match="lm_head.weight has dtype torch.int8"):
             read_hf(folder)
 
     def test_older_settings(self, folder):
