@@ -22,7 +22,7 @@ from src.errors import UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = 1024**3
 COMPILE_S = 40  # seconds that the first compilation takes on two cores
-COMPILE_FROM_S = 120  # a compiled step takes 2/3 of an eager one: runs longer than this gain by compiling
+COMPILE_FROM_S = 120  # a compiled step takes 2/3 of an eager one, so compiling pays off after 3 x COMPILE_S
 USUAL_FLOPS = {"cpu": 1e11, "cuda": 2e13, "mps": 1e12}  # per second, to estimate a run's time before it starts
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # constants of malloc.h
 
@@ -174,8 +174,8 @@ class _FreeCores:
     def __call__(self, most: int) -> int:
         if time.perf_counter() - self.seen[1] > self.PERIOD:
             (_, wall, worked, own), self.seen = self.seen, self._clock()
-            cores, others = self.seen[0], (self.seen[2] - worked) - (self.seen[3] - own)
-            self.free = cores - max(0, others) / (self.seen[1] - wall)
+            others = (self.seen[2] - worked) - (self.seen[3] - own)  # busy time of other processes
+            self.free = self.seen[0] - max(0, others) / (self.seen[1] - wall)
         return max(1, min(most, int(min(self.free, most) + 0.3)))  # ignores up to 0.3 of a core that others use
 
 

@@ -156,7 +156,8 @@ def check_path(path: str):
     """Raises UserError if a picture or its JSON file cannot be written there. Checked before a long generation."""
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
-        raise UserError(f"--trace {path}: name a file that ends in {', '.join(FORMATS)}; a checkpoint goes before it")
+        advice = f"name a file that ends in {', '.join(FORMATS)}; write the checkpoint's folder before --trace"
+        raise UserError(f"--trace {path}: {advice}")
     for file in (path, path.with_suffix(".json")):
         check_writable(file)
 
@@ -178,32 +179,39 @@ def print_table(trace: list[dict], stream, color: bool | None = None):
         color = stream.isatty() and not os.environ.get("NO_COLOR")
     single, deepest = is_single(trace), max(token["depth"] for token in trace)
     names = [clip(visible(token["text"]), 14) for token in trace]
-    first = max(5, *map(text_width, names))
-    columns = shutil.get_terminal_size().columns - first - 7  # for the steps
+    name_width = max(5, *map(text_width, names))
+    columns = shutil.get_terminal_size().columns - name_width - 7  # left for the steps
     count = 5 if single else deepest
     shown = min(count, max(1, columns // 14))
     longest = max(text_width(visible(c["text"])) for token in trace for c in likeliest(token))
-    cell = max(6, min(longest, 16, columns // shown - 8))
+    width = max(6, min(longest, 16, columns // shown - 8))  # of a token's text in a step's column
     if single:
         chosen, heads = range(shown), ["likeliest", "2nd", "3rd", "4th", "5th"]
     else:
         chosen = [round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)]
         heads = [f"step {s + 1}" for s in range(count)]
-    print(_pad("token", first), "depth ", *(_pad(f" {heads[i]}", cell + 7) for i in chosen), file=stream)
+    print(_pad("token", name_width), "depth ", *(_pad(f" {heads[i]}", width + 7) for i in chosen), file=stream)
     for token, name in zip(trace, names):
         if single:
             cells = [(c, c["probability"][0], False) for c in token["candidates"]]
         else:
             both = zip(likeliest(token), changes_of_mind(token))
             cells = [(c, c["probability"][s], is_new) for s, (c, is_new) in enumerate(both)]
-        line = [_cell(*cells[i], token["token"], cell, color) for i in chosen if i < len(cells)]
-        print(_pad(name, first), f"{token['depth']:5}{'■' if token['halted'] else ' '}", *line, file=stream)
-    blue, orange = (_shade(f" {name} ", 0.5, name == "blue") for name in ("blue", "orange"))
-    legend = [f"{blue} the token written, {orange} another"] * color
-    legend += ["▸ the likeliest token differs from the step before"] * (deepest > 1)
-    legend += ["■ halted early"] * any(token["halted"] for token in trace)
-    legend += [f"{shown} of {count} steps fit this terminal"] * (shown < count and not single)
-    print(*filter(None, (", ".join(legend), summary(trace))), sep="\n", file=stream)
+        line = [_cell(*cells[i], token["token"], width, color) for i in chosen if i < len(cells)]
+        print(_pad(name, name_width), f"{token['depth']:5}{'■' if token['halted'] else ' '}", *line, file=stream)
+    legend = []
+    if color:
+        blue, orange = (_shade(f" {name} ", 0.5, name == "blue") for name in ("blue", "orange"))
+        legend.append(f"{blue} the token written, {orange} another")
+    if deepest > 1:
+        legend.append("▸ the likeliest token differs from the step before")
+    if any(token["halted"] for token in trace):
+        legend.append("■ halted early")
+    if shown < count and not single:
+        legend.append(f"{shown} of {count} steps fit this terminal")
+    if legend:
+        print(", ".join(legend), file=stream)
+    print(summary(trace), file=stream)
 
 
 def _cell(candidate, p, is_new, written, width, color):

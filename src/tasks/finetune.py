@@ -60,11 +60,11 @@ def add_adapters(model, rank: int):
 
 def language_weights(classifier) -> dict:
     """Returns the language model's weights under their usual names, with its head and with LoRA adapters merged."""
-    weights, suffix = checkpoint.own_state(classifier.model), ".base_layer.weight"
+    weights, suffix = checkpoint.own_state(classifier.model), ".base_layer.weight"  # peft's name of an adapted weight
     for name, module in classifier.model.named_modules():
         if name + suffix in weights:
-            merged = weights.pop(name + suffix) + module.get_delta_weight("default")
-            weights[name + ".weight"] = merged
+            base = weights.pop(name + suffix)
+            weights[name + ".weight"] = base + module.get_delta_weight("default")
     if not classifier.model.config.tie_embeddings:
         weights["head.weight"] = classifier.head.weight
     return {name: tensor for name, tensor in weights.items() if ".lora_" not in name}
@@ -85,7 +85,7 @@ class Finetuner:
             add_adapters(classifier.model, config.lora_rank)
         self.trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
         self.optimizer = self._make_optimizer()
-        self.epoch_steps = -(-len(train_set) // config.batch_size)
+        self.epoch_steps = -(-len(train_set) // config.batch_size)  # rounded up
         self.total_steps = config.epochs * self.epoch_steps
         self.class_weights = self._weigh_classes()
 
@@ -106,6 +106,7 @@ class Finetuner:
                 print(f"no training text has the label {name!r}: it will rarely be predicted", file=sys.stderr)
         if not self.config.balance:
             return None
+        # inverse frequency: the texts of each label have the same total weight
         weights = counts.sum() / counts.clamp(min=1) / (counts > 0).sum()
         return weights.to(self.device, torch.float32)
 
