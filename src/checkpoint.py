@@ -28,7 +28,9 @@ from src.model import TRMConfig, TRMModel
 from src.tokenizer import read_tokenizer
 from src.training.parallel import placed_like
 
-FORMAT = 2  # of config.json; absent in checkpoints from before the loop supported a loss at each visit
+# of config.json. Absent: the loop did not yet support a loss at each visit. 2: mixer mlp had the hidden width d_ff, and
+# its post-norm was over the channels.
+FORMAT = 3
 # names of everything in a checkpoint folder; other files in the folder belong to the user
 FILES = {*("model.safetensors", "ema.safetensors", "classifier.safetensors", "config.json", "state"), *TOKENIZER_FILES}
 DIGESTS = "state/digests.json"  # digests of the files as written; checked before a run resumes
@@ -104,6 +106,10 @@ def load_config(folder) -> TRMConfig:
     values = _part(config.get("model"), path)
     if "format" not in config and values.get("recursion") == "loop":
         values["supervision_weights"] = None  # was ignored: the loop had a loss at its last visit only
+    if config.get("format", 1) in (1, 2) and values.get("mixer") == "mlp":
+        if values.get("norm") == "post":
+            raise UserError(f"{path}: mixer mlp with norm post now normalises over the sequence: train the model again")
+        values["mixer_ff"] = values.get("d_ff")
     return build(TRMConfig, values, where=f"{path}: ")
 
 

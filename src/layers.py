@@ -13,6 +13,8 @@ from torch import Tensor
 from src.attention import attention
 from src.cache import KVCache
 
+TRUNCATED_STD = 0.8796256610342398  # of a standard normal distribution that is cut off at -2 and 2
+
 
 class Injection:
     """Combines the streams that a visit reads into h, the input of the blocks.  (B, T, D) each -> (B, T, D).
@@ -80,14 +82,30 @@ def injection_of(config) -> type[Injection]:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, arXiv:1910.07467.  (..., D) -> (..., D)."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, gain: bool = True):
+        """gain: whether `weight` is learned; without it, it stays 1 and is not saved."""
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        if gain:
+            self.weight = nn.Parameter(torch.ones(dim))
+        else:
+            self.register_buffer("weight", torch.ones(dim), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         # autocast passes queries and keys in bf16
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+
+
+def norm_of(config, dim: int | None = None) -> RMSNorm:
+    """The RMSNorm of a TRMConfig, over `dim` channels (default d_model)."""
+    return RMSNorm(dim or config.d_model, config.norm_eps, config.norm_gain)
+
+
+class SequenceRMSNorm(RMSNorm):
+    """RMSNorm over the positions of a sequence, separately for each channel.  (B, L, D) -> (B, L, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
 def rotary_table(
@@ -203,8 +221,8 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.qkv = nn.Linear(D, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(D, D, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.q_norm = norm_of(config, self.head_dim) if config.qk_norm else None
+        self.k_norm = norm_of(config, self.head_dim) if config.qk_norm else None
 
     def forward(self, x: Float[Tensor, "b t d"], ctx: Context, slot: int) -> Float[Tensor, "b t d"]:
         B, T, D = x.shape
@@ -250,20 +268,32 @@ class MLPMixer1D(nn.Module):
 def init_weights(model: nn.Module):
     """Initialises a TRMModel: linear layers N(0, 1/fan_in); embedding N(0, 1), or N(0, 1/D) if tied to the head.
 
-    The halting head starts at "do not halt" (as in the paper). The gate starts open, so that new states pass."""
+    weight_init `truncated` draws from truncated normal distributions of the same size, and embeddings of N(0, 1/D).
+    The halting head starts at "do not halt" (as in the paper). The gate starts open, so that new states pass. Puzzle
+    embeddings start at 0."""
     c = model.config
+    is_truncated = c.weight_init == "truncated"
+    draw = _truncated_normal if is_truncated else lambda weight, std: weight.normal_(std=std)
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            module.weight.normal_(std=module.in_features**-0.5)
+            draw(module.weight, module.in_features**-0.5)
             if module.bias is not None:
                 module.bias.zero_()
-    model.embed.weight.normal_(std=c.d_model**-0.5 if c.tie_embeddings else 1.0)
+    draw(model.embed.weight, c.d_model**-0.5 if c.tie_embeddings or is_truncated else 1.0)
     if model.pos_embed is not None:
         model.pos_embed.weight.normal_(std=0.02)
-    if c.recursion == "trm":
+    if model.puzzle_embed is not None:
+        model.puzzle_embed.weight.zero_()
+    if c.halting:
         model.q_head.weight.zero_()
         model.q_head.bias.fill_(-5.0)
+    if c.recursion == "trm":
         nn.init.trunc_normal_(model.y_init)
         nn.init.trunc_normal_(model.z_init)
     if model.net.gate is not None:
         model.net.gate.bias.fill_(4.0)
+
+
+def _truncated_normal(weight, std):
+    """Normal, cut off at two standard deviations, and scaled so that its standard deviation is `std`."""
+    nn.init.trunc_normal_(weight, std=std / TRUNCATED_STD, a=-2 * std / TRUNCATED_STD, b=2 * std / TRUNCATED_STD)

@@ -1,6 +1,7 @@
 """Losses. All are means over target tokens, in nats. A target of -100 (IGNORE) is left out."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +31,41 @@ def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return cross_entropy(logits, targets), is_right
 
 
-def stablemax_cross_entropy(logits: Float[Tensor, "*n v"], targets: Int[Tensor, "*n"]) -> Float[Tensor, ""]:
-    """Cross-entropy of p = s(x) / sum(s(x)), where s(x) = x + 1 if x >= 0, else 1 / (1 - x).  arXiv:2501.04697.
+def stablemax_cross_entropy(logits: Float[Tensor, "*n v"], targets: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """-log p(target), where p = s(x) / sum(s(x)) and s(x) = x + 1 if x >= 0, else 1 / (1 - x).  arXiv:2501.04697.
 
-    In float64. Mean per target token, in nats; 0 if there is no target."""
+    In nats and float64, because p can be tiny.  0 at positions without a target."""
     x = logits.double()
     s = torch.where(x >= 0, x + 1, 1 / (1 - x.clamp(max=0)))
-    log_p = s.log() - s.sum(-1, keepdim=True).log()
-    valid = targets != IGNORE
-    picked = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return -(picked * valid).sum() / valid.sum().clamp(min=1)
+    picked = s.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return (s.sum(-1).log() - picked.log()) * (targets != IGNORE)
+
+
+def token_loss_of(config) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The `token_loss` of a TRMConfig: softmax or stablemax, averaged over target tokens or over each row first."""
+    if (config.token_loss, config.loss_mean) == ("softmax", "token"):
+        return token_loss
+
+    def loss(logits, targets):
+        with torch.no_grad():
+            is_right = logits.argmax(-1) == targets
+        if config.token_loss == "stablemax":
+            losses = stablemax_cross_entropy(logits, targets)
+        else:
+            losses = F.cross_entropy(_wide(logits).mT, targets, ignore_index=IGNORE, reduction="none")
+        return mean_over_targets(losses, targets != IGNORE, config.loss_mean), is_right
+
+    return loss
+
+
+def mean_over_targets(losses: Float[Tensor, "*b t"], valid: Bool[Tensor, "*b t"], mean: str) -> Float[Tensor, ""]:
+    """The mean over valid positions (`token`), or the mean over rows of the mean over their valid positions (`row`).
+
+    losses are 0 where not valid.  Rows without any valid position do not count; 0 if there is none."""
+    if mean == "token":
+        return losses.sum() / valid.sum().clamp(min=1)
+    per_row = losses.sum(-1) / valid.sum(-1).clamp(min=1)
+    return per_row.sum() / valid.any(-1).sum().clamp(min=1)
 
 
 def halting_loss(

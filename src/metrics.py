@@ -101,16 +101,17 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
     block, attention = _block_macs(config, context)
     prelude, coda = config.prelude_layers, config.coda_layers
     readout = coda * block + D * config.vocab_size
-    halt = (D if config.causal else D / context) if config.recursion == "trm" else 0
+    halt = (D if config.causal else D / context) if config.halting else 0
     cycles = 1 if config.recursion == "none" else config.deep_steps
     grad_cycles = cycles if config.recursion == "none" else config.grad_deep_steps
     layers_per_cycle = config.visits_per_step // cycles * config.n_layers
     cycle = layers_per_cycle * block + _cycle_extras(config)
     is_loop = config.recursion == "loop"
-    readouts = sum(w > 0 for w in loss_weights(config, config.deep_steps)) if is_loop else steps
+    has_loss = [w > 0 for w in loss_weights(config, config.deep_steps)] if is_loop else [True] * steps
+    readouts = sum(has_loss)
     entries = 1 if config.full_bptt else steps  # times that the prelude runs
     # act_target stable reads out the answer of the step before a second time, without gradient
-    second_looks = steps - 1 if config.recursion == "trm" and config.act_target == "stable" else 0
+    second_looks = sum(has_loss[1:]) if config.halting and config.act_target == "stable" else 0
     with_grad = entries * prelude * block + steps * grad_cycles * cycle + readouts * (readout + halt)
     without = steps * (cycles - grad_cycles) * cycle + second_looks * (readout + halt)
     layers_with = entries * prelude + steps * grad_cycles * layers_per_cycle + readouts * coda
@@ -127,8 +128,8 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
 def _block_macs(c: TRMConfig, context: int) -> tuple[int, int]:
     """Returns the multiply-adds per token of one TinyBlock: (products with weights, attention scores and values)."""
     swiglu = 3 * c.d_model * c.d_ff
-    if c.mixer == "mlp":  # 3 * L * d_ff for each of the D channels of a row, shared by its L tokens
-        return 2 * swiglu, 0
+    if c.mixer == "mlp":  # 3 * L * mixer_ff for each of the D channels of a row, shared by its L tokens
+        return swiglu + 3 * c.d_model * c.mixer_ff, 0
     qkv = c.d_model * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
     return qkv + c.d_model**2 + swiglu, 2 * context * c.d_model
 

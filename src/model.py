@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -23,8 +24,18 @@ from torch.utils.checkpoint import checkpoint
 from src.cache import KVCache
 from src.decode import OneTokenContext, decode_one_token, one_token_context
 from src.exits import Leaving, max_depth, stops, visits_per_recursion_step
-from src.layers import Attention, Context, MLPMixer1D, RMSNorm, SwiGLU, init_weights, injection_of, make_context
-from src.losses import IGNORE, halting_loss, token_loss
+from src.layers import (
+    Attention,
+    Context,
+    MLPMixer1D,
+    SequenceRMSNorm,
+    SwiGLU,
+    init_weights,
+    injection_of,
+    make_context,
+    norm_of,
+)
+from src.losses import IGNORE, halting_loss, token_loss_of
 from src.model_config import ExitRule, TRMConfig, loss_weights
 from src.sampling import generate_ids
 
@@ -61,15 +72,16 @@ class TRMModel(nn.Module):
             raise ValueError("vocab_size is not set: take it from the tokenizer")
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        self.pos_embed = nn.Embedding(c.max_seq_len, c.d_model) if c.positions == "learned" else None
+        self.pos_embed = nn.Embedding(c.positions_per_row, c.d_model) if c.positions == "learned" else None
+        self.puzzle_embed = nn.Embedding(max(1, c.puzzle_ids), c.puzzle_dim) if c.prefix_tokens else None
         self.prelude = nn.ModuleList(TinyBlock(c) for _ in range(c.prelude_layers))
         self.net = TinyNet(c)
         self.coda = nn.ModuleList(TinyBlock(c) for _ in range(c.coda_layers))
-        self.coda_norm = RMSNorm(c.d_model, c.norm_eps) if c.coda_layers and c.norm != "post" else None
+        self.coda_norm = norm_of(c) if c.coda_layers and c.norm != "post" else None
         self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        self.token_loss = token_loss  # an attribute, so that runtime.compile_parts can replace it
+        self.token_loss = token_loss_of(c)  # an attribute, so that runtime.compile_parts can replace it
+        self.q_head = nn.Linear(c.d_model, 1) if c.halting else None
         if c.recursion == "trm":
-            self.q_head = nn.Linear(c.d_model, 1)
             # the initial state is fixed and random, as in the paper: buffers are saved, but not trained
             self.register_buffer("y_init", torch.empty(c.d_model))
             self.register_buffer("z_init", torch.empty(c.d_model))
@@ -87,6 +99,7 @@ class TRMModel(nn.Module):
         return_steps: bool = False,
         cache: KVCache | None = None,
         exit: ExitRule | None = None,
+        puzzle_ids: Int[Tensor, "b"] | None = None,
     ) -> TRMOutput:
         """Runs `supervision_steps` steps from `carry`: by default, all steps of the config from the initial state.
 
@@ -96,6 +109,7 @@ class TRMModel(nn.Module):
         return_steps: return the logits of every recursion step: a supervision step of trm, a visit of the loop.
         exit: inference with an exit rule, from the initial state and without targets. carry.steps (B, T) then holds the
             number of recursion steps that each token took.
+        puzzle_ids: identifiers of the puzzles, for the prefix; default 0.
         """
         c = self.config
         if exit is not None:
@@ -103,7 +117,7 @@ class TRMModel(nn.Module):
                 raise ValueError("an exit rule is for inference: it takes no targets")
             return self._forward_under_rule(input_ids, attention_mask, cache, exit, return_steps)
         steps = c.train_steps if supervision_steps is None else supervision_steps
-        x, ctx = self._enter(input_ids, attention_mask, cache)
+        x, ctx = self._enter(input_ids, attention_mask, cache, puzzle_ids)
         y, z, done = self.initial_state(x) if carry is None else carry
         if steps < 1 or (cache is not None and done + steps > c.train_steps):
             raise ValueError(f"supervision_steps is {steps} after {done}: 1 or more, within the config's with a cache")
@@ -223,13 +237,19 @@ class TRMModel(nn.Module):
             return checkpoint(self.net, inject, inputs, old, ctx, slot, use_reentrant=False)
         return self.net(inject, inputs, old, ctx, slot)
 
-    def _enter(self, input_ids, attention_mask, cache) -> tuple[Tensor, Context | OneTokenContext]:
-        """Embedding and prelude: x (B, T, D), and the context that all attention layers share.
+    def _enter(self, input_ids, attention_mask, cache, puzzle_ids=None) -> tuple[Tensor, Context | OneTokenContext]:
+        """Embedding and prelude: x (B, P + T, D) with P prefix tokens, and the context that all attention layers share.
 
         The type of the context selects the implementation of the blocks in `run_blocks`: OneTokenContext for one new
         token per row beside a cache, else Context."""
         c = self.config
         x = self.embed(input_ids) * c.embed_scale
+        if self.puzzle_embed is not None:
+            prefix = self._prefix(input_ids, puzzle_ids)
+            x = torch.cat((prefix, x), dim=1)
+            input_ids = input_ids.new_zeros(x.shape[:2])  # from here on, only its shape is read
+            if attention_mask is not None:
+                attention_mask = F.pad(attention_mask, (c.prefix_tokens, 0), value=1)
         is_plain = not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type))
         decodes_one_token = cache is not None and input_ids.shape[1] == 1 and is_plain
         context = one_token_context if decodes_one_token else make_context
@@ -238,6 +258,14 @@ class TRMModel(nn.Module):
             x = x + self.pos_embed(positions)
         return run_blocks(self.prelude, None, x, ctx, 0), ctx
 
+    def _prefix(self, input_ids, puzzle_ids):
+        """The prefix (B, P, D): the embedding of each puzzle, padded with zeros."""
+        c = self.config
+        ids = input_ids.new_zeros(len(input_ids)) if puzzle_ids is None else puzzle_ids
+        prefix = self.puzzle_embed(ids) * c.embed_scale
+        prefix = F.pad(prefix, (0, c.prefix_tokens * c.d_model - c.puzzle_dim))
+        return prefix.view(len(ids), c.prefix_tokens, c.d_model)
+
     def initial_state(self, x) -> Carry:
         """The state before the first step.  With injection `none`, the loop starts from x and reads x only there."""
         if self.config.recursion == "trm":
@@ -245,16 +273,16 @@ class TRMModel(nn.Module):
         return Carry(x if self.config.injection == "none" else torch.zeros_like(x), None, 0)
 
     def before_head(self, y, ctx, step):
-        """Runs the coda on the answer y (B, T, D) of a recursion step. The head reads the result."""
+        """Runs the coda on the answer y (B, P + T, D) of a recursion step. The head reads the result (B, T, D)."""
         slot = 0 if ctx.cache is None or not self.coda else ctx.cache.coda_slot(step)
-        return run_blocks(self.coda, self.coda_norm, y, ctx, slot)
+        return run_blocks(self.coda, self.coda_norm, y, ctx, slot)[:, self.config.prefix_tokens :]
 
     def _read_out(self, y, ctx, step):
         """Returns logits (B, T, V) and halting logits for the answer y (B, T, D) of a recursion step."""
         return self.head(ctx.read(self.before_head(y, ctx, step))), self._halt(y)
 
     def _halt(self, y):
-        if self.config.recursion == "trm":
+        if self.q_head is not None:
             return self.q_head(y if self.config.causal else y[:, 0]).squeeze(-1)
 
     def _halting_loss(self, y_before, step, logits, halt, target_ids, right, ctx):
@@ -310,7 +338,7 @@ class TinyNet(nn.Module):
         # reads y, z (trm) or x, y (loop)
         self.inject_y = self.injection.layer(2, D) if c.recursion != "none" else None
         self.blocks = nn.ModuleList(TinyBlock(c) for _ in range(c.n_layers))
-        self.norm = RMSNorm(D, c.norm_eps) if c.norm != "post" else None  # post-norm blocks end normalised
+        self.norm = norm_of(c) if c.norm != "post" else None  # post-norm blocks end normalised
         self.gate = nn.Linear(2 * D, D) if c.gate and c.recursion != "none" else None
 
     def forward(self, inject: nn.Module | None, inputs: tuple[Tensor, ...], old: Tensor | None, ctx, slot: int):
@@ -334,12 +362,14 @@ class TinyBlock(nn.Module):
 
     def __init__(self, c: TRMConfig):
         super().__init__()
-        self.attn = MLPMixer1D(c.max_seq_len, c.d_ff) if c.mixer == "mlp" else Attention(c)
+        is_mixer, sandwich = c.mixer == "mlp", c.norm == "sandwich"
+        self.attn = MLPMixer1D(c.positions_per_row, c.mixer_ff) if is_mixer else Attention(c)
         self.mlp = SwiGLU(c.d_model, c.d_ff)
-        self.attn_norm, self.mlp_norm = RMSNorm(c.d_model, c.norm_eps), RMSNorm(c.d_model, c.norm_eps)
-        sandwich = c.norm == "sandwich"
-        self.attn_out_norm = RMSNorm(c.d_model, c.norm_eps) if sandwich else nn.Identity()
-        self.mlp_out_norm = RMSNorm(c.d_model, c.norm_eps) if sandwich else nn.Identity()
+        self.attn_norm, self.mlp_norm = norm_of(c), norm_of(c)
+        if is_mixer and c.norm == "post":  # the authors' code normalises what the mixer mixed: over the positions
+            self.attn_norm = SequenceRMSNorm(c.positions_per_row, c.norm_eps, c.norm_gain)
+        self.attn_out_norm = norm_of(c) if sandwich else nn.Identity()
+        self.mlp_out_norm = norm_of(c) if sandwich else nn.Identity()
         self.post = c.norm == "post"
         self.drop = nn.Dropout(c.dropout)
 

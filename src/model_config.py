@@ -8,10 +8,11 @@ from src.config import literal_fields
 
 DEEPEST = 1000  # recursion steps; each needs its own cache slots
 # upper limits, far above any real model: a larger value is a mistake, refused before memory is allocated
-LIMITS = dict.fromkeys(("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff"), 2**24)
+LIMITS = dict.fromkeys(("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "mixer_ff"), 2**24)
 LIMITS |= dict.fromkeys(("max_seq_len", "rope_trained_len"), 2**30)
 LIMITS |= dict.fromkeys(("n_layers", "latent_steps", "deep_steps", "supervision_steps", "grad_deep_steps"), 10_000)
 FROM_ZERO = {"prelude_layers": 10_000, "coda_layers": 10_000, "act_weight": 1e9}
+FROM_ZERO |= {"prefix_tokens": 10_000, "puzzle_ids": 2**24, "puzzle_dim": 2**24}
 MOST_BLOCKS = 2**14  # blocks that one token passes through
 
 
@@ -29,16 +30,25 @@ class TRMConfig:
         max_seq_len: context length in tokens
         causal: each token attends only to the past, as in a language model; false for puzzles
         mixer: how information moves between tokens; mlp needs a fixed length and causal false
+        mixer_ff: hidden width of the mlp mixer; default 8/3 of the positions, rounded up to a multiple of 64
         positions: rope (rotary), learned (an embedding added to x) or none
         rope_theta: base of the rotary frequencies
         rope_scaling: divides the rotary positions, for a context this many times as long as in training; default 1
         rope_trained_len: context length of the original training in tokens; if given, rope_scaling uses YaRN
         norm: where RMSNorm is: post (after each sublayer, the TRM paper), pre (before it, Llama), sandwich (both)
         norm_eps: epsilon inside RMSNorm
+        norm_gain: give each RMSNorm learned weights; false as in the authors' code of TRM
         qk_norm: apply RMSNorm to queries and keys, per head
         dropout: dropout probability for attention weights and for the output of each sublayer
         tie_embeddings: use the embedding matrix as the output head
-        embed_scale: factor applied to embeddings; default sqrt(d_model) if tied and recursive, else 1
+        embed_scale: factor applied to embeddings; default sqrt(d_model) if tied and recursive, or with weight_init
+            truncated, else 1
+        weight_init: distribution of the initial weights: normal, or truncated (truncated normal, embeddings of size
+            1/sqrt(d_model)) as in the authors' code of TRM
+        prefix_tokens: tokens in front of the cells of a puzzle; they carry no loss
+        puzzle_ids: number of puzzle identifiers, each with an embedding in the prefix; 0 = the prefix is the same for
+            all puzzles, and all of it is learned
+        puzzle_dim: width of a puzzle's embedding, padded with zeros to fill the prefix; default d_model
         recursion: none = plain transformer (Llama), loop = looped transformer, trm = the two-stream recursion
         prelude_layers: blocks before the recursion, with their own weights
         coda_layers: blocks after the recursion, with their own weights
@@ -51,6 +61,9 @@ class TRMConfig:
         full_bptt: back-propagate through all supervision and deep steps; memory grows with their number
         supervision_weights: weights of the losses after each supervision step (trm) or visit (loop): equal, linear,
             last, or numbers such as 0.3,1.0; default equal for trm, last for loop
+        token_loss: softmax (cross-entropy) or stablemax (arXiv:2501.04697)
+        loss_mean: average the loss over all target tokens of a batch (token), or over each row first (row)
+        halting: give the model a halting head; default true for trm, false for loop
         act_weight: weight of the halting loss
         act_target: what the halting head predicts: correct (the argmax is right) or stable (one more step keeps it)
         act_threshold: a token halts if its halting probability exceeds this
@@ -67,16 +80,22 @@ class TRMConfig:
     max_seq_len: int = 256
     causal: bool = True
     mixer: Literal["attention", "mlp"] = "attention"
+    mixer_ff: int | None = None
     positions: Literal["rope", "learned", "none"] = "rope"
     rope_theta: float = 10000.0
     rope_scaling: float | None = None
     rope_trained_len: int | None = None
     norm: Literal["post", "pre", "sandwich"] = "post"
     norm_eps: float = 1e-5
+    norm_gain: bool = True
     qk_norm: bool = False
     dropout: float = 0.0
     tie_embeddings: bool = False
     embed_scale: float | None = None
+    weight_init: Literal["normal", "truncated"] = "normal"
+    prefix_tokens: int = 0
+    puzzle_ids: int = 0
+    puzzle_dim: int | None = None
     recursion: Literal["none", "loop", "trm"] = "trm"
     prelude_layers: int = 0
     coda_layers: int = 0
@@ -88,6 +107,9 @@ class TRMConfig:
     grad_deep_steps: int | None = None
     full_bptt: bool = False
     supervision_weights: str | None = None
+    token_loss: Literal["softmax", "stablemax"] = "softmax"
+    loss_mean: Literal["token", "row"] = "token"
+    halting: bool | None = None
     act_weight: float = 1.0
     act_target: Literal["correct", "stable"] = "correct"
     act_threshold: float = 0.95
@@ -96,11 +118,16 @@ class TRMConfig:
 
     def __post_init__(self):
         self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-        self.d_ff = -(-8 * self.d_model // (3 * 64)) * 64 if self.d_ff is None else self.d_ff
+        self.d_ff = _hidden_width(self.d_model) if self.d_ff is None else self.d_ff
+        self.mixer_ff = _hidden_width(self.positions_per_row) if self.mixer_ff is None else self.mixer_ff
+        self.halting = self.recursion == "trm" if self.halting is None else self.halting
+        if self.puzzle_dim is None:  # without identifiers, one vector fills the whole prefix
+            self.puzzle_dim = self.d_model if self.puzzle_ids else self.d_model * self.prefix_tokens
         if self.grad_deep_steps is None:
             self.grad_deep_steps = 1 if self.recursion == "trm" and not self.full_bptt else self.deep_steps
         if self.embed_scale is None:  # tied weights are small for the head; states need unit size
-            self.embed_scale = self.d_model**0.5 if self.tie_embeddings and self.recursion != "none" else 1.0
+            is_small = self.tie_embeddings and self.recursion != "none" or self.weight_init == "truncated"
+            self.embed_scale = self.d_model**0.5 if is_small else 1.0
         for problem, advice in self._problems():
             if problem:
                 raise ValueError(advice)
@@ -127,6 +154,15 @@ class TRMConfig:
         yield outside, f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}: correct it"
         sees_all = self.mixer == "mlp" and self.causal
         yield sees_all, "mixer mlp sees all positions: set causal to false, or mixer to attention"
+        prefix = self.prefix_tokens
+        seen = prefix > 0 and self.causal
+        yield seen, f"prefix_tokens {prefix} are for puzzles: set causal to false, or leave them out"
+        missing = self.puzzle_ids > 0 and prefix == 0
+        yield missing, f"puzzle_ids is {self.puzzle_ids}, but there is no prefix to put them in: set prefix_tokens"
+        wide = self.puzzle_dim > prefix * D
+        yield wide, f"puzzle_dim {self.puzzle_dim} does not fit into {prefix} prefix_tokens of {D}: raise prefix_tokens"
+        headless = self.halting and self.recursion == "none"
+        yield headless, "recursion none has a single visit, so nothing can halt: set halting to false"
         is_bare = self.injection == "none"
         yield is_bare and self.recursion == "trm", "injection none is for recursion loop: choose sum or concat"
         yield self.recursion != "none" and G > T, f"grad_deep_steps {G} is more than deep_steps {T}: lower it"
@@ -141,6 +177,11 @@ class TRMConfig:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    @property
+    def positions_per_row(self) -> int:
+        """Positions of a full row: the prefix and the tokens."""
+        return self.prefix_tokens + self.max_seq_len
 
     @property
     def head_dim(self) -> int:
@@ -163,9 +204,14 @@ class TRMConfig:
         return {"none": 1, "loop": self.deep_steps, "trm": self.supervision_steps}[self.recursion]
 
 
+def _hidden_width(size: int) -> int:
+    """8/3 of a width, rounded up to a multiple of 64: SwiGLU then has the weights of a plain layer 4 times as wide."""
+    return -(-8 * size // (3 * 64)) * 64
+
+
 def model_settings(config: TRMConfig) -> dict:
     """Settings for config.yaml. A value that is derived from others is None, so that it is derived again on reading."""
-    follows = ("n_kv_heads", "d_ff", "embed_scale", "grad_deep_steps")
+    follows = ("n_kv_heads", "d_ff", "mixer_ff", "puzzle_dim", "halting", "embed_scale", "grad_deep_steps")
     derived = [name for name in follows if replace(config, **{name: None}) == config]
     return config.to_dict() | dict.fromkeys(derived)
 
@@ -175,8 +221,8 @@ class ExitRule:
     """Decides when a token stops recursing.
 
     Args:
-        exit: when a token stops: fixed (after max_recursion_depth steps), halt (when the halting head is confident; trm
-            only) or kl (when a step changes its next-token distribution by less than kl_threshold)
+        exit: when a token stops: fixed (after max_recursion_depth steps), halt (when the halting head is confident) or
+            kl (when a step changes its next-token distribution by less than kl_threshold)
         max_recursion_depth: most recursion steps per token; may exceed those of training, which are the default
         act_threshold: for halt, stop above this halting probability; default that of the model
         kl_threshold: for kl, stop if KL(after the step || before it) is below this, in nats; default 0.01
@@ -208,8 +254,8 @@ class ExitRule:
         """Returns the rule itself.  Raises ValueError if a model with this TRMConfig cannot follow it."""
         if config.recursion == "none" and (self.exit != "fixed" or (self.max_recursion_depth or 1) > 1):
             raise ValueError("recursion none has a single visit: choose exit fixed, and no max_recursion_depth")
-        if self.exit == "halt" and config.recursion != "trm":
-            raise ValueError(f"recursion {config.recursion} has no halting head: choose exit kl or fixed")
+        if self.exit == "halt" and not config.halting:
+            raise ValueError(f"this {config.recursion} model has no halting head: choose exit kl or fixed")
         if self.exit != "fixed" and not (config.causal and config.mixer == "attention"):
             raise ValueError("only a causal model with attention can stop tokens one by one: choose exit fixed")
         return self

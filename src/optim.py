@@ -19,7 +19,7 @@ def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float,
     for path, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if p.ndim == 2 and not path.startswith(("embed", "pos_embed", "head", "q_head")):
+        if p.ndim == 2 and not path.startswith(("embed", "pos_embed", "puzzle_embed", "head", "q_head")):
             matrices.append(p)
         elif path == "head.weight":  # a tied head is the embedding, which is in `others`
             head.append(p)

@@ -66,7 +66,7 @@ def build(seed=0, dtype=torch.float32, **settings):
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5)
-        if model.config.recursion == "trm":
+        if model.config.halting:
             model.q_head.weight.normal_(std=0.5)
             model.q_head.bias.fill_(0.1)
     return model.to(dtype).eval()

@@ -65,7 +65,7 @@ def depth_curve(
     samples = list(corpus_windows(config, tokenizer, documents, size, stride, max_docs, max_tokens))
     if size.lost:
         raise UserError("the tokenizer loses part of the text, so there are no bits per byte: use other text")
-    rules = [ExitRule("halt", deepest, act_threshold=a) for a in act_thresholds if config.recursion == "trm"]
+    rules = [ExitRule("halt", deepest, act_threshold=a) for a in act_thresholds if config.halting]
     rules += [ExitRule("kl", deepest, kl_threshold=k) for k in kl_thresholds if deepest > 2]  # stops at 2 or later
     if bar is not None:
         bar.reset(size.tokens * (1 + len(rules)))
