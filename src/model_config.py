@@ -8,8 +8,8 @@ from src.config import literal_fields
 
 DEEPEST = 1000  # recursion steps; each needs its own cache slots
 # upper limits, far above any real model: a larger value is a mistake, refused before memory is allocated
-LIMITS = dict.fromkeys(("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff", "mixer_ff"), 2**24)
-LIMITS |= dict.fromkeys(("max_seq_len", "rope_trained_len"), 2**30)
+LIMITS = dict.fromkeys(("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff"), 2**24)
+LIMITS |= dict.fromkeys(("max_seq_len", "rope_trained_len"), 2**30) | {"mixer_ff": 2**24}
 LIMITS |= dict.fromkeys(("n_layers", "latent_steps", "deep_steps", "supervision_steps", "grad_deep_steps"), 10_000)
 FROM_ZERO = {"prelude_layers": 10_000, "coda_layers": 10_000, "act_weight": 1e9}
 FROM_ZERO |= {"prefix_tokens": 10_000, "puzzle_ids": 2**24, "puzzle_dim": 2**24}

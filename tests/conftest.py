@@ -66,6 +66,8 @@ def build(seed=0, dtype=torch.float32, **settings):
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5)
+        if model.puzzle_embed is not None:
+            model.puzzle_embed.weight.normal_()
         if model.config.halting:
             model.q_head.weight.normal_(std=0.5)
             model.q_head.bias.fill_(0.1)
@@ -89,6 +91,7 @@ AXES = {
     "positions": ("rope", "learned", "none"),
     "tie_embeddings": (False, True),
     "qk_norm": (False, True),
+    "norm_gain": (True, False),
 }
 TRAINING_AXES = {
     "full_bptt": (False, True),
@@ -101,6 +104,9 @@ TRAINING_AXES = {
     "supervision_steps": (2, 3),
     "rope_theta": (10000.0, 50.0),
     "rope_scaling": (None, 2.5),
+    "loss_mean": ("token", "row"),
+    "token_loss": ("softmax", "stablemax"),
+    "weight_init": ("normal", "truncated"),
 }
 MIXES = 14
 

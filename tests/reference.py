@@ -11,7 +11,9 @@ IGNORE = -100
 
 
 def rms_norm(v, weight, eps):
-    return v / torch.sqrt((v * v).mean(dim=-1, keepdim=True) + eps) * weight
+    """weight None: a norm without gain."""
+    normed = v / torch.sqrt((v * v).mean(dim=-1, keepdim=True) + eps)
+    return normed if weight is None else normed * weight
 
 
 def softmax(scores):
@@ -52,8 +54,8 @@ class Twin:
             k = v @ qkv[(heads + kv) * size : (heads + kv + 1) * size].T
             value = v @ qkv[(heads + kv_heads + kv) * size : (heads + kv_heads + kv + 1) * size].T
             if c["qk_norm"]:
-                q = rms_norm(q, w[name + "q_norm.weight"], c["norm_eps"])
-                k = rms_norm(k, w[name + "k_norm.weight"], c["norm_eps"])
+                q = rms_norm(q, w.get(name + "q_norm.weight"), c["norm_eps"])
+                k = rms_norm(k, w.get(name + "k_norm.weight"), c["norm_eps"])
             if c["positions"] == "rope":
                 q = rotate(q, positions, c["rope_theta"], c["rope_scaling"])
                 k = rotate(k, positions, c["rope_theta"], c["rope_scaling"])
@@ -74,13 +76,16 @@ class Twin:
             return swiglu(v, w[name + "mlp.gate_up.weight"], w[name + "mlp.down.weight"])
 
         for part, sublayer in (("attn", mix), ("mlp", feed)):
-            inner = w[f"{name}{part}_norm.weight"]
+            inner = w.get(f"{name}{part}_norm.weight")
             if c["norm"] == "post":
-                h = rms_norm(h + sublayer(h), inner, eps)
+                if part == "attn" and c["mixer"] == "mlp":  # over the positions, channel by channel
+                    h = rms_norm((h + sublayer(h)).T, inner, eps).T
+                else:
+                    h = rms_norm(h + sublayer(h), inner, eps)
                 continue
             out = sublayer(rms_norm(h, inner, eps))
             if c["norm"] == "sandwich":
-                out = rms_norm(out, w[f"{name}{part}_out_norm.weight"], eps)
+                out = rms_norm(out, w.get(f"{name}{part}_out_norm.weight"), eps)
             h = h + out
         return h
 
@@ -97,7 +102,7 @@ class Twin:
         for layer in range(c["n_layers"]):
             h = self.block(h, f"net.blocks.{layer}.", positions, visible)
         if c["norm"] != "post":
-            h = rms_norm(h, w["net.norm.weight"], c["norm_eps"])
+            h = rms_norm(h, w.get("net.norm.weight"), c["norm_eps"])
         if c["gate"] and c["recursion"] != "none":
             opening = torch.sigmoid(torch.cat((old, h), dim=-1) @ w["net.gate.weight"].T + w["net.gate.bias"])
             h = old + opening * (h - old)
@@ -105,13 +110,30 @@ class Twin:
 
     def embedded(self, token, position):
         c, w = self.c, self.w
-        scale = math.sqrt(c["d_model"]) if c["tie_embeddings"] and c["recursion"] != "none" else 1.0
-        x = w["embed.weight"][token] * scale
+        x = w["embed.weight"][token] * self.scale()
         return (x + w["pos_embed.weight"][position] if c["positions"] == "learned" else x)[None]
 
-    def enter(self, ids, segments):
-        """One row: x (T, D), its positions (a list) and what each position sees (T, T)."""
-        c, length = self.c, len(ids)
+    def scale(self):
+        c = self.c
+        is_small = c["tie_embeddings"] and c["recursion"] != "none" or c["weight_init"] == "truncated"
+        return math.sqrt(c["d_model"]) if is_small else 1.0
+
+    def prefix(self, puzzle, positions):
+        """The prefix of one row (P, D): the numbers of a puzzle's embedding one after the other, then zeros."""
+        c, w = self.c, self.w
+        numbers = w["puzzle_embed.weight"][puzzle] * self.scale()
+        rows = []
+        for token in range(c["prefix_tokens"]):
+            part = numbers[token * c["d_model"] : (token + 1) * c["d_model"]]
+            row = torch.cat((part, torch.zeros(c["d_model"] - len(part), dtype=part.dtype)))
+            rows.append(row + w["pos_embed.weight"][positions[token]] if c["positions"] == "learned" else row)
+        return torch.stack(rows)
+
+    def enter(self, ids, segments, puzzle=0):
+        """One row: x (P + T, D), its positions (a list) and what each position sees (P + T, P + T)."""
+        c = self.c
+        segments = [1] * c["prefix_tokens"] + list(segments)
+        length = len(segments)
         positions, real = [], 0
         for segment in segments:
             real += segment != 0
@@ -121,7 +143,10 @@ class Twin:
             for j in range(length):
                 past = j <= i or not c["causal"]
                 visible[i, j] = i == j or (past and segments[j] != 0 and segments[i] == segments[j])
-        x = torch.cat([self.embedded(token, position) for token, position in zip(ids, positions, strict=True)])
+        own = positions[c["prefix_tokens"] :]
+        x = torch.cat([self.embedded(token, position) for token, position in zip(ids, own, strict=True)])
+        if c["prefix_tokens"]:
+            x = torch.cat((self.prefix(puzzle, positions), x))
         for layer in range(c["prelude_layers"]):
             x = self.block(x, f"prelude.{layer}.", positions, visible)
         return x, positions, visible
@@ -157,21 +182,22 @@ class Twin:
         for layer in range(c["coda_layers"]):
             h = self.block(h, f"coda.{layer}.", positions, visible)
         if c["coda_layers"] and c["norm"] != "post":
-            h = rms_norm(h, w["coda_norm.weight"], c["norm_eps"])
-        logits = h @ w["embed.weight" if c["tie_embeddings"] else "head.weight"].T
-        if c["recursion"] != "trm":
+            h = rms_norm(h, w.get("coda_norm.weight"), c["norm_eps"])
+        logits = h[c["prefix_tokens"] :] @ w["embed.weight" if c["tie_embeddings"] else "head.weight"].T
+        if not c["halting"]:
             return logits, None
         halt = (y @ w["q_head.weight"].T + w["q_head.bias"])[:, 0]
         return logits, halt if c["causal"] else halt[:1]
 
-    def forward(self, ids, targets=None, segments=None, steps=None, carry=None):
+    def forward(self, ids, targets=None, segments=None, steps=None, carry=None, puzzles=None):
         """ids, targets, segments: lists of rows of ints.  A dict of loss, ce, act (None without targets), logits and
         halt (one entry per recursion step, each (B, T, V) and (B, T) or (B,)), carry."""
         c = self.c
         steps = steps or (c["supervision_steps"] if c["recursion"] == "trm" else 1)
         each = c["deep_steps"] if c["recursion"] == "loop" else 1
         segments = segments or [[1] * len(row) for row in ids]
-        rows = [self.enter(row, segment) for row, segment in zip(ids, segments, strict=True)]
+        puzzles = puzzles or [0] * len(ids)
+        rows = [self.enter(*row) for row in zip(ids, segments, puzzles, strict=True)]
         states, done = carry or ([self.initial(x) for x, _, _ in rows], 0)
         logits, halts, ces, acts = [], [], [], []
         for s in range(done * each, (done + steps) * each):
@@ -182,7 +208,7 @@ class Twin:
             halts.append(None if read[0][1] is None else torch.stack([h for _, h in read]).reshape(len(ids), -1))
             if targets is not None:
                 previous = [self.read_out(y, *view) for (_, *view), (y, _) in zip(rows, before, strict=True)]
-                ces.append(cross_entropy(logits[-1], targets))
+                ces.append(self.token_loss(logits[-1], targets))
                 acts.append(self.act_loss(read, previous, targets, s))
             if not c["full_bptt"] and (s + 1) % each == 0:
                 states = [(y.detach(), None if z is None else z.detach()) for y, z in states]
@@ -205,11 +231,19 @@ class Twin:
             weights = [0.0 if t % c["deep_steps"] < frozen else w for t, w in enumerate(weights)]
         return weights
 
+    def token_loss(self, logits, targets):
+        """Mean over target tokens, or over the rows that have any of their means."""
+        probabilities = stablemax if self.c["token_loss"] == "stablemax" else softmax
+        if self.c["loss_mean"] == "token":
+            return cross_entropy(logits, targets, probabilities)
+        rows = [(row, goals) for row, goals in zip(logits, targets, strict=True) if any(t != IGNORE for t in goals)]
+        return sum(cross_entropy(row[None], [goals], probabilities) for row, goals in rows) / max(1, len(rows))
+
     def act_loss(self, read, previous, targets, step):
         """Mean halting cross-entropy: per target token, or per sequence where the model is not causal."""
         stable = self.c["act_target"] == "stable"
         terms = []
-        if self.c["recursion"] == "trm" and not (stable and step == 0):
+        if self.c["halting"] and not (stable and step == 0):
             for (logits, halt), (old_logits, old_halt), row in zip(read, previous, targets, strict=True):
                 hits = {}
                 for t, target in enumerate(row):
@@ -237,8 +271,8 @@ class TokenTwin(Twin):
         parts = (v @ w[name + "qkv.weight"].T)[0].reshape(-1, size)
         q, k, value = parts[:heads], parts[heads : heads + kv_heads], parts[heads + kv_heads :]
         if c["qk_norm"]:
-            q = rms_norm(q, w[name + "q_norm.weight"], c["norm_eps"])
-            k = rms_norm(k, w[name + "k_norm.weight"], c["norm_eps"])
+            q = rms_norm(q, w.get(name + "q_norm.weight"), c["norm_eps"])
+            k = rms_norm(k, w.get(name + "k_norm.weight"), c["norm_eps"])
         if c["positions"] == "rope":
             q = torch.cat([rotate(row[None], positions, c["rope_theta"], c["rope_scaling"]) for row in q])
             k = torch.cat([rotate(row[None], positions, c["rope_theta"], c["rope_scaling"]) for row in k])
@@ -294,13 +328,19 @@ def binary_cross_entropy(logit, is_true):
     return -torch.log(p if is_true else 1 - p)
 
 
-def cross_entropy(logits, targets):
-    """Mean over target tokens of -log softmax, token by token, nats."""
+def stablemax(scores):
+    """Over the last dimension: x + 1 where x >= 0 and 1 / (1 - x) below, over their sum."""
+    s = torch.where(scores >= 0, scores + 1, 1 / (1 - scores.clamp(max=0)))
+    return s / s.sum(dim=-1, keepdim=True)
+
+
+def cross_entropy(logits, targets, probabilities=softmax):
+    """Mean over target tokens of -log of the target's probability, token by token, nats."""
     terms = []
     for row, row_targets in zip(logits, targets, strict=True):
         for scores, target in zip(row, row_targets, strict=True):
             if target != IGNORE:
-                terms.append(-torch.log(softmax(scores)[target]))
+                terms.append(-torch.log(probabilities(scores)[target]))
     return sum(terms) / len(terms) if terms else logits.sum() * 0
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 from conftest import TINY
 
-from src.losses import IGNORE, bits_per_byte, cross_entropy, halting_loss, stablemax_cross_entropy
+from src.losses import (
+    IGNORE,
+    bits_per_byte,
+    cross_entropy,
+    halting_loss,
+    mean_over_targets,
+    stablemax_cross_entropy,
+)
 from src.model import TRMModel
 from src.model_config import TRMConfig, loss_weights, step_weights
 
@@ -25,7 +32,11 @@ def stablemax(v):
     return v + 1 if v >= 0 else 1 / (1 - v)
 
 
-LOSSES = pytest.mark.parametrize("loss, transform", [(cross_entropy, math.exp), (stablemax_cross_entropy, stablemax)])
+def stablemax_loss(logits, targets):
+    return mean_over_targets(stablemax_cross_entropy(logits, targets), targets != IGNORE, "token")
+
+
+LOSSES = pytest.mark.parametrize("loss, transform", [(cross_entropy, math.exp), (stablemax_loss, stablemax)])
 
 
 @LOSSES
@@ -64,6 +75,14 @@ def test_huge_logits_stay_finite(loss, transform, size):
 def test_stablemax_gradient():
     logits = torch.randn(3, 6, dtype=torch.float64, requires_grad=True) * 4
     assert torch.autograd.gradcheck(lambda v: stablemax_cross_entropy(v, torch.tensor([0, 5, IGNORE])), logits)
+
+
+def test_mean_of_rows():
+    """A row counts as much as any other, however many targets it has; a row without any does not count."""
+    losses, valid = torch.tensor([[1.0, 3.0], [5.0, 0.0], [0.0, 0.0]]), torch.tensor([[1, 1], [1, 0], [0, 0]]).bool()
+    assert mean_over_targets(losses, valid, "row").item() == (2 + 5) / 2
+    assert mean_over_targets(losses, valid, "token").item() == (1 + 3 + 5) / 3
+    assert mean_over_targets(losses[2:], valid[2:], "row").item() == 0
 
 
 def test_half_precision_logits_are_summed_in_float32():
