@@ -103,9 +103,8 @@ class TRMModel(nn.Module):
     ) -> TRMOutput:
         """Runs `supervision_steps` steps from `carry`: by default, all steps of the config from the initial state.
 
-        attention_mask: 0 marks padding, different numbers 1, 2, ... mark documents packed into one row, which do not
-            attend to each other. None means that every token is real.
         target_ids: target_ids[t] is the token after input_ids[t]; IGNORE (-100) has no loss.
+        attention_mask: 0 marks padding. Different numbers mark packed documents, which do not attend to each other.
         return_steps: return the logits of every recursion step: a supervision step of trm, a visit of the loop.
         exit: inference with an exit rule, from the initial state and without targets. carry.steps (B, T) then holds the
             number of recursion steps that each token took.
@@ -147,8 +146,7 @@ class TRMModel(nn.Module):
                 y, z = y.detach(), None if z is None else z.detach()
         if cache is not None:  # once per call: until here, all layers wrote at the same columns
             cache.advance(input_ids.shape[1])
-        if return_steps:
-            logits, halt = _stack_steps(read)
+        logits, halt = _stack_steps(read) if return_steps else (logits, halt)
         return TRMOutput(loss, ce_loss, act_loss, logits, halt, Carry(y, z, done + steps))
 
     @torch.no_grad()

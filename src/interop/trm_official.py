@@ -46,7 +46,7 @@ BLOCK = re.compile(r"L_level\.layers\.(\d+)\.(\w+\.\w+)\.weight")
 
 
 def strip_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without what torch.compile and wrappers put in front of their names (`_orig_mod.`, `model.inner.`)."""
+    """The tensors without the prefixes of torch.compile and wrappers in their names (`_orig_mod.`, `model.inner.`)."""
     return {re.sub(r"^(?:_orig_mod\.|module\.|model\.|inner\.)+", "", name): value for name, value in tensors.items()}
 
 
@@ -55,11 +55,10 @@ def is_official(names) -> bool:
     return any(re.search(r"(^|\.)H_init$", str(name)) for name in names)
 
 
-def read_official(
-    tensors: dict[str, Tensor], path, settings: dict | None = None
-) -> tuple[TRMConfig, dict[str, Tensor]]:
-    """(config, this model's weights) of the authors' state dict; their settings: a dict, or all_config.yaml beside path.
+def read_official(tensors: dict[str, Tensor], path, settings: dict | None = None) -> tuple[TRMConfig, dict]:
+    """Returns (config, weights under this model's names) of the authors' state dict.
 
+    settings: the content of their all_config.yaml, by default of the one beside `path`.
     Raises UserError if a weight is missing, unknown or of another shape, or if the settings are not those of TRM."""
     tensors = strip_names(check_tensors(tensors, path))
     settings = _settings_beside(path) if settings is None else settings
@@ -118,9 +117,8 @@ def _config(tensors, settings, path) -> TRMConfig:
         d_ff = tensors["L_level.layers.0.mlp.down_proj.weight"].shape[1]
         heads, cycles, latent = int(arch["num_heads"]), int(arch["H_cycles"]), int(arch["L_cycles"])
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} is no TRM of the authors' code, or {CONFIG} is not its own: {error} is missing"
-        ) from None
+        wrong = f"{path} is no TRM of the authors' code, or {CONFIG} is not its own"
+        raise UserError(f"{wrong}: {error} is missing") from None
     mixer = tensors.get("L_level.layers.0.mlp_t.down_proj.weight")
     puzzles = tensors.get("puzzle_emb.weights")
     prefix = 0
