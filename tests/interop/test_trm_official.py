@@ -105,7 +105,7 @@ def test_names_of_wrappers():
         (lambda w, s: s.update(num_heads=3), "d_model 64 does not divide into n_heads 3"),
         (lambda w, s: w.update({"inner.H_init": torch.full((64,), float("nan"))}), "NaN"),
     ],
-    ids=str,
+    ids=["unknown weight", "no heads", "no embedding", "odd heads", "NaN"],
 )
 def test_refused(change, message):
     settings, weights, _ = golden("att_prefix0")
