@@ -156,6 +156,10 @@ def grown_config(config: TRMConfig, dim: int, d_ff: int | None = None) -> TRMCon
     By default d_ff grows in proportion, rounded up to a multiple of 64. Raises ValueError for an impossible width."""
     if dim < config.d_model:
         raise ValueError(f"dim {dim} is less than the current width {config.d_model}: a width can only grow")
+    if not config.norm_gain:
+        raise ValueError("without norm_gain, a wider model cannot give the same output: set norm_gain to true")
+    if config.mixer == "mlp" and config.norm == "post":
+        raise ValueError("with mixer mlp and norm post, a wider model cannot give the same output: choose norm pre")
     size, group = config.head_dim, config.n_heads // config.n_kv_heads
     if dim % (size * group):
         unit = f"{size * group}, which is {group} query heads (per key/value head) of {size} channels"
@@ -243,9 +247,10 @@ def place(name: str, tensor: Tensor, target: Tensor, old: TRMConfig, new: TRMCon
 def _parts(name, c, tensor):
     """(axis, sizes along it) of the parts that are fused into one weight; most weights have a single part."""
     head, stream = c.head_dim, c.d_model
+    hidden = c.mixer_ff if ".attn.mlp." in name else c.d_ff
     fused = {
         "qkv": (0, [c.n_heads * head, c.n_kv_heads * head, c.n_kv_heads * head]),
-        "gate_up": (0, [c.d_ff, c.d_ff]),
+        "gate_up": (0, [hidden, hidden]),
         "gate": (1, [stream] * 2),
     }
     fused |= {kind: (1, injection_of(c).parts(streams, stream)) for kind, streams in INJECTED.items()}

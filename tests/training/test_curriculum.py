@@ -25,8 +25,9 @@ from src.training.train_config import CurriculumConfig, CurriculumStage
 
 WIDE = 32  # grown from 16; a multiple of the head group in all cases
 BASE = TRMConfig(**TINY)
-MIXER = [{"recursion": family, "mixer": "mlp", "causal": False} for family in ("trm", "loop", "none")]
-SHAPES = [*singles(AXES), *mixtures(AXES, 8, seed=5), *MIXER, {"recursion": "loop", "injection": "none"}]
+MIXER = [{"recursion": family, "norm": "pre", "mixer": "mlp", "causal": False} for family in ("trm", "loop", "none")]
+CAN_GROW = {key: values for key, values in AXES.items() if key != "norm_gain"}
+SHAPES = [*singles(CAN_GROW), *mixtures(CAN_GROW, 8, seed=5), *MIXER, {"recursion": "loop", "injection": "none"}]
 FEW = [
     {"recursion": "trm"},
     {"recursion": "trm", "injection": "concat", "gate": True, "tie_embeddings": True, "qk_norm": True},
