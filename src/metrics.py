@@ -94,18 +94,22 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
     (with full_bptt it does not: once).
     Not included: embedding look-up, norms, softmax, optimizer, recomputation by gradient checkpointing.
     All supervision steps count in full, whatever supervision_weights is.
+    Tokens of the prefix of a puzzle are computed too, and their cost is shared by the others.
     Decoding: the forward pass of one new token with a cache of `context` tokens: every visit, coda and head once. For a
     model that is not causal: the forward pass over `context` tokens, divided by their number."""
     context = context or config.max_seq_len
     steps, D = config.train_steps, config.d_model
-    block, attention = _block_macs(config, context)
+    block, attention, extras = (
+        macs if not config.prefix_tokens else macs * (context + config.prefix_tokens) / context  # tokens share its work
+        for macs in (*_block_macs(config, context + config.prefix_tokens), _cycle_extras(config))
+    )
     prelude, coda = config.prelude_layers, config.coda_layers
     readout = coda * block + D * config.vocab_size
     halt = (D if config.causal else D / context) if config.halting else 0
     cycles = 1 if config.recursion == "none" else config.deep_steps
     grad_cycles = cycles if config.recursion == "none" else config.grad_deep_steps
     layers_per_cycle = config.visits_per_step // cycles * config.n_layers
-    cycle = layers_per_cycle * block + _cycle_extras(config)
+    cycle = layers_per_cycle * block + extras
     is_loop = config.recursion == "loop"
     has_loss = [w > 0 for w in loss_weights(config, config.deep_steps)] if is_loop else [True] * steps
     readouts = sum(has_loss)
@@ -119,9 +123,9 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
     layers = prelude + steps * cycles * layers_per_cycle + coda
     return Flops(
         train_matmul=round(6 * with_grad + 2 * without),
-        train_attention=(6 * layers_with + 2 * layers_without) * attention,
+        train_attention=round((6 * layers_with + 2 * layers_without) * attention),
         decode_matmul=round(2 * (prelude * block + steps * cycles * cycle + readout + halt)),
-        decode_attention=2 * layers * attention,
+        decode_attention=round(2 * layers * attention),
     )
 
 

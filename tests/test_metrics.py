@@ -32,6 +32,9 @@ CASES = [
     {"recursion": "trm", "full_bptt": True, "prelude_layers": 1},
     {"recursion": "trm", "causal": False},
     {"recursion": "trm", "causal": False, "mixer": "mlp", "positions": "none"},
+    {"recursion": "trm", "causal": False, "mixer": "mlp", "mixer_ff": 40, "prefix_tokens": 2, "puzzle_ids": 3},
+    {"recursion": "trm", "causal": False, "prefix_tokens": 4, "injection": "concat", "gate": True, "coda_layers": 1},
+    {"recursion": "loop", "halting": True, "supervision_weights": "linear"},
 ]
 CASES = [case | {"act_target": "correct"} for case in CASES]  # stable has its own test below
 

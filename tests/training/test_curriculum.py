@@ -245,6 +245,15 @@ class TestWidth:
         assert wide.config.d_model == WIDE and wide.config.head_dim == model.config.head_dim
         assert wide.config.n_heads // wide.config.n_kv_heads == model.config.n_heads // model.config.n_kv_heads
 
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [({"norm_gain": False}, "set norm_gain to true"), ({"mixer": "mlp", "causal": False}, "choose norm pre")],
+        ids=["no gain", "norm over the sequence"],
+    )
+    def test_models_that_cannot_grow(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            grown_config(TRMConfig(**TINY, **settings), WIDE)
+
     @pytest.mark.parametrize("settings", SHAPES[::3], ids=name)
     def test_same_output_in_fp32(self, settings):
         """Agrees to 1e-5 or, if recursion magnifies rounding, to a few times the old model's own error."""
