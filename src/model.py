@@ -119,7 +119,8 @@ class TRMModel(nn.Module):
         x, ctx = self._enter(input_ids, attention_mask, cache, puzzle_ids)
         y, z, done = self.initial_state(x) if carry is None else carry
         if steps < 1 or (cache is not None and done + steps > c.train_steps):
-            raise ValueError(f"supervision_steps is {steps} after {done}: 1 or more, within the config's with a cache")
+            most = f" and, with a cache, {c.train_steps - done} at most" if cache is not None else ""
+            raise ValueError(f"supervision_steps is {steps}: set it to 1 or more{most}")
         # the loop can read an answer after every visit, so one of its supervision steps is several recursion steps
         per_step = c.visits_per_step // visits_per_recursion_step(c)
         first, end = done * per_step, (done + steps) * per_step
@@ -143,7 +144,7 @@ class TRMModel(nn.Module):
                 loss = loss + share * (ce + c.act_weight * act)
             # detach between supervision steps, so that memory does not grow with their number
             if not c.full_bptt and (step + 1) % per_step == 0:
-                y, z = y.detach(), None if z is None else z.detach()
+                y, z = _detach(y, z)
         if cache is not None:  # once per call: until here, all layers wrote at the same columns
             cache.advance(input_ids.shape[1])
         logits, halt = _stack_steps(read) if return_steps else (logits, halt)
@@ -156,15 +157,17 @@ class TRMModel(nn.Module):
         if rule.adapts and cache is None:  # it keeps the keys and values of stopped tokens for the others to attend to
             cache = self.new_cache(*input_ids.shape, depth=depth)
         x, ctx = self._enter(input_ids, attention_mask, cache)
-        carry, tokens = self.initial_state(x), Leaving(input_ids, attention_mask)
+        carry = self.initial_state(x)
+        tokens = Leaving(input_ids, attention_mask)
         h = logits = None
         read = []
         for step in range(depth):
-            is_last, before, logits_before = step == depth - 1, carry, logits
+            is_last = step == depth - 1
+            before, logits_before = carry, logits
             carry = self._inference_cycle(x, before, ctx)
             carry = carry._replace(y=tokens.keep(before.y, carry.y), z=tokens.keep(before.z, carry.z))
             tokens.count()
-            if rule.adapts or return_steps or is_last:  # else the answer of this step is not needed
+            if rule.adapts or return_steps or is_last:  # a fixed depth needs the answer of its last step only
                 h = tokens.keep(h, self.before_head(carry.y, ctx, step))
             logits = None
             if rule.exit == "kl":  # every token compares its own distributions, so all columns need logits
@@ -308,6 +311,10 @@ class TRMModel(nn.Module):
         Options are those of sampling.generate: temperature=1.0, top_k, top_p, use_cache=True, seed, eos_id,
         attention_mask (0 marks padding on the left)."""
         return generate_ids(self, prompt_ids, max_new_tokens, **options)
+
+
+def _detach(*streams):
+    return (None if stream is None else stream.detach() for stream in streams)
 
 
 def _stack_steps(read):

@@ -297,5 +297,5 @@ def loss_weights(config: TRMConfig, end: int, first: int = 0) -> list[float]:
     if not any(weights):
         weights[-1] = 1.0
     weights = weights[first:]
-    # steps of weight 0 may still be run by themselves: then each counts the same
+    # a step whose weight is 0 may be run alone: then its own loss is the loss
     return weights if any(weights) else [1.0] * len(weights)

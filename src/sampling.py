@@ -92,7 +92,8 @@ def generate(
     Raises ValueError for invalid options or prompts.
     """
     _check(model.config, prompt_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
-    exit = ExitRule() if exit is None and (thoughts, depths) != (None, None) else exit
+    if exit is None and (thoughts is not None or depths is not None):
+        exit = ExitRule()  # a fixed depth, run by the code that counts steps
     read = {} if exit is None else {"exit": exit.check(model.config), "return_steps": thoughts is not None}
     was_training, choice = model.training, (temperature, top_k, top_p)
     model.eval()
@@ -129,7 +130,8 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
     for made in range(max_new_tokens):
         # make room if the context is full, or drop padding that all rows have in common
         if ids.shape[1] > max_len or cache is None and not bool(mask[:, 0].any()):
-            (ids, mask), cache = fit_window(ids, mask, max_len, finished.tolist()), None
+            ids, mask = fit_window(ids, mask, max_len, finished.tolist())
+            cache = None
         with torch.inference_mode():  # faster than no_grad
             if cache is not None:
                 real = mask[:, -1:] if bool(finished.any()) else None
@@ -142,7 +144,8 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
             logits = output.logits[-1] if read.get("return_steps") else output.logits
             new = choose_token(logits[:, -1], *choice, generators)
         new = new.clone()  # an inference tensor could not be used outside
-        new = new if ends is None else torch.where(finished, ends[0] if pad is None else pad, new)
+        if ends is not None:
+            new = torch.where(finished, ends[0] if pad is None else pad, new)
         yield new, output
         ids = torch.cat((ids, new[:, None]), dim=1)
         mask = torch.cat((mask, (~finished).long()[:, None]), dim=1)

@@ -1,4 +1,4 @@
-"""Shared by all tests: annotations of `src` are checked while they run; tiny models with lively weights."""
+"""Shared by all tests: type annotations of `src` are checked at run time; tiny models with random weights."""
 
 import itertools
 import os
@@ -6,7 +6,7 @@ import random
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors lose time to thread hand-over
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: for tiny tensors, threads cost more than they gain
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jaxtyping  # noqa: E402

@@ -1,4 +1,4 @@
-"""The attention with a backward pass of its own, against torch's in fp32 and in bf16; when it steps aside."""
+"""Tests of the custom backward pass of attention against torch's, and of the cases in which it is not used."""
 
 import pytest
 import torch

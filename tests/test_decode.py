@@ -1,4 +1,4 @@
-"""The decoding form of a block against the plain form, which runs wherever gradients are recorded."""
+"""Tests that `decode_one_token` computes the same as the ordinary blocks."""
 
 import weakref
 

@@ -1,4 +1,4 @@
-"""Adaptive depth: a twin that goes token by token, with and without cache, alone and in a batch, and what it saves."""
+"""Tests of exit rules against a reference that runs token by token, with and without cache, alone and in a batch."""
 
 import pytest
 import torch

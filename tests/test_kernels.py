@@ -1,7 +1,7 @@
-"""Numbers under older kernels than the best of this CPU: SUBSET again, in a process of its own for each lower level.
+"""Runs SUBSET again under older CPU kernels, one process per level.
 
-torch, oneDNN and MKL choose kernels by what the CPU has, once a process; variables hold them back. So a machine shows
-what older ones compute; what better ones compute it cannot show. ONNX Runtime has no such switch.
+PyTorch, oneDNN and MKL choose kernels by the CPU's features, once per process. Environment variables can restrict them
+to older kernels, but no machine can test kernels that are newer than its CPU. ONNX Runtime has no such switch.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary positions, SwiGLU, the sequence mixer and attention against formulas written out independently."""
+"""Tests of the layers, each against its equation in plain numbers."""
 
 import math
 

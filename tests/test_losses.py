@@ -1,4 +1,4 @@
-"""Losses against formulas written out token by token; contract 6: they teach, and the halting head then fires."""
+"""Tests of the losses against explicit sums. Contract 6: a model learns with them, and its halting head then fires."""
 
 import math
 

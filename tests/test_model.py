@@ -1,4 +1,4 @@
-"""Contracts 1, 2, 5, 7 and 8 of the model: causality, slow twin, Llama parity, determinism, padding; its settings."""
+"""Tests of the model's contracts: causality, slow twin, Llama parity, determinism, padding; and of its settings."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Int8 weights: how far they are from what they stand for, and what must not change with them."""
+"""Tests of int8 weights: their error against fp32, and the properties that they must keep."""
 
 import pytest
 import torch

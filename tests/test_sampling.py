@@ -1,4 +1,4 @@
-"""Next-token choice and the one generator: distributions, seeds, end of text."""
+"""Tests of the choice of the next token and of `generate`."""
 
 import math
 from collections import Counter
