@@ -247,11 +247,15 @@ class Trainer:
     def _split(self, batch):
         """Split the rows into grad_accum parts; returns [(part, its share of all processes' target tokens)].
 
-        Shares count tokens, not rows: then the gradient does not depend on how the batch is split."""
-        total = self.agreement.sum((batch["target_ids"] != IGNORE).sum().item())[0]
+        Shares count what the loss is a mean of, tokens or rows: then the gradient does not depend on the split."""
+        total = self.agreement.sum(self._terms(batch))[0]
         rows = torch.arange(len(batch["target_ids"])).chunk(self.config.grad_accum)
         parts = [{name: t[index].to(self.device, non_blocking=True) for name, t in batch.items()} for index in rows]
-        return [(part, (part["target_ids"] != IGNORE).sum().item() / max(1, total)) for part in parts]
+        return [(part, self._terms(part) / max(1, total)) for part in parts]
+
+    def _terms(self, batch) -> int:
+        valid = batch["target_ids"] != IGNORE
+        return (valid.any(-1) if self.raw.config.loss_mean == "row" else valid).sum().item()
 
     @contextlib.contextmanager
     def _depth_of_step(self):

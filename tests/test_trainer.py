@@ -139,6 +139,8 @@ class TestSplitBatches:
         [
             {},
             {"packing": False},  # rows of different length: parts with different numbers of targets
+            {"packing": False, "loss_mean": "row"},
+            {"token_loss": "stablemax", "recursion": "loop", "halting": True, "deep_steps": 3},
             {"supervision_weights": "linear", "supervision_steps": 3},
             {"supervision_weights": "last"},
             {"supervision_weights": "1,0,1"},  # of two steps: the last one has weight 0, the update comes before it
