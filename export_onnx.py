@@ -1,16 +1,16 @@
-"""Export a checkpoint to ONNX: a folder with graph, settings and tokenizer, which needs no torch model any more.
+"""Export a checkpoint to an ONNX folder with the graph, settings and tokenizer. The original checkpoint is then not needed.
 
     python export_onnx.py --output onnx/stdlib                    # the released checkpoint
     python export_onnx.py runs/trm --output onnx/trm --quantize int8
     python export_onnx.py runs/trm --output onnx/deep --max_recursion_depth 4
     python export_onnx.py runs/trm --output onnx/gpu --device cuda
-    python export_onnx.py runs/trm --output onnx/plain --contrib_ops false    # for other runtimes than ONNX Runtime
+    python export_onnx.py runs/trm --output onnx/plain --contrib_ops false    # for runtimes other than ONNX Runtime
     python generate.py --onnx onnx/trm --prompt "def main("
 
-The graph is checked against the model before it takes its place: logits of padded rows at once and token by token,
-greedy text beyond the context. The folder's README.md has an example that runs it without this program. stdout has the
-facts as one JSON line. Exporting takes a second or two for each block that is run (visits x layers), as every visit is
-written out; its weights are stored once.
+Before the folder is written, the graph is checked against the model: the logits of padded rows, both in one call and token
+by token, and greedy text that is longer than the context. The folder's README.md has an example that runs the graph
+without this project. The script prints the facts about the graph on stdout as one JSON line. Exporting takes one or two
+seconds per executed block (visits x layers), because the graph unrolls all visits; shared weights are stored once.
 
 Needs: pip install onnx==1.23.2 onnxruntime==1.31.1 onnxscript==0.7.2
 """
@@ -31,7 +31,7 @@ from src.onnx.export import export_onnx
 
 
 def describe(settings: OnnxExport, facts: dict) -> str:
-    """What came out, for people."""
+    """Returns a summary of the export for the terminal."""
     errors = facts["errors"]
     lines = [
         f"{settings.output}: opset {facts['opset']}, {facts['precision']}, {facts['attention']} attention, "
