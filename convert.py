@@ -8,11 +8,11 @@
     python convert.py runs/mine runs/mine-hub --to hub                            # to upload: every family
 
 The script detects the format of SOURCE from its content. The resulting checkpoint works like any other, with
-generate.py, eval_lm.py and export_onnx.py. No code in SOURCE is executed. DEST must not exist. The script prints the path
-of DEST on stdout after writing it.
+generate.py, eval_lm.py and export_onnx.py. No code in SOURCE is executed. DEST must not exist. After writing DEST, the script
+prints its path on stdout.
 
-A converted model keeps the start and end tokens of its source: it uses BOS if the source does, and stops at every end token
-that the source files name. A llama2.c model also stops at BOS. Embedding rows without a token are dropped.
+A converted model keeps the start and end tokens of its source: it uses BOS if the source does, and stops at every end
+token that the source files name. A llama2.c model also stops at BOS. Embedding rows without a token are dropped.
   hf       transformers produces the same token ids as this project. A pipeline produces the same text, except when the
            model writes only part of a character, or when a unigram tokenizer has two equally probable segmentations.
            The name of a special token inside a text is encoded as plain text. If the tokenizer adds a space before a
@@ -37,11 +37,11 @@ class ConvertConfig:
 
     Args:
         paths: SOURCE and DEST, given without a flag
-        tokenizer: the model's tokenizer, if SOURCE does not include it: a tokenizer.json, a SentencePiece .model, a llama2.c
-            tokenizer .bin, or byte
-        to: checkpoint = a checkpoint folder of this project, hub = the same with a model card, hf = a Hugging Face Llama
-            folder, llama2c = a legacy .bin and its tokenizer
-        license: license of the model for the hub or hf model card, such as mit; default: the license named in SOURCE, if any
+        tokenizer: the model's tokenizer, if SOURCE does not include it: a tokenizer.json, a SentencePiece .model, a
+            llama2.c tokenizer .bin, or byte
+        to: checkpoint = a checkpoint folder of this project, hub = the same with a model card, hf = a Hugging Face
+            Llama folder, llama2c = a legacy .bin and its tokenizer
+        license: license named in the model card of hub and hf, such as mit; default: the license in SOURCE, if any
     """
 
     paths: list[str] = field(default_factory=list)

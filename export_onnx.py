@@ -1,4 +1,4 @@
-"""Export a checkpoint to an ONNX folder with the graph, settings and tokenizer. The original checkpoint is then not needed.
+"""Export a checkpoint to an ONNX folder with graph, settings and tokenizer, which runs without the checkpoint.
 
     python export_onnx.py --output onnx/stdlib                    # the released checkpoint
     python export_onnx.py runs/trm --output onnx/trm --quantize int8
@@ -7,8 +7,8 @@
     python export_onnx.py runs/trm --output onnx/plain --contrib_ops false    # for runtimes other than ONNX Runtime
     python generate.py --onnx onnx/trm --prompt "def main("
 
-Before the folder is written, the graph is checked against the model: the logits of padded rows, both in one call and token
-by token, and greedy text that is longer than the context. The folder's README.md has an example that runs the graph
+Before the folder is written, the graph is checked against the model: the logits of padded rows, both in one call and
+token by token, and greedy text that is longer than the context. The folder's README.md has an example that runs the graph
 without this project. The script prints the facts about the graph on stdout as one JSON line. Exporting takes one or two
 seconds per executed block (visits x layers), because the graph unrolls all visits; shared weights are stored once.
 

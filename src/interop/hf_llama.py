@@ -1,4 +1,4 @@
-"""Llama folders of Hugging Face: config.json, generation_config.json, safetensors (also sharded), tokenizer files."""
+"""Hugging Face Llama folders: config.json, generation_config.json, safetensors (also sharded), tokenizer files."""
 
 import json
 import re
@@ -22,11 +22,12 @@ SIZES = {
     **{"n_layers": "num_hidden_layers", "d_ff": "intermediate_size", "n_kv_heads": "num_key_value_heads"},
     "max_seq_len": "max_position_embeddings",
 }
-YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None}  # none other known
+YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None}  # only these values are supported
 
 
 def read_hf(folder) -> tuple[TRMConfig, dict[str, Tensor], dict]:
-    """(config, this model's weights, its licence) of a Llama folder.  UserError for what this model has not."""
+    """Returns (config, weights with this project's names, license) of a folder. Raises UserError if it needs a
+    feature that this project does not have."""
     folder = Path(folder)
     c = _config(read_object(folder / "config.json"), folder / "config.json")
     tensors = {name: t for name, t in _tensors(folder).items() if not name.endswith("rotary_emb.inv_freq")}
@@ -34,7 +35,7 @@ def read_hf(folder) -> tuple[TRMConfig, dict[str, Tensor], dict]:
 
 
 def _licence(folder) -> dict:
-    """{"license": ...} where the model card names one."""
+    """Returns {"license": ...} if the model card names one, else {}."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     found = re.match(r"---\n(?:(?!---\n).*\n)*?license: *([\w.-]+)\n", text)
@@ -42,10 +43,10 @@ def _licence(folder) -> dict:
 
 
 def read_ends(folder, tokenizer) -> dict:
-    """How texts begin and end by a folder's settings: the arguments of `tokenizer.set_ends`.
+    """Returns the arguments of `tokenizer.set_ends` (BOS and end tokens) for a folder's settings.
 
-    `add_bos_token` decides about BOS, else whether tokenizer.json puts it before a text; folders that this project
-    wrote before it said so mean it."""
+    `add_bos_token` decides whether texts begin with BOS. Without it, they do if tokenizer.json adds BOS to a text.
+    Old folders of this project have no `add_bos_token`; their texts begin with BOS."""
     files = [Path(folder, name) for name in (CONFIG_FILE, *SETTINGS)]
     names, *settings = (read_object(file) if file.is_file() else {} for file in files)
     ends = [values.get("eos_token_id") for values in settings]
@@ -56,7 +57,7 @@ def read_ends(folder, tokenizer) -> dict:
 
 
 def _config(values: dict, path) -> TRMConfig:
-    """TRMConfig of Hugging Face's config.json; what is not in it has LlamaConfig's default."""
+    """Converts a Hugging Face config.json to a TRMConfig. A missing value gets LlamaConfig's default."""
     if values.get("model_type") != "llama":
         raise UserError(f"{path} is of model_type {values.get('model_type')}: only llama can be converted")
     try:
@@ -109,10 +110,10 @@ def _tensors(folder) -> dict[str, Tensor]:
 
 
 def write_hf(folder, c: TRMConfig, weights: dict[str, Tensor], tokenizer):
-    """Write a plain model (`src.interop.llama.check_plain`) as a Llama folder that transformers opens."""
+    """Writes a plain model (see `src.interop.llama.check_plain`) as a Llama folder for transformers."""
     folder = Path(folder)
     folder.mkdir()
-    tensors = {name: tensor.clone() for name, tensor in to_llama(c, weights, HF).items()}  # no shared storage
+    tensors = {name: tensor.clone() for name, tensor in to_llama(c, weights, HF).items()}  # save_tensors needs separate storage
     save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids)}
     config = _hf_config(c, weights) | special | {"pad_token_id": c.pad_token_id}
@@ -132,7 +133,7 @@ def _hf_config(c, weights) -> dict:
         "model_type": "llama",
         "hidden_act": "silu",
         "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,  # with rope_scaling the form that transformers 4 and 5 both read
+        "rope_theta": c.rope_theta,  # this and rope_scaling is the form that transformers 4 and 5 both read
         "rope_scaling": scaling,
         "tie_word_embeddings": c.tie_embeddings,
         "attention_bias": False,

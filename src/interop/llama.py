@@ -1,9 +1,10 @@
-"""The plain family as a Llama: names and shapes of its weights in other programs' files, and what a Llama is not.
+"""The plain family as a Llama: names and shapes of the weights in other programs, and which models are no Llama.
 
     recursion none, norm pre, positions rope  =  Llama (arXiv:2302.13971)
 
-Queries and keys are rotated in pairs of channels. This model and Hugging Face pair channel i with i + E/2, llama2.c
-and GGUF the adjacent 2i with 2i + 1: the rows of those weights change places on the way, and nothing else does.
+Queries and keys are rotated in pairs of channels. This model and Hugging Face pair channel i with i + E/2, but
+llama2.c and GGUF pair the adjacent channels 2i and 2i + 1. The conversion permutes the rows of the query and key weights
+accordingly. No other values change.
 """
 
 from typing import NamedTuple
@@ -18,16 +19,16 @@ from src.model_config import LIMITS, TRMConfig
 
 
 class Dialect(NamedTuple):
-    """How a file format writes a Llama's weights."""
+    """How a file format names and orders the weights of a Llama."""
 
-    blocks: str  # precedes a block's number
-    adjacent: bool  # rotates adjacent channels
+    blocks: str  # prefix before the block number
+    adjacent: bool  # whether it rotates adjacent channels
     names: dict[str, str]  # part -> name, without `blocks` and `.weight`
 
 
 ENDS = ("embed", "norm", "head")
 BLOCK = ("attn_norm", "q", "k", "v", "out", "mlp_norm", "gate", "down", "up")
-WHOLE = {"attn_norm": "attn_norm", "attn.out": "out", "mlp_norm": "mlp_norm", "mlp.down": "down"}  # not fused here
+WHOLE = {"attn_norm": "attn_norm", "attn.out": "out", "mlp_norm": "mlp_norm", "mlp.down": "down"}  # weights that this project does not fuse
 
 
 def _dialect(blocks, adjacent, names):
@@ -58,13 +59,13 @@ GGUF = _dialect(
 
 
 def weight_name(dialect: Dialect, part: str, layer: int | None = None) -> str:
-    """Name of a part's weight; `layer` is the number of its block."""
+    """Returns the name of a part's weight; `layer` is the block number, None for parts outside the blocks."""
     block = "" if layer is None else f"{dialect.blocks}.{layer}."
     return f"{block}{dialect.names[part]}.weight"
 
 
 def part_shapes(c: TRMConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every part of a Llama: the ends', and those of each of its blocks."""
+    """Returns the shape of every part of a Llama: embedding, last norm and head, and the parts of a block."""
     D, F, kv = c.d_model, c.d_ff, c.n_kv_heads * c.head_dim
     ends = {"embed": (c.vocab_size, D), "norm": (D,), "head": (c.vocab_size, D)}
     attention = {"attn_norm": (D,), "q": (D, D), "k": (kv, D), "v": (kv, D), "out": (D, D)}
@@ -72,7 +73,7 @@ def part_shapes(c: TRMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def halves_from_adjacent(weight: Float[Tensor, "n d"], heads: int) -> Float[Tensor, "n d"]:
-    """Rows of a query or key projection, from those that rotate channels (2i, 2i + 1) to those of (i, i + E/2)."""
+    """Reorders the rows of a query or key weight: from rotating (2i, 2i + 1) to rotating (i, i + E/2)."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -82,19 +83,19 @@ def adjacent_from_halves(weight: Float[Tensor, "n d"], heads: int) -> Float[Tens
 
 
 def count(value, where, most=LIMITS["d_model"]) -> int:
-    """A size in another program's file, 16.0 as 16.  UserError, which begins with `where`, for what is none."""
+    """Returns a size from a file as an int (16.0 counts as 16). Raises UserError, starting with `where`, if invalid."""
     if type(value) not in (int, float) or not 1 <= value <= most or value != int(value):
         raise UserError(f"{where} is {value!r}: it should be a whole number from 1 to {most:,}")
     return int(value)
 
 
 def plain_config(where, **settings) -> TRMConfig:
-    """TRMConfig of a Llama with these sizes.  UserError where they cannot be."""
+    """Returns the TRMConfig of a Llama with these sizes. Raises UserError if they are invalid."""
     return build(TRMConfig, {"recursion": "none", "norm": "pre", **settings}, where=f"{where}: ")
 
 
 def from_llama(c: TRMConfig, tensors: dict[str, Tensor], dialect: Dialect, where) -> dict[str, Tensor]:
-    """This model's weights from a Llama's.  UserError for one that is missing, left over, or of another shape."""
+    """Converts Llama weights to this project's. Raises UserError for a missing, extra or wrongly shaped weight."""
     head = weight_name(dialect, "head")
     if c.tie_embeddings and head in tensors:
         embed = tensors.get(weight_name(dialect, "embed"))
@@ -121,7 +122,7 @@ def from_llama(c: TRMConfig, tensors: dict[str, Tensor], dialect: Dialect, where
 
 
 def to_llama(c: TRMConfig, weights: dict[str, Tensor], dialect: Dialect) -> dict[str, Tensor]:
-    """A Llama's weights from this model's; a tied head is left out."""
+    """Converts this project's weights to Llama weights; a tied head is left out."""
     ends = {"embed": weights["embed.weight"], "norm": weights["net.norm.weight"]}
     ends |= {} if c.tie_embeddings else {"head": weights["head.weight"]}
     llama = {weight_name(dialect, part): tensor for part, tensor in ends.items()}
@@ -154,7 +155,7 @@ def _check_names(c, tensors, dialect, where):
 
 
 def check_plain(c: TRMConfig, where, wanted: str):
-    """UserError where a model is no Llama; `wanted` is the format that it was meant for."""
+    """Raises UserError if the model is not a Llama; `wanted` is the target format, for the message."""
     if c.recursion != "none":
         raise UserError(f"{where}: a recursive model (recursion {c.recursion}) is no Llama: choose --to hub")
     llama = {"norm": "pre", "positions": "rope", "mixer": "attention", "causal": True, "qk_norm": False}

@@ -9,9 +9,9 @@ class OnnxExport:
     """What to export, and for which runtime.
 
     Args:
-        checkpoint: checkpoint or run folder; for a run folder, its best checkpoint is used; none = the released checkpoint
+        checkpoint: checkpoint or run folder (a run folder stands for its best checkpoint); none = the released checkpoint
         output: folder to write; it will contain everything that generate.py --onnx needs
-        enable_kv_cache: the graph takes and returns the key/value cache; false = it recomputes the whole text for each token
+        enable_kv_cache: the graph takes and returns the key/value cache; false = it recomputes the whole text per token
         quantize: int8 = 8-bit weights and matrix products; the embedding stays in fp32
         opset: ONNX opset version; older runtimes need an older one; none = the exporter's default
         device: device that will run the graph: cpu, or cuda (ONNX Runtime's CUDA provider)

@@ -23,7 +23,7 @@ def test_there_and_back_and_a_text(mine, tmp_path, capsys):
     out = capsys.readouterr()
     assert out.out == f"{tmp_path / 'm.bin'}\n"
     assert "a checkpoint of this project" in out.err and "none, 12.7K weights, 259 tokens" in out.err
-    assert f"{tmp_path / 'm.tokenizer.bin'} is its tokenizer, which run.c takes with -z" in out.err
+    assert f"{tmp_path / 'm.tokenizer.bin'} is its tokenizer: pass it to run.c with -z" in out.err
     assert "run.c puts a space before a prompt" in out.err
     convert.main([str(tmp_path / "m.bin"), str(tmp_path / "back")])
     assert "a legacy .bin of llama2.c" in capsys.readouterr().err
