@@ -8,8 +8,8 @@
     python convert.py runs/mine runs/mine-hub --to hub                            # to upload: every family
 
 The script detects the format of SOURCE from its content. The resulting checkpoint works like any other, with
-generate.py, eval_lm.py and export_onnx.py. No code in SOURCE is executed. DEST must not exist. After writing DEST, the script
-prints its path on stdout.
+generate.py, eval_lm.py and export_onnx.py. No code in SOURCE is executed. DEST must not exist. After writing DEST, the
+script prints its path on stdout.
 
 A converted model keeps the start and end tokens of its source: it uses BOS if the source does, and stops at every end
 token that the source files name. A llama2.c model also stops at BOS. Embedding rows without a token are dropped.

@@ -5,7 +5,7 @@
 | checkpoint | a checkpoint folder of this project                           | yes  | yes     | all      |
 | hub        | the same with a model card, for the Hugging Face Hub          | yes  | yes     | all      |
 | hf         | a Llama folder of Hugging Face (`src/interop/hf_llama.py`)            | yes  | yes     | plain    |
-| llama2c    | llama2.c's legacy .bin and its tokens, its .pt (`src/interop/llama2c.py`) | yes | .bin | plain    |
+| llama2c    | llama2.c's legacy .bin and tokenizer, or its .pt (`src/interop/llama2c.py`) | yes | .bin | plain  |
 | gguf       | a GGUF of Llama architecture (`src/interop/gguf_reader.py`)           | yes  | no      | plain    |
 
 No code from a source file is executed: sources are safetensors, plain arrays, or .pt files, which are loaded with
@@ -43,7 +43,7 @@ class Source(NamedTuple):
     config: TRMConfig
     weights: dict[str, Tensor]  # with this project's names, in the dtype of the source
     tokenizer: Any
-    info: dict  # license, training figures, ...: for config.json and the model card
+    info: dict  # license, training figures and so on, for config.json and the model card
 
 
 class Format(NamedTuple):
@@ -67,13 +67,14 @@ def _read_checkpoint(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
 
 
 def _read_tokenizer_beside(path):
+    """Reads m.tokenizer.bin beside m.bin or m.pt."""
     if not tokenizer_file(path).is_file():
         raise UserError(f"{path}: a llama2.c model has its tokenizer in a separate file: give it with --tokenizer")
     return read_tokenizer(tokenizer_file(path))
 
 
 def _ends_with_bos(path, tokenizer) -> dict:
-    return {"ends": [tokenizer.bos_id]}  # where run.c stops
+    return {"ends": [tokenizer.bos_id]}  # run.c stops at BOS
 
 
 FORMATS = {
@@ -104,7 +105,7 @@ def recognize(path) -> Format:
     for kind, is_it in (("gguf", start[:4] == MAGIC), ("pt", start[:4] == b"PK\x03\x04"), ("bin", is_bin(start))):
         if is_it:
             return FORMATS[kind]
-    raise UserError(f"{path} is none of: {', '.join(format.name for format in FORMATS.values())}")
+    raise UserError(f"{path} is none of the known formats: {', '.join(format.name for format in FORMATS.values())}")
 
 
 def read_source(path, tokenizer=None) -> Source:
@@ -117,10 +118,11 @@ def read_source(path, tokenizer=None) -> Source:
     if source.read_ends is not None:
         own.set_ends(**source.read_ends(path, own))
     spare, is_ours = config.vocab_size - own.vocab_size, source is FORMATS["checkpoint"]
+    # a checkpoint of this project never has spare rows, and another file must not leave many
     if spare < 0 or spare and (is_ours or tokenizer is not None and spare >= SPARE_ROWS):
         raise UserError(
             f"{path}: {tokenizer or 'its tokenizer'} has {own.vocab_size} tokens, the model {config.vocab_size}: "
-            "they do not belong together; give the model's own with --tokenizer"
+            "they belong to different models; give the right tokenizer with --tokenizer"
         )
     if spare:
         config, weights = _without_spare_rows(path, config, weights, own.vocab_size)
@@ -130,7 +132,7 @@ def read_source(path, tokenizer=None) -> Source:
 
 def _without_spare_rows(path, config, weights, tokens):
     """Drops the embedding rows without a token; they only pad the vocabulary to a round size."""
-    print(f"{path}: {config.vocab_size} rows for {tokens} tokens; the rest are left out", file=sys.stderr)
+    print(f"{path}: the embedding has {config.vocab_size} rows for {tokens} tokens; unused rows are dropped", file=sys.stderr)
     pad = config.pad_token_id if (config.pad_token_id or 0) < tokens else None
     tables = {n: t[:tokens].clone() for n, t in weights.items() if n in ("embed.weight", "head.weight")}
     return replace(config, vocab_size=tokens, pad_token_id=pad), weights | tables
@@ -146,7 +148,7 @@ def write(source: Source, dest, to: str = "checkpoint"):
         check_free(path)
     if to in ("hf", "llama2c"):
         check_plain(source.config, source.path, to)
-    beside = dest.with_name(f".{dest.name}.partial")
+    beside = dest.with_name(f".{dest.name}.partial")  # renamed when everything is written
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
@@ -154,7 +156,7 @@ def write(source: Source, dest, to: str = "checkpoint"):
         for path in outputs:
             os.rename(beside / path.name, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {dest}: {getattr(error, 'strerror', None) or error}; choose another") from None
+        raise UserError(f"cannot write {dest}: {getattr(error, 'strerror', None) or error}; choose another DEST") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -162,7 +164,7 @@ def write(source: Source, dest, to: str = "checkpoint"):
 def check_free(dest):
     """Raises UserError if `dest` already exists."""
     if os.path.lexists(dest):
-        raise UserError(f"{dest} exists: choose another place, or remove it first")
+        raise UserError(f"{dest} exists: choose another DEST, or remove it first")
 
 
 def _write(source, path, to):

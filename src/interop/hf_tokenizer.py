@@ -27,7 +27,7 @@ def to_hf(tokenizer) -> HFTokenizer:
 
 
 def to_json(tokenizer) -> tuple[bytes, list[str]]:
-    """Returns (content of a tokenizer.json that adds BOS as this project does, the PROBES to which it gives other ids)."""
+    """Returns (content of a tokenizer.json, the PROBES that it encodes differently). It adds BOS if the tokenizer does."""
     from tokenizers import Tokenizer, decoders, processors
 
     def different(tok):
@@ -69,6 +69,7 @@ def save_for_transformers(tokenizer, folder, max_len: int) -> list[str]:
 
 
 def _of_bytes():
+    """Builds the byte tokenizer: a BPE without merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     tok = Tokenizer(models.BPE(byte_characters(), []))
@@ -79,7 +80,7 @@ def _of_bytes():
 
 
 def _of_sentencepiece(tokenizer):
-    """Converts a SentencePiece model. Pieces contain real spaces, so that U+2581 in a text stays a different character."""
+    """Converts a SentencePiece model. Its pieces get real spaces, because U+2581 in a text is a different character."""
     from sentencepiece import sentencepiece_model_pb2 as pb  # its protobuf takes a while to import
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
@@ -99,7 +100,7 @@ def _of_sentencepiece(tokenizer):
         vocab, unk = {name: i for i, (name, _) in enumerate(pieces)}, pieces[tokenizer.unk_id][0]
         tok = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=trainer.byte_fallback))
     else:
-        raise UserError("a SentencePiece model of words or characters has no tokenizer.json: use bpe or unigram")
+        raise UserError("a SentencePiece model of type word or char cannot become a tokenizer.json: use bpe or unigram")
     steps = [normalizers.Precompiled(normalizer.precompiled_charsmap)] if normalizer.precompiled_charsmap else []
     if normalizer.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" +"), " ")]

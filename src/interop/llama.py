@@ -1,10 +1,10 @@
-"""The plain family as a Llama: names and shapes of the weights in other programs, and which models are no Llama.
+"""The plain family as a Llama: names and shapes of its weights in other programs, and a check for models that are none.
 
     recursion none, norm pre, positions rope  =  Llama (arXiv:2302.13971)
 
-Queries and keys are rotated in pairs of channels. This model and Hugging Face pair channel i with i + E/2, but
-llama2.c and GGUF pair the adjacent channels 2i and 2i + 1. The conversion permutes the rows of the query and key weights
-accordingly. No other values change.
+Queries and keys are rotated in pairs of channels. This project and Hugging Face pair channel i with i + E/2, where E is
+the head size; llama2.c and GGUF pair the adjacent channels 2i and 2i + 1. The conversion permutes the rows of the query
+and key weights accordingly. No other values change.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,8 @@ class Dialect(NamedTuple):
 
 ENDS = ("embed", "norm", "head")
 BLOCK = ("attn_norm", "q", "k", "v", "out", "mlp_norm", "gate", "down", "up")
-WHOLE = {"attn_norm": "attn_norm", "attn.out": "out", "mlp_norm": "mlp_norm", "mlp.down": "down"}  # weights that this project does not fuse
+# name here -> part of a Llama, for the weights that are not fused here; q, k, v and gate, up are
+WHOLE = {"attn_norm": "attn_norm", "attn.out": "out", "mlp_norm": "mlp_norm", "mlp.down": "down"}
 
 
 def _dialect(blocks, adjacent, names):
@@ -100,7 +101,7 @@ def from_llama(c: TRMConfig, tensors: dict[str, Tensor], dialect: Dialect, where
     if c.tie_embeddings and head in tensors:
         embed = tensors.get(weight_name(dialect, "embed"))
         if embed is not None and not torch.equal(tensors[head], embed):
-            raise UserError(f"{where}: {head} differs from the embedding, but its settings tie them: correct them")
+            raise UserError(f"{where}: {head} differs from the embedding, but the settings tie the two: correct the settings")
         tensors = {name: tensor for name, tensor in tensors.items() if name != head}
     _check_names(c, tensors, dialect, where)
 
@@ -140,27 +141,28 @@ def to_llama(c: TRMConfig, weights: dict[str, Tensor], dialect: Dialect) -> dict
 
 
 def _check_names(c, tensors, dialect, where):
+    """Raises UserError unless `tensors` are exactly those of a Llama with these settings."""
     shapes = part_shapes(c)
     expected = {weight_name(dialect, part): shapes[part] for part in ENDS if part != "head" or not c.tie_embeddings}
     for layer in range(c.n_layers):
         expected |= {weight_name(dialect, part, layer): shapes[part] for part in BLOCK}
     for name in sorted(expected.keys() - tensors.keys()):
-        raise UserError(f"{where} lacks {name}: its settings and its weights are of different models")
+        raise UserError(f"{where} lacks {name}: settings and weights belong to different models; copy both again")
     for name in sorted(tensors.keys() - expected.keys()):
-        raise UserError(f"{where} holds {name}, which a Llama without biases has no place for: it cannot be converted")
+        raise UserError(f"{where} contains {name}, which a Llama without biases does not have: it cannot be converted")
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             is_shape = list(tensors[name].shape)
-            raise UserError(f"{where}: {name} has shape {is_shape}, by its settings it should be {list(shape)}")
+            raise UserError(f"{where}: {name} has shape {is_shape}, but its settings require {list(shape)}")
 
 
 def check_plain(c: TRMConfig, where, wanted: str):
     """Raises UserError if the model is not a Llama; `wanted` is the target format, for the message."""
     if c.recursion != "none":
-        raise UserError(f"{where}: a recursive model (recursion {c.recursion}) is no Llama: choose --to hub")
+        raise UserError(f"{where}: a recursive model (recursion {c.recursion}) is not a Llama: choose --to hub")
     llama = {"norm": "pre", "positions": "rope", "mixer": "attention", "causal": True, "qk_norm": False}
     llama |= {"prelude_layers": 0, "coda_layers": 0, "embed_scale": 1.0}
     for name, value in llama.items():
         if getattr(c, name) != value:
-            has = f"its {name} is {getattr(c, name)}, a Llama's is {value}"
+            has = f"its {name} is {getattr(c, name)}, but a Llama has {value}"
             raise UserError(f"{where} cannot be written as {wanted}: {has}; choose --to hub")

@@ -50,11 +50,18 @@ def contrib_operators(proto) -> list[str]:
 
 def readme(folder_name: str, facts: dict) -> str:
     """Returns the text of an export folder's README.md; `facts` is the content of its onnx.json."""
-    template, kinds = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("readme.md", "tokenizers.yaml"))
+    template, pieces = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("readme.md", "example.yaml"))
+    pieces = yaml.safe_load(pieces)
+    tokenizer = pieces["tokenizers"][facts["tokenizer"]]
+    dequantizes = facts["precision"] == "int8" and not facts["contrib_ops"]
     operators = ", ".join(facts["contrib_ops"])
+    bos = '[facts["bos_id"]]'
     more = {
         "name": folder_name,
-        "license": f" Licence: {facts['license']}." if facts.get("license") else "",
+        "license": f" License: {facts['license']}." if facts.get("license") else "",
         "contrib": f"{operators} (com.microsoft, of ONNX Runtime)" if operators else "none",
+        "session": pieces["sessions"]["dequantizes" if dequantizes else "plain"],
+        # a model that was trained without BOS still needs one token to continue an empty text
+        "start": f"{bos} + {tokenizer['encode']}" if facts["add_bos"] else f"{tokenizer['encode']} or {bos}",
     }
-    return Template(template).substitute(facts | yaml.safe_load(kinds)[facts["tokenizer"]] | more)
+    return Template(template).substitute(facts | tokenizer | more)
