@@ -10,7 +10,8 @@
 Before the folder is put in place, the graph is checked against the model: the logits of padded rows, both in one call
 and token by token, and greedy text that is longer than the context. The folder's README.md has an example that runs the
 graph without this project. The script prints the facts about the graph on stdout as one JSON line. Exporting takes one
-or two seconds per executed block (visits x layers), because the graph unrolls all visits; shared weights are stored once.
+or two seconds per executed block (visits x layers), because the graph unrolls all visits. Shared weights are stored
+once.
 
 Needs: pip install onnx==1.23.2 onnxruntime==1.31.1 onnxscript==0.7.2
 """

@@ -132,7 +132,10 @@ def read_source(path, tokenizer=None) -> Source:
 
 def _without_spare_rows(path, config, weights, tokens):
     """Drops the embedding rows without a token; they only pad the vocabulary to a round size."""
-    print(f"{path}: the embedding has {config.vocab_size} rows for {tokens} tokens; unused rows are dropped", file=sys.stderr)
+    print(
+        f"{path}: the embedding has {config.vocab_size} rows for {tokens} tokens; unused rows are dropped",
+        file=sys.stderr,
+    )
     pad = config.pad_token_id if (config.pad_token_id or 0) < tokens else None
     tables = {n: t[:tokens].clone() for n, t in weights.items() if n in ("embed.weight", "head.weight")}
     return replace(config, vocab_size=tokens, pad_token_id=pad), weights | tables
@@ -156,7 +159,9 @@ def write(source: Source, dest, to: str = "checkpoint"):
         for path in outputs:
             os.rename(beside / path.name, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {dest}: {getattr(error, 'strerror', None) or error}; choose another DEST") from None
+        raise UserError(
+            f"cannot write {dest}: {getattr(error, 'strerror', None) or error}; choose another DEST"
+        ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

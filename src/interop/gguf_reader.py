@@ -134,7 +134,9 @@ def _read_tokenizer(reader, path):
         raise UserError(f"{path} contains no tokenizer: give one with --tokenizer")
     build = {"gpt2": _byte_level_bpe, "llama": _sentencepiece}.get(kind)
     if build is None:
-        raise UserError(f"{path} contains a tokenizer of type {kind}, which cannot be read: give another with --tokenizer")
+        raise UserError(
+            f"{path} contains a tokenizer of type {kind}, which cannot be read: give another with --tokenizer"
+        )
     return build(reader, tokens, types, path)
 
 

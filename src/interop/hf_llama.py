@@ -99,7 +99,9 @@ def _tensors(folder) -> dict[str, Tensor]:
     """Reads the weights of a folder: one safetensors file, or the shards that the index file lists."""
     if not (folder / INDEX).is_file():
         if not (folder / WEIGHTS).is_file():
-            raise UserError(f"{folder} contains no {WEIGHTS}: other weight files could run code; save the model as safetensors")
+            raise UserError(
+                f"{folder} contains no {WEIGHTS}: other weight files could run code; save the model as safetensors"
+            )
         return read_weights(folder / WEIGHTS)
     shards, tensors = read_object(folder / INDEX).get("weight_map"), {}
     if not isinstance(shards, dict) or any(not isinstance(n, str) or Path(n).name != n for n in shards.values()):
@@ -107,7 +109,9 @@ def _tensors(folder) -> dict[str, Tensor]:
     for shard in sorted(set(shards.values())):
         for name, tensor in read_weights(folder / shard).items():
             if shards.get(name) != shard:
-                raise UserError(f"{folder / shard} contains {name}, but {INDEX} does not list it there: copy the folder again")
+                raise UserError(
+                    f"{folder / shard} contains {name}, but {INDEX} does not list it there: copy the folder again"
+                )
             tensors[name] = tensor
     return tensors
 

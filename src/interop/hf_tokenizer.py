@@ -27,7 +27,7 @@ def to_hf(tokenizer) -> HFTokenizer:
 
 
 def to_json(tokenizer) -> tuple[bytes, list[str]]:
-    """Returns (content of a tokenizer.json, the PROBES that it encodes differently). It adds BOS if the tokenizer does."""
+    """Returns (content of a tokenizer.json, PROBES that it encodes differently). It adds BOS if `tokenizer` does."""
     from tokenizers import Tokenizer, decoders, processors
 
     def different(tok):

@@ -101,7 +101,9 @@ def from_llama(c: TRMConfig, tensors: dict[str, Tensor], dialect: Dialect, where
     if c.tie_embeddings and head in tensors:
         embed = tensors.get(weight_name(dialect, "embed"))
         if embed is not None and not torch.equal(tensors[head], embed):
-            raise UserError(f"{where}: {head} differs from the embedding, but the settings tie the two: correct the settings")
+            raise UserError(
+                f"{where}: {head} differs from the embedding, but the settings tie the two: correct the settings"
+            )
         tensors = {name: tensor for name, tensor in tensors.items() if name != head}
     _check_names(c, tensors, dialect, where)
 

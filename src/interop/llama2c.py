@@ -47,7 +47,9 @@ def read_bin(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
     with open(path, "rb") as file:
         start = file.read(HEADER.size)
     if start[:4] == LATER:
-        raise UserError(f"{path} has a later .bin version of llama2.c: give the .pt, or export it again with --version 0")
+        raise UserError(
+            f"{path} has a later .bin version of llama2.c: give the .pt, or export it again with --version 0"
+        )
     dim, hidden, layers, heads, kv_heads, vocab, context = HEADER.unpack(start)
     sizes = {"d_model": dim, "d_ff": hidden, "n_layers": layers, "n_heads": heads, "n_kv_heads": kv_heads}
     c = plain_config(path, vocab_size=abs(vocab), max_seq_len=context, tie_embeddings=vocab > 0, **sizes, **FIXED)
@@ -179,7 +181,9 @@ def read_pt(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
     except UserError:
         raise
     except Exception as error:  # torch.load raises many types
-        reason = "it contains more than tensors and numbers" if isinstance(error, pickle.UnpicklingError) else repr(error)
+        reason = (
+            "it contains more than tensors and numbers" if isinstance(error, pickle.UnpicklingError) else repr(error)
+        )
         raise UserError(f"{path} is not a llama2.c checkpoint, or it is broken ({reason}): copy it again") from None
     figures = {"step": saved.get("iter_num"), "best_valid_loss": saved.get("best_val_loss")}
     info = {name: _figure(value, f"{path}: its {name}") for name, value in figures.items() if value is not None}

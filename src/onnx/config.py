@@ -9,13 +9,13 @@ class OnnxExport:
     """What to export, and for which runtime.
 
     Args:
-        checkpoint: checkpoint or run folder (a run folder stands for its best checkpoint); none = the released checkpoint
+        checkpoint: checkpoint folder, or run folder (uses its best checkpoint); none = the released checkpoint
         output: folder to write; it will contain everything that generate.py --onnx needs
         enable_kv_cache: the graph takes and returns the key/value cache; false = it recomputes the whole text per token
         quantize: int8 = 8-bit weights and matrix products; the embedding stays in fp32
         opset: ONNX opset version; older runtimes need an older one; none = the exporter's default
         device: device that will run the graph: cpu, or cuda (ONNX Runtime's CUDA provider)
-        contrib_ops: use ONNX Runtime's own operators (com.microsoft), which are faster in it; false = only standard ONNX
+        contrib_ops: use ONNX Runtime's own operators (com.microsoft), which are faster; false = only standard ONNX
             operators, for other runtimes
         max_recursion_depth: number of recursion steps per token, fixed in the graph; none = as trained
     """

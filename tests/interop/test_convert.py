@@ -1,4 +1,4 @@
-"""convert.py as a user runs it: what goes to stdout and stderr, and one clear line for every mistake."""
+"""convert.py from the command line: what it prints on stdout and stderr, and one clear line for every mistake."""
 
 import pytest
 from huggingface_hub import ModelCard
@@ -60,7 +60,7 @@ def test_a_licence_by_flag_stays_with_the_model(mine, tmp_path):
         (["{mine}", "{tmp}/out", "--to", "onnx"], "--to onnx"),
         (["{mine}", "{tmp}/out", "--tokeniser", "byte"], "did you mean --tokenizer"),
         (["{mine}", "{tmp}/out", "--tokenizer", "{tmp}/no.json"], "no.json"),
-        (["{mine}/config.json", "{tmp}/out"], "config.json is none of"),
+        (["{mine}/config.json", "{tmp}/out"], "config.json is none of the known formats"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(mine, tmp_path, capsys, words, said):
