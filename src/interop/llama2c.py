@@ -92,7 +92,7 @@ def for_run_c(c: TRMConfig, weights: dict[str, Tensor], tokenizer, where) -> tup
     bos, eos = order[1:3]
     swaps = tokenizer.bos_id not in tokenizer.end_ids
     if swaps:
-        read, written = (bos, bos), (eos, bos)  # token 1 is read as BOS, and its score is that of EOS
+        read, written = (bos, bos), (eos, bos)  # token 1 is read as BOS, but its logit is that of EOS
     else:
         read, written = (bos, eos), (bos, eos)
     head = weights["embed.weight" if c.tie_embeddings else "head.weight"]
