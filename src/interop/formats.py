@@ -1,12 +1,12 @@
 """Conversion of models between this project's checkpoints and the formats of other programs.
 
-| format     | contents                                                      | read | written | families |
-|------------|---------------------------------------------------------------|------|---------|----------|
-| checkpoint | a checkpoint folder of this project                           | yes  | yes     | all      |
-| hub        | the same with a model card, for the Hugging Face Hub          | yes  | yes     | all      |
-| hf         | a Llama folder of Hugging Face (`src/interop/hf_llama.py`)            | yes  | yes     | plain    |
-| llama2c    | llama2.c's legacy .bin and tokenizer, or its .pt (`src/interop/llama2c.py`) | yes | .bin | plain  |
-| gguf       | a GGUF of Llama architecture (`src/interop/gguf_reader.py`)           | yes  | no      | plain    |
+| format     | contents                                                                    | read | written | families |
+|------------|-----------------------------------------------------------------------------|------|---------|----------|
+| checkpoint | a checkpoint folder of this project                                         | yes  | yes     | all      |
+| hub        | the same with a model card, for the Hugging Face Hub                        | yes  | yes     | all      |
+| hf         | a Llama folder of Hugging Face (`src/interop/hf_llama.py`)                  | yes  | yes     | plain    |
+| llama2c    | llama2.c's legacy .bin and tokenizer, or its .pt (`src/interop/llama2c.py`) | yes  | .bin    | plain    |
+| gguf       | a GGUF of Llama architecture (`src/interop/gguf_reader.py`)                 | yes  | no      | plain    |
 
 No code from a source file is executed: sources are safetensors, plain arrays, or .pt files, which are loaded with
 torch.load(weights_only=True).

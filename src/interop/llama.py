@@ -114,7 +114,8 @@ def from_llama(c: TRMConfig, tensors: dict[str, Tensor], dialect: Dialect, where
         return halves_from_adjacent(get(part, layer), heads) if dialect.adjacent else get(part, layer)
 
     own = {"embed.weight": get("embed"), "net.norm.weight": get("norm")}
-    own |= {} if c.tie_embeddings else {"head.weight": get("head")}
+    if not c.tie_embeddings:
+        own["head.weight"] = get("head")
     for i in range(c.n_layers):
         q, k = rotated("q", i, c.n_heads), rotated("k", i, c.n_kv_heads)
         block = {name: get(part, i) for name, part in WHOLE.items()}
@@ -127,7 +128,8 @@ def from_llama(c: TRMConfig, tensors: dict[str, Tensor], dialect: Dialect, where
 def to_llama(c: TRMConfig, weights: dict[str, Tensor], dialect: Dialect) -> dict[str, Tensor]:
     """Converts this project's weights to Llama weights; a tied head is left out."""
     ends = {"embed": weights["embed.weight"], "norm": weights["net.norm.weight"]}
-    ends |= {} if c.tie_embeddings else {"head": weights["head.weight"]}
+    if not c.tie_embeddings:
+        ends["head"] = weights["head.weight"]
     llama = {weight_name(dialect, part): tensor for part, tensor in ends.items()}
     for i in range(c.n_layers):
         own = {name: weights[f"net.blocks.{i}.{name}.weight"] for name in (*WHOLE, "attn.qkv", "mlp.gate_up")}

@@ -99,13 +99,15 @@ def for_run_c(c: TRMConfig, weights: dict[str, Tensor], tokenizer, where) -> tup
     head = _rows(head, [order[0], *written, *order[3:]])
     embed = _rows(weights["embed.weight"], [order[0], *read, *order[3:]])
     c = replace(c, vocab_size=len(order), tie_embeddings=c.tie_embeddings and not swaps, pad_token_id=None)
-    weights = weights | {"embed.weight": embed} | ({} if c.tie_embeddings else {"head.weight": head})
+    weights = weights | {"embed.weight": embed}
+    if not c.tie_embeddings:
+        weights["head.weight"] = head
     entries = (struct.pack("<fi", score, len(name)) + name for name, score in zip(names, scores))
     data = struct.pack("<i", max(map(len, names))) + b"".join(entries)
     differences = {
         "run.c puts a space before a prompt, but this tokenizer does not": not tokenizer.prefix,
         "run.c begins every text with BOS, but this model does not": not tokenizer.add_bos,
-        "run.c knows one end of a text, but this model has several": len(tokenizer.end_ids) > 1 and swaps,
+        "run.c stops at one end token, but this model has several": len(tokenizer.end_ids) > 1 and swaps,
     }
     return c, weights, data, [sentence for sentence, is_so in differences.items() if is_so]
 

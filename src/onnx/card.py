@@ -58,7 +58,7 @@ def readme(folder_name: str, facts: dict) -> str:
     bos = '[facts["bos_id"]]'
     more = {
         "name": folder_name,
-        "license": f" License: {facts['license']}." if facts.get("license") else "",
+        "license": f"\nLicense: {facts['license']}." if facts.get("license") else "",
         "contrib": f"{operators} (com.microsoft, of ONNX Runtime)" if operators else "none",
         "session": pieces["sessions"]["dequantizes" if dequantizes else "plain"],
         # a model that was trained without BOS still needs one token to continue an empty text

@@ -137,7 +137,7 @@ def test_refused_and_said(tokenizers, tiny, tmp_path, capsys):
         read_tokenizer_with(tokenizers["unigram"], tmp_path, add_bos=False, ends=[3, 9]), "here",
     )  # fmt: skip
     assert [sentence.split(",")[0] for sentence in said] == [
-        "run.c puts a space before a prompt", "run.c begins every text with BOS", "run.c knows one end of a text",
+        "run.c puts a space before a prompt", "run.c begins every text with BOS", "run.c stops at one end token",
     ]  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def test_no_file_tells_of_the_machine(export, tmp_path, monkeypatch):
             assert not found, (path.name, found)
     assert run_example(large[1], tmp_path, "the cat", 5).startswith("the cat")
     card = (large[1] / "README.md").read_text(encoding="utf-8")
-    assert "MatMulNBits (com.microsoft, of ONNX Runtime). License: mit." in card
+    assert "MatMulNBits (com.microsoft, of ONNX Runtime).\nLicense: mit." in card
     properties = {entry.key: entry.value for entry in onnx.load(large[1] / "model.onnx").metadata_props}
     assert properties == {"family": "none", "vocab_size": "259", "context": "24", "license": "mit"}
 
