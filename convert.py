@@ -1,23 +1,26 @@
-"""Models in and out: Llama weights of other programs become checkpoints, and checkpoints become theirs.
+"""Convert Llama models of other programs to checkpoints, and checkpoints to the formats of other programs.
 
-    python convert.py stories260K.bin runs/stories260K --tokenizer tok512.bin     # llama2.c; its .pt as well
-    python convert.py SmolLM2-135M-Instruct.Q4_1.gguf runs/smollm2                # GGUF, needs the gguf package
+    python convert.py stories260K.bin runs/stories260K --tokenizer tok512.bin     # llama2.c .bin, or its .pt
+    python convert.py SmolLM2-135M-Instruct.Q4_1.gguf runs/smollm2                # GGUF; needs the gguf package
     python convert.py ~/models/TinyLlama runs/tinyllama                           # a Llama folder of Hugging Face
     python convert.py runs/mine runs/mine-hf --to hf                              # for transformers: plain models
     python convert.py runs/mine runs/mine.bin --to llama2c                        # for llama2.c's run.c: plain models
     python convert.py runs/mine runs/mine-hub --to hub                            # to upload: every family
 
-The format of SOURCE is recognized by what it holds. A checkpoint goes wherever others go: generate.py, eval_lm.py,
-export_onnx.py. Nothing in a source is run. DEST must not exist; its path goes to stdout when it is written.
+The script detects the format of SOURCE from its content. The resulting checkpoint works like any other, with
+generate.py, eval_lm.py and export_onnx.py. No code in SOURCE is executed. DEST must not exist. After writing DEST, the
+script prints its path on stdout.
 
-A converted model begins and ends its texts as at home: with BOS or without, at each of the ends that its files name;
-one of llama2.c ends at BOS too. Rows of an embedding that no token has are left out.
-  hf       transformers gets our ids, and texts (pipeline) but for characters of which a model writes a part only, and
-           ties between equally probable cuts of a unigram tokenizer. Names of special tokens in a text stay text.
-           A space that a tokenizer puts before a text stays where a whole text is decoded.
-  llama2c  tokens change places, and m.tokenizer.bin lies beside m.bin: run m.bin -z m.tokenizer.bin. run.c puts a
-           space before a prompt, cuts it by the scores of pieces alone (a unigram tokenizer, or one with a rule for
-           words, may cut it otherwise), and prints no single byte over 127 (characters beyond the vocabulary).
+A converted model keeps the start and end tokens of its source: it uses BOS if the source does, and stops at every end
+token that the source files name. A llama2.c model also stops at BOS. Embedding rows without a token are dropped.
+  hf       transformers produces the same token ids as this project. A pipeline produces the same text, except when the
+           model writes only part of a character, or when a unigram tokenizer has two equally probable segmentations.
+           The name of a special token inside a text is encoded as plain text. If the tokenizer adds a space before a
+           text, decoding a whole text keeps that space.
+  llama2c  The tokens are reordered, and m.tokenizer.bin is written next to m.bin: use `run m.bin -z m.tokenizer.bin`.
+           run.c adds a space before a prompt. It segments the prompt by piece scores only, so a unigram tokenizer or
+           one that splits words first may give other tokens. It does not print single bytes above 127, which encode
+           characters outside the vocabulary.
 """
 
 import sys
@@ -30,15 +33,15 @@ from src.errors import UserError
 
 @dataclass
 class ConvertConfig:
-    """What becomes what.
+    """What to convert, and to which format.
 
     Args:
-        paths: SOURCE and DEST (need no flag name)
-        tokenizer: the model's tokenizer, where it is not part of SOURCE: a tokenizer.json, a SentencePiece .model, a
-            tokenizer .bin of llama2.c, byte
-        to: checkpoint = a folder of this project, hub = the same with a model card, hf = a Llama folder of Hugging
-            Face, llama2c = a legacy .bin and its tokenizer
-        license: of the model, for the card of hub and hf, such as mit; default: what SOURCE says, if it does
+        paths: SOURCE and DEST, given without a flag
+        tokenizer: the model's tokenizer, if SOURCE does not include it: a tokenizer.json, a SentencePiece .model, a
+            llama2.c tokenizer .bin, or byte
+        to: checkpoint = a checkpoint folder of this project, hub = the same with a model card, hf = a Hugging Face
+            Llama folder, llama2c = a legacy .bin and its tokenizer
+        license: license named in the model card of hub and hf, such as mit; default: the license in SOURCE, if any
     """
 
     paths: list[str] = field(default_factory=list)
@@ -51,7 +54,7 @@ class ConvertConfig:
 def parse_args(argv=None) -> ConvertConfig:
     (config,) = parse_flags(__doc__, ConvertConfig, argv=argv, positional="paths")
     if len(config.paths) != 2:
-        raise UserError(f"{len(config.paths)} paths given: name the model and where it goes, SOURCE DEST")
+        raise UserError(f"{len(config.paths)} paths given: give two paths, SOURCE and DEST")
     return config
 
 
@@ -72,7 +75,7 @@ def main(argv=None):
         source.info["license"] = config.license
     write(source, dest, config.to)
     if config.to == "llama2c":
-        print(f"{tokenizer_file(dest)} is its tokenizer, which run.c takes with -z", file=sys.stderr)
+        print(f"{tokenizer_file(dest)} is its tokenizer: pass it to run.c with -z", file=sys.stderr)
     if config.to in ("hub", "hf"):
         print(f"to upload: hf upload NAME/OF_REPOSITORY {dest}", file=sys.stderr)
     print(dest)

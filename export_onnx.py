@@ -1,16 +1,17 @@
-"""Export a checkpoint to ONNX: a folder with graph, settings and tokenizer, which needs no torch model any more.
+"""Export a checkpoint to an ONNX folder: graph, settings and tokenizer. Running it needs no PyTorch and no checkpoint.
 
     python export_onnx.py --output onnx/stdlib                    # the released checkpoint
     python export_onnx.py runs/trm --output onnx/trm --quantize int8
     python export_onnx.py runs/trm --output onnx/deep --max_recursion_depth 4
     python export_onnx.py runs/trm --output onnx/gpu --device cuda
-    python export_onnx.py runs/trm --output onnx/plain --contrib_ops false    # for other runtimes than ONNX Runtime
+    python export_onnx.py runs/trm --output onnx/plain --contrib_ops false    # for runtimes other than ONNX Runtime
     python generate.py --onnx onnx/trm --prompt "def main("
 
-The graph is checked against the model before it takes its place: logits of padded rows at once and token by token,
-greedy text beyond the context. The folder's README.md has an example that runs it without this program. stdout has the
-facts as one JSON line. Exporting takes a second or two for each block that is run (visits x layers), as every visit is
-written out; its weights are stored once.
+Before the folder is put in place, the graph is checked against the model: the logits of padded rows, both in one call
+and token by token, and greedy text that is longer than the context. The folder's README.md has an example that runs the
+graph without this project. The script prints the facts about the graph on stdout as one JSON line. Exporting takes one
+or two seconds per executed block (visits x layers), because the graph unrolls all visits. Shared weights are stored
+once.
 
 Needs: pip install onnx==1.23.2 onnxruntime==1.31.1 onnxscript==0.7.2
 """
@@ -31,20 +32,21 @@ from src.onnx.export import export_onnx
 
 
 def describe(settings: OnnxExport, facts: dict) -> str:
-    """What came out, for people."""
+    """Returns a summary of the export for the terminal."""
     errors = facts["errors"]
     lines = [
         f"{settings.output}: opset {facts['opset']}, {facts['precision']}, {facts['attention']} attention, "
         f"{'with' if facts['cache'] else 'without'} cache, {facts['bytes'] / 2**20:.1f} MiB",
-        "operators that are not ONNX's own: "
-        + (f"{', '.join(facts['contrib_ops'])} (--contrib_ops false does without)" if facts["contrib_ops"] else "none"),
-        f"checked against torch: logits differ by {errors['logits']:.1g} at most, the greedy text is the same",
+        "operators outside the ONNX standard: "
+        + (f"{', '.join(facts['contrib_ops'])} (--contrib_ops false avoids them)" if facts["contrib_ops"] else "none"),
+        f"checked against torch: logits differ by at most {errors['logits']:.1g}, greedy text is identical",
     ]
     if "int8" in errors:
         e = errors["int8"]
         lines.append(
-            f"int8 against fp32, on text of the model's own: logits off by {e['rms']:.3g} (rms; they spread "
-            f"{e['deviation']:.3g}), same likeliest token {e['same_likeliest']:.1%}, loss +{e['nats']:.2g} nats a token"
+            f"int8 against fp32, on text that the model generated: rms error of the logits {e['rms']:.3g} (their "
+            f"standard deviation is {e['deviation']:.3g}), same most likely token {e['same_likeliest']:.1%}, "
+            f"loss +{e['nats']:.2g} nats per token"
         )
     return "\n".join(lines)
 

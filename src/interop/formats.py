@@ -1,14 +1,15 @@
-"""Models into and out of other programs' formats.
+"""Conversion of models between this project's checkpoints and the formats of other programs.
 
-| format     | is                                                            | read | written | families |
-|------------|---------------------------------------------------------------|------|---------|----------|
-| checkpoint | a checkpoint folder of this project                           | yes  | yes     | all      |
-| hub        | the same with a model card, for the Hugging Face Hub          | yes  | yes     | all      |
-| hf         | a Llama folder of Hugging Face (`src/interop/hf_llama.py`)            | yes  | yes     | plain    |
-| llama2c    | llama2.c's legacy .bin and its tokens, its .pt (`src/interop/llama2c.py`) | yes | .bin | plain    |
-| gguf       | a GGUF of Llama architecture (`src/interop/gguf_reader.py`)           | yes  | no      | plain    |
+| format     | contents                                                                    | read | written | families |
+|------------|-----------------------------------------------------------------------------|------|---------|----------|
+| checkpoint | a checkpoint folder of this project                                         | yes  | yes     | all      |
+| hub        | the same with a model card, for the Hugging Face Hub                        | yes  | yes     | all      |
+| hf         | a Llama folder of Hugging Face (`src/interop/hf_llama.py`)                  | yes  | yes     | plain    |
+| llama2c    | llama2.c's legacy .bin and tokenizer, or its .pt (`src/interop/llama2c.py`) | yes  | .bin    | plain    |
+| gguf       | a GGUF of Llama architecture (`src/interop/gguf_reader.py`)                 | yes  | no      | plain    |
 
-Nothing in a source is ever run: it is safetensors, arrays of numbers, or a .pt under torch.load's weights_only.
+No code from a source file is executed: sources are safetensors, plain arrays, or .pt files, which are loaded with
+torch.load(weights_only=True).
 """
 
 import os
@@ -36,26 +37,26 @@ from src.tokenizer import read_tokenizer
 
 
 class Source(NamedTuple):
-    """A model on its way from one format to another."""
+    """A model that was read from any format and can be written in another."""
 
     path: Path
     config: TRMConfig
-    weights: dict[str, Tensor]  # under this model's names, in the dtype of the source
+    weights: dict[str, Tensor]  # with this project's names, in the dtype of the source
     tokenizer: Any
-    info: dict  # figures for config.json and the model card
+    info: dict  # license, training figures and so on, for config.json and the model card
 
 
 class Format(NamedTuple):
-    """How a kind of source is called and read."""
+    """The name of a source format and the functions that read it."""
 
     name: str
     read: Callable  # path -> (config, weights, info)
     read_tokenizer: Callable  # path -> tokenizer
-    read_ends: Callable | None  # path, tokenizer -> arguments of tokenizer.set_ends; None: the tokenizer knows them
+    read_ends: Callable | None  # path, tokenizer -> arguments of tokenizer.set_ends; None: the tokenizer has them
 
 
 def _read_checkpoint(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
-    """(config, weights, info) of a checkpoint or run folder: the averaged weights where they exist."""
+    """Returns (config, weights, info) of a checkpoint or run folder, with the averaged weights if there are any."""
     folder = resolve(path)
     config, averaged = load_config(folder), folder / "ema.safetensors"
     path = averaged if averaged.exists() else folder / "model.safetensors"
@@ -66,13 +67,14 @@ def _read_checkpoint(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
 
 
 def _read_tokenizer_beside(path):
+    """Reads m.tokenizer.bin beside m.bin or m.pt."""
     if not tokenizer_file(path).is_file():
-        raise UserError(f"{path}: llama2.c keeps the tokenizer in a file of its own: give it with --tokenizer")
+        raise UserError(f"{path}: a llama2.c model has its tokenizer in a separate file: give it with --tokenizer")
     return read_tokenizer(tokenizer_file(path))
 
 
 def _ends_with_bos(path, tokenizer) -> dict:
-    return {"ends": [tokenizer.bos_id]}  # where run.c stops
+    return {"ends": [tokenizer.bos_id]}  # run.c stops at BOS
 
 
 FORMATS = {
@@ -84,11 +86,11 @@ FORMATS = {
     "pt": Format("a .pt checkpoint of llama2.c", read_pt, _read_tokenizer_beside, _ends_with_bos),
     "bin": Format("a legacy .bin of llama2.c", read_bin, _read_tokenizer_beside, _ends_with_bos),
 }
-SPARE_ROWS = 128  # of an embedding, where the tokenizer is another file: more, and it is of another model
+SPARE_ROWS = 128  # with a separate tokenizer file, this many unused embedding rows mean that it is the wrong file
 
 
 def recognize(path) -> Format:
-    """The format of a source, judged by what it holds.  UserError where it is none of FORMATS."""
+    """Detects the format of a source from its content. Raises UserError if it is none of FORMATS."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"there is no {path}: correct the path of the model")
@@ -103,23 +105,24 @@ def recognize(path) -> Format:
     for kind, is_it in (("gguf", start[:4] == MAGIC), ("pt", start[:4] == b"PK\x03\x04"), ("bin", is_bin(start))):
         if is_it:
             return FORMATS[kind]
-    raise UserError(f"{path} is none of: {', '.join(format.name for format in FORMATS.values())}")
+    raise UserError(f"{path} is none of the known formats: {', '.join(format.name for format in FORMATS.values())}")
 
 
 def read_source(path, tokenizer=None) -> Source:
-    """A model of any format that is read, with the tokenizer of a file (`tokenizer`), else its own.
+    """Reads a model of any supported format. Its tokenizer comes from the file `tokenizer`, by default from the source.
 
-    Raises UserError for what is missing, broken, not a Llama, or does not fit together."""
+    Raises UserError if a part is missing or broken, if the model is not a Llama, or if the parts do not match."""
     path, source = Path(path), recognize(path)
     config, weights, info = source.read(path)
     own = read_tokenizer(tokenizer) if tokenizer is not None else source.read_tokenizer(path)
     if source.read_ends is not None:
         own.set_ends(**source.read_ends(path, own))
     spare, is_ours = config.vocab_size - own.vocab_size, source is FORMATS["checkpoint"]
+    # a checkpoint of this project never has spare rows, and another file must not leave many
     if spare < 0 or spare and (is_ours or tokenizer is not None and spare >= SPARE_ROWS):
         raise UserError(
             f"{path}: {tokenizer or 'its tokenizer'} has {own.vocab_size} tokens, the model {config.vocab_size}: "
-            "they do not belong together; give the model's own with --tokenizer"
+            "they belong to different models; give the right tokenizer with --tokenizer"
         )
     if spare:
         config, weights = _without_spare_rows(path, config, weights, own.vocab_size)
@@ -128,24 +131,27 @@ def read_source(path, tokenizer=None) -> Source:
 
 
 def _without_spare_rows(path, config, weights, tokens):
-    """A model without the rows that no token has: they only make its size a rounder number."""
-    print(f"{path}: {config.vocab_size} rows for {tokens} tokens; those beyond are left out", file=sys.stderr)
+    """Drops the embedding rows without a token; they only pad the vocabulary to a round size."""
+    print(
+        f"{path}: the embedding has {config.vocab_size} rows for {tokens} tokens; unused rows are dropped",
+        file=sys.stderr,
+    )
     pad = config.pad_token_id if (config.pad_token_id or 0) < tokens else None
     tables = {n: t[:tokens].clone() for n, t in weights.items() if n in ("embed.weight", "head.weight")}
     return replace(config, vocab_size=tokens, pad_token_id=pad), weights | tables
 
 
 def write(source: Source, dest, to: str = "checkpoint"):
-    """Write a model as `to` (checkpoint, hub, hf or llama2c), whole or not at all.
+    """Writes a model in the format `to` (checkpoint, hub, hf or llama2c). A failure leaves nothing behind at `dest`.
 
-    Raises UserError where dest exists, and for a model that the format cannot hold."""
+    Raises UserError if `dest` exists, or if the format cannot represent the model."""
     dest = Path(dest)
     outputs = [dest, tokenizer_file(dest)] if to == "llama2c" else [dest]
     for path in outputs:
         check_free(path)
     if to in ("hf", "llama2c"):
         check_plain(source.config, source.path, to)
-    beside = dest.with_name(f".{dest.name}.partial")
+    beside = dest.with_name(f".{dest.name}.partial")  # renamed when everything is written
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
@@ -153,15 +159,17 @@ def write(source: Source, dest, to: str = "checkpoint"):
         for path in outputs:
             os.rename(beside / path.name, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {dest}: {getattr(error, 'strerror', None) or error}; choose another") from None
+        raise UserError(
+            f"cannot write {dest}: {getattr(error, 'strerror', None) or error}; choose another DEST"
+        ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_free(dest):
-    """UserError where something is at `dest` already."""
+    """Raises UserError if `dest` already exists."""
     if os.path.lexists(dest):
-        raise UserError(f"{dest} exists: choose another place, or remove it first")
+        raise UserError(f"{dest} exists: choose another DEST, or remove it first")
 
 
 def _write(source, path, to):

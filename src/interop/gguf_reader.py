@@ -1,4 +1,4 @@
-"""GGUF files of Llama architecture, through the `gguf` package: weights as float32, and the tokenizer inside."""
+"""Reads GGUF files with Llama architecture, using the `gguf` package: the weights as float32, and the tokenizer."""
 
 import functools
 
@@ -13,23 +13,23 @@ from src.model_config import LIMITS, TRMConfig
 from src.tokenizer import HFTokenizer, TokenizerWrapper
 
 MAGIC = b"GGUF"
-CONTROL, BYTE = 3, 6  # the token types of GGUF are SentencePiece's
+CONTROL, BYTE = 3, 6  # GGUF uses SentencePiece's token types
 TITLES = {
     **{"source_name": "general.name", "license": "general.license"},
     "base_model": "general.base_model.0.repo_url",
 }
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
-ENDS = ("eos", "eot", "eom")  # keys of token ids that end a text
+ENDS = ("eos", "eot", "eom")  # keys of the token ids that end a text
 ENDS_BY_NAME = "<|eot_id|> <|eom_id|> <|im_end|> <|end|> <|endoftext|> <|end_of_text|> <end_of_turn> <EOT>".split()
-LLAMA3_WORDS = (
+LLAMA3_WORDS = (  # the regular expression by which Llama 3 splits a text into words
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 
 
-@functools.lru_cache(1)  # a file's weights and its tokenizer are read one after the other
+@functools.lru_cache(1)  # weights and tokenizer are read in separate calls: parse the file only once
 def open_gguf(path):
-    """The gguf.GGUFReader of a file.  UserError without the package, and for a file that is not whole."""
+    """Returns the gguf.GGUFReader of a file. Raises UserError if the package is missing or the file is incomplete."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -38,18 +38,18 @@ def open_gguf(path):
     class Reader(GGUFReader):
         def _get(self, offset, dtype, count=1, **options):
             end = int(offset) + int(count) * np.dtype(dtype).itemsize
-            if end > len(self.data):  # the package goes on with empty values, as often as a broken length says
-                raise ValueError(f"it ends at byte {len(self.data):,}, but asks for more")
+            if end > len(self.data):  # the package would continue with empty values, for any length in the file
+                raise ValueError(f"it ends at byte {len(self.data):,}, but its header declares more")
             return super()._get(offset, dtype, count, **options)
 
     try:
         return Reader(path)
-    except Exception as error:  # noqa: BLE001  (by where the file ends: ValueError, IndexError, KeyError, ...)
+    except Exception as error:  # noqa: BLE001  (ValueError, IndexError or KeyError, depending on where the file is cut)
         raise UserError(f"{path} is a broken or cut short GGUF file ({error}): copy it again") from None
 
 
 def read_gguf(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
-    """(config, this model's weights, what it calls itself) of a Llama's GGUF, quantized or not."""
+    """Returns (config, weights with this project's names, name and license) of a Llama GGUF, quantized or not."""
     reader = open_gguf(path)
     stored, tensors, end = {t.name: t for t in reader.tensors}, {}, 0
     try:
@@ -57,8 +57,8 @@ def read_gguf(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
         info = {title: str(value) for title, key in TITLES.items() if (value := _value(reader, key)) is not None}
         if "base_model" in info:
             info["base_model"] = info["base_model"].removeprefix("https://huggingface.co/")
-    except (TypeError, ValueError, OverflowError) as error:  # such as a text that is no UTF-8
-        raise UserError(f"{path} holds a setting of the wrong kind ({error}): it cannot be converted") from None
+    except (TypeError, ValueError, OverflowError) as error:  # for example a string that is not UTF-8
+        raise UserError(f"{path} contains a setting of the wrong type ({error}): it cannot be converted") from None
     from gguf import dequantize
 
     for name, tensor in sorted(stored.items(), key=lambda item: item[1].data_offset):
@@ -82,7 +82,7 @@ def _config(reader, tensors, path) -> TRMConfig:
     def get(key, default=None):
         value = _value(reader, f"llama.{key}", default)
         if value is None:
-            raise UserError(f"{path} lacks llama.{key}: it is no whole GGUF of a Llama")
+            raise UserError(f"{path} lacks llama.{key}: it is not a complete GGUF of a Llama")
         return value
 
     def size(key, *default):
@@ -91,21 +91,21 @@ def _config(reader, tensors, path) -> TRMConfig:
 
     name = _value(reader, "general.architecture")
     if name != "llama":
-        raise UserError(f"{path} is of architecture {name}: only llama can be converted")
+        raise UserError(f"{path} has the architecture {name}: only llama can be converted")
     heads, dim = size("attention.head_count"), size("embedding_length")
     scaling = get("rope.scaling.type", "none")
     unsupported = {
         "mixture of experts": get("expert_count", 0) > 0,
         "rotary factors per channel (rope_freqs, as of Llama 3.1)": "rope_freqs.weight" in tensors,
         f"rope scaling {scaling}": scaling not in ("none", "linear"),
-        "a part for each of several files": _value(reader, "split.count", 1) > 1,
+        "weights in several files": _value(reader, "split.count", 1) > 1,
         "heads that do not divide its width": dim % heads or get("rope.dimension_count", dim // heads) != dim // heads,
     }
     for what, is_so in unsupported.items():
         if is_so:
-            raise UserError(f"{path} has {what}, which this model has not: it cannot be converted")
+            raise UserError(f"{path} has {what}, which this project does not support: it cannot be converted")
     if "token_embd.weight" not in tensors:
-        raise UserError(f"{path} lacks token_embd.weight: it is no whole GGUF of a Llama")
+        raise UserError(f"{path} lacks token_embd.weight: it is not a complete GGUF of a Llama")
     return plain_config(
         path, d_model=dim, n_heads=heads, n_kv_heads=size("attention.head_count_kv", heads),
         n_layers=size("block_count"), d_ff=size("feed_forward_length"), max_seq_len=size("context_length"),
@@ -116,7 +116,9 @@ def _config(reader, tensors, path) -> TRMConfig:
 
 
 def read_gguf_tokenizer(path):
-    """The tokenizer inside a GGUF: SentencePiece (`llama`), or byte-level BPE (`gpt2`) where its word rule is known."""
+    """Returns the tokenizer inside a GGUF: SentencePiece (`llama`), or byte-level BPE (`gpt2`).
+
+    Raises UserError for any other kind, and for a BPE whose rule for splitting words is unknown here."""
     try:
         return _read_tokenizer(open_gguf(path), path)
     except UserError as error:
@@ -129,15 +131,17 @@ def _read_tokenizer(reader, path):
     kind, tokens = _value(reader, "tokenizer.ggml.model"), _value(reader, "tokenizer.ggml.tokens")
     types = _value(reader, "tokenizer.ggml.token_type")
     if tokens is None or types is None:
-        raise UserError(f"{path} holds no tokenizer: give one with --tokenizer")
+        raise UserError(f"{path} contains no tokenizer: give one with --tokenizer")
     build = {"gpt2": _byte_level_bpe, "llama": _sentencepiece}.get(kind)
     if build is None:
-        raise UserError(f"{path} holds a tokenizer of kind {kind}, which cannot be read: give another with --tokenizer")
+        raise UserError(
+            f"{path} contains a tokenizer of type {kind}, which cannot be read: give another with --tokenizer"
+        )
     return build(reader, tokens, types, path)
 
 
 def read_gguf_ends(path, tokenizer) -> dict:
-    """How texts begin and end by a GGUF: the arguments of `tokenizer.set_ends`, with llama.cpp's defaults."""
+    """Returns the arguments of `tokenizer.set_ends` (BOS and end tokens) for a GGUF, with llama.cpp's defaults."""
     reader = open_gguf(path)
     kind, pre = (_value(reader, f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     tokens, types = (_value(reader, f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
@@ -148,7 +152,7 @@ def read_gguf_ends(path, tokenizer) -> dict:
 
 
 def _byte_level_bpe(reader, tokens, types, path) -> HFTokenizer:
-    """A tokenizer.json of the tokens and merges of a GGUF."""
+    """Builds a tokenizer.json from the tokens and merges of a GGUF."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
@@ -162,7 +166,7 @@ def _byte_level_bpe(reader, tokens, types, path) -> HFTokenizer:
     pre = _value(reader, "tokenizer.ggml.pre", "default")
     if pre not in splits:
         raise UserError(
-            f"{path} splits words by the rule {pre!r}, known are {', '.join(splits)}: "
+            f"{path} splits words by the rule {pre!r}, but only {', '.join(splits)} are supported: "
             "give the model's tokenizer.json with --tokenizer"
         )
     merges = [tuple(merge.split(" ")) for merge in _value(reader, "tokenizer.ggml.merges", [])]
@@ -177,7 +181,7 @@ def _byte_level_bpe(reader, tokens, types, path) -> HFTokenizer:
 
 
 def _sentencepiece(reader, tokens, types, path) -> TokenizerWrapper:
-    """A SentencePiece model of the pieces and scores of a GGUF."""
+    """Builds a SentencePiece model from the pieces and scores of a GGUF."""
     from sentencepiece import sentencepiece_model_pb2 as pb  # its protobuf takes a while to import
 
     model = pb.ModelProto()

@@ -1,4 +1,4 @@
-"""Llama folders of Hugging Face: config.json, generation_config.json, safetensors (also sharded), tokenizer files."""
+"""Hugging Face Llama folders: config.json, generation_config.json, safetensors (also sharded), tokenizer files."""
 
 import json
 import re
@@ -22,11 +22,14 @@ SIZES = {
     **{"n_layers": "num_hidden_layers", "d_ff": "intermediate_size", "n_kv_heads": "num_key_value_heads"},
     "max_seq_len": "max_position_embeddings",
 }
-YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None}  # none other known
+# the only supported values of YaRN's parameters
+YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None}
 
 
 def read_hf(folder) -> tuple[TRMConfig, dict[str, Tensor], dict]:
-    """(config, this model's weights, its licence) of a Llama folder.  UserError for what this model has not."""
+    """Returns (config, weights with this project's names, license) of a Llama folder.
+
+    Raises UserError if the model needs a feature that this project does not have."""
     folder = Path(folder)
     c = _config(read_object(folder / "config.json"), folder / "config.json")
     tensors = {name: t for name, t in _tensors(folder).items() if not name.endswith("rotary_emb.inv_freq")}
@@ -34,7 +37,7 @@ def read_hf(folder) -> tuple[TRMConfig, dict[str, Tensor], dict]:
 
 
 def _licence(folder) -> dict:
-    """{"license": ...} where the model card names one."""
+    """Returns {"license": ...} if the model card names one, else {}."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     found = re.match(r"---\n(?:(?!---\n).*\n)*?license: *([\w.-]+)\n", text)
@@ -42,10 +45,10 @@ def _licence(folder) -> dict:
 
 
 def read_ends(folder, tokenizer) -> dict:
-    """How texts begin and end by a folder's settings: the arguments of `tokenizer.set_ends`.
+    """Returns the arguments of `tokenizer.set_ends` (BOS and end tokens) for a folder's settings.
 
-    `add_bos_token` decides about BOS, else whether tokenizer.json puts it before a text; folders that this project
-    wrote before it said so mean it."""
+    `add_bos_token` decides whether texts begin with BOS. Without it, they do if tokenizer.json adds BOS to a text.
+    Old folders of this project have no `add_bos_token`; their texts begin with BOS."""
     files = [Path(folder, name) for name in (CONFIG_FILE, *SETTINGS)]
     names, *settings = (read_object(file) if file.is_file() else {} for file in files)
     ends = [values.get("eos_token_id") for values in settings]
@@ -56,9 +59,9 @@ def read_ends(folder, tokenizer) -> dict:
 
 
 def _config(values: dict, path) -> TRMConfig:
-    """TRMConfig of Hugging Face's config.json; what is not in it has LlamaConfig's default."""
+    """Converts a Hugging Face config.json to a TRMConfig. A missing value gets LlamaConfig's default."""
     if values.get("model_type") != "llama":
-        raise UserError(f"{path} is of model_type {values.get('model_type')}: only llama can be converted")
+        raise UserError(f"{path} has model_type {values.get('model_type')}: only llama can be converted")
     try:
         kv_heads = values.get("num_key_value_heads") or values["num_attention_heads"]
         given = {"max_position_embeddings": 2048, **values, "num_key_value_heads": kv_heads}
@@ -72,13 +75,13 @@ def _config(values: dict, path) -> TRMConfig:
             f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") not in ("silu", "swish"),
             f"head_dim {values.get('head_dim')}": (values.get("head_dim") or dim // heads) * heads != dim,
             f"rope scaling {scaling}": scaling not in ("default", "linear", "yarn"),
-            "YaRN with numbers of its own": scaling == "yarn" and any(rope.get(k) not in (None, YARN[k]) for k in YARN),
+            "YaRN with changed parameters": scaling == "yarn" and any(rope.get(k) not in (None, YARN[k]) for k in YARN),
             "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
             "quantization_config": bool(values.get("quantization_config")),
         }
         for what, is_so in unsupported.items():
             if is_so:
-                raise UserError(f"{path} asks for {what}, which this model has not: it cannot be converted")
+                raise UserError(f"{path} needs {what}, which this project does not support: it cannot be converted")
         return plain_config(
             path, **sizes, norm_eps=values.get("rms_norm_eps", 1e-6),
             tie_embeddings=values.get("tie_word_embeddings") or False, pad_token_id=values.get("pad_token_id"),
@@ -87,42 +90,49 @@ def _config(values: dict, path) -> TRMConfig:
             rope_trained_len=rope["original_max_position_embeddings"] if scaling == "yarn" else None,
         )  # fmt: skip
     except KeyError as error:
-        raise UserError(f"{path} lacks {error.args[0]}: it is no whole config.json of a Llama") from None
+        raise UserError(f"{path} lacks {error.args[0]}: it is not a complete config.json of a Llama") from None
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path} holds a value of the wrong kind ({error}): correct it") from None
+        raise UserError(f"{path} contains a value of the wrong type ({error}): correct it") from None
 
 
 def _tensors(folder) -> dict[str, Tensor]:
+    """Reads the weights of a folder: one safetensors file, or the shards that the index file lists."""
     if not (folder / INDEX).is_file():
         if not (folder / WEIGHTS).is_file():
-            raise UserError(f"{folder} holds no {WEIGHTS}: other weight files may run code, save it as safetensors")
+            raise UserError(
+                f"{folder} contains no {WEIGHTS}: other weight files could run code; save the model as safetensors"
+            )
         return read_weights(folder / WEIGHTS)
     shards, tensors = read_object(folder / INDEX).get("weight_map"), {}
     if not isinstance(shards, dict) or any(not isinstance(n, str) or Path(n).name != n for n in shards.values()):
-        raise UserError(f"{folder / INDEX} has no weight_map of files beside it: copy the folder again")
+        raise UserError(f"{folder / INDEX} has no weight_map of files in the same folder: copy the folder again")
     for shard in sorted(set(shards.values())):
         for name, tensor in read_weights(folder / shard).items():
             if shards.get(name) != shard:
-                raise UserError(f"{folder / shard} holds {name}, which {INDEX} does not say: copy the folder again")
+                raise UserError(
+                    f"{folder / shard} contains {name}, but {INDEX} does not list it there: copy the folder again"
+                )
             tensors[name] = tensor
     return tensors
 
 
 def write_hf(folder, c: TRMConfig, weights: dict[str, Tensor], tokenizer):
-    """Write a plain model (`src.interop.llama.check_plain`) as a Llama folder that transformers opens."""
+    """Writes a plain model (see `src.interop.llama.check_plain`) as a Llama folder for transformers."""
     folder = Path(folder)
     folder.mkdir()
-    tensors = {name: tensor.clone() for name, tensor in to_llama(c, weights, HF).items()}  # no shared storage
+    # parts of a fused weight share its storage, which safetensors refuses: clone them
+    tensors = {name: tensor.clone() for name, tensor in to_llama(c, weights, HF).items()}
     save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids)}
     config = _hf_config(c, weights) | special | {"pad_token_id": c.pad_token_id}
     for name, values in zip(SETTINGS, (config, special | {"pad_token_id": tokenizer.pad_id})):
         (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     for text in save_for_transformers(tokenizer, folder, c.max_seq_len)[:1]:
-        print(f"{folder.name}: transformers cuts some texts into other tokens, such as {text!r}", file=sys.stderr)
+        print(f"{folder.name}: transformers splits some texts into other tokens, for example {text!r}", file=sys.stderr)
 
 
 def _hf_config(c, weights) -> dict:
+    """Returns the content of Hugging Face's config.json, without the special token ids."""
     kind = "linear" if c.rope_trained_len is None else "yarn"
     scaling = None if c.rope_scaling is None else {"rope_type": kind, "type": kind, "factor": c.rope_scaling}
     if scaling and kind == "yarn":
@@ -132,7 +142,7 @@ def _hf_config(c, weights) -> dict:
         "model_type": "llama",
         "hidden_act": "silu",
         "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,  # with rope_scaling the form that transformers 4 and 5 both read
+        "rope_theta": c.rope_theta,  # transformers 4 and 5 both read rope_theta and rope_scaling from here
         "rope_scaling": scaling,
         "tie_word_embeddings": c.tie_embeddings,
         "attention_bias": False,

@@ -1,6 +1,6 @@
-"""Any tokenizer as a tokenizer.json of the `tokenizers` library, for `transformers` and all else that reads such files.
+"""Writes any tokenizer as a tokenizer.json, for `transformers` and other programs that read this format.
 
-The ids of a text are the same there, BOS included; PROBES find where they are not.
+A text should get the same ids there as here, including BOS. The texts in PROBES are used to find differences.
 """
 
 import json
@@ -10,7 +10,7 @@ from src.data.tokenizer_json import CONFIG_FILE, JSON_FILE, MODEL_FILE, SPACE, S
 from src.errors import UserError
 from src.tokenizer import HFTokenizer
 
-PROBES = [  # texts by which tokenizers are told apart
+PROBES = [  # texts on which tokenizers often differ
     "", " ", "  two  spaces ", "Once upon a time, there was a little girl named Lily.",
     "def f(x):\n    return  x[10:]\n", "a\tb\r\n\n\n", "3.14159 20000", "I don't",
     "京都は日本の都市である。", "😀👩‍👩‍👧 é ｆ①", "\u2581 mark\u2581", "<0x41>",
@@ -18,7 +18,7 @@ PROBES = [  # texts by which tokenizers are told apart
 
 
 def to_hf(tokenizer) -> HFTokenizer:
-    """The same tokens under the same ids in the `tokenizers` library.  UserError for what it has not."""
+    """Returns the same tokens and ids as an HFTokenizer. Raises UserError if the library has no such model."""
     if tokenizer.kind == "hf":
         return tokenizer
     tok = _of_bytes() if tokenizer.kind == "byte" else _of_sentencepiece(tokenizer)
@@ -27,7 +27,7 @@ def to_hf(tokenizer) -> HFTokenizer:
 
 
 def to_json(tokenizer) -> tuple[bytes, list[str]]:
-    """(content of a tokenizer.json, which puts BOS where this model has it; the PROBES that it cuts otherwise)."""
+    """Returns (content of a tokenizer.json, PROBES that it encodes differently). It adds BOS if `tokenizer` does."""
     from tokenizers import Tokenizer, decoders, processors
 
     def different(tok):
@@ -45,7 +45,7 @@ def to_json(tokenizer) -> tuple[bytes, list[str]]:
     )
     tok.post_processor = begin if tokenizer.add_bos else None
     if tokenizer.prefix and not isinstance(tok.decoder, decoders.ByteLevel):
-        # the space before a text stays: `transformers` decodes what was written by itself, where it is a real one
+        # keep the leading space: `transformers` decodes a continuation separately, and there the space is real
         parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         tok.decoder = decoders.Sequence(parts)
     data = tok.to_str()
@@ -53,10 +53,10 @@ def to_json(tokenizer) -> tuple[bytes, list[str]]:
 
 
 def save_for_transformers(tokenizer, folder, max_len: int) -> list[str]:
-    """Write the tokenizer into a folder for `transformers` and for `read_tokenizer`; the PROBES that differ there.
+    """Writes the tokenizer into a folder for `transformers` and `read_tokenizer`; returns the PROBES that differ.
 
-    tokenizer_config.json names the class that takes tokenizer.json as it is; names of special tokens stay text, and
-    rows are padded on the left, as here."""
+    tokenizer_config.json names the class that uses tokenizer.json unchanged. As in this project, the name of a special
+    token in a text is encoded as plain text, and rows are padded on the left."""
     tokenizer.save(folder)
     data, different = to_json(tokenizer)
     (Path(folder) / JSON_FILE).write_bytes(data)
@@ -69,6 +69,7 @@ def save_for_transformers(tokenizer, folder, max_len: int) -> list[str]:
 
 
 def _of_bytes():
+    """Builds the byte tokenizer: a BPE without merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     tok = Tokenizer(models.BPE(byte_characters(), []))
@@ -79,7 +80,7 @@ def _of_bytes():
 
 
 def _of_sentencepiece(tokenizer):
-    """Its pieces keep spaces as spaces, so that U+2581 in a text is another character, as it is here."""
+    """Converts a SentencePiece model. Its pieces get real spaces, because U+2581 in a text is a different character."""
     from sentencepiece import sentencepiece_model_pb2 as pb  # its protobuf takes a while to import
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
@@ -88,7 +89,7 @@ def _of_sentencepiece(tokenizer):
     pieces = [(p.piece.replace(SPACE, " "), p.score) for p in model.pieces]
     if trainer.model_type == pb.TrainerSpec.UNIGRAM:
         for i, piece in enumerate(model.pieces):
-            if piece.type == kind.USER_DEFINED:  # SentencePiece prefers these, found by trial (0.2.3) by so much
+            if piece.type == kind.USER_DEFINED:  # SentencePiece prefers these; the bonus was measured (0.2.3)
                 pieces[i] = pieces[i][0], 0.1 * len(piece.piece.encode()) - 0.1
         tok = Tokenizer(models.Unigram(pieces, tokenizer.unk_id, trainer.byte_fallback))
     elif trainer.model_type == pb.TrainerSpec.BPE:
@@ -99,7 +100,7 @@ def _of_sentencepiece(tokenizer):
         vocab, unk = {name: i for i, (name, _) in enumerate(pieces)}, pieces[tokenizer.unk_id][0]
         tok = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=trainer.byte_fallback))
     else:
-        raise UserError("a SentencePiece model of words or characters has no tokenizer.json: use bpe or unigram")
+        raise UserError("a SentencePiece model of type word or char cannot become a tokenizer.json: use bpe or unigram")
     steps = [normalizers.Precompiled(normalizer.precompiled_charsmap)] if normalizer.precompiled_charsmap else []
     if normalizer.remove_extra_whitespaces:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" +"), " ")]

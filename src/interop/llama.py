@@ -1,9 +1,10 @@
-"""The plain family as a Llama: names and shapes of its weights in other programs' files, and what a Llama is not.
+"""The plain family as a Llama: names and shapes of its weights in other programs, and a check for models that are none.
 
     recursion none, norm pre, positions rope  =  Llama (arXiv:2302.13971)
 
-Queries and keys are rotated in pairs of channels. This model and Hugging Face pair channel i with i + E/2, llama2.c
-and GGUF the adjacent 2i with 2i + 1: the rows of those weights change places on the way, and nothing else does.
+Queries and keys are rotated in pairs of channels. This project and Hugging Face pair channel i with i + E/2, where E is
+the head size; llama2.c and GGUF pair the adjacent channels 2i and 2i + 1. The conversion permutes the rows of the query
+and key weights accordingly. No other values change.
 """
 
 from typing import NamedTuple
@@ -18,16 +19,17 @@ from src.model_config import LIMITS, TRMConfig
 
 
 class Dialect(NamedTuple):
-    """How a file format writes a Llama's weights."""
+    """How a file format names and orders the weights of a Llama."""
 
-    blocks: str  # precedes a block's number
-    adjacent: bool  # rotates adjacent channels
+    blocks: str  # prefix before the block number
+    adjacent: bool  # whether it rotates adjacent channels
     names: dict[str, str]  # part -> name, without `blocks` and `.weight`
 
 
 ENDS = ("embed", "norm", "head")
 BLOCK = ("attn_norm", "q", "k", "v", "out", "mlp_norm", "gate", "down", "up")
-WHOLE = {"attn_norm": "attn_norm", "attn.out": "out", "mlp_norm": "mlp_norm", "mlp.down": "down"}  # not fused here
+# name here -> part of a Llama, for the weights that are not fused here; q, k, v and gate, up are
+WHOLE = {"attn_norm": "attn_norm", "attn.out": "out", "mlp_norm": "mlp_norm", "mlp.down": "down"}
 
 
 def _dialect(blocks, adjacent, names):
@@ -58,13 +60,13 @@ GGUF = _dialect(
 
 
 def weight_name(dialect: Dialect, part: str, layer: int | None = None) -> str:
-    """Name of a part's weight; `layer` is the number of its block."""
+    """Returns the name of a part's weight; `layer` is the block number, None for parts outside the blocks."""
     block = "" if layer is None else f"{dialect.blocks}.{layer}."
     return f"{block}{dialect.names[part]}.weight"
 
 
 def part_shapes(c: TRMConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every part of a Llama: the ends', and those of each of its blocks."""
+    """Returns the shape of every part of a Llama: embedding, last norm and head, and the parts of a block."""
     D, F, kv = c.d_model, c.d_ff, c.n_kv_heads * c.head_dim
     ends = {"embed": (c.vocab_size, D), "norm": (D,), "head": (c.vocab_size, D)}
     attention = {"attn_norm": (D,), "q": (D, D), "k": (kv, D), "v": (kv, D), "out": (D, D)}
@@ -72,7 +74,7 @@ def part_shapes(c: TRMConfig) -> dict[str, tuple[int, ...]]:
 
 
 def halves_from_adjacent(weight: Float[Tensor, "n d"], heads: int) -> Float[Tensor, "n d"]:
-    """Rows of a query or key projection, from those that rotate channels (2i, 2i + 1) to those of (i, i + E/2)."""
+    """Reorders the rows of a query or key weight: from rotating (2i, 2i + 1) to rotating (i, i + E/2)."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -82,24 +84,26 @@ def adjacent_from_halves(weight: Float[Tensor, "n d"], heads: int) -> Float[Tens
 
 
 def count(value, where, most=LIMITS["d_model"]) -> int:
-    """A size in another program's file, 16.0 as 16.  UserError, which begins with `where`, for what is none."""
+    """Returns a size from a file as an int (16.0 counts as 16). Raises UserError, starting with `where`, if invalid."""
     if type(value) not in (int, float) or not 1 <= value <= most or value != int(value):
         raise UserError(f"{where} is {value!r}: it should be a whole number from 1 to {most:,}")
     return int(value)
 
 
 def plain_config(where, **settings) -> TRMConfig:
-    """TRMConfig of a Llama with these sizes.  UserError where they cannot be."""
+    """Returns the TRMConfig of a Llama with these sizes. Raises UserError if they are invalid."""
     return build(TRMConfig, {"recursion": "none", "norm": "pre", **settings}, where=f"{where}: ")
 
 
 def from_llama(c: TRMConfig, tensors: dict[str, Tensor], dialect: Dialect, where) -> dict[str, Tensor]:
-    """This model's weights from a Llama's.  UserError for one that is missing, left over, or of another shape."""
+    """Converts Llama weights to this project's. Raises UserError for a missing, extra or wrongly shaped weight."""
     head = weight_name(dialect, "head")
     if c.tie_embeddings and head in tensors:
         embed = tensors.get(weight_name(dialect, "embed"))
         if embed is not None and not torch.equal(tensors[head], embed):
-            raise UserError(f"{where}: {head} differs from the embedding, but its settings tie them: correct them")
+            raise UserError(
+                f"{where}: {head} differs from the embedding, but the settings tie the two: correct the settings"
+            )
         tensors = {name: tensor for name, tensor in tensors.items() if name != head}
     _check_names(c, tensors, dialect, where)
 
@@ -110,7 +114,8 @@ def from_llama(c: TRMConfig, tensors: dict[str, Tensor], dialect: Dialect, where
         return halves_from_adjacent(get(part, layer), heads) if dialect.adjacent else get(part, layer)
 
     own = {"embed.weight": get("embed"), "net.norm.weight": get("norm")}
-    own |= {} if c.tie_embeddings else {"head.weight": get("head")}
+    if not c.tie_embeddings:
+        own["head.weight"] = get("head")
     for i in range(c.n_layers):
         q, k = rotated("q", i, c.n_heads), rotated("k", i, c.n_kv_heads)
         block = {name: get(part, i) for name, part in WHOLE.items()}
@@ -121,9 +126,10 @@ def from_llama(c: TRMConfig, tensors: dict[str, Tensor], dialect: Dialect, where
 
 
 def to_llama(c: TRMConfig, weights: dict[str, Tensor], dialect: Dialect) -> dict[str, Tensor]:
-    """A Llama's weights from this model's; a tied head is left out."""
+    """Converts this project's weights to Llama weights; a tied head is left out."""
     ends = {"embed": weights["embed.weight"], "norm": weights["net.norm.weight"]}
-    ends |= {} if c.tie_embeddings else {"head": weights["head.weight"]}
+    if not c.tie_embeddings:
+        ends["head"] = weights["head.weight"]
     llama = {weight_name(dialect, part): tensor for part, tensor in ends.items()}
     for i in range(c.n_layers):
         own = {name: weights[f"net.blocks.{i}.{name}.weight"] for name in (*WHOLE, "attn.qkv", "mlp.gate_up")}
@@ -139,27 +145,28 @@ def to_llama(c: TRMConfig, weights: dict[str, Tensor], dialect: Dialect) -> dict
 
 
 def _check_names(c, tensors, dialect, where):
+    """Raises UserError unless `tensors` are exactly those of a Llama with these settings."""
     shapes = part_shapes(c)
     expected = {weight_name(dialect, part): shapes[part] for part in ENDS if part != "head" or not c.tie_embeddings}
     for layer in range(c.n_layers):
         expected |= {weight_name(dialect, part, layer): shapes[part] for part in BLOCK}
     for name in sorted(expected.keys() - tensors.keys()):
-        raise UserError(f"{where} lacks {name}: its settings and its weights are of different models")
+        raise UserError(f"{where} lacks {name}: settings and weights belong to different models; copy both again")
     for name in sorted(tensors.keys() - expected.keys()):
-        raise UserError(f"{where} holds {name}, which a Llama without biases has no place for: it cannot be converted")
+        raise UserError(f"{where} contains {name}, which a Llama without biases does not have: it cannot be converted")
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             is_shape = list(tensors[name].shape)
-            raise UserError(f"{where}: {name} has shape {is_shape}, by its settings it should be {list(shape)}")
+            raise UserError(f"{where}: {name} has shape {is_shape}, but its settings require {list(shape)}")
 
 
 def check_plain(c: TRMConfig, where, wanted: str):
-    """UserError where a model is no Llama; `wanted` is the format that it was meant for."""
+    """Raises UserError if the model is not a Llama; `wanted` is the target format, for the message."""
     if c.recursion != "none":
-        raise UserError(f"{where}: a recursive model (recursion {c.recursion}) is no Llama: choose --to hub")
+        raise UserError(f"{where}: a recursive model (recursion {c.recursion}) is not a Llama: choose --to hub")
     llama = {"norm": "pre", "positions": "rope", "mixer": "attention", "causal": True, "qk_norm": False}
     llama |= {"prelude_layers": 0, "coda_layers": 0, "embed_scale": 1.0}
     for name, value in llama.items():
         if getattr(c, name) != value:
-            has = f"its {name} is {getattr(c, name)}, a Llama's is {value}"
+            has = f"its {name} is {getattr(c, name)}, but a Llama has {value}"
             raise UserError(f"{where} cannot be written as {wanted}: {has}; choose --to hub")

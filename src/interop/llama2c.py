@@ -1,12 +1,12 @@
-"""llama2.c: `.pt` as its training writes them, and the legacy `.bin` and tokenizer file that its run.c reads.
+"""llama2.c: the `.pt` that its training writes, and the legacy `.bin` and tokenizer file that its run.c reads.
 
-A legacy .bin is a header of seven int32 (dim, hidden, layers, heads, key/value heads, vocabulary, context; a negative
-vocabulary means that the head is not tied), then float32: the embedding, each part of the blocks for all layers, the
-last norm, cosines and sines of all positions, and the head where it is not tied.
+A legacy .bin starts with a header of seven int32: dim, hidden, layers, heads, key/value heads, vocabulary, context. A
+negative vocabulary means that the head is not tied. Then follow float32 values: the embedding, each part of the blocks
+for all layers, the last norm, cosines and sines of all positions, and the head if it is not tied.
 
-run.c begins every text with token 1 (BOS) and ends it where token 1 comes again. It knows 0 as unknown, 2 as EOS, and
-3 to 258 as the bytes; a prompt is a space and its text, in which the pair of pieces that makes the piece of the best
-score is joined, again and again. It prints no single byte over 127.
+run.c starts every text with token 1 (BOS) and stops when token 1 comes again. Token 0 is the unknown token, 2 is EOS,
+and 3 to 258 are the bytes. run.c adds a space before the prompt. It splits the result into characters and repeatedly
+merges the adjacent pair whose merged piece has the best score. It does not print single bytes above 127.
 """
 
 import json
@@ -27,12 +27,12 @@ from src.interop.llama import BLOCK, LLAMA2C, from_llama, part_shapes, plain_con
 from src.model import TRMConfig
 
 HEADER = struct.Struct("<7i")
-FIXED = {"rope_theta": 10000.0, "norm_eps": 1e-5, "rope_scaling": None}  # the formats have no place for others
-LATER = b"24ka"  # magic number of the .bin versions after the legacy one
+FIXED = {"rope_theta": 10000.0, "norm_eps": 1e-5, "rope_scaling": None}  # these formats cannot store other values
+LATER = b"24ka"  # magic number of .bin versions newer than the legacy one
 
 
 def is_bin(start: bytes) -> bool:
-    """Whether a file's first bytes are the header of a legacy .bin (or of a later version, which is refused)."""
+    """Whether a file's first bytes are the header of a legacy .bin, or of a later version, which read_bin refuses."""
     if start[:4] == LATER or len(start) < HEADER.size:
         return start[:4] == LATER
     dim, hidden, layers, heads, kv_heads, vocab, context = HEADER.unpack(start[: HEADER.size])
@@ -41,30 +41,34 @@ def is_bin(start: bytes) -> bool:
 
 
 def read_bin(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
-    """(config, this model's weights, no figures) of a legacy .bin.  UserError where it does not fit its header."""
+    """Returns (config, weights with this project's names, {}) of a legacy .bin.
+
+    Raises UserError if the size of the file does not match its header."""
     with open(path, "rb") as file:
         start = file.read(HEADER.size)
     if start[:4] == LATER:
-        raise UserError(f"{path} is of a later .bin version of llama2.c: give the .pt, or export it with --version 0")
+        raise UserError(
+            f"{path} has a later .bin version of llama2.c: give the .pt, or export it again with --version 0"
+        )
     dim, hidden, layers, heads, kv_heads, vocab, context = HEADER.unpack(start)
     sizes = {"d_model": dim, "d_ff": hidden, "n_layers": layers, "n_heads": heads, "n_kv_heads": kv_heads}
     c = plain_config(path, vocab_size=abs(vocab), max_seq_len=context, tie_embeddings=vocab > 0, **sizes, **FIXED)
     layout = _layout(c)
     size, needed = Path(path).stat().st_size, HEADER.size + 4 * sum(prod(shape) for shape in layout.values())
     if size != needed:
-        raise UserError(f"{path} has {size} bytes, but its header asks for {needed}: it is cut short; copy it again")
+        raise UserError(f"{path} has {size} bytes, but its header requires {needed}: it is broken; copy it again")
     values = torch.from_numpy(np.fromfile(path, "<f4", offset=HEADER.size))
     parts = values.split([prod(shape) for shape in layout.values()])
     tensors = {name: part.view(shape) for (name, shape), part in zip(layout.items(), parts)}
-    del tensors["cos"], tensors["sin"]  # this model makes its own
+    del tensors["cos"], tensors["sin"]  # this project computes them itself
     return c, from_llama(c, check_tensors(tensors, path), LLAMA2C, path), {}
 
 
 def write_bin(path, c: TRMConfig, weights: dict[str, Tensor], where):
-    """Write a plain model as a legacy .bin, in float32.  UserError for settings that the format cannot hold."""
+    """Writes a plain model as a legacy .bin, in float32. Raises UserError for settings that the format cannot store."""
     for name, value in FIXED.items():
         if getattr(c, name) != value:
-            raise UserError(f"{where}: {name} is {getattr(c, name)}, but llama2.c has {value}: choose --to hf")
+            raise UserError(f"{where}: {name} is {getattr(c, name)}, but llama2.c requires {value}: choose --to hf")
     tensors = to_llama(c, weights, LLAMA2C)
     tensors["cos"], tensors["sin"] = rotary_tables(c)
     vocab = c.vocab_size if c.tie_embeddings else -c.vocab_size
@@ -75,42 +79,48 @@ def write_bin(path, c: TRMConfig, weights: dict[str, Tensor], where):
 
 
 def tokenizer_file(path) -> Path:
-    """Where the tokenizer of a .bin lies, for run.c's -z: m.tokenizer.bin beside m.bin."""
+    """Returns the path of a .bin's tokenizer, for run.c's -z: m.tokenizer.bin beside m.bin."""
     return Path(path).with_name(f"{Path(path).stem}.tokenizer.bin")
 
 
 def for_run_c(c: TRMConfig, weights: dict[str, Tensor], tokenizer, where) -> tuple[TRMConfig, dict, bytes, list[str]]:
-    """(config and weights in run.c's order of tokens, content of its tokenizer file, what differs there in sentences).
+    """Returns (config, weights, content of the tokenizer file, sentences that describe how run.c will differ).
 
-    Where a text ends with EOS, not BOS, the two change places in the head, so that run.c ends it too. UserError for a
-    tokenizer without a token for each byte."""
+    The weights are in run.c's order of tokens. run.c stops at BOS only. If the model ends a text with EOS, the two rows
+    of the head are swapped, so that run.c stops too. Raises UserError if the tokenizer lacks a token for some byte."""
     order, names, scores = _run_c_tokens(tokenizer, where)
-    bos, eos, swaps = *order[1:3], tokenizer.bos_id not in tokenizer.end_ids
-    read, written = (bos, bos) if swaps else (bos, eos), (eos, bos) if swaps else (bos, eos)
+    bos, eos = order[1:3]
+    swaps = tokenizer.bos_id not in tokenizer.end_ids
+    if swaps:
+        read, written = (bos, bos), (eos, bos)  # token 1 is read as BOS, but its logit is that of EOS
+    else:
+        read, written = (bos, eos), (bos, eos)
     head = weights["embed.weight" if c.tie_embeddings else "head.weight"]
     head = _rows(head, [order[0], *written, *order[3:]])
     embed = _rows(weights["embed.weight"], [order[0], *read, *order[3:]])
     c = replace(c, vocab_size=len(order), tie_embeddings=c.tie_embeddings and not swaps, pad_token_id=None)
-    weights = weights | {"embed.weight": embed} | ({} if c.tie_embeddings else {"head.weight": head})
+    weights = weights | {"embed.weight": embed}
+    if not c.tie_embeddings:
+        weights["head.weight"] = head
     entries = (struct.pack("<fi", score, len(name)) + name for name, score in zip(names, scores))
     data = struct.pack("<i", max(map(len, names))) + b"".join(entries)
-    said = {
-        "run.c puts a space before a prompt, which this tokenizer does not": not tokenizer.prefix,
-        "run.c begins every text with BOS, this model none": not tokenizer.add_bos,
-        "run.c knows one end of a text, this model several": len(tokenizer.end_ids) > 1 and swaps,
+    differences = {
+        "run.c puts a space before a prompt, but this tokenizer does not": not tokenizer.prefix,
+        "run.c begins every text with BOS, but this model does not": not tokenizer.add_bos,
+        "run.c stops at one end token, but this model has several": len(tokenizer.end_ids) > 1 and swaps,
     }
-    return c, weights, data, [sentence for sentence, is_so in said.items() if is_so]
+    return c, weights, data, [sentence for sentence, is_so in differences.items() if is_so]
 
 
 def _rows(tensor, order):
-    """Rows in another order; None is the mean of all, which is never the likeliest token."""
+    """Returns the rows in another order. None gives the mean of all rows, whose token is never the most likely one."""
     rows = tensor[[index or 0 for index in order]]
     rows[[index is None for index in order]] = tensor.float().mean(0).to(tensor.dtype)
     return rows
 
 
 def _run_c_tokens(tokenizer, where) -> tuple[list[int | None], list[bytes], list[float]]:
-    """(this model's id, or None; name; score) of every token in run.c's order."""
+    """Returns (ids in this project, names, scores) of all tokens in run.c's order. The id is None if there is none."""
     hf = to_hf(tokenizer)
     model = json.loads(hf.json)["model"]
     falls_back, merges, vocab = model.get("byte_fallback"), model.get("merges", []), model["vocab"]
@@ -121,29 +131,30 @@ def _run_c_tokens(tokenizer, where) -> tuple[list[int | None], list[bytes], list
     single = {hf.id_to_bytes(i): i for i in reversed(range(hf.vocab_size))}
     of_bytes = [tokens.get(f"<0x{b:02X}>") if falls_back else single.get(bytes([b])) for b in range(256)]
     if None in of_bytes:
-        raise UserError(f"{where}: llama2.c needs a token for each byte, which this tokenizer has not: choose --to hf")
+        raise UserError(f"{where}: llama2.c needs a token for each byte, which this tokenizer lacks: choose --to hf")
     unk, bos, eos = tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id
     first = [None if unk in (bos, eos) else unk, bos, None if eos == bos else eos, *of_bytes]
     order = first + [i for i in range(tokenizer.vocab_size) if i not in set(first)]
-    is_raw = bool(merges) and not falls_back  # then bytes join as well
-    names = [b"<unk>", b"\n<s>\n", b"\0</s>"]  # one that begins with NUL prints nothing; BOS, which never prints, may
-    # not: a prompt's ids begin with it, and nothing and a piece would be that piece
+    is_raw = bool(merges) and not falls_back  # byte-level BPE: bytes can be merged too, so they keep their own names
+    # run.c prints nothing for a name that begins with NUL. The name of BOS must not: run.c tries to merge BOS with the
+    # first piece of the prompt, and an empty name joined with that piece would give that piece again
+    names = [b"<unk>", b"\n<s>\n", b"\0</s>"]
     names += [bytes([b]) if is_raw and b else b"<0x%02X>" % b for b in range(256)]
     names += [hf.id_to_bytes(i) or b"\0<%d>" % i for i in order[len(names) :]]
     if b" " not in names:
-        names[3 + ord(" ")] = b" "  # run.c looks it up for every prompt, and fails without
+        names[3 + ord(" ")] = b" "  # run.c looks it up for every prompt, and crashes without it
     return order, names, [score.get(i, 0.0) for i in order]
 
 
 def rotary_tables(c: TRMConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin (max_seq_len, E/2) of a .bin, computed as llama2.c does, so that the bytes are the same."""
+    """Returns cos and sin (max_seq_len, E/2) for a .bin, computed exactly as llama2.c does."""
     frequencies = 1.0 / (c.rope_theta ** (torch.arange(0, c.head_dim, 2).float() / c.head_dim))
     angle = torch.outer(torch.arange(c.max_seq_len).float(), frequencies)
     return angle.cos(), angle.sin()
 
 
 def _layout(c) -> dict[str, tuple]:
-    """Name and shape of every tensor of a legacy .bin, in the file's order."""
+    """Returns name -> shape of all tensors of a legacy .bin, in the order of the file."""
     shapes, table = part_shapes(c), (c.max_seq_len, c.head_dim // 2)
     blocks = {weight_name(LLAMA2C, part, layer): shapes[part] for part in BLOCK for layer in range(c.n_layers)}
     first, last = ({weight_name(LLAMA2C, part): shapes[part]} for part in ("embed", "norm"))
@@ -152,7 +163,9 @@ def _layout(c) -> dict[str, tuple]:
 
 
 def read_pt(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
-    """(config, this model's weights, figures of its training) of a llama2.c .pt.  Nothing in it is run."""
+    """Returns (config, weights with this project's names, training step and loss) of a llama2.c .pt.
+
+    No code in the file is executed."""
     try:
         saved = load_pt(path, mmap=True)
         args, tensors = dict(saved["model_args"]), dict(saved["model"])
@@ -169,16 +182,19 @@ def read_pt(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
         )  # fmt: skip
     except UserError:
         raise
-    except Exception as error:  # torch.load raises many kinds
-        reason = "it holds more than tensors and numbers" if isinstance(error, pickle.UnpicklingError) else repr(error)
-        raise UserError(f"{path} is no llama2.c checkpoint, or is broken ({reason}): copy it again") from None
+    except Exception as error:  # torch.load raises many types
+        reason = (
+            "it contains more than tensors and numbers" if isinstance(error, pickle.UnpicklingError) else repr(error)
+        )
+        raise UserError(f"{path} is not a llama2.c checkpoint, or it is broken ({reason}): copy it again") from None
     figures = {"step": saved.get("iter_num"), "best_valid_loss": saved.get("best_val_loss")}
     info = {name: _figure(value, f"{path}: its {name}") for name, value in figures.items() if value is not None}
     return c, from_llama(c, tensors, LLAMA2C, path), info
 
 
 def _figure(value, where):
+    """Returns a number, which may be stored as a tensor of one element. Raises UserError if it is not finite."""
     value = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
     if type(value) not in (int, float) or not abs(value) < inf:
-        raise UserError(f"{where} is {value!r}: it should be a number; correct it")
+        raise UserError(f"{where} is {value!r}: it should be a finite number; correct it")
     return value

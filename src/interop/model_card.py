@@ -1,4 +1,4 @@
-"""README.md of a model folder that goes to the Hugging Face Hub: what the model is, its figures, how to run it."""
+"""Writes README.md for a model folder on the Hugging Face Hub: a description, a table of figures, how to run it."""
 
 from pathlib import Path
 from string import Template
@@ -14,7 +14,7 @@ FAMILY = {
     "trm": "A Tiny Recursive Model (arXiv:2510.04871): {n_layers} blocks, visited {visits} times per token.",
 }
 TAG = {"none": "llama", "loop": "looped-transformer", "trm": "tiny-recursive-model"}
-NAMES = {  # of figures of config.json, with their units
+NAMES = {  # row titles, with units, for the entries of info in config.json
     "step": "training steps",
     "best_valid_loss": "validation loss in nats per token",
     "source_name": "name of the original",
@@ -22,8 +22,8 @@ NAMES = {  # of figures of config.json, with their units
 
 
 def model_card(name: str, config: TRMConfig, info: dict, to: str) -> str:
-    """Markdown with the Hub's metadata in front. `info`: the figures that config.json holds; `to`: hub or hf."""
-    from huggingface_hub import ModelCardData  # takes a second, so only where a card is written
+    """Returns the model card: the Hub's metadata, then Markdown. `info` is that of config.json; `to` is hub or hf."""
+    from huggingface_hub import ModelCardData  # imported here because it takes a second
 
     c = config
     metadata = ModelCardData(
@@ -41,14 +41,15 @@ def model_card(name: str, config: TRMConfig, info: dict, to: str) -> str:
 
 
 def _figures(c) -> dict:
+    """Returns the rows that follow from the settings of the model."""
     with torch.device("meta"):
         parameters = count_parameters(TRMModel(c))
     return {
         "parameters": f"{parameters['total']:,}",
         "of which embedding": f"{parameters['embedding']:,}",
         "effective depth in blocks": effective_depth(c).total,
-        "place of RMSNorm, positions": f"{c.norm}, {c.positions}",
-        "width, query heads, key/value heads": f"{c.d_model}, {c.n_heads}, {c.n_kv_heads}",
+        "placement of RMSNorm, positions": f"{c.norm}, {c.positions}",
+        "model width, query heads, key/value heads": f"{c.d_model}, {c.n_heads}, {c.n_kv_heads}",
         "vocabulary": f"{c.vocab_size:,}",
         "context in tokens": f"{c.max_seq_len:,}",
         "FLOPs per token, decoding at full context": format_params(flops_per_token(c).decode),
@@ -57,7 +58,7 @@ def _figures(c) -> dict:
 
 
 def _measured(info) -> dict:
-    """The plain figures of config.json's info."""
+    """Returns the rows for the numbers and texts in config.json's info; nested values are skipped."""
     named = {NAMES.get(name, name.replace("_", " ")): value for name, value in info.items()}
     shown = {name: value for name, value in named.items() if isinstance(value, (int, float, str))}
     return {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in shown.items()}

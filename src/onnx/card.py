@@ -1,4 +1,4 @@
-"""What an export says of itself: names and explanations inside the graph, and a README.md with an example to run."""
+"""Documentation of an export: names and doc strings inside the graph, and a README.md with a runnable example."""
 
 import re
 from collections import Counter
@@ -7,13 +7,15 @@ from string import Template
 
 import yaml
 
-PROPERTIES = "family", "vocab_size", "context", "license"  # facts that the graph itself holds too
+PROPERTIES = "family", "vocab_size", "context", "license"  # facts that are also stored in the graph
 TEMPLATES = Path(__file__).with_name("templates")
 
 
 def describe(proto, facts: dict):
-    """Put names and explanations into a graph (onnx.ModelProto), in the place of the exporter's notes, which hold
-    paths of its machine.  A node is named after its place in the model and counted there, as visits repeat it."""
+    """Write names and doc strings into a graph (onnx.ModelProto).
+
+    They replace the exporter's metadata, which contains file paths of the exporting machine. A node is named after its
+    module, plus a counter because a looped module appears once per visit."""
     from onnx.helper import set_model_props
 
     graph, counts = proto.graph, Counter()
@@ -42,17 +44,24 @@ def _strip(message):
 
 
 def contrib_operators(proto) -> list[str]:
-    """The operators of a graph that are not ONNX's own, sorted."""
+    """Returns the sorted names of the operators outside the ONNX standard."""
     return sorted({node.op_type for node in proto.graph.node if node.domain not in ("", "ai.onnx")})
 
 
 def readme(folder_name: str, facts: dict) -> str:
-    """README.md of an export folder; `facts` are those of its onnx.json."""
-    template, kinds = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("readme.md", "tokenizers.yaml"))
+    """Returns the text of an export folder's README.md; `facts` is the content of its onnx.json."""
+    template, pieces = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("readme.md", "example.yaml"))
+    pieces = yaml.safe_load(pieces)
+    tokenizer = pieces["tokenizers"][facts["tokenizer"]]
+    dequantizes = facts["precision"] == "int8" and not facts["contrib_ops"]
     operators = ", ".join(facts["contrib_ops"])
+    bos = '[facts["bos_id"]]'
     more = {
         "name": folder_name,
-        "license": f" Licence: {facts['license']}." if facts.get("license") else "",
+        "license": f"\nLicense: {facts['license']}." if facts.get("license") else "",
         "contrib": f"{operators} (com.microsoft, of ONNX Runtime)" if operators else "none",
+        "session": pieces["sessions"]["dequantizes" if dequantizes else "plain"],
+        # a model that was trained without BOS still needs one token to continue an empty text
+        "start": f"{bos} + {tokenizer['encode']}" if facts["add_bos"] else f"{tokenizer['encode']} or {bos}",
     }
-    return Template(template).substitute(facts | yaml.safe_load(kinds)[facts["tokenizer"]] | more)
+    return Template(template).substitute(facts | tokenizer | more)

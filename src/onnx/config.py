@@ -1,4 +1,4 @@
-"""The settings of an export to ONNX, which scripts read before they import torch."""
+"""Settings of an ONNX export. Importing this module does not import torch, so that --help is fast."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,18 +6,18 @@ from typing import Literal
 
 @dataclass
 class OnnxExport:
-    """What to export, and for whom.
+    """What to export, and for which runtime.
 
     Args:
-        checkpoint: checkpoint or run folder (a run folder means its best); none = the released checkpoint
-        output: folder to write; it then holds all that generate.py --onnx needs
-        enable_kv_cache: keys and values go in and out; false = the whole text is encoded again for each token
-        quantize: int8 = 8-bit weights and products; the embedding stays as it is
-        opset: version of ONNX's operators, older for older providers; none = the exporter's own
-        device: who shall run it: cpu, or cuda, ONNX Runtime's CUDA provider
-        contrib_ops: use ONNX Runtime's own operators (com.microsoft), which are faster there; false = ONNX's alone, for
-            other runtimes
-        max_recursion_depth: recursion steps of every token, fixed in the graph; none = as trained
+        checkpoint: checkpoint folder, or run folder (uses its best checkpoint); none = the released checkpoint
+        output: folder to write; it will contain everything that generate.py --onnx needs
+        enable_kv_cache: the graph takes and returns the key/value cache; false = it recomputes the whole text per token
+        quantize: int8 = 8-bit weights and matrix products; the embedding stays in fp32
+        opset: ONNX opset version; older runtimes need an older one; none = the exporter's default
+        device: device that will run the graph: cpu, or cuda (ONNX Runtime's CUDA provider)
+        contrib_ops: use ONNX Runtime's own operators (com.microsoft), which are faster; false = only standard ONNX
+            operators, for other runtimes
+        max_recursion_depth: number of recursion steps per token, fixed in the graph; none = as trained
     """
 
     checkpoint: str | None = None

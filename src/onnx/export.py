@@ -1,7 +1,8 @@
-"""Checkpoint -> ONNX folder: the graph of `src/onnx/graph.py`, checked against the model, in fp32 or int8.
+"""Exports a checkpoint to an ONNX folder: traces `src/onnx/graph.py`, checks the graph, optionally quantizes to int8.
 
-The folder: model.onnx (and model.onnx.data, where the weights are large), config.json, the tokenizer's files, README.md
-with an example, and onnx.json: what the graph is, how a text begins and ends, and which files the export wrote.
+The folder contains model.onnx, model.onnx.data if the weights are large, config.json, the tokenizer's files, README.md
+with an example, and onnx.json. The last holds facts about the graph, the tokens that begin and end a text, and the list
+of files that the export wrote.
 """
 
 import contextlib
@@ -32,21 +33,28 @@ from src.onnx.session import CUDA, FACTS, GRAPH, load_onnx, need
 from src.sampling import generate_ids
 from src.training import run_folder
 
-OLDEST_OPSET = 18  # that the exporter writes by itself
-CHECKED = 48  # tokens a row of the text that a graph is checked on
-TOLERANCE = 1e-3  # of the largest logit: rounding, which many visits multiply
+OLDEST_OPSET = 18  # the oldest opset that the exporter writes without a conversion
+CHECKED = 48  # tokens per row in the text for the check
+TOLERANCE = 1e-3  # relative to the largest logit: rounding errors grow with the number of visits
 README = "README.md"
-ONE_FILE = 1 << 30  # bytes of weights up to which graph and weights are one file; the format itself ends at 2 GiB
+ONE_FILE = 1 << 30  # larger graphs store their weights in a second file, as the format ends at 2 GiB
 
 
 def at_depth(model: TRMModel, depth: int | None = None) -> TRMModel:
-    """The same weights with `depth` recursion steps, default as trained.  UserError where the model cannot."""
+    """Returns the model with `depth` recursion steps, by default as trained.
+
+    Raises UserError if the model is not causal or cannot have this depth."""
     c = model.config
     if not c.causal:
-        raise UserError("only a causal model generates text: this one sees all positions, and cannot be exported")
+        raise UserError("only a causal model can be exported, as it must generate text: this model sees all positions")
     if depth is not None and (depth < 1 or c.recursion == "none" and depth > 1):
-        raise UserError(f"max_recursion_depth is {depth}: set it to 1" + (" or more" * (c.recursion != "none")))
-    steps = {"loop": {"deep_steps": depth}, "trm": {"supervision_steps": depth}}.get(c.recursion, {}) if depth else {}
+        possible = "1" if c.recursion == "none" else "1 or more"
+        raise UserError(f"max_recursion_depth is {depth}: set it to {possible}")
+    steps = {}
+    if depth is not None and c.recursion == "loop":
+        steps["deep_steps"] = depth
+    elif depth is not None and c.recursion == "trm":
+        steps["supervision_steps"] = depth
     steps["grad_deep_steps"] = steps.get("deep_steps", c.deep_steps)
     plain = TRMModel(dataclasses.replace(c, supervision_weights=None, **steps)).eval()
     plain.load_state_dict(model.state_dict())
@@ -54,7 +62,9 @@ def at_depth(model: TRMModel, depth: int | None = None) -> TRMModel:
 
 
 def trace(model: TRMModel, fused: bool, cache: bool = True, opset: int | None = None):
-    """The graph as onnx.ModelProto, at the opset asked for, default the exporter's own.  UserError if it cannot be."""
+    """Returns the graph as onnx.ModelProto. opset None = the exporter's default.
+
+    Raises UserError if the opset is unknown, or if the graph cannot be converted to it."""
     onnx, c = need("onnx"), model.config
     newest = onnx.defs.onnx_opset_version()
     if opset is not None and not 1 <= opset <= newest:
@@ -80,13 +90,13 @@ def trace(model: TRMModel, fused: bool, cache: bool = True, opset: int | None = 
     except (RuntimeError, ValueError) as error:
         if opset is None:
             raise
-        raise UserError(f"opset {opset} cannot be had ({str(error).splitlines()[0]}): choose another") from None
+        raise UserError(f"opset {opset} is not possible ({str(error).splitlines()[0]}): choose another") from None
 
 
 def _older(proto, opset):
-    """Under the exporter's oldest opset, by ONNX's own converter."""
+    """Converts a graph to an opset that is older than OLDEST_OPSET, with ONNX's own converter."""
     proto = need("onnx.version_converter").convert_version(proto, opset)
-    for node in proto.graph.node:  # it leaves an attribute of opset 18, which only says what holds without it
+    for node in proto.graph.node:  # the converter leaves this attribute of opset 18, set to its default: remove it
         for attribute in [a for a in node.attribute if a.name == "noop_with_empty_axes"]:
             node.attribute.remove(attribute)
     return proto
@@ -98,8 +108,8 @@ def opset_of(proto) -> int:
 
 @contextlib.contextmanager
 def _quietly():
-    """Without what the exporter and the quantizer log about their own workings."""
-    level = logging.getLogger().level  # importing the quantizer changes it
+    """Suppresses log lines and warnings of the exporter and the quantizer."""
+    level = logging.getLogger().level  # importing the quantizer changes the level
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -111,16 +121,22 @@ def _quietly():
 
 
 def quantize(proto, contrib_ops: bool = True):
-    """The graph with 8-bit weights, a scale for every block of a column; activations are quantized as it runs, row by
-    row, so that a row's text does not depend on its neighbours.  A weight that several visits share stays one.
+    """Returns the graph with 8-bit weights and one scale per block of a column.
 
-    Without contrib_ops the weights alone are quantized, with a scale for every column, and decoded in the graph."""
+    The runtime quantizes activations row by row, so the text of a row does not depend on the other rows of the batch. A
+    weight that several visits share is stored once. Without contrib_ops only the weights are quantized, with one scale
+    per column, and the graph converts them back to floats."""
     weights = {node.input[1] for node in proto.graph.node if node.op_type == "MatMul"}
     tensors = [tensor for tensor in proto.graph.initializer if tensor.name in weights]
     if not contrib_ops:
         return _stored_as_int8(proto, tensors)
     block = next((size for size in (128, 64) if not any(tensor.dims[0] % size for tensor in tensors)), 32)
-    options = {"block_size": block, "is_symmetric": True, "accuracy_level": 4, "bits": 8}  # 4: products in int8
+    options = {
+        "block_size": block,
+        "is_symmetric": True,
+        "accuracy_level": 4,
+        "bits": 8,
+    }  # accuracy level 4: int8 products
     with _quietly():
         tools = need("onnxruntime.quantization.matmul_nbits_quantizer")
         quantizer = tools.MatMulNBitsQuantizer(proto, algo_config=tools.DefaultWeightOnlyQuantConfig(**options))
@@ -129,7 +145,7 @@ def quantize(proto, contrib_ops: bool = True):
 
 
 def _stored_as_int8(proto, tensors):
-    """Each weight (in, out) as int8 times a scale per column, which DequantizeLinear multiplies once for all visits."""
+    """Stores each weight (in, out) as int8 with one scale per column. One DequantizeLinear serves all visits."""
     helper, arrays = need("onnx.helper"), need("onnx.numpy_helper")
     for tensor in tensors:
         name, weight = tensor.name, arrays.to_array(tensor)
@@ -142,15 +158,15 @@ def _stored_as_int8(proto, tensors):
 
 
 def save(proto, path: Path):
-    """Write a graph over another; weights of more than ONE_FILE bytes go into a second file beside it."""
+    """Writes a graph, replacing an existing one. A graph above ONE_FILE bytes has its weights in a second file."""
     data = path.with_name(f"{path.name}.data")
-    data.unlink(missing_ok=True)  # it would be appended to
+    data.unlink(missing_ok=True)  # otherwise onnx appends to it
     need("onnx").save(proto, path, save_as_external_data=proto.ByteSize() > ONE_FILE, location=data.name)
 
 
 @torch.no_grad()
 def sample_text(model: TRMModel, rows: int = 3) -> tuple[Tensor, Tensor]:
-    """ids (rows, T) that the model itself wrote, and a mask (rows, T) which pads all rows but the first."""
+    """Returns ids (rows, T) of text that the model generated, and a mask (rows, T) that left-pads all but row 0."""
     c = model.config
     first = torch.randint(0, c.vocab_size, (rows, 1), generator=torch.Generator().manual_seed(0))
     ids = model.generate(first, min(c.max_seq_len, CHECKED) - 1, seed=0)
@@ -161,9 +177,9 @@ def sample_text(model: TRMModel, rows: int = 3) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def check(model: TRMModel, graph) -> float:
-    """Largest difference of logits between a model and its graph: padded rows at once and token by token.
+    """Returns the largest difference between the logits of a model and its graph, in one call and token by token.
 
-    UserError where it is more than rounding, or where greedy text beyond the context differs."""
+    Raises UserError if it is more than rounding, or if greedy text that is longer than the context differs."""
     ids, mask = sample_text(model)
     whole = model(ids, attention_mask=mask).logits
     start, width = ids.shape[1] // 2 + 1, ids.shape[1]
@@ -175,19 +191,23 @@ def check(model: TRMModel, graph) -> float:
     real = mask.bool(), mask.bool()[:, start - 1 :]
     error = max((f - w)[r].abs().max().item() for f, w, r in zip(found, wanted, real))
     if not error <= TOLERANCE * max(1.0, whole.abs().max().item()):
-        raise UserError(f"the graph's logits differ from the model's by {error:.2g}: not kept, try another opset")
+        raise UserError(
+            f"the graph's logits differ from the model's by {error:.2g}: nothing was written; try another opset"
+        )
     length = max(1, model.config.max_seq_len - 2)
     prompt = ids[:1].repeat(1, length)[:, :length]
     greedy = [generate_ids(runs, prompt, 6, temperature=0).tolist() for runs in (model, graph)]
     if greedy[0] != greedy[1]:
-        raise UserError("the graph continues a text otherwise than the model: not kept, try another opset")
+        raise UserError("the graph and the model generate different text: nothing was written; try another opset")
     return error
 
 
 @torch.no_grad()
 def quantization_error(model: TRMModel, graph) -> dict:
-    """What int8 costs on text of the model's own: rms error of the logits and their deviation, how often the likeliest
-    token is the same, and nats lost per token, which is KL(model || graph) as the text is the model's."""
+    """Measures what int8 costs, on text that the model generated.
+
+    Returns the rms error of the logits, their standard deviation, how often the most likely token is the same, and the
+    loss in nats per token. The model generated the text, so that loss is KL(model || graph)."""
     ids, mask = sample_text(model, rows=4)
     wanted, found = (runs(ids, attention_mask=mask).logits[mask.bool()].double() for runs in (model, graph))
     return {
@@ -199,14 +219,15 @@ def quantization_error(model: TRMModel, graph) -> dict:
 
 
 def export_onnx(settings: OnnxExport) -> dict:
-    """Write the export folder, whole or not at all; returns the facts of its onnx.json, its bytes and its errors.
+    """Writes the export folder and returns the facts in its onnx.json, plus its size in bytes and the measured errors.
 
-    UserError for a folder that is something else, and where the graph does not do what the model does."""
+    A failure leaves an existing folder unchanged. Raises UserError if the output folder is something other than an
+    export, or if the graph does not compute what the model computes."""
     if settings.output is None:
-        raise UserError("--output is not given: name a folder to write")
+        raise UserError("--output is not given: name the folder to write")
     folder = Path(settings.output)
     if folder.exists() and not (folder / FACTS).is_file():
-        raise UserError(f"{folder} exists and is no ONNX export: choose another --output, or remove it")
+        raise UserError(f"{folder} exists and is not an ONNX export: choose another --output, or remove it")
     run_folder.check_writable(folder, "output")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         need(package)
@@ -216,7 +237,7 @@ def export_onnx(settings: OnnxExport) -> dict:
     fused = settings.device == "cpu" and settings.contrib_ops and fits_fused(c)
     _say(f"tracing {effective_depth(c).total} blocks (visits x layers), up to two seconds each")
     proto = trace(model, fused, settings.enable_kv_cache, settings.opset)
-    facts = {  # what the graph is, and what a program needs that runs it by itself
+    facts = {  # describes the graph, and has what a program needs to run it without this project
         "opset": opset_of(proto),
         "precision": "fp32" if settings.quantize == "none" else settings.quantize,
         "attention": "fused" if fused else "standard",
@@ -242,14 +263,15 @@ def export_onnx(settings: OnnxExport) -> dict:
             _write_json(beside / FACTS, facts)
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error.strerror or error}): choose another --output") from None
-    except UserError as error:  # the user knows the folder by its own name
+    except UserError as error:  # name the final folder, not the temporary one
         raise UserError(str(error).replace(f".{folder.name}.writing", folder.name)) from None
     return facts | {"bytes": sum(file.stat().st_size for file in folder.glob(f"{GRAPH}*")), "errors": errors}
 
 
 def _is_own(folder: Path, name: str) -> bool:
-    """Whether an export before wrote this file of its folder: not a README.md that was changed since, nor what it
-    does not know."""
+    """Whether an earlier export wrote this file of the folder, so that it may be replaced.
+
+    False for a README.md that was edited since, and for all other files."""
     if name == README:
         before = read_json(folder / FACTS)
         return isinstance(before, dict) and before.get("readme") == _digest(folder / README)
@@ -269,19 +291,20 @@ def _say(what: str):
 
 
 def fits_fused(config) -> bool:
-    """Whether GroupQueryAttention takes heads of this size; a line on stderr where it does not."""
+    """Whether GroupQueryAttention supports heads of this size. Prints a line on stderr if not."""
     multiple = FUSED_HEAD if config.positions == "rope" else FUSED_HEAD // 2
     if config.head_dim % multiple:
-        _say(f"heads of {config.head_dim} channels, no multiple of {multiple}: standard attention")
+        _say(f"the head size {config.head_dim} is not a multiple of {multiple}: using standard attention")
     return config.head_dim % multiple == 0
 
 
 def _write_graph(proto, model, folder, settings) -> tuple[dict, list[str]]:
-    """Write the graph, checked against the model, quantized where asked for; returns the errors measured, and the
-    operators that are not ONNX's own."""
+    """Writes the graph, checks it against the model, and quantizes it if the settings ask for it.
+
+    Returns the measured errors and the operators outside the ONNX standard."""
     device, path = settings.device, folder / GRAPH
     if device == "cuda" and CUDA not in need("onnxruntime").get_available_providers():
-        _say("no CUDA provider here: the graph is checked on the CPU")
+        _say("no CUDA provider found: checking the graph on the CPU")
         device = "cpu"
     save(proto, path)
     try:
@@ -289,12 +312,14 @@ def _write_graph(proto, model, folder, settings) -> tuple[dict, list[str]]:
     except UserError as error:
         if settings.opset is None:
             raise
-        raise UserError(f"opset {settings.opset} does not run here: choose another ({error})") from None
-    _say("checking it against torch")
+        raise UserError(f"ONNX Runtime does not run opset {settings.opset}: choose another ({error})") from None
+    _say("checking the graph against torch")
     errors = {"logits": check(model, graph)}
     if settings.quantize == "int8":
-        _say("quantizing it to int8, and comparing that with torch")
-        proto = quantize(need("onnx").load(path), settings.contrib_ops)  # read again, as large weights go when saved
+        _say("quantizing the graph to int8 and comparing it with torch")
+        proto = quantize(
+            need("onnx").load(path), settings.contrib_ops
+        )  # read it again: saving removes large weights from proto
         save(proto, path)
         errors["int8"] = quantization_error(model, load_onnx(folder, device, quiet=True)[0])
     return errors, contrib_operators(proto)

@@ -1,11 +1,12 @@
-"""What is traced of a causal TRMModel: one graph for prefill and decoding, with the cache as inputs and outputs.
+"""The module that is traced for an ONNX export: one graph for prefill and decoding. It takes and returns the cache.
 
-templates/values.yaml says what each input and output is. Past and present may be one buffer: nothing is copied
-then. A call either begins every row or adds one token to each. A graph without a cache ends at
-`read`, and is given the whole text each time.
+templates/values.yaml describes each input and output. Past and present may use the same buffer, which avoids a copy. A
+call either begins all rows or adds one token to each row. A graph without a cache has no inputs after `read`, and every
+call passes the whole text.
 
-Two forms of attention, all else the same: `fused` is ONNX Runtime's GroupQueryAttention for CPUs (heads are split,
-rotated, cached and attended in one operator); `standard` is made of ONNX's own operators, for CUDA and other runtimes.
+There are two forms of attention; everything else is the same. `fused` is ONNX Runtime's GroupQueryAttention for CPUs,
+one operator that splits heads, rotates, writes the cache and attends. `standard` uses standard ONNX operators, for CUDA
+and other runtimes.
 """
 
 import copy
@@ -18,12 +19,13 @@ from src.exits import max_depth
 from src.layers import Context, rotary_table
 from src.model import TRMModel
 
-FUSED_HEAD = 16  # GroupQueryAttention rotates heads whose size is a multiple of this
+FUSED_HEAD = 16  # GroupQueryAttention can rotate heads only if their size is a multiple of this
 
 
 class MatMul(nn.Module):
-    """A linear layer stored as (in, out): the graph multiplies by the weight itself, not by a transposed one, which
-    the exporter leaves as a node where visits share it, and which is then not quantized."""
+    """A linear layer whose weight is stored as (in, out), so that the graph needs no transpose.
+
+    If several visits share a weight, the exporter keeps its transpose as a node, and the quantizer then skips it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
@@ -34,7 +36,7 @@ class MatMul(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm step by step, in the form that ONNX Runtime fuses, at any opset."""
+    """RMSNorm in elementary operations, which ONNX Runtime fuses at any opset."""
 
     def __init__(self, norm: nn.Module):
         super().__init__()
@@ -45,7 +47,7 @@ class Norm(nn.Module):
 
 
 class Gated(nn.Module):
-    """SwiGLU in two products, as opsets under 18 have another Split."""
+    """SwiGLU with separate gate and up products, because a fused product needs Split, which changed in opset 18."""
 
     def __init__(self, mlp: nn.Module):
         super().__init__()
@@ -57,7 +59,7 @@ class Gated(nn.Module):
 
 
 class GraphAttention(nn.Module):
-    """Attention whose heads and cache are in the hands of ctx.cache.  (B, T, D) -> (B, T, D)."""
+    """Attention whose heads and cache are handled by ctx.cache. (B, T, D) -> (B, T, D)."""
 
     def __init__(self, attention: nn.Module):
         super().__init__()
@@ -69,7 +71,7 @@ class GraphAttention(nn.Module):
         return self.out(ctx.cache.attend(self, self.qkv(x), slot))
 
 
-PARTS = {
+PARTS = {  # class name in the model -> its replacement in the graph
     "Linear": lambda layer: MatMul(layer.weight, layer.bias),
     "RMSNorm": Norm,
     "SwiGLU": Gated,
@@ -78,7 +80,7 @@ PARTS = {
 
 
 def _rebuilt(module: nn.Module) -> nn.Module:
-    """The module with every part that a graph does otherwise replaced."""
+    """Replaces the submodules that have another form in a graph (PARTS), and returns the module."""
     for name, child in module.named_children():
         part = PARTS.get(type(child).__name__)
         setattr(module, name, _rebuilt(child) if part is None else part(child))
@@ -91,7 +93,7 @@ def _rotate(x, cos, sin):
 
 
 class StandardSlots:
-    """The cache inside a graph, in ONNX's own operators.  `present`: new keys and values of every slot."""
+    """The cache inside a graph, in standard ONNX operators. `present` collects the new keys and values of each slot."""
 
     def __init__(self, graph: "Graph", last, total, positions, past):
         self.config, self.past, self.present = graph.config, past, [None] * len(past)
@@ -101,7 +103,7 @@ class StandardSlots:
         self.rotary = [table[positions][:, None] for table in graph.rotary]  # cos, sin: (B, 1, T, E)
 
     def coda_slot(self, step: int) -> int:
-        return cache_slots(self.config, 0)  # only the last step is read out
+        return cache_slots(self.config, 0)  # coda and head run only after the last step
 
     def attend(self, attention, qkv, slot) -> Tensor:
         """qkv (B, T, (H + 2K) E) -> (B, T, D); the new columns go into the slot."""
@@ -123,7 +125,7 @@ class StandardSlots:
 
 
 class FusedSlots(StandardSlots):
-    """The same in ONNX Runtime's GroupQueryAttention, which takes the rows' lengths in place of a mask."""
+    """The same with ONNX Runtime's GroupQueryAttention, which takes the lengths of the rows instead of a mask."""
 
     def __init__(self, graph, last, total, positions, past):
         self.config, self.past, self.present = graph.config, past, [None] * len(past)
@@ -132,7 +134,7 @@ class FusedSlots(StandardSlots):
 
     def attend(self, attention, qkv, slot) -> Tensor:
         c, (B, T, _) = self.config, qkv.shape
-        q, k, v = qkv, None, None  # packed, unless the heads are normalised before
+        q, k, v = qkv, None, None  # the operator accepts them packed; qk_norm needs them separate
         if c.qk_norm:
             D, size = c.d_model, c.n_kv_heads * c.head_dim
             q, k, v = qkv[..., :D], qkv[..., D : D + size], qkv[..., D + size :]
@@ -156,7 +158,7 @@ class FusedSlots(StandardSlots):
 
 
 class Graph(nn.Module):
-    """A TRMModel in the parts of a graph; called as values.yaml tells it, with a list of (key, value)."""
+    """A TRMModel rebuilt for export. values.yaml describes the inputs; `past` is a list of (key, value) per slot."""
 
     def __init__(self, model: TRMModel, fused: bool):
         super().__init__()
@@ -169,7 +171,7 @@ class Graph(nn.Module):
 
     def forward(self, input_ids, last, total, read, past):
         m, c, T = self.model, self.config, input_ids.shape[1]
-        start = (last.long() + 1 - T).clamp(min=0)  # a row that begins with this call is no longer than it
+        start = (last.long() + 1 - T).clamp(min=0)  # a row that begins here may be shorter than T
         positions = start[:, None] + torch.arange(T)
         x = m.embed(input_ids) * c.embed_scale
         x = x if m.pos_embed is None else x + m.pos_embed(positions)

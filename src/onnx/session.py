@@ -1,8 +1,8 @@
-"""An exported graph in place of a TRMModel: `sampling.generate` and all that is built on it run under ONNX Runtime.
+"""Runs an exported graph in ONNX Runtime in place of a TRMModel, so that `sampling.generate` works with it unchanged.
 
-The folder is all that is needed: model.onnx (its inputs and outputs: templates/values.yaml), config.json, the
-tokenizer's files, and onnx.json with what the graph is. Rows come left-padded, as everywhere here; the graph wants each
-row from its left edge on, which spares it the mask.
+It needs only the export folder: model.onnx (templates/values.yaml describes its inputs and outputs), config.json, the
+tokenizer's files, and onnx.json with facts about the graph. The rest of this project pads rows on the left. The graph
+needs no mask because it expects every row to start at the left edge, so this module moves the rows there.
 """
 
 import importlib
@@ -29,7 +29,7 @@ CUDA = "CUDAExecutionProvider"
 
 
 def need(name: str):
-    """An optional module.  UserError with the command that installs it."""
+    """Imports an optional module. Raises UserError with the install command if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -37,22 +37,23 @@ def need(name: str):
 
 
 def provider(device: str):
-    """ONNX Runtime's provider for cpu, cuda or cuda:1.  UserError where it is not there."""
+    """Returns ONNX Runtime's provider for cpu, cuda or cuda:1. Raises UserError if it is not available."""
     kind, _, index = str(device).partition(":")
     if kind == "cpu":
         return "CPUExecutionProvider"
     if kind != "cuda":
-        raise UserError(f"--device {device}: ONNX Runtime runs on cpu or cuda here")
+        raise UserError(f"--device {device}: with ONNX Runtime it must be cpu or cuda")
     if CUDA not in need("onnxruntime").get_available_providers():
         raise UserError("this onnxruntime has no CUDA provider: pip install onnxruntime-gpu, or choose --device cpu")
     return CUDA, {"device_id": int(index or 0)}
 
 
 def load_onnx(folder, device: str = "cpu", threads: int | None = None, quiet: bool = False):
-    """(OnnxModel, tokenizer) of an export folder.  device: cpu, cuda, cuda:1, ..., or auto (CUDA for a graph that was
-    made for it, where it is there); threads of a CPU, default as torch has; quiet: without a line on stderr.
+    """Returns (OnnxModel, tokenizer) of an export folder.
 
-    UserError where the folder is none, is broken, or asks for what is not installed."""
+    device: cpu, cuda, cuda:1 and so on, or auto, which is CUDA if it is available and the graph was exported for it;
+    threads: number of CPU threads, by default as many as torch uses; quiet: print no line on stderr.
+    Raises UserError if the folder is not an export or is broken, or if something that it needs is not installed."""
     folder, runtime = Path(folder), need("onnxruntime")
     facts = _read_facts(folder)
     if device == "auto":
@@ -68,7 +69,7 @@ def load_onnx(folder, device: str = "cpu", threads: int | None = None, quiet: bo
     if len(set(sizes)) > 1:
         raise UserError(
             "{}: the tokenizer has {} tokens, config.json {}, the graph {}: ".format(folder, *sizes)
-            + "they are of different models; export again"
+            + "they belong to different models; export again"
         )
     if not quiet:
         print(f"{folder}: ONNX graph, {facts['precision']}, opset {facts['opset']}, on {device}", file=sys.stderr)
@@ -76,12 +77,12 @@ def load_onnx(folder, device: str = "cpu", threads: int | None = None, quiet: bo
 
 
 def _check_graph(session, config, path) -> int:
-    """The vocabulary of a graph.  UserError where it lacks an input or output, or its cache is of another model."""
+    """Returns the vocabulary size. Raises UserError for a missing input or output, or a cache of another shape."""
     shapes = {entry.name: entry.shape for entry in (*session.get_inputs(), *session.get_outputs())}
     past = [name for name in shapes if name.startswith("past_")]
     for name in (*INPUTS, "logits", *(name.replace("past", "present") for name in past)):
         if name not in shapes:
-            raise UserError(f"{path} lacks {name}: it is broken, or no graph of export_onnx.py; export again")
+            raise UserError(f"{path} lacks {name}: it is broken, or export_onnx.py did not write it; export again")
     for name in past:
         if shapes[name][1::2] != [config.n_kv_heads, config.head_dim]:
             raise UserError(f"{path}: {name} is {shapes[name]}, which does not fit config.json: export again")
@@ -91,7 +92,7 @@ def _check_graph(session, config, path) -> int:
 def _read_facts(folder) -> dict:
     for name in (FACTS, GRAPH):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} is no ONNX export (no {name}): make one with export_onnx.py")
+            raise UserError(f"{folder} is not an ONNX export (no {name}): make one with export_onnx.py")
     try:
         facts = read_object(folder / FACTS)
         return {name: facts[name] for name in ("opset", "precision", "attention", "cache")}
@@ -101,18 +102,20 @@ def _read_facts(folder) -> dict:
 
 def _start(runtime, folder, chosen, threads):
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or free_cores(torch.get_num_threads())  # they spin, as torch's do
+    options.intra_op_num_threads = threads or free_cores(
+        torch.get_num_threads()
+    )  # its threads busy-wait, as torch's do
     options.log_severity_level = 3  # errors
-    options.add_session_config_entry("session.disable_quant_qdq", "1")  # DequantizeLinear once, not at every call
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # decode int8 weights once, not in every call
     try:
         return runtime.InferenceSession(str(folder / GRAPH), options, providers=[chosen])
-    except Exception as error:  # many kinds, which mean one thing to the user
+    except Exception as error:  # ONNX Runtime raises many types; for the user they all mean a broken file
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder / GRAPH} is broken or cut short ({reason}): export again") from None
 
 
 class OnnxModel:
-    """Takes a TRMModel's place at inference: called with ids, it gives an object with logits."""
+    """Stands in for a TRMModel at inference. Call it with ids to get a TRMOutput with logits."""
 
     training = False
 
@@ -128,12 +131,13 @@ class OnnxModel:
         return self
 
     def parameters(self):
-        """None: they are in the graph, which takes its ids from the CPU wherever it runs."""
+        """Yields nothing: the weights are in the graph. Callers then keep the ids on the CPU, as the graph expects."""
         return iter(())
 
     def new_cache(self, batch: int, max_len: int | None = None, depth=None, last_only=True) -> "OnnxCache":
-        """An empty cache of `batch` rows x max_len columns; depth must be the graph's own, and last columns alone are
-        read out in any case."""
+        """Returns an empty cache of `batch` rows x max_len columns.
+
+        `depth` and `last_only` are ignored: the depth is fixed in the graph, which reads out only the last column."""
         return OnnxCache(self, batch, max_len or self.config.max_seq_len)
 
     def __call__(
@@ -144,10 +148,10 @@ class OnnxModel:
         exit: ExitRule | None = None,
         return_steps: bool = False,
     ) -> TRMOutput:
-        """logits (B, T, V); with a cache those of the last token alone, (B, 1, V).
+        """Returns logits (B, T, V); with a cache only those of the last token, (B, 1, V).
 
-        attention_mask: 0 = padding, on the left. A first call with a cache brings the prompts, each later one a token
-        a row. UserError for what a graph cannot do: leave the recursion early, or show its steps."""
+        attention_mask: 0 = padding, on the left. The first call with a cache passes the prompts, each later call one
+        token per row. Raises UserError for early exits and for return_steps, which a graph does not support."""
         self._refuse(exit, return_steps)
         logits = self._whole(input_ids, attention_mask) if cache is None else cache.extend(input_ids, attention_mask)
         steps = torch.full(logits.shape[:2], max_depth(self.config))
@@ -155,15 +159,17 @@ class OnnxModel:
 
     def _refuse(self, exit, return_steps):
         if return_steps:
-            raise UserError("an ONNX graph gives its last recursion step alone: trace the checkpoint instead")
+            raise UserError("an ONNX graph returns only its last recursion step: use the checkpoint to trace all steps")
         if exit is not None and exit.exit != "fixed":
-            raise UserError(f"an ONNX graph gives every token the same depth: --exit {exit.exit} needs the checkpoint")
+            raise UserError(
+                f"an ONNX graph has the same depth for every token: --exit {exit.exit} needs the checkpoint"
+            )
         depth = max_depth(self.config)
         if max_depth(self.config, exit) != depth:
-            raise UserError(f"this ONNX graph has max_recursion_depth {depth}: export it again for another")
+            raise UserError(f"this ONNX graph has max_recursion_depth {depth}: export it again with another depth")
 
     def _whole(self, ids, mask) -> Float[Tensor, "b t v"]:
-        """A text at once, all logits; those of padding are those of the real token beside it."""
+        """Returns all logits of a text in one call. A padding column gets the logits of the nearest real token."""
         (B, T), (rows, lengths, first) = ids.shape, aligned(ids, mask)
         column = (np.arange(T) - first[:, None]).clip(0, lengths[:, None] - 1)
         read = np.arange(B)[:, None] * rows.shape[1] + column
@@ -171,9 +177,10 @@ class OnnxModel:
 
 
 def aligned(ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows moved to the left edge, (B, U) of the longest row's length U, their lengths (B,), and where they began (B,).
+    """Returns the rows moved to the left edge (B, U), their lengths (B,), and their first columns before (B,).
 
-    Padding is on the left, and on the right of rows that have ended.  ValueError for any other mask."""
+    U is the length of the longest row. Padding may be on the left, and on the right of rows that have ended. Raises
+    ValueError for any other mask."""
     B, T = ids.shape
     mask = np.ones((B, T), dtype=np.int64) if mask is None else mask.long().numpy()
     if (np.diff(mask, axis=1, prepend=0) > 0).sum(axis=1).max() > 1 or mask.max() > 1:
@@ -184,16 +191,17 @@ def aligned(ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"] | None) -> tuple[n
 
 
 class OnnxCache:
-    """Keys and values of every slot, in buffers that the graph reads and writes in place; where the graph has no
-    cache, the text so far instead."""
+    """The keys and values of every slot, in buffers that the graph reads and writes in place.
+
+    For a graph without a cache it stores the text so far instead."""
 
     def __init__(self, model: OnnxModel, batch: int, max_len: int):
         runtime, c = need("onnxruntime"), model.config
         if max_len > c.max_seq_len:
             raise ValueError(f"the graph has positions for {c.max_seq_len} tokens, not for {max_len}")
-        self.model, self.max_len, self.length = model, max_len, 0  # length counts columns, padding included
+        self.model, self.max_len, self.length = model, max_len, 0  # length is in columns and includes padding
         self.lengths = np.zeros(batch, dtype=np.int64)  # real tokens of each row
-        self.text = None  # ids and mask, without a cache
+        self.text = None  # (ids, mask) so far, for a graph without a cache
         self.binding = model.session.io_binding()
         kind, _, index = model.device.partition(":")
         for name in (entry.name for entry in model.session.get_inputs() if entry.name.startswith("past_")):
@@ -203,12 +211,14 @@ class OnnxCache:
             self.binding.bind_ortvalue_output(name.replace("past", "present"), slot)
 
     def extend(self, ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"] | None) -> Float[Tensor, "b 1 v"]:
-        """Add a prompt, or one token a row; the logits of each row's last token.  ValueError where it does not fit."""
+        """Adds the prompts, or one token per row. Returns the logits of each row's last token.
+
+        Raises ValueError if the cache is full, or if a later call passes more than one token per row."""
         B, T = ids.shape
         if self.length + T > self.max_len:
             raise ValueError(f"the cache holds {self.max_len} columns, {self.length} are used and {T} more were given")
         if self.length and T > 1:
-            raise ValueError(f"{T} tokens a row after the first call: an ONNX graph takes one at a time")
+            raise ValueError(f"{T} tokens per row after the first call: an ONNX graph takes one at a time")
         if not self.model.facts["cache"]:
             mask = torch.ones_like(ids) if mask is None else mask
             new = (ids, mask)
@@ -217,14 +227,16 @@ class OnnxCache:
         elif self.length == 0:
             rows, self.lengths, _ = aligned(ids, mask)
             logits = self.run(rows, self.lengths, np.arange(B) * rows.shape[1] + self.lengths - 1)[:, None]
-        else:  # the next token overwrites one that is not real
+        else:  # a masked token does not increase its row's length, so the next token overwrites it
             logits = self.run(ids.numpy(), self.lengths + 1, np.arange(B))[:, None]
             self.lengths = self.lengths + (1 if mask is None else mask[:, 0].numpy())
         self.length += T
         return logits
 
     def run(self, rows: np.ndarray, lengths: np.ndarray, read: np.ndarray) -> Float[Tensor, "n v"]:
-        """One run of the graph: rows (B, T) end at `lengths` (B,) columns; logits of the flat columns `read` (N,)."""
+        """Runs the graph once and returns the logits (N, V) of the tokens `read` (N,), given as row * T + column.
+
+        rows (B, T) are the new tokens; lengths (B,) are the lengths of the rows after this call."""
         last, total = (lengths - 1).astype(np.int32), lengths.max(keepdims=True).astype(np.int32)
         for name, array in zip(INPUTS, (np.ascontiguousarray(rows), last, total, read)):
             self.binding.bind_cpu_input(name, array)
@@ -232,8 +244,8 @@ class OnnxCache:
         self.binding.bind_ortvalue_output("logits", need("onnxruntime").OrtValue.ortvalue_from_numpy(logits))
         try:
             self.model.session.run_with_iobinding(self.binding)
-        except Exception as error:  # ONNX Runtime raises many kinds
+        except Exception as error:  # ONNX Runtime raises many types
             raise UserError(f"{self.model.path} does not run ({one_line(error)}): export again") from None
         if not np.isfinite(logits).all():
-            raise UserError(f"{self.model.path} gives NaN or infinity in place of logits: export again")
+            raise UserError(f"{self.model.path} returns NaN or infinity as logits: export again")
         return torch.from_numpy(logits)

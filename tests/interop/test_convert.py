@@ -1,4 +1,4 @@
-"""convert.py as a user runs it: what goes to stdout and stderr, and one clear line for every mistake."""
+"""convert.py from the command line: what it prints on stdout and stderr, and one clear line for every mistake."""
 
 import pytest
 from huggingface_hub import ModelCard
@@ -23,7 +23,7 @@ def test_there_and_back_and_a_text(mine, tmp_path, capsys):
     out = capsys.readouterr()
     assert out.out == f"{tmp_path / 'm.bin'}\n"
     assert "a checkpoint of this project" in out.err and "none, 12.7K weights, 259 tokens" in out.err
-    assert f"{tmp_path / 'm.tokenizer.bin'} is its tokenizer, which run.c takes with -z" in out.err
+    assert f"{tmp_path / 'm.tokenizer.bin'} is its tokenizer: pass it to run.c with -z" in out.err
     assert "run.c puts a space before a prompt" in out.err
     convert.main([str(tmp_path / "m.bin"), str(tmp_path / "back")])
     assert "a legacy .bin of llama2.c" in capsys.readouterr().err
@@ -60,7 +60,7 @@ def test_a_licence_by_flag_stays_with_the_model(mine, tmp_path):
         (["{mine}", "{tmp}/out", "--to", "onnx"], "--to onnx"),
         (["{mine}", "{tmp}/out", "--tokeniser", "byte"], "did you mean --tokenizer"),
         (["{mine}", "{tmp}/out", "--tokenizer", "{tmp}/no.json"], "no.json"),
-        (["{mine}/config.json", "{tmp}/out"], "config.json is none of"),
+        (["{mine}/config.json", "{tmp}/out"], "config.json is none of the known formats"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(mine, tmp_path, capsys, words, said):

@@ -1,4 +1,4 @@
-"""Converting as a whole: what a source is, all formats into each other, the model card, writing all or nothing."""
+"""Complete conversions: detecting formats, converting between them, the model card, failures that write nothing."""
 
 import json
 import os
@@ -21,7 +21,7 @@ BYTES = ByteLevelTokenizer()
 
 @pytest.fixture
 def checkpoint(tiny, tmp_path):
-    """checkpoint(**settings) -> (folder, model)."""
+    """A function: checkpoint(**settings) -> (folder, model)."""
 
     def make(ema=False, info=None, dtype=torch.float32, **settings):
         model = tiny(**{"vocab_size": BYTES.vocab_size, "recursion": "none", "norm": "pre"} | settings).to(dtype)
@@ -52,7 +52,9 @@ class TestRecognize:
     @pytest.mark.parametrize("content", [b"", b"hello", struct.pack("<7i", 1, 2, 3, 0, 5, 6, 7), bytes(100)])
     def test_unknown_file(self, tmp_path, content):
         (tmp_path / "x").write_bytes(content)
-        with pytest.raises(UserError, match="x is none of: a checkpoint of this project, a Llama folder"):
+        with pytest.raises(
+            UserError, match="x is none of the known formats: a checkpoint of this project, a Llama folder"
+        ):
             recognize(tmp_path / "x")
 
     def test_missing(self, tmp_path):
@@ -85,7 +87,7 @@ class TestThroughAllFormats:
 
     @pytest.mark.parametrize("tied", [True, False])
     def test_llama2c_has_an_order_of_its_own(self, checkpoint, tmp_path, tied):
-        """Bytes become 3 to 258, EOS is where it ends a text; from then on nothing changes, not a byte."""
+        """Bytes become tokens 3 to 258, and EOS takes the place where run.c stops. Converting again changes no byte."""
         folder, model = checkpoint(tie_embeddings=tied)
         write(read_source(folder), tmp_path / "1", "llama2c")
         there = read_source(tmp_path / "1")
@@ -131,9 +133,9 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("settings", "said"),
         [
-            ({"recursion": "trm"}, "a recursive model .recursion trm. is no Llama: choose --to hub"),
+            ({"recursion": "trm"}, "a recursive model .recursion trm. is not a Llama: choose --to hub"),
             ({"recursion": "loop"}, "recursion loop"),
-            ({"norm": "sandwich"}, "its norm is sandwich, a Llama's is pre; choose --to hub"),
+            ({"norm": "sandwich"}, "its norm is sandwich, but a Llama has pre; choose --to hub"),
             ({"positions": "learned"}, "positions is learned"),
             ({"qk_norm": True}, "qk_norm is True"),
             ({"coda_layers": 1}, "coda_layers is 1"),
@@ -152,7 +154,7 @@ class TestRefused:
             read_source(folder)
         write(read_source(checkpoint()[0]), tmp_path / "m.bin", "llama2c")
         (tmp_path / "m.tokenizer.bin").unlink()
-        with pytest.raises(UserError, match="a file of its own: give it with --tokenizer"):
+        with pytest.raises(UserError, match="a separate file: give it with --tokenizer"):
             read_source(tmp_path / "m.bin")
         with pytest.raises(UserError, match="nowhere.json"):
             read_source(tmp_path / "m.bin", tmp_path / "nowhere.json")

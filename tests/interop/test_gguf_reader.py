@@ -1,4 +1,4 @@
-"""GGUF files, written here by the gguf package: weights of several types, both kinds of tokenizer, what is refused."""
+"""GGUF files that the gguf package writes here: weights of several types, both kinds of tokenizer, and refusals."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ TEXTS = [
     "don't   say: I'll be 20 or 3\u00bd!\n",
     "caf\u00e9s \u4eac\u90fd \U0001f600",
 ]
-NAMES = {  # llama.cpp's name of each of Hugging Face's
+NAMES = {  # Hugging Face's name -> llama.cpp's name
     "embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
     "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate",
     "post_attention_layernorm": "ffn_norm", "up_proj": "ffn_up", "down_proj": "ffn_down",
@@ -37,14 +37,14 @@ def gguf_name(name):
 
 
 def permuted(weight, heads):
-    """llama.cpp's order of the rows of q and k, by its definition: row (head, half, i) goes to (head, i, half)."""
+    """Returns the rows of q or k in llama.cpp's order: row (head, half, i) moves to (head, i, half)."""
     rows = np.arange(len(weight)).reshape(heads, 2, -1).transpose(0, 2, 1).ravel()
     return weight[rows]
 
 
 @pytest.fixture
 def file(tiny, tmp_path):
-    """file(settings of the model, dtype=..., fields of the GGUF, tensors=...) -> (path, model)."""
+    """A function: file(tokens, dtype=..., tensors=..., metadata=..., **settings of the model) -> (path, model)."""
 
     def make(tokens=None, dtype=gguf.GGMLQuantizationType.F32, tensors=(), metadata=None, **settings):
         model = tiny(**{"recursion": "none", "norm": "pre", "vocab_size": 259, "n_kv_heads": 2} | settings)
@@ -80,13 +80,15 @@ class TestWeights:
     def test_float32(self, file, settings):
         path, model = file(**settings)
         config, weights, _ = read_gguf(path)
-        assert config == model.config or config.norm_eps == pytest.approx(model.config.norm_eps)  # float32 there
+        assert config == model.config or config.norm_eps == pytest.approx(
+            model.config.norm_eps
+        )  # a GGUF stores it as float32
         own = own_state(model)
         assert weights.keys() == own.keys() and all(torch.equal(tensor, own[name]) for name, tensor in weights.items())
 
     @pytest.mark.parametrize(("dtype", "error"), [("F16", 2**-11), ("BF16", 2**-8), ("Q8_0", 2**-7), ("Q4_1", 2**-4)])
     def test_other_types(self, file, tmp_path, dtype, error):
-        """Off by no more than rounding, relative to the largest of a block."""
+        """The error is at most the rounding error, relative to the largest value of a block."""
         path, model = file(dtype=gguf.GGMLQuantizationType[dtype], d_model=64, d_ff=32)
         write(read_source(path, "byte"), tmp_path / "ours")
         loaded = own_state(load_model(tmp_path / "ours")[0])
@@ -105,7 +107,7 @@ class TestWeights:
 
 
 def byte_level(pre):
-    """(tokenizer of the tokenizers library, the same as GGUF fields)."""
+    """Returns (a tokenizer of the tokenizers library, the same tokenizer as GGUF fields)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tok = Tokenizer(models.BPE())
@@ -142,7 +144,7 @@ class TestTokenizer:
         [("gpt-2", None, False), ("llama-bpe", None, True), ("gpt-2", True, True), ("llama-bpe", False, False)],
     )
     def test_how_texts_begin_and_end(self, file, tmp_path, pre, said, add_bos):
-        """By add_bos_token, else as llama.cpp has it; what it knows as an end by name is one too."""
+        """add_bos_token decides, else llama.cpp's default. Tokens that llama.cpp treats as ends are ends too."""
         _, fields = byte_level(pre)
         fields |= {"tokenizer.ggml.pre": pre, "tokenizer.ggml.eot_token_id": 40}
         fields |= {} if said is None else {"tokenizer.ggml.add_bos_token": said}
@@ -180,7 +182,7 @@ class TestTokenizer:
         ("change", "said"),
         [
             ({"tokenizer.ggml.pre": "qwen2"}, "by the rule 'qwen2'.*--tokenizer"),
-            ({"tokenizer.ggml.model": "bert"}, "kind bert"),
+            ({"tokenizer.ggml.model": "bert"}, "type bert"),
             ({"tokenizer.ggml.merges": ["no merge"]}, "broken"),
         ],
     )
@@ -190,7 +192,7 @@ class TestTokenizer:
             read_gguf_tokenizer(path)
 
     def test_none(self, file):
-        with pytest.raises(UserError, match="holds no tokenizer"):
+        with pytest.raises(UserError, match="contains no tokenizer"):
             read_gguf_tokenizer(file()[0])
 
 
@@ -231,7 +233,7 @@ class TestRefused:
 
     def test_tensors_that_overlap(self, file):
         path, _ = file()
-        reader = gguf.GGUFReader(path, "c")  # in memory alone
+        reader = gguf.GGUFReader(path, "c")  # changes stay in memory
         offset = reader.tensors[1].field.parts[-1]
         offset[0] = 0
         path.write_bytes(reader.data.tobytes())
@@ -239,7 +241,7 @@ class TestRefused:
             read_gguf(path)
 
     def test_an_array_longer_than_the_file(self, file):
-        """The package would make empty values for as long as the length says."""
+        """Without the check, the package would create as many empty values as the broken length says."""
         fields = {"model": "llama", "tokens": ["a", "b"], "token_type": [1, 1], "scores": [0.5, 0.5]}
         path, _ = file({f"tokenizer.ggml.{name}": value for name, value in fields.items()})
         data = path.read_bytes()
@@ -273,4 +275,4 @@ def test_smollm2_knows_a_capital(tmp_path, unchecked):
     ids = torch.tensor([tokenizer.encode("The capital of France is", bos=True)])
     text = tokenizer.decode(generate_ids(model, ids, 12, temperature=0)[0].tolist())
     assert text.startswith("The capital of France is Paris")
-    assert not tokenizer.add_bos and tokenizer.end_ids == (2, 0)  # its file says so; <|im_end|>, <|endoftext|>
+    assert not tokenizer.add_bos and tokenizer.end_ids == (2, 0)  # as its file says: <|im_end|>, <|endoftext|>

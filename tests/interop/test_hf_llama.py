@@ -1,4 +1,4 @@
-"""Llama folders of Hugging Face: the same logits as transformers' own model in both directions, and what is refused."""
+"""Hugging Face Llama folders: the same logits as transformers' model in both directions, and refusals."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from src.tokenizer import ByteLevelTokenizer
 
 BYTES = ByteLevelTokenizer()
 V = BYTES.vocab_size
-TOLERANCE = 1e-4  # fp32: the two sum in another order; the logits have a spread of about 1
+TOLERANCE = 1e-4  # fp32: the order of summation differs; the logits have a standard deviation of about 1
 CASES = {
     "plain": {},
     "tied": {"tie_embeddings": True},
@@ -49,7 +49,7 @@ def change(folder, **values):
 
 
 def llama(**case):
-    """A random LlamaForCausalLM of the sizes in `case`, with lively weights."""
+    """Returns a random LlamaForCausalLM with the sizes in `case`; the weights are large, so that the logits vary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     case = {"d_model": 16, "n_heads": 4, "d_ff": 24, "n_layers": 2, "rope_theta": 10000.0, "norm_eps": 1e-5} | case
@@ -107,7 +107,9 @@ class TestAgainstTransformers:
         assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
         write(read_source(tmp_path / "ours"), tmp_path / "again", "hf")
         assert type(theirs).from_pretrained(tmp_path / "again").dtype == torch.bfloat16
-        theirs = type(theirs).from_pretrained(tmp_path / "llama", dtype=torch.float32)  # its angles are fp32 again
+        theirs = type(theirs).from_pretrained(
+            tmp_path / "llama", dtype=torch.float32
+        )  # loading it again computes the angles in fp32
         assert_same_logits(load_model(tmp_path / "ours")[0], theirs)
 
     def test_the_tokenizer_is_the_same_there(self, plain, tmp_path):
@@ -146,7 +148,7 @@ REFUSED = {
     "another activation": ({"hidden_act": "gelu"}, "hidden_act gelu"),
     "wide heads": ({"head_dim": 8}, "head_dim 8"),
     "part of yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "lacks original_max_position_embeddings"),
-    "yarn of its own": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "numbers of its own"),
+    "yarn of its own": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "changed parameters"),
     "llama3": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling llama3"),
     "an old name of it": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling dynamic"),
     "no factor": ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
@@ -155,9 +157,9 @@ REFUSED = {
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     "sizes that cannot be": ({"num_key_value_heads": 3}, "n_kv_heads"),
     "more layers than weights": ({"num_hidden_layers": 3}, "lacks model.layers.2"),
-    "fewer layers than weights": ({"num_hidden_layers": 1}, "holds model.layers.1"),
+    "fewer layers than weights": ({"num_hidden_layers": 1}, "contains model.layers.1"),
     "another width": ({"intermediate_size": 25}, "has shape"),
-    "tied, but they differ": ({"tie_word_embeddings": True}, "tie them"),
+    "tied, but they differ": ({"tie_word_embeddings": True}, "the settings tie the two"),
 }
 
 
@@ -171,7 +173,7 @@ REFUSED = {
     ],
 )
 def test_sizes_that_are_none(folder, name, value):
-    """Field and value are named, before anything of that size is made."""
+    """The message names field and value, and comes before anything of that size is allocated."""
     change(folder, **{name: value})
     with pytest.raises(
         UserError, match=re.escape(f"config.json: {name} is {value!r}: it should be a whole number from 1 to")
@@ -210,7 +212,7 @@ class TestFiles:
 
     def test_weights_that_could_run_code(self, folder):
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-        with pytest.raises(UserError, match="may run code"):
+        with pytest.raises(UserError, match="could run code"):
             read_hf(folder)
 
     def test_cut_short(self, folder):
@@ -231,7 +233,7 @@ class TestFiles:
         save_file({name: tensors[name] + 1}, folder / "b.safetensors")
         shards = dict.fromkeys(tensors, "model.safetensors") | {"lm_head.weight": "b.safetensors"}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-        with pytest.raises(UserError, match=f"holds {name}, which .*index.json does not say"):
+        with pytest.raises(UserError, match=f"contains {name}, but .*index.json does not list it"):
             read_hf(folder)
 
     def test_weights_that_are_not_finite(self, folder):
@@ -252,7 +254,7 @@ class TestFiles:
         path = folder / "model.safetensors"
         tensors = load_file(path)
         save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, path)
-        read_hf(folder)  # a table that is computed anyway
+        read_hf(folder)  # the table is ignored, because it is computed anyway
         save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(16)}, path)
         with pytest.raises(UserError, match="q_proj.bias"):
             read_hf(folder)
@@ -264,7 +266,7 @@ class TestFiles:
             read_hf(folder)
 
     def test_older_settings(self, folder):
-        """What config.json does not say has LlamaConfig's default."""
+        """A value that is missing in config.json gets LlamaConfig's default."""
         path = folder / "config.json"
         values = json.loads(path.read_text())
         for name in ("rope_theta", "rms_norm_eps", "num_key_value_heads", "max_position_embeddings", "hidden_act"):

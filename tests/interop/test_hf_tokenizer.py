@@ -1,4 +1,4 @@
-"""Tokenizers as transformers reads them: the ids of ours, the texts of generate.py, what is said where they differ."""
+"""Tokenizers in transformers: they give our ids and the texts of generate.py, and a message reports differences."""
 
 import io
 import json
@@ -25,7 +25,7 @@ KINDS = ["byte", "bpe", "unigram", "json bpe", "json unigram", "with a space bef
 
 
 def foreign(**options):
-    """A SentencePiece model that others trained."""
+    """Returns a SentencePiece model that was trained with SentencePiece's defaults, unlike train_spm.py's models."""
     out = io.BytesIO()
     options = {"model_type": "bpe", "vocab_size": 340, "byte_fallback": True, "minloglevel": 2} | options
     lines = (line for text in TEXTS for line in text.split("\n") if line)
@@ -50,11 +50,11 @@ def tokenizer(request, tokenizers):
 
 @pytest.fixture
 def folders(tokenizer, tiny, tmp_path):
-    """(a checkpoint, the same for transformers) of a model that writes whole characters, and never the unknown one."""
+    """(checkpoint, the same for transformers). The model writes neither parts of characters nor unknown tokens."""
     sizes = {"vocab_size": tokenizer.vocab_size, "d_model": 32, "max_seq_len": 64}
     model = tiny(recursion="none", norm="pre", seed=3, **sizes)
     parts = [i for i in range(tokenizer.vocab_size) if len(b := tokenizer.id_to_bytes(i)) == 1 and b[0] > 127]
-    with torch.no_grad():  # the mean of all logits is never the largest
+    with torch.no_grad():  # these get the mean of all logits, which is never the largest
         model.head.weight[[*parts, tokenizer.unk_id]] = model.head.weight.mean(0)
     save_checkpoint(tmp_path / "ours", model, tokenizer)
     write(read_source(tmp_path / "ours"), tmp_path / "theirs", "hf")
@@ -115,16 +115,16 @@ def _saved(tokenizer, folder):
 
 
 def test_what_differs_is_found(capsys, tiny, tmp_path):
-    """A model with white space of its own, and without bytes: U+2581 is three unknown tokens here, one there."""
+    """A tokenizer without byte fallback: U+2581 becomes three unknown tokens here, but one in transformers."""
     tokenizer = foreign(vocab_size=80, byte_fallback=False)
     data, different = to_json(tokenizer)
     assert "\u2581 mark\u2581" in different and set(different) < set(PROBES)
     assert json.loads(data)["post_processor"]["single"][0]["SpecialToken"]["id"] == "<s>"
     save_checkpoint(tmp_path / "ours", tiny(recursion="none", norm="pre", vocab_size=80), tokenizer)
     write(read_source(tmp_path / "ours"), tmp_path / "theirs", "hf")
-    assert f"transformers cuts some texts into other tokens, such as {different[0]!r}" in capsys.readouterr().err
+    assert f"transformers splits some texts into other tokens, for example {different[0]!r}" in capsys.readouterr().err
 
 
 def test_words_have_no_tokenizer_json(tmp_path):
-    with pytest.raises(UserError, match="words or characters"):
+    with pytest.raises(UserError, match="type word or char"):
         save_for_transformers(foreign(model_type="char", vocab_size=60, byte_fallback=False), tmp_path, 16)

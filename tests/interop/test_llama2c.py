@@ -1,4 +1,4 @@
-"""llama2.c's files: its golden text and bytes, its arithmetic from the equations, and what is refused."""
+"""llama2.c's files: its published text and bytes, its forward pass written from the equations, and refusals."""
 
 import os
 import struct
@@ -31,7 +31,7 @@ BLOCK |= {"feed_forward.w2": (DIM, HIDDEN), "feed_forward.w3": (HIDDEN, DIM)}  #
 
 
 def weights(tied):
-    """A llama2.c state dict of random weights."""
+    """Returns a llama2.c state dict of random weights."""
     shapes = {"tok_embeddings": (VOCAB, DIM), "norm": (DIM,)}
     shapes |= {f"layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in BLOCK.items()}
     w = {f"{n}.weight": torch.rand(s) + 0.5 if len(s) == 1 else torch.randn(s) / s[1] ** 0.5 for n, s in shapes.items()}
@@ -39,7 +39,7 @@ def weights(tied):
 
 
 def llama2c_logits(w, ids):
-    """llama2.c's forward pass (its run.c), token by token in float64: adjacent channels are complex numbers."""
+    """The forward pass of run.c, token by token in float64. Pairs of adjacent channels are complex numbers."""
     w, E = {name: tensor.double() for name, tensor in w.items()}, DIM // HEADS
     frequency = 10000.0 ** (-torch.arange(0, E, 2, dtype=torch.float64) / E)
     keys, values, logits = [[] for _ in range(LAYERS)], [[] for _ in range(LAYERS)], []
@@ -77,7 +77,7 @@ def save_pt(path, w, prefix="_orig_mod.", **more):
 
 
 def save_bin(path, w, tied):
-    """A legacy .bin, packed here by its description."""
+    """Writes a legacy .bin from the description of the format."""
     table = torch.zeros(2, CONTEXT, DIM // HEADS // 2)
     blocks = [w[f"layers.{i}.{name}.weight"] for name in BLOCK for i in range(LAYERS)]
     parts = [w["tok_embeddings.weight"], *blocks, w["norm.weight"], table] + [w["output.weight"]] * (not tied)
@@ -97,7 +97,7 @@ def test_the_logits_are_llama2cs(tmp_path, kind, tied):
         logits = model(torch.tensor([ids])).logits[0]
     expected = llama2c_logits(w, ids)
     assert expected.std() > 0.3
-    assert (logits - expected).abs().max() < 1e-4  # fp32 beside float64
+    assert (logits - expected).abs().max() < 1e-4  # fp32 against float64
 
 
 def test_figures_of_a_pt(tmp_path):
@@ -143,7 +143,7 @@ class TestRefused:
     @pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b[:40], lambda b: b + b"\0" * 4, lambda b: b[:28]])
     def test_a_bin_of_another_length(self, bin, change):
         bin.write_bytes(change(bin.read_bytes()))
-        with pytest.raises(UserError, match=r"has \d+ bytes, but its header asks for \d+"):
+        with pytest.raises(UserError, match=r"has \d+ bytes, but its header requires \d+"):
             read_bin(bin)
 
     def test_a_later_version(self, bin):
@@ -176,7 +176,7 @@ class TestRefused:
 
     def test_a_pt_of_something_else(self, tmp_path):
         torch.save({"model": {}}, tmp_path / "m.pt")
-        with pytest.raises(UserError, match="no llama2.c checkpoint"):
+        with pytest.raises(UserError, match="not a llama2.c checkpoint"):
             read_pt(tmp_path / "m.pt")
         save_pt(tmp_path / "m.pt", weights(True), model_args=ARGS | {"n_layers": 3})
         with pytest.raises(UserError, match="lacks layers.2"):
@@ -185,7 +185,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("more", "said"),
         [
-            ({"iter_num": "x"}, "m.pt: its step is 'x': it should be a number"),
+            ({"iter_num": "x"}, "m.pt: its step is 'x': it should be a finite number"),
             ({"best_val_loss": torch.tensor(torch.nan)}, "m.pt: its best_valid_loss is nan"),
             ({"model_args": ARGS | {"n_layers": 2**31}}, "m.pt, model_args: n_layers is 2147483648: set it to 10,000"),
             ({"model_args": ARGS | {"n_heads": "4"}}, "m.pt, model_args: n_heads is '4': give it a whole number"),
@@ -219,7 +219,7 @@ class TestRefused:
     def test_a_pt_cut_short(self, tmp_path):
         save_pt(tmp_path / "m.pt", weights(True))
         (tmp_path / "m.pt").write_bytes((tmp_path / "m.pt").read_bytes()[:3000])
-        with pytest.raises(UserError, match="m.pt is no llama2.c checkpoint, or is broken"):
+        with pytest.raises(UserError, match="m.pt is not a llama2.c checkpoint, or it is broken"):
             read_pt(tmp_path / "m.pt")
 
     @pytest.mark.parametrize("settings", [{"rope_theta": 5e5}, {"norm_eps": 1e-6}, {"rope_scaling": 2.0}])
@@ -245,7 +245,11 @@ class TestStories260K:
     def test_written_again_the_weights_are_the_same_bytes(self, folder, tmp_path):
         write(read_source(folder), tmp_path / "again.bin", "llama2c")
         again, original = (tmp_path / "again.bin").read_bytes(), (STORIES / "stories260K.bin").read_bytes()
-        tables = 4 * sum(table.numel() for table in rotary_tables(read_source(folder).config))  # at the end: it is tied
+        tables = 4 * sum(
+            table.numel() for table in rotary_tables(read_source(folder).config)
+        )  # they are at the end, because the head is tied
         assert len(again) == len(original) and again[:-tables] == original[:-tables]
-        of_rounding = torch.frombuffer(bytearray(original[-tables:]), dtype=torch.float32)  # by the CPU's cosine
+        of_rounding = torch.frombuffer(
+            bytearray(original[-tables:]), dtype=torch.float32
+        )  # cosines differ between CPUs
         assert torch.allclose(torch.frombuffer(bytearray(again[-tables:]), dtype=torch.float32), of_rounding, atol=1e-6)

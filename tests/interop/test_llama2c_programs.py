@@ -1,4 +1,4 @@
-"""What run.c makes of our .bin and tokenizer files: its text, by a reader in C of our own, is generate.py's."""
+"""Our .bin and tokenizer files in run.c's algorithm (llama2c_reader.c, written for this test): generate.py's text."""
 
 import io
 import shutil
@@ -31,7 +31,7 @@ PROMPTS = ["", "the cat", "def f(x):", "3.14"]
 
 @pytest.fixture(scope="module")
 def run_c(tmp_path_factory):
-    """run_c(bin, prompt, tokens) -> text, by the reader of tests/llama2c_reader.c."""
+    """A function: run_c(bin, prompt, tokens) -> text, using llama2c_reader.c."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler")
@@ -70,9 +70,9 @@ def test_the_text_is_that_of_generate(run_c, tokenizers, kind, tied, tiny, tmp_p
     tokenizer = tokenizers[kind]
     sizes = {"vocab_size": tokenizer.vocab_size, "d_model": 32, "max_seq_len": 64, "tie_embeddings": tied}
     model = tiny(recursion="none", norm="pre", seed=5, **sizes)
-    shown = [bytes([b]) for b in (*range(33, 127), 9, 10, 13)]  # bytes that run.c prints, as it prints a piece
+    shown = [bytes([b]) for b in (*range(33, 127), 9, 10, 13)]  # single bytes that run.c prints
     hidden = [i for i in range(tokenizer.vocab_size) if len(b := tokenizer.id_to_bytes(i)) == 1 and b not in shown]
-    with torch.no_grad():  # the mean of all logits is never the largest
+    with torch.no_grad():  # these get the mean of all logits, which is never the largest
         model.head.weight[[*hidden, tokenizer.unk_id]] = model.head.weight.mean(0)
     save_checkpoint(tmp_path / "ours", model, tokenizer)
     write(read_source(tmp_path / "ours"), tmp_path / "m.bin", "llama2c")
@@ -86,7 +86,7 @@ def test_the_text_is_that_of_generate(run_c, tokenizers, kind, tied, tiny, tmp_p
 
 @pytest.mark.parametrize("ends_with", ["eos", "bos"])
 def test_it_stops_where_generate_stops(run_c, tokenizers, ends_with, tiny, tmp_path, capsys):
-    """What would have been the fourth token is the end, which is not printed."""
+    """The end token comes fourth, in place of the token that was fourth, and is not printed."""
     tokenizer = tokenizers["byte"]
     model = tiny(recursion="none", norm="pre", vocab_size=259, d_model=32, max_seq_len=64)
     written = model.generate(torch.tensor([tokenizer.encode(" ab", bos=True)]), 4, temperature=0)[0, 4:].tolist()
@@ -108,7 +108,7 @@ def test_it_stops_where_generate_stops(run_c, tokenizers, ends_with, tiny, tmp_p
 
 
 def test_a_head_row_that_no_token_has_never_wins(tiny):
-    """BOS and EOS are one token, and there is no unknown one: run.c's places 0 and 2 stay empty."""
+    """BOS and EOS are one token, and there is no unknown token, so run.c's ids 0 and 2 stand for nothing."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     tok = Tokenizer(models.BPE(byte_characters() | {"<|endoftext|>": 256}, []))
@@ -137,7 +137,7 @@ def test_refused_and_said(tokenizers, tiny, tmp_path, capsys):
         read_tokenizer_with(tokenizers["unigram"], tmp_path, add_bos=False, ends=[3, 9]), "here",
     )  # fmt: skip
     assert [sentence.split(",")[0] for sentence in said] == [
-        "run.c puts a space before a prompt", "run.c begins every text with BOS", "run.c knows one end of a text",
+        "run.c puts a space before a prompt", "run.c begins every text with BOS", "run.c stops at one end token",
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""An export by itself: no path of its machine, names and explanations in the graph, an example that runs alone."""
+"""An export folder on its own: no paths of this machine, names and doc strings in the graph, a runnable example."""
 
 import json
 import re
@@ -30,7 +30,7 @@ pytest.importorskip("onnxscript")
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["the cat sat on the mat and the dog ate the hat\n" * 8, "京都は日本の都市である。\n人口は百四十万人。\n" * 8]
 PATHS = [str(ROOT), str(Path.home()) + "/", sys.prefix, sysconfig.get_path("purelib"), "/src/", ".py", "site-packages"]
-WORDS = {"batch", "length", "reads", "room"}  # the dimensions that vary
+WORDS = {"batch", "length", "reads", "room"}  # names of the dynamic dimensions
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,13 @@ def tokenizers(tmp_path_factory):
     made = {kind: train_tokenizer(folder / "t.txt", 290, folder / kind, model_type=kind) for kind in ("bpe", "unigram")}
     made |= {"byte": read_tokenizer("byte"), "sp": train_sentencepiece(TEXTS, folder / "sp", vocab_size=340)}
     model = ModelProto.FromString((folder / "sp.model").read_bytes())
-    model.normalizer_spec.add_dummy_prefix = True  # a space before every text, as Llama's have it
+    model.normalizer_spec.add_dummy_prefix = True  # a space before every text, as in Llama's tokenizer
     return made | {"sp with prefix": TokenizerWrapper(model.SerializeToString())}
 
 
 @torch.no_grad()
 def silence(model, tokenizer):
-    """Let a random model never choose special tokens and parts of characters, each of which decoders show otherwise."""
+    """Makes a random model never choose special tokens or parts of characters, which decoders print differently."""
     special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id}
     for index in range(tokenizer.vocab_size):
         if index in special or "\ufffd" in tokenizer.id_to_bytes(index).decode(errors="replace"):
@@ -57,7 +57,7 @@ def silence(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def export(tokenizers, tmp_path_factory):
-    """export(kind of tokenizer, **settings of the export): (checkpoint, export folder, its facts), each made once."""
+    """A cached function: export(kind of tokenizer, **settings of the export) -> (checkpoint, export folder, facts)."""
     made = {}
 
     def export(kind, **settings):
@@ -72,7 +72,7 @@ def export(tokenizers, tmp_path_factory):
         model = build(vocab_size=tokenizer.vocab_size, recursion=recursion, deep_steps=2, n_kv_heads=1, **sizes)
         silence(model, tokenizer)
         save_checkpoint(folder / "checkpoint", model, tokenizer, info=info)
-        jaxtyping.config.update("jaxtyping_disable", True)  # the tracer does not go with the checker
+        jaxtyping.config.update("jaxtyping_disable", True)  # the tracer fails with the type checker
         try:
             settings = onnx_export.OnnxExport(str(folder / "checkpoint"), str(folder / "graph"), **settings)
             return folder / "checkpoint", folder / "graph", onnx_export.export_onnx(settings)
@@ -83,18 +83,19 @@ def export(tokenizers, tmp_path_factory):
 
 
 def run_example(folder, elsewhere, prompt, most):
-    """What the example in a folder's README prints, in a process that knows nothing of this repository."""
+    """Returns what the example in a folder's README prints, run there by a process that cannot import this project."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)
-    assert "src" not in code and "torch" not in code and len(code.split("\n")) < 40
+    assert "src" not in code and "torch" not in code
+    assert len([line for line in code.splitlines() if line]) <= 28
     (elsewhere / "example.py").write_text(code, encoding="utf-8")
-    words = [sys.executable, "-I", "example.py", folder, prompt, str(most)]
-    done = subprocess.run(words, cwd=elsewhere, capture_output=True, timeout=100)
+    words = [sys.executable, "-I", elsewhere / "example.py", prompt, str(most)]
+    done = subprocess.run(words, cwd=folder, capture_output=True, timeout=100)
     assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode()  # line ends as they are
+    return done.stdout.decode()  # not text=True, which would change line ends
 
 
 def written(capfd, source, prompt, most):
-    """What generate.py prints."""
+    """Returns what generate.py prints."""
     capfd.readouterr()
     generate.main([*source, "--prompt", prompt, "--temperature", "0", "--max_new_tokens", str(most)])
     return capfd.readouterr().out
@@ -115,7 +116,7 @@ EVERY = [
 
 @pytest.mark.parametrize("kind, settings", [*SHOWN.items(), *EVERY])
 def test_the_readmes_example_writes_what_generate_py_writes(export, tmp_path, capfd, kind, settings):
-    """50 tokens in a context of 24: of the checkpoint, of the graph itself where its weights are rounded."""
+    """50 tokens in a context of 24, compared with the checkpoint, or with the graph if its weights are rounded."""
     checkpoint, folder, facts = export(kind, **settings)
     source = [str(checkpoint)] if facts["precision"] == "fp32" else ["--onnx", str(folder)]
     for prompt in ("the cat", "京都は"):
@@ -135,7 +136,7 @@ def test_the_example_stops_where_a_text_ends(export, tmp_path):
 
 
 def test_no_file_tells_of_the_machine(export, tmp_path, monkeypatch):
-    """In one file, with the weights in a second one, in int8."""
+    """Covers graphs in one file, with the weights in a second file, and in int8."""
     monkeypatch.setattr(onnx_export, "ONE_FILE", 0)
     large = export("byte", info={"license": "mit"}, recursion="none", quantize="int8")
     monkeypatch.undo()
@@ -148,7 +149,7 @@ def test_no_file_tells_of_the_machine(export, tmp_path, monkeypatch):
             assert not found, (path.name, found)
     assert run_example(large[1], tmp_path, "the cat", 5).startswith("the cat")
     card = (large[1] / "README.md").read_text(encoding="utf-8")
-    assert "MatMulNBits (com.microsoft, of ONNX Runtime). Licence: mit." in card
+    assert "MatMulNBits (com.microsoft, of ONNX Runtime).\nLicense: mit." in card
     properties = {entry.key: entry.value for entry in onnx.load(large[1] / "model.onnx").metadata_props}
     assert properties == {"family": "none", "vocab_size": "259", "context": "24", "license": "mit"}
 
@@ -176,7 +177,7 @@ def test_a_graph_explains_itself(export):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_graphs_of_onnx_own_operators(export, kind):
-    """ONNX's checker takes them, its reference evaluator gives the model's logits; weights are stored once."""
+    """ONNX's checker accepts them, and its reference evaluator gives the model's logits. Weights are stored once."""
     checkpoint, folder, facts = export(kind, **SHOWN[kind])
     assert facts["contrib_ops"] == [] and facts["attention"] == "standard"
     proto = onnx.load(folder / "model.onnx")
@@ -200,10 +201,10 @@ def test_graphs_of_onnx_own_operators(export, kind):
 
 
 def test_what_export_says(export, capfd, monkeypatch):
-    """Each long step before it begins, and the folder by the name that the user gave it."""
+    """Each long step is announced before it begins. A message names the folder as the user gave it."""
     export("byte", recursion="none", quantize="int8")
     said = capfd.readouterr().err
-    steps = "tracing 1 blocks", "checking it against torch", "quantizing it to int8"
+    steps = "tracing 1 blocks", "checking the graph against torch", "quantizing the graph to int8"
     assert [line for step in steps for line in said.splitlines() if line.startswith(step)] == said.splitlines()[1:]
     monkeypatch.setattr(onnx_export, "save", lambda proto, path: path.write_bytes(b"cut"))
     with pytest.raises(UserError, match=r"/graph/model.onnx is broken or cut short \(.*/graph/model.onnx") as caught:

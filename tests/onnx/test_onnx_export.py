@@ -1,4 +1,4 @@
-"""Graphs for ONNX: the same logits as the model, before and after export; weights stored once; int8; refusals."""
+"""ONNX graphs: the same logits as the model before and after the export, shared weights, int8, and refusals."""
 
 import functools
 import json
@@ -45,7 +45,7 @@ GRAPH_AXES = AXES | {
     "rope_trained_len": (None, 4),
     "supervision_steps": (1, 2),
 }
-FORMS = {  # of a graph
+FORMS = {  # of a graph: attention fused or standard, or no cache
     "fused": {"recursion": "loop", "deep_steps": 2, "n_kv_heads": 1, "tie_embeddings": True},
     "standard": {"recursion": "trm", "n_heads": 4, "latent_steps": 1, "max_recursion_depth": 1, "coda_layers": 1},
     "uncached": {"recursion": "none", "norm": "pre", "enable_kv_cache": False},
@@ -60,8 +60,9 @@ def tokens(model, rows=3, length=9, seed=5):
 
 
 def export(tiny, folder, checked=False, **settings):
-    """A tiny model's checkpoint and its export; (model, facts, export folder).  The tracer and the checker of
-    annotations do not go together."""
+    """Saves and exports a tiny model. Returns (model, facts, export folder).
+
+    The type checker is off meanwhile, because the tracer fails with it."""
     options = {key: settings.pop(key) for key in list(settings) if key in OnnxExport.__dataclass_fields__}
     model = tiny(**(WIDE | settings))
     save_checkpoint(folder / "checkpoint", model, read_tokenizer("byte"))
@@ -75,14 +76,14 @@ def export(tiny, folder, checked=False, **settings):
 
 @pytest.fixture(scope="module")
 def exports(tiny, tmp_path_factory):
-    """form -> (model, facts, folder), each made once, when it is asked for."""
+    """A cached function: exports(form) -> (model, facts, folder)."""
     return functools.cache(lambda form: export(tiny, tmp_path_factory.mktemp(form), **FORMS[form]))
 
 
 @pytest.mark.parametrize("case", mixtures(GRAPH_AXES, 24, seed=7), ids=name)
 @torch.no_grad()
 def test_the_standard_form_before_export(tiny, case):
-    """Prompts of different lengths, then one token at a time, in buffers with room to spare and rubbish in them."""
+    """Prompts of different lengths, then one token at a time, in cache buffers that are too long and filled with 99."""
     model = tiny(dtype=torch.float64, **case)
     graph, c = Graph(model, fused=False), model.config
     ids = tokens(model)
@@ -127,7 +128,7 @@ def test_an_export_gives_the_logits_of_its_model(exports, form):
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("form", FORM_CASES)
 def test_an_export_writes_the_text_of_its_model(exports, form, use_cache):
-    """30 tokens in a context of 12: every row is cut several times, each at its own moment; rows end at EOS."""
+    """30 tokens in a context of 12: each row is cut several times, at different steps. Rows end at EOS."""
     model, _, folder = exports(form)
     graph, ids = load_onnx(folder)[0], tokens(model)
     for options in ({"temperature": 0}, {"seed": 3}, {"seed": 3, "eos_id": 40, "top_k": 20}):
@@ -140,7 +141,7 @@ def test_an_export_writes_the_text_of_its_model(exports, form, use_cache):
 
 @torch.no_grad()
 def check_any(tiny, data, **small):
-    """Prefill of padded prompts, then token by token with the cache, against the eager model."""
+    """Compares prefill of padded prompts, then single tokens with the cache, with the eager model."""
     draw = data.draw
     case = draw(configurations()) | {"d_model": 32, "n_heads": draw(st.sampled_from([2, 8]))} | small
     model = tiny(**case | {"n_kv_heads": min(case["n_kv_heads"], case["n_heads"])})
@@ -163,7 +164,7 @@ def check_any(tiny, data, **small):
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-4, rtol=1e-4)
 
 
-ONE_STEP = {"latent_steps": 1, "supervision_steps": 1}  # tracing takes seconds a block
+ONE_STEP = {"latent_steps": 1, "supervision_steps": 1}  # tracing takes seconds per block
 
 
 @settings(max_examples=2, deadline=None, derandomize=True)
@@ -189,7 +190,7 @@ def test_a_weight_of_several_visits_is_stored_once(exports):
 
 
 def test_int8(exports, tmp_path):
-    """Two visits of one network: small errors, its weights once, a row alone as in a batch."""
+    """Two visits of one network: small errors, weights stored once, and a row gives the same alone as in a batch."""
     model, _, folder = exports("fused")
     shutil.copytree(folder, tmp_path / "int8")
     proto = quantize(onnx.load(folder / "model.onnx"))
@@ -232,7 +233,7 @@ def test_what_is_refused(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--output is not given"):
         export_onnx(OnnxExport())
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="exists and is no ONNX export"):
+    with pytest.raises(UserError, match="exists and is not an ONNX export"):
         export_onnx(OnnxExport(output=str(tmp_path)))
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     with pytest.raises(UserError, match="no checkpoint folder at"):
@@ -251,7 +252,7 @@ def test_written_again_the_users_files_stay(tiny, tmp_path, monkeypatch):
 
     folder = again()
     first = (folder / "README.md").read_text()
-    assert (again(max_seq_len=13) / "README.md").read_text() != first  # unchanged since: it is the export's
+    assert (again(max_seq_len=13) / "README.md").read_text() != first  # not edited, so it is replaced
     (folder / "README.md").write_text("mine")
     (folder / "notes" / "deep").mkdir(parents=True)
     (folder / "notes" / "deep" / "a.txt").write_text("mine")
@@ -280,7 +281,7 @@ def test_a_graph_that_does_something_else_is_not_kept(exports, tiny):
 @pytest.mark.parametrize("heads", [2, 8], ids=["fused", "standard"])
 @pytest.mark.parametrize("case", mixtures(GRAPH_AXES, 6, seed=11), ids=name)
 def test_exports_of_every_kind(tiny, tmp_path, case, heads):
-    """The check of every export is the test."""
+    """Each export compares its graph with the model; that is the test."""
     case = case | {"n_heads": heads, "n_kv_heads": min(heads, case["n_kv_heads"]), "quantize": "int8"}
     _, facts, _ = export(tiny, tmp_path, **case)
     assert facts["attention"] == {2: "fused", 8: "standard"}[heads]
@@ -290,7 +291,7 @@ def test_exports_of_every_kind(tiny, tmp_path, case, heads):
 @pytest.mark.slow
 @pytest.mark.parametrize("heads", [2, 8], ids=["fused", "standard"])
 def test_opsets(tiny, tmp_path, heads):
-    """Each export takes the place of the one before."""
+    """Each export replaces the previous one."""
     for opset in (15, 17, 18, 21, 23):
         _, facts, folder = export(tiny, tmp_path, recursion="none", n_heads=heads, opset=opset)
         assert facts["opset"] == opset and facts["errors"]["logits"] < 1e-4
@@ -299,6 +300,6 @@ def test_opsets(tiny, tmp_path, heads):
         dims = {dim.dim_param for value in proto.graph.value_info for dim in value.type.tensor_type.shape.dim}
         assert {"batch", "length"} <= dims and not [dim for dim in dims if re.search(r"\bs\d", dim)]
         assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "onnx"}
-    with pytest.raises(UserError, match="opset 9 cannot be had"):
+    with pytest.raises(UserError, match="opset 9 is not possible"):
         export(tiny, tmp_path, recursion="none", n_heads=heads, opset=9)
-    assert onnx.load(folder / "model.onnx").opset_import  # what was there stays
+    assert onnx.load(folder / "model.onnx").opset_import  # the previous export is still there

@@ -1,4 +1,4 @@
-"""A graph in a model's place: what loads, what is refused, and how rows are laid out for it."""
+"""A graph in place of a model: what loads, what is refused, and how rows are aligned for it."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def exported(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain")
     model = tiny(vocab_size=BYTES, d_model=32, n_heads=2, n_layers=1, recursion="none", pad_token_id=1)
     save_checkpoint(folder / "checkpoint", model, read_tokenizer("byte").set_ends(add_bos=False, ends=[5]))
-    jaxtyping.config.update("jaxtyping_disable", True)  # the tracer and the checker of annotations do not go together
+    jaxtyping.config.update("jaxtyping_disable", True)  # the tracer fails with the type checker
     export_onnx(OnnxExport(str(folder / "checkpoint"), str(folder / "onnx")))
     jaxtyping.config.update("jaxtyping_disable", False)
     return model, folder / "onnx"
@@ -39,7 +39,7 @@ def exported(tiny, tmp_path_factory):
 
 @pytest.fixture
 def copied(exported, tmp_path):
-    """An export folder of its own."""
+    """A copy of the export folder, which a test may change."""
     return shutil.copytree(exported[1], tmp_path / "onnx")
 
 
@@ -80,7 +80,7 @@ def test_it_samples_as_the_model_does(exported):
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_rows_end_one_by_one(exported, use_cache):
-    """Past the end of the context too, for those that go on."""
+    """The remaining rows continue past the end of the context."""
     model, graph, ids = exported[0], load_onnx(exported[1])[0], tokens()
     options = {"attention_mask": torch.tensor([[1] * 6, [0] * 5 + [1], [0, 0] + [1] * 4]), "seed": 4}
     free = model.generate(ids, 25, **options)
@@ -92,7 +92,7 @@ def test_rows_end_one_by_one(exported, use_cache):
 
 @torch.no_grad()
 def test_a_row_that_has_ended_leaves_the_others_alone(exported):
-    """Its tokens are masked, and do not count as its text."""
+    """Its further tokens are masked, and do not become part of its text."""
     model, folder = exported
     graph, ids = load_onnx(folder)[0], tokens()
     cache, real = graph.new_cache(3), torch.tensor([[1], [0], [1]])
@@ -110,11 +110,11 @@ def test_what_a_graph_cannot_do(exported):
     graph, ids = load_onnx(exported[1])[0], tokens()
     output = graph(ids, exit=ExitRule())
     assert output.logits.shape == (3, 6, BYTES) and output.carry.steps.tolist() == [[1] * 6] * 3
-    with pytest.raises(UserError, match="gives every token the same depth: --exit kl"):
+    with pytest.raises(UserError, match="the same depth for every token: --exit kl"):
         graph(ids, exit=ExitRule("kl"))
     with pytest.raises(UserError, match="max_recursion_depth 1: export it again"):
         graph(ids, exit=ExitRule(max_recursion_depth=2))
-    with pytest.raises(UserError, match="its last recursion step alone"):
+    with pytest.raises(UserError, match="only its last recursion step"):
         next(generate(graph, ids, 1, thoughts=[]))
     with pytest.raises(UserError, match="cannot be trained"):
         graph.train()
@@ -123,7 +123,7 @@ def test_what_a_graph_cannot_do(exported):
         graph(tokens(1, 17))
     cache = graph.new_cache(3, 7)
     graph(ids[:, :5], cache=cache)
-    with pytest.raises(ValueError, match="2 tokens a row after the first call"):
+    with pytest.raises(ValueError, match="2 tokens per row after the first call"):
         graph(ids[:, :2], cache=cache)
     graph(ids[:, :1], cache=cache)
     graph(ids[:, :1], cache=cache)
@@ -132,7 +132,7 @@ def test_what_a_graph_cannot_do(exported):
 
 
 def test_graphs_that_are_broken(copied):
-    """One without its logits, one of another cache than config.json says, one that gives NaN."""
+    """A graph without an output, one that returns NaN, and one whose cache does not match config.json."""
     import onnx
 
     path = copied / "model.onnx"
@@ -148,7 +148,7 @@ def test_graphs_that_are_broken(copied):
     )
     weights.raw_data = np.full(len(weights.raw_data) // 4, np.nan, np.float32).tobytes()
     onnx.save(graph, path)
-    with pytest.raises(UserError, match="model.onnx gives NaN or infinity"):
+    with pytest.raises(UserError, match="model.onnx returns NaN or infinity"):
         generate_ids(load_onnx(copied)[0], tokens(1), 2)
     onnx.save(whole, path)
     config = json.loads((copied / "config.json").read_text())
@@ -160,11 +160,11 @@ def test_graphs_that_are_broken(copied):
 
 def test_folders_that_cannot_be_loaded(copied, exported, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no ONNX export \(no onnx.json\)"):
+    with pytest.raises(UserError, match=r"not an ONNX export \(no onnx.json\)"):
         load_onnx(tmp_path / "empty")
     with pytest.raises(UserError, match="no CUDA provider: pip install onnxruntime-gpu"):
         load_onnx(copied, "cuda:1")
-    with pytest.raises(UserError, match="--device mps: ONNX Runtime runs on cpu or cuda"):
+    with pytest.raises(UserError, match="--device mps: with ONNX Runtime it must be cpu or cuda"):
         provider("mps")
     graph = copied / "model.onnx"
     whole = graph.read_bytes()
@@ -173,7 +173,7 @@ def test_folders_that_cannot_be_loaded(copied, exported, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="model.onnx is broken or cut short"):
             load_onnx(copied)
     graph.unlink()
-    with pytest.raises(UserError, match=r"no ONNX export \(no model.onnx\)"):
+    with pytest.raises(UserError, match=r"not an ONNX export \(no model.onnx\)"):
         load_onnx(copied)
     graph.write_bytes(whole)
     config = json.loads((copied / "config.json").read_text())
