@@ -6,7 +6,7 @@
 
 Reads .jsonl and .txt (also gzipped), .parquet and .py, given as files, globs or folders (with their subfolders).
 Writes one UTF-8 text file with the line <|endoftext|> after each document. All scripts of this project read it back as
-the same documents; src/data/corpus.py explains how a document that contains such a line is escaped. Text is streamed,
+the same documents; src/data/readers.py explains how a document that contains such a line is escaped. Text is streamed,
 so memory use does not grow with its size. stderr reports the counts, and what was skipped and why.
 """
 
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from src.config import parse_flags, run
-from src.data.corpus import MAX_DOC_MB, SEPARATOR, escaped, find_files, read_pieces
+from src.data.corpus import MAX_DOC_MB, find_files, read_pieces
+from src.data.readers import SEPARATOR, SUFFIXES, escaped
 from src.errors import UserError
 from src.files.text import check_is_file
 
@@ -79,7 +80,8 @@ def main(argv=None):
     """Write OUTPUT.part first and rename it when it is complete, so that a crash leaves no half-written output."""
     config = parse_args(argv)
     files = find_files(config.paths)
-    if not config.output or config.output.lower().endswith((".jsonl", ".gz", ".parquet", ".py")):
+    others = (*(suffix for suffix in SUFFIXES if suffix != ".txt"), ".gz")
+    if not config.output or config.output.lower().endswith(others):
         raise UserError(f"output is {config.output!r}, but plain text is written: choose a name that ends in .txt")
     if os.path.realpath(config.output) in map(os.path.realpath, files):
         raise UserError(f"output {config.output} is one of the files to read: choose another --output")

@@ -8,7 +8,7 @@ import json
 import sentencepiece as spm
 import torch
 
-from src.data.corpus import SEPARATOR
+from src.data.readers import SEPARATOR
 from src.data.token_store import tokenize_corpus
 from src.tokenizer import ByteLevelTokenizer, TokenizerWrapper
 

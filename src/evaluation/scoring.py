@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from src.data.corpus import cut
+from src.data.readers import cut
 from src.data.samples import Sample, collate_batch
 from src.errors import UserError
 from src.exits import ExitRule, max_depth, visits_per_recursion_step

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from texts import BYTE, write
 
-from src.data import corpus
-from src.data.corpus import escaped, find_files, fingerprint_files, read_documents, read_pieces, stdlib_files
+from src.data import corpus, readers
+from src.data.corpus import find_files, fingerprint_files, read_documents, read_pieces, stdlib_files
+from src.data.readers import escaped
 from src.data.token_store import tokenize_corpus
 from src.dataset import DataConfig, prepare_data
 from src.errors import UserError
@@ -383,15 +384,15 @@ def test_parquet_is_decoded_in_bounded_batches(tmp_path):
     assert path.stat().st_size < 1000
     with pq.ParquetFile(path) as table:
         column = table.metadata.row_group(0).column(0)
-        assert corpus._rows_at_a_time(column, 300, 32_000_000) <= 150
-        assert corpus._rows_at_a_time(column, 300, 900_000) == 0
-        batches = [batch.nbytes for batch in table.iter_batches(corpus._rows_at_a_time(column, 300, 32_000_000))]
+        assert readers._rows_at_a_time(column, 300, 32_000_000) <= 150
+        assert readers._rows_at_a_time(column, 300, 900_000) == 0
+        batches = [batch.nbytes for batch in table.iter_batches(readers._rows_at_a_time(column, 300, 32_000_000))]
         assert max(batches) < 150_000_000
     with pytest.raises(UserError, match="no document in .*a.parquet: nothing usable .1 x longer than max_doc_mb"):
         list(read_documents([path], max_doc_mb=0.9))
     plain = parquet(tmp_path / "b.parquet", pa.array([f"document {i}" * 9 for i in range(900)]))
     with pq.ParquetFile(plain) as table:
-        assert corpus._rows_at_a_time(table.metadata.row_group(0).column(0), 900, 32_000_000) == 200
+        assert readers._rows_at_a_time(table.metadata.row_group(0).column(0), 900, 32_000_000) == 200
 
 
 MEASURED = """

@@ -1,0 +1,238 @@
+"""Readers of documents, one function per file format, and the text form in which extract_texts.py writes them.
+
+Formats: .jsonl and .txt (plain or gzipped), .parquet and .py. To add one: a function here, its entry in READERS, and a
+test in tests/data/test_corpus.py.
+
+In a .txt file, a line that holds only <|endoftext|> separates two documents. The line break before that line belongs to
+the separator, so every document keeps its own final line break, or has none. A .txt file without separators is one
+document, and a .py file always is.
+
+extract_texts.py writes such .txt files (see `escaped`). It escapes what plain text cannot hold, and reading the file
+undoes this: <|endoftext|> inside a document is written as <|\\endoftext|>, a carriage return as <|\\r|>, NUL as
+<|\\0|>, U+FEFF as <|\\ufeff|>. A document that already holds such an escape gets one more backslash in it. All other
+text is unchanged.
+"""
+
+import json
+import re
+import sys
+
+from src.errors import UserError
+from src.files.text import check_is_file, is_text, read_lines
+
+SEPARATOR = "<|endoftext|>"
+PIECE_CHARS = 65_536
+REPORTED = 3  # for each kind of bad line, name this many on stderr and only count the rest
+NO_FIELD, NOT_TEXT, EMPTY = "no text field", "text is not a string", "empty text"
+BAD_JSON, BAD_UTF8, NOT_OBJECT = "broken JSON", "invalid UTF-8", "not a JSON object"
+TOO_LONG, HAS_NUL = "longer than max_doc_mb", "NUL character"
+_CHARS = {"r": "\r", "0": "\0", "ufeff": "\ufeff"}
+_NAMES = {char: name for name, char in _CHARS.items()}
+_TO_ESCAPE = re.compile(r"<\|(\\*)(endoftext|r|0|ufeff)\|>|[\r\0\ufeff]")
+_ESCAPED = re.compile(r"<\|\\(\\*)(endoftext|r|0|ufeff)\|>")
+_BEGUN = re.compile(r"<(\|(\\*([a-z0]*\|?)?)?)?\Z")  # an incomplete escape at the end of a piece
+_SHARED_BYTES = 64 * 1024**2  # limit for the decoded size of one batch of Parquet rows
+
+
+class SkipLog:
+    """Counts bad lines and names the first few on stderr; when strict, raises UserError for the first one."""
+
+    def __init__(self, strict, skipped, report, max_chars):
+        self.strict, self.skipped, self.report, self.max_chars = strict, skipped, report, max_chars
+        self.fields = {}  # a dict as an ordered set: field names of the records that lack the text field
+
+    def add(self, reason, path, line, fields=()):
+        if self.strict:
+            raise UserError(f"{path}:{line}: {reason}" + (f"; available fields: {', '.join(fields)}" if fields else ""))
+        self.skipped[reason] += 1
+        if len(self.fields) < 20:
+            self.fields.update(dict.fromkeys(fields))
+        if self.report and self.skipped[reason] <= REPORTED:
+            print(f"{path}:{line}: skipped, {reason}", file=sys.stderr)
+
+    def summary(self):
+        return ", ".join(f"{n} x {reason}" for reason, n in self.skipped.items())
+
+
+def _good_lines(path, log, most, cuts=False):
+    """Yields (number, line) as `read_lines` does; logs and skips lines that are too long or not valid text."""
+    number = bad = 0
+    for number, line in read_lines(path, most, cuts):
+        if line is None:
+            log.add(TOO_LONG, path, number)
+        elif not (line.isascii() or is_text(line)):  # isascii first: it saves a Python call for most lines
+            bad += 1
+            log.add(BAD_UTF8, path, number)
+        else:
+            yield number, line
+    if log.report and 2 * bad > number:
+        advice = f"convert the file to UTF-8, for example with iconv -f SHIFT_JIS -t UTF-8 {path}"
+        print(f"{path}: {bad} of {number} lines are not UTF-8: {advice}", file=sys.stderr)
+
+
+def read_jsonl(path, text_field, log):
+    """Yields the pieces of the text field of every record, one JSON object per line."""
+    for number, line in _good_lines(path, log, log.max_chars):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            log.add(BAD_JSON, path, number)
+        else:
+            if not isinstance(record, dict):
+                log.add(NOT_OBJECT, path, number)
+            elif text_field not in record:
+                log.add(NO_FIELD, path, number, list(record))
+            else:
+                yield from _checked(record[text_field], path, number, log)
+
+
+def _checked(text, path, number, log):
+    """Yields the pieces of one record's text, or logs what is wrong with it."""
+    if not isinstance(text, str):
+        log.add(NOT_TEXT, path, number)
+    elif not text.strip():
+        log.add(EMPTY, path, number)
+    elif len(text) > log.max_chars:
+        log.add(TOO_LONG, path, number)
+    elif not is_text(text):  # a JSON escape can be half of a surrogate pair
+        log.add(BAD_UTF8, path, number)
+    else:
+        yield from cut(text)
+
+
+def cut(text):
+    """Yields a document as (piece, is_last) pairs."""
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        end = text.rfind("\n", start, start + PIECE_CHARS) + 1 or start + PIECE_CHARS
+        yield text[start:end], False
+        start = end
+    yield text[start:], True
+
+
+def read_parquet(path, text_field, log):
+    """Yields the pieces of the text column of every row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    check_is_file(path, path)
+    try:
+        with pq.ParquetFile(path) as table:
+            if text_field not in table.schema_arrow.names:
+                log.add(NO_FIELD, path, 1, table.schema_arrow.names)
+                return
+            for number, value in _parquet_values(table, path, text_field, log):
+                try:
+                    text = value.as_py()
+                    text = text.decode() if isinstance(text, bytes) else text
+                except UnicodeDecodeError:
+                    log.add(BAD_UTF8, path, number)
+                else:
+                    yield from _checked(text, path, number, log)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read to its end, is it truncated? ({str(error).splitlines()[0]})") from None
+
+
+def _parquet_values(table, path, text_field, log):
+    """Yields (row number from 1, value) of a column; logs and skips row groups that cannot be usable text."""
+    number = 0
+    paths = [table.schema.column(i).path for i in range(len(table.schema))]
+    indices = [paths.index(text_field)] if text_field in paths else []  # lists and structs have longer paths
+    for group in range(table.num_row_groups):
+        info = table.metadata.row_group(group)
+        if indices:  # reads no rows, but raises if broken metadata would make `info.column` abort the process
+            next(table.reader.iter_batches(0, [group], indices), None)
+        column = info.column(indices[0]) if indices else None
+        rows = 0 if column is None else _rows_at_a_time(column, info.num_rows, log.max_chars)
+        if not rows:
+            log.add(NOT_TEXT if column is None else TOO_LONG, path, number + 1)
+            number += info.num_rows
+            continue
+        for batch in table.iter_batches(rows, row_groups=[group], columns=[text_field]):
+            for value in batch.column(0):
+                number += 1
+                yield number, value
+
+
+def _rows_at_a_time(column, n_rows, max_chars):
+    """Returns how many rows of a Parquet column chunk to decode at once: 1 to 200, or 0 to skip the chunk.
+
+    A few hundred bytes can decode to gigabytes: many rows may share one long value, or the chunk is strongly
+    compressed. Skips a chunk whose rows must be longer than max_chars, or that decodes to 1,000 times its size."""
+    size, packed = column.total_uncompressed_size, max(1, column.total_compressed_size)
+    if size > max_chars and (size > n_rows * 4 * max_chars or size > 1000 * packed):
+        return 0
+    shared = (column.data_page_offset - column.dictionary_page_offset) if column.has_dictionary_page else 1
+    return max(1, min(200, _SHARED_BYTES * packed // max(1, shared * size)))
+
+
+def read_txt(path, text_field, log, separator=SEPARATOR):
+    """Yields the pieces of a text file's documents. A line break is held until the next line is known, because the
+    line break before a separator is not part of the document."""
+    pieces, size = [], 0  # text of the current document that is not yielded yet, and its characters
+    is_begun, last = False, 0  # whether a piece of the current document was yielded; number of the last line
+    ends = () if separator is None else (separator, f"{separator}\n")
+    for number, line in _good_lines(path, log, max(PIECE_CHARS, 64), cuts=True):
+        if "\0" in line:
+            log.add(HAS_NUL, path, number)
+            continue
+        is_start, last = number != last, number  # a long line comes in several parts
+        if is_start and line in ends:
+            yield from _ended("".join(pieces).removesuffix("\n"), is_begun)
+            pieces, size, is_begun = [], 0, False
+            continue
+        if pieces and size + len(line) > PIECE_CHARS:
+            text = "".join(pieces)
+            yield from ((piece, False) for piece, _ in cut(text.removesuffix("\n")))
+            pieces, is_begun = ["\n"] * text.endswith("\n"), True
+            size = len(pieces)
+        pieces.append(line)
+        size += len(line)
+    yield from _ended("".join(pieces), is_begun)
+
+
+def _ended(text, is_begun):
+    """Yields the rest of a document, unless the whole document is only white space."""
+    if is_begun or text.strip():
+        yield from cut(text)
+
+
+def escaped(pieces):
+    """Yields the pieces as extract_texts.py writes them; the docstring of this module describes the escapes."""
+    return _replaced(pieces, _TO_ESCAPE, _escape)
+
+
+def _escape(found):
+    slashes, word = found.groups()
+    if word is None:
+        return f"<|\\{_NAMES[found[0]]}|>"
+    return f"<|\\{slashes}{word}|>" if slashes or word == "endoftext" else found[0]
+
+
+def _unescape(found):
+    slashes, word = found.groups()
+    return f"<|{slashes}{word}|>" if slashes or word == "endoftext" else _CHARS[word]
+
+
+def _replaced(pieces, pattern, replace):
+    """Yields the pieces with all matches replaced. A match that may continue in the next piece is kept back for it."""
+    held = ""
+    for piece, is_last in pieces:
+        piece = held + piece
+        begun = None if is_last else _BEGUN.search(piece, max(0, len(piece) - 1000))
+        end = begun.start() if begun else len(piece)
+        held = piece[end:]
+        if end or is_last:
+            yield pattern.sub(replace, piece[:end]), is_last
+
+
+# suffix: function (path, text_field, log) that yields the pieces of all documents
+READERS = {
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
+    ".txt": lambda *args: _replaced(read_txt(*args), _ESCAPED, _unescape),
+    ".py": lambda *args: read_txt(*args, separator=None),
+}
+SUFFIXES = (*READERS, ".jsonl.gz", ".txt.gz")  # in upper case too
