@@ -142,7 +142,7 @@ def test_a_nul_further_on_is_a_bad_line(tmp_path):
     (tmp_path / "a.txt").write_text("fine\n" * 2000 + "b\0d\nlast\n")
     skipped = Counter()
     assert list(read_documents([tmp_path / "a.txt"], skipped=skipped)) == ["fine\n" * 2000 + "last\n"]
-    assert skipped == {corpus.HAS_NUL: 1}
+    assert skipped == {readers.HAS_NUL: 1}
 
 
 def test_a_file_of_another_encoding_is_named_with_a_remedy(tmp_path, capsys):
@@ -187,7 +187,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text("ab \n", min_size=1, max_size=60).filter(str.strip), min_size=1, max_size=5))
 def test_long_documents_are_cut_without_loss(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE_CHARS", 7)
+    monkeypatch.setattr(readers, "PIECE_CHARS", 7)
     (tmp_path / "a.txt").write_bytes("".join(f"{t}\n<|endoftext|>\n" for t in texts).encode())
     write(tmp_path / "a.jsonl", texts)
     for name in ("a.txt", "a.jsonl"):
@@ -219,14 +219,14 @@ HARD += ["\r", "\r\n", "\0", "\ufeff", "\x85", "\u2028", "\x0c", "京", "😀", 
 )
 def test_what_extract_texts_writes_reads_back(documents, size, tmp_path, monkeypatch):
     """The documents stay the same after several passes, wherever pieces are cut."""
-    monkeypatch.setattr(corpus, "PIECE_CHARS", size)
+    monkeypatch.setattr(readers, "PIECE_CHARS", size)
     documents = [text for text in documents if text.strip()] or ["x"]
     write(tmp_path / "0.jsonl", documents)
     source = tmp_path / "0.jsonl"
     for number in range(1, 4):
         with open(tmp_path / f"{number}.txt", "w", encoding="utf-8", newline="\n") as file:
             for piece, is_last in escaped(read_pieces([source])):
-                file.write(piece + f"\n{corpus.SEPARATOR}\n" * is_last)
+                file.write(piece + f"\n{readers.SEPARATOR}\n" * is_last)
         source = tmp_path / f"{number}.txt"
         assert list(read_documents([source])) == documents
     assert (tmp_path / "2.txt").read_bytes() == (tmp_path / "1.txt").read_bytes()
@@ -235,15 +235,15 @@ def test_what_extract_texts_writes_reads_back(documents, size, tmp_path, monkeyp
 # bad input
 
 BAD_LINES = [
-    (b"{broken", corpus.BAD_JSON),
-    (b"[" * 100_000, corpus.BAD_JSON),
-    (b'{"text": "\xff\xfe"}', corpus.BAD_UTF8),
-    (b'{"text": "\\ud800"}', corpus.BAD_UTF8),
-    (b'{"body": "x"}', corpus.NO_FIELD),
-    (b'{"text": 3}', corpus.NOT_TEXT),
-    (b'{"text": null}', corpus.NOT_TEXT),
-    (b'{"text": " "}', corpus.EMPTY),
-    (b"[1]", corpus.NOT_OBJECT),
+    (b"{broken", readers.BAD_JSON),
+    (b"[" * 100_000, readers.BAD_JSON),
+    (b'{"text": "\xff\xfe"}', readers.BAD_UTF8),
+    (b'{"text": "\\ud800"}', readers.BAD_UTF8),
+    (b'{"body": "x"}', readers.NO_FIELD),
+    (b'{"text": 3}', readers.NOT_TEXT),
+    (b'{"text": null}', readers.NOT_TEXT),
+    (b'{"text": " "}', readers.EMPTY),
+    (b"[1]", readers.NOT_OBJECT),
 ]
 
 
@@ -263,14 +263,14 @@ def test_only_the_first_bad_lines_are_named(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_bytes(b"{\n" * 50 + b'{"text": "x"}\n')
     list(read_documents([tmp_path / "a.jsonl"]))
     err = capsys.readouterr().err
-    assert err.count("broken JSON") == corpus.REPORTED + 1 and "50 x broken JSON" in err
+    assert err.count("broken JSON") == readers.REPORTED + 1 and "50 x broken JSON" in err
 
 
 def test_non_utf8_text_file(tmp_path):
     (tmp_path / "a.txt").write_bytes("fine\n日本".encode() + b"\n" + "日本".encode("euc-jp") + b"\nlast")
     skipped = Counter()
     assert list(read_documents([tmp_path / "a.txt"], skipped=skipped)) == ["fine\n日本\nlast"]
-    assert skipped == {corpus.BAD_UTF8: 1}
+    assert skipped == {readers.BAD_UTF8: 1}
 
 
 def test_no_line_has_the_text_field(tmp_path):
@@ -318,7 +318,7 @@ def test_lines_and_documents_are_bounded(tmp_path, capsys):
         skipped = Counter()
         options = {"skipped": skipped, "max_doc_mb": 60e-6}
         assert list(read_documents([tmp_path / name], **options)) == ["short", "京" * 30, "fine"]
-        assert skipped == {corpus.TOO_LONG: 1}
+        assert skipped == {readers.TOO_LONG: 1}
         with pytest.raises(UserError, match=f"{name}:2: longer than max_doc_mb"):
             list(read_documents([tmp_path / name], max_doc_mb=60e-6, strict=True))
     write(tmp_path / "a.txt", texts)
@@ -358,7 +358,7 @@ def test_a_parquet_column_of_any_type_is_text_or_said(tmp_path):
     skipped = Counter()
     path = parquet(tmp_path / "a.parquet", pa.array([None, "x", "", b"\xff", b"y"], type=pa.binary()))
     assert list(read_documents([path], skipped=skipped)) == ["x", "y"]
-    assert skipped == {corpus.NOT_TEXT: 1, corpus.EMPTY: 1, corpus.BAD_UTF8: 1}
+    assert skipped == {readers.NOT_TEXT: 1, readers.EMPTY: 1, readers.BAD_UTF8: 1}
     for values in ([1, 2], [["a"], ["b"]], [{"text": "a"}], [1.5], [True]):
         path = parquet(tmp_path / "b.parquet", pa.array(values))
         with pytest.raises(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from texts import BYTE, flat, saved, shards_of, take, write
 
-from src.data import corpus, order, stream
+from src.data import order, readers, stream
 from src.data.corpus import NoDocument
 from src.data.loader import create_train_loader
 from src.data.stream import Shards, StreamingDataset, share_of
@@ -76,7 +76,7 @@ def test_the_buffer_shuffles_within_an_epoch(tmp_path):
 
 @pytest.mark.parametrize("segment", [False, True])
 def test_windows_are_those_of_the_tokenized_set(tmp_path, monkeypatch, segment):
-    monkeypatch.setattr(corpus, "PIECE_CHARS", 20)
+    monkeypatch.setattr(readers, "PIECE_CHARS", 20)
     texts = ["".join(chr(97 + (7 * n + i) % 26) for i in range(n)) for n in (3, 50, 1, 1, 2, 17, 31, 9)]
     file = write(tmp_path / "a.jsonl", texts)
     store = tokenize_corpus([file], BYTE, cache_dir=str(tmp_path / "cache"))
@@ -93,7 +93,7 @@ def test_windows_are_those_of_the_tokenized_set(tmp_path, monkeypatch, segment):
 
 
 def test_a_long_document_is_shared_in_pieces_that_each_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE_CHARS", 7)
+    monkeypatch.setattr(readers, "PIECE_CHARS", 7)
     file = write(tmp_path / "a.jsonl", ["".join(f"p{n:06d}" for n in range(16))])
     ranks = loaders(stream_of([file], shuffle_buffer=3), 2, world=2)
     assert sorted(flat(flat(take(rank, 8)) for rank in ranks)) == [f"p{n:06d}" for n in range(16)]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from texts import BYTE, store_of, tokens_of, write
 
-from src.data import corpus, token_store
+from src.data import readers, token_store
 from src.data.token_store import tokenize_corpus
 from src.data.tokenizer_training import train_sentencepiece
 from src.errors import UserError
@@ -39,7 +39,7 @@ def test_store_is_the_stream_across_chunks(tmp_path, monkeypatch):
 
 
 def test_pieces_of_one_document_have_one_eos(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE_CHARS", 5)
+    monkeypatch.setattr(readers, "PIECE_CHARS", 5)
     assert store_of(tmp_path, ["a longer\ntext", "b"])[:].tolist() == tokens_of(["a longer\ntext", "b"])
 
 
