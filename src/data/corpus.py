@@ -14,7 +14,7 @@ from pathlib import Path
 
 from src.data.readers import READERS, SUFFIXES, SkipLog
 from src.errors import UserError, few
-from src.files.text import check_is_file
+from src.files.text import check_is_file, is_text
 
 MAX_DOC_MB = 32  # limit for a document that must be in memory as a whole (.jsonl, .parquet)
 _END_BYTES = 1024**2  # fingerprint_files reads this many bytes at the start and at the end of a file
