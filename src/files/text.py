@@ -9,8 +9,8 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
-from pathlib import Path
 
 from src.errors import UserError
 
@@ -33,10 +33,15 @@ def read_bytes(path, what: str = "", most: int = MOST_BYTES) -> bytes:
     has more than `most` bytes."""
     where = f"{what} {path}".strip()
     try:
-        check_is_file(path, where)
-        if os.path.getsize(path) > most:
+        is_stream = re.fullmatch(r"/dev/(stdin|fd/\d+)", os.fspath(path))  # `<(...)` in a shell: a pipe with a writer
+        if not is_stream:
+            check_is_file(path, where)
+        with open(path, "rb") as file:
+            size = most + 1 if is_stream else os.path.getsize(path)
+            data = file.read(min(size, most + 1))
+        if len(data) > most:
             raise UserError(f"{where} has over {most:,} bytes, too many for a file of this type: correct the path")
-        return Path(path).read_bytes()
+        return data
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UserError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 

@@ -106,3 +106,12 @@ def test_a_file_that_is_read_whole_is_bounded(tmp_path):
     with pytest.raises(UserError, match="a.txt has over 9 bytes"):
         files.read_bytes(tmp_path / "a.txt", most=9)
     assert files.read_bytes(tmp_path / "a.txt", most=10) == b"0123456789"
+
+
+def test_a_pipe_of_the_shell_is_read():
+    """`--prompt_file <(command)` passes /dev/fd/N. A named pipe, whose writer may be absent, is refused above."""
+    read, write = os.pipe()
+    os.write(write, "one\ntwo é".encode())
+    os.close(write)
+    assert files.read_text(f"/dev/fd/{read}") == "one\ntwo é"
+    os.close(read)
