@@ -36,10 +36,10 @@ def read_bytes(path, what: str = "", most: int = MOST_BYTES) -> bytes:
         is_stream = re.fullmatch(r"/dev/(stdin|fd/\d+)", os.fspath(path))  # `<(...)` in a shell: a pipe with a writer
         if not is_stream:
             check_is_file(path, where)
+        is_small = is_stream or os.path.getsize(path) <= most
         with open(path, "rb") as file:
-            size = most + 1 if is_stream else os.path.getsize(path)
-            data = file.read(min(size, most + 1))
-        if len(data) > most:
+            data = file.read(most + 1 if is_stream else -1) if is_small else b""
+        if not is_small or len(data) > most:
             raise UserError(f"{where} has over {most:,} bytes, too many for a file of this type: correct the path")
         return data
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
