@@ -3,9 +3,9 @@
     python convert.py stories260K.bin runs/stories260K --tokenizer tok512.bin     # llama2.c .bin, or its .pt
     python convert.py SmolLM2-135M-Instruct.Q4_1.gguf runs/smollm2                # GGUF; needs the gguf package
     python convert.py ~/models/TinyLlama runs/tinyllama                           # a Llama folder of Hugging Face
-    python convert.py runs/mine runs/mine-hf --to hf                              # for transformers: plain models
-    python convert.py runs/mine runs/mine.bin --to llama2c                        # for llama2.c's run.c: plain models
-    python convert.py runs/mine runs/mine-hub --to hub                            # to upload: every family
+    python convert.py runs/mine runs/mine-hf --to hf                              # for transformers: plain family only
+    python convert.py runs/mine runs/mine.bin --to llama2c                        # for run.c of llama2.c: plain family
+    python convert.py runs/mine runs/mine-hub --to hub                            # for the Hugging Face Hub: any family
 
 The script detects the format of SOURCE from its content. The resulting checkpoint works like any other, with
 generate.py, eval_lm.py and export_onnx.py. No code in SOURCE is executed. DEST must not exist. After writing DEST, the

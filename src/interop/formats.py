@@ -121,8 +121,8 @@ def read_source(path, tokenizer=None) -> Source:
     # a checkpoint of this project never has spare rows, and another file must not leave many
     if spare < 0 or spare and (is_ours or tokenizer is not None and spare >= SPARE_ROWS):
         raise UserError(
-            f"{path}: {tokenizer or 'its tokenizer'} has {own.vocab_size} tokens, the model {config.vocab_size}: "
-            "they belong to different models; give the right tokenizer with --tokenizer"
+            f"{path}: {tokenizer or 'its tokenizer'} has {own.vocab_size} tokens, but the model has "
+            f"{config.vocab_size}: give the tokenizer of this model with --tokenizer"
         )
     if spare:
         config, weights = _without_spare_rows(path, config, weights, own.vocab_size)

@@ -1,4 +1,4 @@
-"""The plain family as a Llama: names and shapes of its weights in other programs, and a check for models that are none.
+"""Translates weights between the plain family and Llama, and checks whether a model is a Llama.
 
     recursion none, norm pre, positions rope  =  Llama (arXiv:2302.13971)
 

@@ -131,12 +131,8 @@ def quantize(proto, contrib_ops: bool = True):
     if not contrib_ops:
         return _stored_as_int8(proto, tensors)
     block = next((size for size in (128, 64) if not any(tensor.dims[0] % size for tensor in tensors)), 32)
-    options = {
-        "block_size": block,
-        "is_symmetric": True,
-        "accuracy_level": 4,
-        "bits": 8,
-    }  # accuracy level 4: int8 products
+    # accuracy_level 4 means int8 products
+    options = {"block_size": block, "is_symmetric": True, "accuracy_level": 4, "bits": 8}
     with _quietly():
         tools = need("onnxruntime.quantization.matmul_nbits_quantizer")
         quantizer = tools.MatMulNBitsQuantizer(proto, algo_config=tools.DefaultWeightOnlyQuantConfig(**options))
@@ -207,7 +203,7 @@ def quantization_error(model: TRMModel, graph) -> dict:
     """Measures what int8 costs, on text that the model generated.
 
     Returns the rms error of the logits, their standard deviation, how often the most likely token is the same, and the
-    loss in nats per token. The model generated the text, so that loss is KL(model || graph)."""
+    additional loss in nats per token. This loss is KL(model || graph), because the model generated the text."""
     ids, mask = sample_text(model, rows=4)
     wanted, found = (runs(ids, attention_mask=mask).logits[mask.bool()].double() for runs in (model, graph))
     return {
@@ -317,9 +313,8 @@ def _write_graph(proto, model, folder, settings) -> tuple[dict, list[str]]:
     errors = {"logits": check(model, graph)}
     if settings.quantize == "int8":
         _say("quantizing the graph to int8 and comparing it with torch")
-        proto = quantize(
-            need("onnx").load(path), settings.contrib_ops
-        )  # read it again: saving removes large weights from proto
+        # load the graph again, because saving moves large weights out of `proto`
+        proto = quantize(need("onnx").load(path), settings.contrib_ops)
         save(proto, path)
         errors["int8"] = quantization_error(model, load_onnx(folder, device, quiet=True)[0])
     return errors, contrib_operators(proto)

@@ -85,7 +85,7 @@ def _check_graph(session, config, path) -> int:
             raise UserError(f"{path} lacks {name}: it is broken, or export_onnx.py did not write it; export again")
     for name in past:
         if shapes[name][1::2] != [config.n_kv_heads, config.head_dim]:
-            raise UserError(f"{path}: {name} is {shapes[name]}, which does not fit config.json: export again")
+            raise UserError(f"{path}: {name} has shape {shapes[name]}, which does not fit config.json: export again")
     return shapes["logits"][-1]
 
 
@@ -102,10 +102,9 @@ def _read_facts(folder) -> dict:
 
 def _start(runtime, folder, chosen, threads):
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads or free_cores(
-        torch.get_num_threads()
-    )  # its threads busy-wait, as torch's do
-    options.log_severity_level = 3  # errors
+    # like torch's threads, those of ONNX Runtime busy-wait, so use no more than there are free cores
+    options.intra_op_num_threads = threads or free_cores(torch.get_num_threads())
+    options.log_severity_level = 3  # only errors
     options.add_session_config_entry("session.disable_quant_qdq", "1")  # decode int8 weights once, not in every call
     try:
         return runtime.InferenceSession(str(folder / GRAPH), options, providers=[chosen])

@@ -150,7 +150,7 @@ class TestRefused:
 
     def test_tokenizer(self, checkpoint, tmp_path):
         folder, _ = checkpoint(vocab_size=260)
-        with pytest.raises(UserError, match="has 259 tokens, the model 260.*--tokenizer"):
+        with pytest.raises(UserError, match="has 259 tokens, but the model has 260.*--tokenizer"):
             read_source(folder)
         write(read_source(checkpoint()[0]), tmp_path / "m.bin", "llama2c")
         (tmp_path / "m.tokenizer.bin").unlink()
