@@ -94,6 +94,7 @@ def _of_sentencepiece(tokenizer):
         tok = Tokenizer(models.Unigram(pieces, tokenizer.unk_id, trainer.byte_fallback))
     elif trainer.model_type == pb.TrainerSpec.BPE:
         score = {name: score for (name, score), p in zip(pieces, model.pieces) if p.type == kind.NORMAL}
+        # every split of a piece into two pieces is a merge; the best score merges first
         pairs = [(name[:k], name[k:]) for name in score for k in range(1, len(name))]
         merges = [pair for pair in pairs if pair[0] in score and pair[1] in score]
         merges.sort(key=lambda pair: -score["".join(pair)])

@@ -35,6 +35,7 @@ def describe(proto, facts: dict):
 
 
 def _strip(message):
+    """Removes metadata and doc strings from a protobuf message and all its parts."""
     for field, value in message.ListFields():
         if field.name in ("metadata_props", "doc_string"):
             message.ClearField(field.name)

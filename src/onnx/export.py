@@ -55,7 +55,7 @@ def at_depth(model: TRMModel, depth: int | None = None) -> TRMModel:
         steps["deep_steps"] = depth
     elif depth is not None and c.recursion == "trm":
         steps["supervision_steps"] = depth
-    steps["grad_deep_steps"] = steps.get("deep_steps", c.deep_steps)
+    steps["grad_deep_steps"] = steps.get("deep_steps", c.deep_steps)  # must not exceed deep_steps
     plain = TRMModel(dataclasses.replace(c, supervision_weights=None, **steps)).eval()
     plain.load_state_dict(model.state_dict())
     return plain

@@ -37,7 +37,7 @@ def plain(tiny):
 
 @pytest.fixture
 def folder(plain, tmp_path):
-    """A Llama folder, and a function that changes its config.json."""
+    """A Llama folder of a tiny model."""
     model = plain()
     write_hf(tmp_path / "llama", model.config, own_state(model), BYTES)
     return tmp_path / "llama"

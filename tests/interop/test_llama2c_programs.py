@@ -1,4 +1,4 @@
-"""Our .bin and tokenizer files in run.c's algorithm (llama2c_reader.c, written for this test): generate.py's text."""
+"""llama2c_reader.c, which works like run.c, reads our .bin and tokenizer files and writes the text of generate.py."""
 
 import io
 import shutil
@@ -86,7 +86,7 @@ def test_the_text_is_that_of_generate(run_c, tokenizers, kind, tied, tiny, tmp_p
 
 @pytest.mark.parametrize("ends_with", ["eos", "bos"])
 def test_it_stops_where_generate_stops(run_c, tokenizers, ends_with, tiny, tmp_path, capsys):
-    """The end token comes fourth, in place of the token that was fourth, and is not printed."""
+    """The end token swaps head rows with the fourth token, so that it comes fourth. It is not printed."""
     tokenizer = tokenizers["byte"]
     model = tiny(recursion="none", norm="pre", vocab_size=259, d_model=32, max_seq_len=64)
     written = model.generate(torch.tensor([tokenizer.encode(" ab", bos=True)]), 4, temperature=0)[0, 4:].tolist()
@@ -108,7 +108,7 @@ def test_it_stops_where_generate_stops(run_c, tokenizers, ends_with, tiny, tmp_p
 
 
 def test_a_head_row_that_no_token_has_never_wins(tiny):
-    """BOS and EOS are one token, and there is no unknown token, so run.c's ids 0 and 2 stand for nothing."""
+    """BOS and EOS are one token, and there is no unknown token, so run.c's ids 0 and 2 are unused."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     tok = Tokenizer(models.BPE(byte_characters() | {"<|endoftext|>": 256}, []))

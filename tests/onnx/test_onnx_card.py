@@ -166,7 +166,7 @@ def test_a_graph_explains_itself(export):
     assert shapes["read"] == ["reads"] and shapes["logits"] == ["reads", facts["vocab_size"]]
     assert all(shapes[name] == ["batch", 1, "room", 16] for name in (*pasts, *presents))
     assert all(value.doc_string for value in ends.values()) and proto.doc_string
-    assert ends["last"].doc_string == "int32: the column of the cache that each row's last token takes"
+    assert ends["last"].doc_string == "int32: the cache column of each row's last token"
     dims = {dim.dim_param for value in proto.graph.value_info for dim in value.type.tensor_type.shape.dim}
     assert set(re.findall(r"[a-z]\w*", " ".join(dims))) <= WORDS
     names = [node.name for node in proto.graph.node]
