@@ -14,8 +14,10 @@ from src.exits import max_depth, visits_per_recursion_step
 class KVCache:
     """Keys and values of every slot, preallocated.  The caller owns it; the model advances it once per forward call.
 
-    Slots: first the layers of the prelude, then `prelude_layers + visit * n_layers + layer`, then the layers of the
-    coda, once for each recursion step whose answer is read: the last `read_steps`, or all `depth` with an exit rule.
+    Slots, in order:
+    - prelude_layers slots of the prelude;
+    - n_layers slots for each visit: slot `prelude_layers + visit * n_layers + layer`;
+    - coda_layers slots for each recursion step whose answer is read: the last `read_steps`, or all with an exit rule.
     `length` counts the filled columns, including padding. With `last_only`, a forward call returns logits for its last
     column only, (B, 1, V), because generation needs no others.
     """
@@ -35,13 +37,14 @@ class KVCache:
         shape = (slots, batch, config.n_kv_heads, max_len, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        # a view costs as much as the copy into it, so views are made once; enable_grad makes them writable in any mode
+        # A view costs as much as the copy into it, so views are made once. They are made under enable_grad, because a
+        # view that is made in inference mode may not be written in another mode.
         with torch.enable_grad():
             self.slots = [(self.keys[slot], self.values[slot]) for slot in range(slots)]
         self.segments: Tensor | None = None  # (B, max_len) attention_mask of all columns, if one was ever given
         self.length = 0
         self.decoding = None  # decode.DecodingTables of this text, from the first decoded token on
-        self.stopped: Bool[Tensor, "b t"] | None = None  # new tokens that stopped before this recursion step
+        self.stopped: Bool[Tensor, "b t"] | None = None  # tokens of this call that stopped at an earlier step
 
     def coda_slot(self, step: int) -> int:
         """First coda slot of a recursion step.  Raises ValueError if the cache has no slots for that step."""
@@ -62,8 +65,8 @@ class KVCache:
     def update(self, slot: int, k: Float[Tensor, "b h t e"], v: Float[Tensor, "b h t e"]) -> tuple[Tensor, Tensor]:
         """Writes the new columns of one slot; returns keys and values (B, K, length + T, E) of all columns so far.
 
-        A token that has stopped repeats its keys and values of the previous recursion step, at the same position within
-        the step."""
+        A token that has stopped reuses the keys and values that the same visit and layer wrote one recursion step
+        before."""
         (keys, values), new = self.slots[slot], k.shape[2]
         if self.stopped is not None:
             before, stopped = self.slots[slot - self._stride(slot)], self.stopped[:, None, :, None]
@@ -73,7 +76,7 @@ class KVCache:
         return keys.narrow(2, 0, self.length + new), values.narrow(2, 0, self.length + new)
 
     def _stride(self, slot):
-        """Number of slots from a position in one recursion step to the same position in the next."""
+        """Number of slots from a visit and layer in one recursion step to the same visit and layer in the next."""
         c = self.config
         return c.coda_layers if slot >= self.coda else visits_per_recursion_step(c) * c.n_layers
 
@@ -83,14 +86,16 @@ class KVCache:
         for held in (self.keys, self.values):
             for part, stride in zip((held[prelude : self.coda], held[self.coda :]), strides):
                 if stride:
-                    columns = part.narrow(3, self.length, new).unflatten(0, (-1, stride))  # (step, phase, B, K, T, E)
+                    columns = part.narrow(3, self.length, new).unflatten(
+                        0, (-1, stride)
+                    )  # (step, slot in the step, B, K, T, E)
                     columns[step + 1 :] = columns[step]
 
     def extend_mask(self, mask: Int[Tensor, "b t"] | None, batch: int, new: int) -> Tensor | None:
         """Returns the attention mask (B, length + T) over old and new columns, or None if all columns are real tokens.
 
-        New tokens without a mask are real and belong to the document of the last column in their row. Raises ValueError
-        if the cache is full."""
+        New tokens without a mask are real and continue the document that the row ended with. Raises ValueError if the
+        cache is full."""
         if self.length + new > self.max_len:
             raise ValueError(
                 f"the cache holds {self.max_len} columns, {self.length} are used and {new} more were given"
@@ -113,6 +118,6 @@ class KVCache:
 def cache_slots(config, read_steps: int = 1, depth: int | None = None) -> int:
     """Number of cache slots for a TRMConfig's model that reads the answers of the last read_steps recursion steps.
 
-    depth: most recursion steps of an exit rule; default those of training."""
+    depth: the largest depth that an exit rule allows; default the depth of training."""
     visits = visits_per_recursion_step(config) * (max_depth(config) if depth is None else depth)
     return config.prelude_layers + visits * config.n_layers + read_steps * config.coda_layers

@@ -28,8 +28,8 @@ from src.model import TRMConfig, TRMModel
 from src.tokenizer import read_tokenizer
 from src.training.parallel import placed_like
 
-# of config.json. Absent: the loop did not yet support a loss at each visit. 2: mixer mlp had the hidden width d_ff, and
-# its post-norm was over the channels.
+# Format of config.json. Older ones: none (the loop had a single loss, at its last visit) and 2 (mixer mlp had the
+# hidden width d_ff, and its post-norm was over the channels).
 FORMAT = 3
 # names of everything in a checkpoint folder; other files in the folder belong to the user
 FILES = {*("model.safetensors", "ema.safetensors", "classifier.safetensors", "config.json", "state"), *TOKENIZER_FILES}
@@ -155,17 +155,19 @@ def check_size(config: TRMConfig, weights: dict, path):
     """Raises UserError if weights clearly do not fit a config, before memory for the model is allocated.
 
     Compares only the number of layers and the largest matrices. `check_fit` compares all names and shapes, but its
-    use of torch's meta device costs a second of imports."""
+    importing what the meta device needs takes a second."""
     for name in ("n_layers", "prelude_layers", "coda_layers"):
         if getattr(config, name) > len(weights):
             count = f"has {len(weights)} tensors, too few for {name} {getattr(config, name)} in its config.json"
             raise UserError(f"{path} {count}: they belong to different models")
-    D, length = config.d_model, config.max_seq_len
+    D, length = config.d_model, config.positions_per_row
     shapes = {"embed.weight": (config.vocab_size, D), "net.blocks.0.mlp.down.weight": (D, config.d_ff)}
     if config.positions == "learned":
         shapes["pos_embed.weight"] = (length, D)
     if config.mixer == "mlp":
-        shapes["net.blocks.0.attn.mlp.down.weight"] = (length, config.d_ff)
+        shapes["net.blocks.0.attn.mlp.down.weight"] = (length, config.mixer_ff)
+    if config.prefix_tokens:
+        shapes["puzzle_embed.weight"] = (max(1, config.puzzle_ids), config.puzzle_dim)
     for name, shape in shapes.items():
         if name not in weights or weights[name].shape != shape:
             raise _no_fit(path, name)

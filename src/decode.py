@@ -1,4 +1,4 @@
-"""Decoding: the blocks of a forward call that adds one new token per row to a cache, in few operations.
+"""A fast implementation of the blocks, for a forward call that adds one token per row to a cache.
 
 With one token per row, little time is spent on arithmetic. Most of it goes to reading weights, starting operations and
 looking up attributes of modules. So `decode_one_token` runs each TinyBlock in fewer, larger operations, on weights that
@@ -22,7 +22,7 @@ from src.layers import positions_and_mask, rotary_of
 class BlockParts(NamedTuple):
     """The parts of a TinyBlock as functions of tensors (B, ...).
 
-    Looking up a module attribute costs half as much as an operation, so it is done once per text."""
+    Looking up a module attribute costs half as much as a tensor operation on one token, so it is done once."""
 
     post: bool
     attn_norm: Callable
@@ -111,12 +111,12 @@ def _attention(block, x, ctx, slot):
     if block.q_norm is not None:
         qk = torch.cat((block.q_norm(qk[:, :H]), block.k_norm(qk[:, H:])), dim=1)
     if ctx.rotary is not None:
-        # rotate all heads at once: channel i pairs with channel i + E/2, and the table holds the sign of sin
+        # rotate all heads at once: channel i pairs with channel i + E/2; the sign is already in the table's sin
         cos, sin = ctx.rotary
         pairs = qk.view(B, H + K, 2, -1)
         qk = torch.addcmul(pairs * cos, pairs.flip(2), sin).view(B, H + K, 1, E).to(x.dtype)
     keys, values = ctx.cache.update(slot, qk.narrow(1, H, K), qkv.narrow(1, H + K, K))
-    # queries of a group share keys and values, so they become the rows of one small matrix product
+    # queries of a group share keys and values, so each group is one matrix product with H/K rows
     q = qk.narrow(1, 0, H).view(B, K, H // K, E)
     return block.out(F.scaled_dot_product_attention(q, keys, values, ctx.mask).reshape(B, -1))
 
@@ -147,7 +147,7 @@ def _product(weight, x):
 
 
 def _norm(module):
-    """RMSNorm as a function. On a CPU it takes four operations, whereas F.rms_norm takes nine."""
+    """RMSNorm as a function. For fp32 on a CPU it takes four operations, whereas F.rms_norm takes nine."""
     if module is None or type(module) is nn.Identity:
         return _same
     if module.weight.device.type != "cpu" or module.weight.dtype not in (torch.float32, torch.float64):
@@ -168,7 +168,7 @@ def _same(x):
 
 @torch.no_grad()
 def store_for_decoding(model: nn.Module) -> nn.Module:
-    """Transposes the memory layout (not the shape) of fp32 weights whose output is at least as wide as their input.
+    """Stores fp32 weights whose output is at least as wide as their input column by column; their shapes stay.
 
     A CPU multiplies a single fp32 row by such weights faster; other types would be slower. Use it for inference only,
     because products are rounded differently. Returns the model."""

@@ -1,11 +1,11 @@
 """Exit rules: when a token stops recursing at inference.
 
 A recursion step is a supervision step of the trm family or a visit of the loop; a plain transformer has one. After each
-step, every token decides from its own state whether it stops. A stopped token keeps its answer. At later steps, other
-tokens attend to the keys and values of its last step (`KVCache` repeats them). So the depth of a token does not depend
-on other rows, nor on whether the text is processed at once or token by token.
+step, each token is stopped or not by its own outputs alone. A stopped token keeps its answer. Tokens that continue
+attend to the keys and values of its last step, which `KVCache` copies to later steps. So the depth of a token does not
+depend on other rows, nor on whether the text is processed at once or token by token.
 
-This file only decides. `TRMModel.forward` runs the recursion.
+This file decides and keeps count. `TRMModel._forward_under_rule` runs the recursion.
 """
 
 import torch
@@ -38,11 +38,11 @@ class Leaving:
     def __init__(self, input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"] | None):
         self.stopped: Bool[Tensor, "b t"] | None = None  # None until a token stops
         self.steps = torch.zeros_like(input_ids)
-        # padding stops after the first step, so that no real token waits for it
+        # padding stops after the first step, so that it does not prolong the recursion
         self.padding = torch.zeros_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask == 0
 
     def keep(self, old: Tensor | None, new: Tensor | None) -> Tensor | None:
-        """Returns `new` (B, T, D), with `old` for tokens that have stopped."""
+        """Returns `old` (B, T, D) for tokens that have stopped, and `new` for the others."""
         return new if self.stopped is None or new is None else torch.where(self.stopped[..., None], old, new)
 
     def count(self):
@@ -61,7 +61,7 @@ class Leaving:
 
 
 def max_depth(config, rule: ExitRule | None = None) -> int:
-    """Most recursion steps of a token: the limit of the rule, or as many as in training."""
+    """The most recursion steps that a token may run: the limit of the rule, or as many as in training."""
     return config.recursion_steps if rule is None or rule.max_recursion_depth is None else rule.max_recursion_depth
 
 

@@ -45,11 +45,11 @@ class Carry(NamedTuple):
 
     y: Float[Tensor, "b t d"]
     z: Float[Tensor, "b t d"] | None  # trm only
-    steps: int | Tensor  # supervision steps done; with an exit rule, recursion steps done by each token, (B, T)
+    steps: int | Tensor  # int: supervision steps done. Tensor (B, T), after an exit rule: recursion steps of each token
 
 
 class TRMOutput(NamedTuple):
-    """The result of `TRMModel.forward`. Losses are in nats per target token.
+    """The result of `TRMModel.forward`. Losses are means over target tokens (or rows: loss_mean), in nats.
 
     With return_steps, logits and halt_logits have a leading dimension: one entry per recursion step."""
 
@@ -64,7 +64,7 @@ class TRMOutput(NamedTuple):
 class TRMModel(nn.Module):
     """ids (B, T) -> logits (B, T, V), by recursion of one TinyNet.
 
-    All work goes through `forward`, so that DDP, FSDP and torch.compile see it."""
+    Training and inference call `forward` only, so that DDP and FSDP see all work."""
 
     def __init__(self, config: TRMConfig):
         super().__init__()
@@ -105,7 +105,7 @@ class TRMModel(nn.Module):
 
         target_ids: target_ids[t] is the token after input_ids[t]; IGNORE (-100) has no loss.
         attention_mask: 0 marks padding. Different numbers mark packed documents, which do not attend to each other.
-        return_steps: return the logits of every recursion step: a supervision step of trm, a visit of the loop.
+        return_steps: return the logits of every recursion step (a supervision step of trm, a visit of the loop).
         exit: inference with an exit rule, from the initial state and without targets. carry.steps (B, T) then holds the
             number of recursion steps that each token took.
         puzzle_ids: identifiers of the puzzles, for the prefix; default 0.
@@ -114,14 +114,14 @@ class TRMModel(nn.Module):
         if exit is not None:
             if target_ids is not None:
                 raise ValueError("an exit rule is for inference: it takes no targets")
-            return self._forward_under_rule(input_ids, attention_mask, cache, exit, return_steps)
+            return self._forward_under_rule(input_ids, attention_mask, cache, exit, return_steps, puzzle_ids)
         steps = c.train_steps if supervision_steps is None else supervision_steps
         x, ctx = self._enter(input_ids, attention_mask, cache, puzzle_ids)
         y, z, done = self.initial_state(x) if carry is None else carry
         if steps < 1 or (cache is not None and done + steps > c.train_steps):
             most = f" and, with a cache, {c.train_steps - done} at most" if cache is not None else ""
             raise ValueError(f"supervision_steps is {steps}: set it to 1 or more{most}")
-        # the loop can read an answer after every visit, so one of its supervision steps is several recursion steps
+        # the loop has one supervision step, but an answer after each of its visits
         per_step = c.visits_per_step // visits_per_recursion_step(c)
         first, end = done * per_step, (done + steps) * per_step
         weights = loss_weights(c, end, first)
@@ -145,18 +145,18 @@ class TRMModel(nn.Module):
             # detach between supervision steps, so that memory does not grow with their number
             if not c.full_bptt and (step + 1) % per_step == 0:
                 y, z = _detach(y, z)
-        if cache is not None:  # once per call: until here, all layers wrote at the same columns
+        if cache is not None:  # only now: during the call, all layers write to the same columns
             cache.advance(input_ids.shape[1])
         logits, halt = _stack_steps(read) if return_steps else (logits, halt)
         return TRMOutput(loss, ce_loss, act_loss, logits, halt, Carry(y, z, done + steps))
 
     @torch.no_grad()
-    def _forward_under_rule(self, input_ids, attention_mask, cache, rule: ExitRule, return_steps) -> TRMOutput:
+    def _forward_under_rule(self, input_ids, attention_mask, cache, rule: ExitRule, return_steps, puzzle_ids):
         """Inference in which each token stops recursing when `rule` decides.  Returns carry.steps as Int (B, T)."""
         depth = max_depth(self.config, rule.check(self.config))
-        if rule.adapts and cache is None:  # it keeps the keys and values of stopped tokens for the others to attend to
+        if rule.adapts and cache is None:  # the cache keeps keys and values of stopped tokens for the others
             cache = self.new_cache(*input_ids.shape, depth=depth)
-        x, ctx = self._enter(input_ids, attention_mask, cache)
+        x, ctx = self._enter(input_ids, attention_mask, cache, puzzle_ids)
         carry = self.initial_state(x)
         tokens = Leaving(input_ids, attention_mask)
         h = logits = None
@@ -179,7 +179,7 @@ class TRMModel(nn.Module):
             if rule.adapts and not is_last:
                 halt = self._halt(carry.y) if rule.exit == "halt" else None
                 if tokens.stop(stops(rule, self.config, halt, logits, logits_before)):
-                    cache.fill_from(step, input_ids.shape[1])  # later tokens may run more steps, and attend there
+                    cache.fill_from(step, input_ids.shape[1])  # a later token that runs more steps attends there
                     break
                 cache.stopped = tokens.stopped
         if cache is not None:
@@ -197,7 +197,7 @@ class TRMModel(nn.Module):
         return Carry(y, z, carry.steps + 1)
 
     def recursion_step(self, x, y, z, ctx, step: int):
-        """One recursion step, from one answer to the next. The only place that depends on the family.
+        """One recursion step, from one answer to the next: chooses the computation by family.
 
         trm: a supervision step of T cycles. loop: one visit. none: the only visit. x, y, z: (B, T, D) -> y, z."""
         c, net = self.config, self.net
@@ -226,12 +226,12 @@ class TRMModel(nn.Module):
         return y, z
 
     def _gradient(self, t: int):
-        """Enables gradient for cycle t (trm) or visit t (loop) only if it is among the last grad_deep_steps."""
+        """Enables gradient if t, a cycle of trm or a visit of the loop, is among the last grad_deep_steps."""
         carries = t >= self.config.deep_steps - self.config.grad_deep_steps
         return torch.set_grad_enabled(carries and torch.is_grad_enabled())
 
     def _visit(self, inject, inputs, old, ctx, visit):
-        """Applies the network once: joins `inputs` by `inject` and returns the new value of `old`, (B, T, D)."""
+        """Applies the network once to `inputs`, combined by `inject`; returns what replaces `old`, (B, T, D)."""
         c = self.config
         slot = c.prelude_layers + visit * c.n_layers if ctx.cache is not None else 0
         if c.gradient_checkpointing and torch.is_grad_enabled() and ctx.cache is None:
@@ -248,7 +248,7 @@ class TRMModel(nn.Module):
         if self.puzzle_embed is not None:
             prefix = self._prefix(input_ids, puzzle_ids)
             x = torch.cat((prefix, x), dim=1)
-            input_ids = input_ids.new_zeros(x.shape[:2])  # from here on, only its shape is read
+            input_ids = input_ids.new_zeros(x.shape[:2])  # below, only the shape of input_ids is used
             if attention_mask is not None:
                 attention_mask = F.pad(attention_mask, (c.prefix_tokens, 0), value=1)
         is_plain = not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type))
@@ -268,7 +268,7 @@ class TRMModel(nn.Module):
         return prefix.view(len(ids), c.prefix_tokens, c.d_model)
 
     def initial_state(self, x) -> Carry:
-        """The state before the first step.  With injection `none`, the loop starts from x and reads x only there."""
+        """The state before the first step.  With injection `none`, the loop starts at x and does not read x again."""
         if self.config.recursion == "trm":
             return Carry(self.y_init.to(x.dtype).expand_as(x), self.z_init.to(x.dtype).expand_as(x), 0)
         return Carry(x if self.config.injection == "none" else torch.zeros_like(x), None, 0)
@@ -287,9 +287,10 @@ class TRMModel(nn.Module):
             return self.q_head(y if self.config.causal else y[:, 0]).squeeze(-1)
 
     def _halting_loss(self, y_before, step, logits, halt, target_ids, right, ctx):
-        """Halting loss of one supervision step.
+        """Halting loss of one recursion step.
 
-        act_target `stable` is known one step later, so it is the loss of the step before (none at step 0)."""
+        With act_target `stable`, whether the answer of step s was stable is known at step s + 1. So the loss at each
+        step is that of the step before, and step 0 has none."""
         valid = target_ids != IGNORE
         if halt is None or (self.config.act_target == "stable" and step == 0):
             return logits.new_zeros(())
@@ -343,7 +344,7 @@ class TinyNet(nn.Module):
         # reads y, z (trm) or x, y (loop)
         self.inject_y = self.injection.layer(2, D) if c.recursion != "none" else None
         self.blocks = nn.ModuleList(TinyBlock(c) for _ in range(c.n_layers))
-        self.norm = norm_of(c) if c.norm != "post" else None  # post-norm blocks end normalised
+        self.norm = norm_of(c) if c.norm != "post" else None  # the output of post-norm blocks is already normalised
         self.gate = nn.Linear(2 * D, D) if c.gate and c.recursion != "none" else None
 
     def forward(self, inject: nn.Module | None, inputs: tuple[Tensor, ...], old: Tensor | None, ctx, slot: int):
@@ -371,7 +372,7 @@ class TinyBlock(nn.Module):
         self.attn = MLPMixer1D(c.positions_per_row, c.mixer_ff) if is_mixer else Attention(c)
         self.mlp = SwiGLU(c.d_model, c.d_ff)
         self.attn_norm, self.mlp_norm = norm_of(c), norm_of(c)
-        if is_mixer and c.norm == "post":  # the authors' code normalises what the mixer mixed: over the positions
+        if is_mixer and c.norm == "post":  # as in the authors' code: over positions, not channels
             self.attn_norm = SequenceRMSNorm(c.positions_per_row, c.norm_eps, c.norm_gain)
         self.attn_out_norm = norm_of(c) if sandwich else nn.Identity()
         self.mlp_out_norm = norm_of(c) if sandwich else nn.Identity()

@@ -13,7 +13,7 @@ from src.runtime import mix_seed
 
 
 class Thought(NamedTuple):
-    """Per-step outputs behind one generated token per row."""
+    """What the model computed at each recursion step for one new token of every row."""
 
     logits: Float[Tensor, "s b v"]  # after each recursion step
     halt_logits: Float[Tensor, "s b"] | None  # None without a halting head
@@ -33,7 +33,7 @@ def filter_logits(
     if top_p is not None and top_p < 1:
         ordered, index = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(-1)
-        before = p.cumsum(-1) - p  # total probability of the tokens that are more probable; 0 for the first
+        before = p.cumsum(-1) - p  # total probability of the tokens that are more probable than this one
         logits = logits.scatter(-1, index, ordered.masked_fill(before >= top_p, -torch.inf))
     return logits
 
@@ -86,14 +86,15 @@ def generate(
     temperature: 0 is greedy. Row i has its own generator, seeded from (seed, i), so its text does not depend on others.
     eos_id: the id or ids (a tokenizer's `end_ids`) that end a row; any of them counts as EOS. A row that has ended
         yields the config's pad_token_id, or the first eos_id if there is none.
-    exit: exit rule by which each token chooses its depth.
+    exit: exit rule that stops each token.
     thoughts, depths: lists; for every new token, a Thought and its number of recursion steps (B,) are appended.
-    When a row exceeds max_seq_len, it keeps its last max_seq_len // 2 tokens, which are encoded again.
-    Raises ValueError for invalid options or prompts.
+
+    When a row outgrows max_seq_len, it keeps its last max_seq_len // 2 tokens, which are encoded again. The first token
+    that is asked for raises ValueError for invalid options or prompts.
     """
     _check(model.config, prompt_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
     if exit is None and (thoughts is not None or depths is not None):
-        exit = ExitRule()  # a fixed depth, run by the code that counts steps
+        exit = ExitRule()  # a fixed depth; an exit rule counts steps
     read = {} if exit is None else {"exit": exit.check(model.config), "return_steps": thoughts is not None}
     was_training, choice = model.training, (temperature, top_k, top_p)
     model.eval()
@@ -111,7 +112,7 @@ def generate(
 
 
 def _thought(new, output) -> Thought:
-    """The Thought of the last position. Leaves out steps that only other positions of the prompt have run."""
+    """The Thought of the last position. Leaves out steps beyond its depth, which only other positions have run."""
     depth = output.carry.steps[:, -1]
     steps = int(depth.max())
     halt = None if output.halt_logits is None else output.halt_logits[:steps, :, -1]
@@ -129,7 +130,7 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
     cache, new = None, None
     for made in range(max_new_tokens):
         # make room if the context is full, or drop padding that all rows have in common
-        if ids.shape[1] > max_len or cache is None and not bool(mask[:, 0].any()):
+        if ids.shape[1] > max_len or (cache is None and not bool(mask[:, 0].any())):
             ids, mask = fit_window(ids, mask, max_len, finished.tolist())
             cache = None
         with torch.inference_mode():  # faster than no_grad
@@ -143,7 +144,7 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
                 output = model(ids, attention_mask=None if bool(mask.all()) else mask, cache=cache, **read)
             logits = output.logits[-1] if read.get("return_steps") else output.logits
             new = choose_token(logits[:, -1], *choice, generators)
-        new = new.clone()  # an inference tensor could not be used outside
+        new = new.clone()  # outside inference mode, autograd would reject this tensor
         if ends is not None:
             new = torch.where(finished, ends[0] if pad is None else pad, new)
         yield new, output
@@ -177,7 +178,7 @@ def _check(config, prompt_ids, max_new_tokens, temperature, top_k, top_p, mask):
 
 
 def generate_ids(model, prompt_ids: Int[Tensor, "b t"], max_new_tokens: int, **options) -> Int[Tensor, "b u"]:
-    """Runs `generate` to its end: (B, T) -> (B, T + max_new_tokens).  Pads the rows if all reached EOS early."""
+    """Runs `generate` to its end: (B, T) -> (B, T + max_new_tokens).  Fills up with padding if all rows ended early."""
     columns = list(generate(model, prompt_ids, max_new_tokens, **options))
     if len(columns) < max_new_tokens:
         pad = model.config.pad_token_id

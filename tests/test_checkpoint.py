@@ -57,6 +57,38 @@ class TestRoundTrip:
         ids = torch.randint(0, 250, (2, 9))
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"mixer": "mlp"},
+            {"mixer": "mlp", "mixer_ff": 40, "prefix_tokens": 2, "norm_gain": False},
+            {"positions": "learned", "prefix_tokens": 2, "puzzle_ids": 3, "token_loss": "stablemax"},
+        ],
+        ids=str,
+    )
+    def test_models_of_puzzles(self, tiny, tmp_path, settings):
+        model = tiny(vocab_size=TOKENIZER.vocab_size, causal=False, **settings)
+        save_checkpoint(tmp_path / "c", model, TOKENIZER)
+        loaded, _ = load_model(tmp_path / "c")
+        ids = torch.randint(0, 250, (2, 16))
+        assert loaded.config == model.config and torch.equal(loaded(ids).logits, model(ids).logits)
+
+    @pytest.mark.parametrize("norm", ["post", "pre"])
+    def test_the_mixer_of_an_older_checkpoint(self, tiny, tmp_path, norm):
+        """Its hidden width was d_ff; its post-norm was over the channels, which this version does not compute."""
+        model = tiny(vocab_size=TOKENIZER.vocab_size, causal=False, mixer="mlp", mixer_ff=24, norm=norm)
+        save_checkpoint(tmp_path / "c", model, TOKENIZER)
+        path = tmp_path / "c" / "config.json"
+        config = json.loads(path.read_text())
+        config["format"] = 2
+        del config["model"]["mixer_ff"]
+        path.write_text(json.dumps(config))
+        if norm == "pre":
+            assert load_model(tmp_path / "c")[0].config.mixer_ff == 24
+        else:
+            with pytest.raises(UserError, match="mixer mlp with norm post now normalises over the sequence"):
+                load_model(tmp_path / "c")
+
     @pytest.mark.parametrize("tied", [False, True])
     def test_averaged_weights_are_used_where_they_are(self, tiny, tmp_path, capsys, tied):
         model = tiny(vocab_size=TOKENIZER.vocab_size, tie_embeddings=tied)

@@ -237,3 +237,11 @@ def test_impossible_rules(tiny, case, rule, words):
 def test_a_rule_has_no_targets(tiny):
     with pytest.raises(ValueError, match="takes no targets"):
         tiny()(prompt(), target_ids=prompt(), exit=ExitRule())
+
+
+def test_puzzle_ids_reach_the_prefix_under_a_rule(tiny):
+    model = tiny(causal=False, prefix_tokens=2, puzzle_ids=3)
+    ids, puzzles = torch.arange(12).view(2, 6), torch.tensor([1, 2])
+    plain = model(ids, puzzle_ids=puzzles)
+    ruled = model(ids, puzzle_ids=puzzles, exit=ExitRule())
+    assert torch.equal(ruled.logits, plain.logits) and not torch.equal(ruled.logits, model(ids, exit=ExitRule()).logits)

@@ -4,13 +4,13 @@ Formats: .jsonl and .txt (plain or gzipped), .parquet and .py. To add one: a fun
 test in tests/data/test_corpus.py.
 
 In a .txt file, a line that holds only <|endoftext|> separates two documents. The line break before that line belongs to
-the separator, so every document keeps its own final line break, or has none. A .txt file without separators is one
+the separator. A document that ended with a line break therefore still does. A .txt file without separators is one
 document, and a .py file always is.
 
-extract_texts.py writes such .txt files (see `escaped`). It escapes what plain text cannot hold, and reading the file
-undoes this: <|endoftext|> inside a document is written as <|\\endoftext|>, a carriage return as <|\\r|>, NUL as
-<|\\0|>, U+FEFF as <|\\ufeff|>. A document that already holds such an escape gets one more backslash in it. All other
-text is unchanged.
+extract_texts.py writes such .txt files (see `escaped`). It escapes what plain text cannot hold, and reading any .txt
+file undoes this: <|endoftext|> inside a document is written as <|\\endoftext|>, a carriage return as <|\\r|>, NUL as
+<|\\0|>, U+FEFF as <|\\ufeff|>. An escape that is already in a document gets one more backslash. All other text is
+unchanged.
 """
 
 import json
@@ -21,7 +21,7 @@ from src.errors import UserError
 from src.files.text import check_is_file, is_text, read_lines
 
 SEPARATOR = "<|endoftext|>"
-PIECE_CHARS = 65_536
+PIECE_CHARS = 65_536  # most characters of one piece, see corpus.py
 REPORTED = 3  # for each kind of bad line, name this many on stderr and only count the rest
 NO_FIELD, NOT_TEXT, EMPTY = "no text field", "text is not a string", "empty text"
 BAD_JSON, BAD_UTF8, NOT_OBJECT = "broken JSON", "invalid UTF-8", "not a JSON object"
@@ -39,7 +39,7 @@ class SkipLog:
 
     def __init__(self, strict, skipped, report, max_chars):
         self.strict, self.skipped, self.report, self.max_chars = strict, skipped, report, max_chars
-        self.fields = {}  # a dict as an ordered set: field names of the records that lack the text field
+        self.fields = {}  # fields of the records that lack the text field, for the error message; in order
 
     def add(self, reason, path, line, fields=()):
         if self.strict:
@@ -55,12 +55,12 @@ class SkipLog:
 
 
 def _good_lines(path, log, most, cuts=False):
-    """Yields (number, line) as `read_lines` does; logs and skips lines that are too long or not valid text."""
+    """Yields the good lines of `read_lines` as (number, line); logs and skips lines that are too long or not text."""
     number = bad = 0
     for number, line in read_lines(path, most, cuts):
         if line is None:
             log.add(TOO_LONG, path, number)
-        elif not (line.isascii() or is_text(line)):  # isascii first: it saves a Python call for most lines
+        elif not (line.isascii() or is_text(line)):  # isascii first: saves a Python call for ASCII lines
             bad += 1
             log.add(BAD_UTF8, path, number)
         else:
@@ -142,7 +142,7 @@ def _parquet_values(table, path, text_field, log):
     indices = [paths.index(text_field)] if text_field in paths else []  # lists and structs have longer paths
     for group in range(table.num_row_groups):
         info = table.metadata.row_group(group)
-        if indices:  # reads no rows, but raises if broken metadata would make `info.column` abort the process
+        if indices:  # reads no rows: with broken metadata this raises, while `info.column` would abort the process
             next(table.reader.iter_batches(0, [group], indices), None)
         column = info.column(indices[0]) if indices else None
         rows = 0 if column is None else _rows_at_a_time(column, info.num_rows, log.max_chars)
@@ -160,7 +160,8 @@ def _rows_at_a_time(column, n_rows, max_chars):
     """Returns how many rows of a Parquet column chunk to decode at once: 1 to 200, or 0 to skip the chunk.
 
     A few hundred bytes can decode to gigabytes: many rows may share one long value, or the chunk is strongly
-    compressed. Skips a chunk whose rows must be longer than max_chars, or that decodes to 1,000 times its size."""
+    compressed. Skips a chunk whose rows are certainly longer than max_chars, or one over that size that decodes to
+    1,000 times its own."""
     size, packed = column.total_uncompressed_size, max(1, column.total_compressed_size)
     if size > max_chars and (size > n_rows * 4 * max_chars or size > 1000 * packed):
         return 0
@@ -171,10 +172,10 @@ def _rows_at_a_time(column, n_rows, max_chars):
 def read_txt(path, text_field, log, separator=SEPARATOR):
     """Yields the pieces of a text file's documents. A line break is held until the next line is known, because the
     line break before a separator is not part of the document."""
-    pieces, size = [], 0  # text of the current document that is not yielded yet, and its characters
+    pieces, size = [], 0  # text of the current document that is not yielded yet, and its length
     is_begun, last = False, 0  # whether a piece of the current document was yielded; number of the last line
     ends = () if separator is None else (separator, f"{separator}\n")
-    for number, line in _good_lines(path, log, max(PIECE_CHARS, 64), cuts=True):
+    for number, line in _good_lines(path, log, max(PIECE_CHARS, len(ends[-1]) if ends else 1), cuts=True):
         if "\0" in line:
             log.add(HAS_NUL, path, number)
             continue
