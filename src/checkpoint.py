@@ -104,6 +104,9 @@ def load_config(folder) -> TRMConfig:
     path = resolve(folder) / "config.json"
     config = read_object(path)
     values = _part(config.get("model"), path)
+    if config.get("format", 1) not in range(1, FORMAT + 1):
+        advice = f"this version reads 1 to {FORMAT}: update this project, or copy the folder again"
+        raise UserError(f"{path} has format {config['format']!r}, but {advice}")
     if "format" not in config and values.get("recursion") == "loop":
         values["supervision_weights"] = None  # was ignored: the loop had a loss at its last visit only
     if config.get("format", 1) in (1, 2) and values.get("mixer") == "mlp":

@@ -209,6 +209,13 @@ class TestBroken:
         with pytest.raises(UserError, match="config.json"):
             load_model(saved)
 
+    @pytest.mark.parametrize("number", [4, 0, "3", None, [3]])
+    def test_another_format(self, saved, number):
+        content = json.loads((saved / "config.json").read_text()) | {"format": number}
+        (saved / "config.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match="config.json has format .*, but this version reads 1 to 3"):
+            load_model(saved)
+
     def test_config_alone(self, saved):
         assert load_config(saved) == load_model(saved)[0].config
 
