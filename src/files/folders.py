@@ -19,7 +19,8 @@ def replacing(folder, owns: Callable[[str], bool]):
 
     owns(name) says whether an entry of the old folder is the writer's. Other entries are kept, even if the new folder
     has one of the same name. Raises UserError if `folder` is a file, and OSError if it cannot be written."""
-    folder = Path(folder).resolve()  # replaces the target of a link, not the link itself
+    # replaces the target of a link, not the link itself; Path.resolve would raise RuntimeError for a loop of links
+    folder = Path(os.path.realpath(folder))
     if folder.exists() and not folder.is_dir():
         raise UserError(f"cannot write a folder to {folder}: it is a file; choose another name, or remove it")
     beside, aside = recover(folder)

@@ -91,6 +91,15 @@ def test_a_file_is_no_folder(tmp_path):
     assert (tmp_path / "m").read_text() == "mine"
 
 
+def test_a_loop_of_links_is_an_os_error(tmp_path):
+    """Callers turn OSError into one line; they do not expect the RuntimeError of Path.resolve."""
+    (tmp_path / "m").symlink_to("m")
+    for folder in (tmp_path / "m", tmp_path / "m" / "sub"):
+        with pytest.raises(OSError):
+            write(folder, "new")
+    assert os.listdir(tmp_path) == ["m"] and (tmp_path / "m").is_symlink()
+
+
 def test_remove(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / name, "old")
