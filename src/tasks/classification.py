@@ -146,7 +146,8 @@ def _read_rows(path, needs_labels=True) -> list[Row]:
 
 def _is_label(label):
     """Returns whether a label can be written before a text and read back."""
-    return bool(label.strip()) and len(label) <= MOST_LABEL and "|||" not in label and label.splitlines() == [label]
+    is_one_cell = "|||" not in label and "\t" not in label and label.splitlines() == [label]
+    return bool(label.strip()) and len(label) <= MOST_LABEL and is_one_cell
 
 
 def _rows_of_columns(lines, separator, path):
@@ -180,6 +181,8 @@ def _row_of_json(number, line, where):
         label = label.strip()
     elif label is not None:
         label = json.dumps(label)
+    if not is_text(f"{label}{text}"):
+        raise UserError(f"{where} has an escape for half a character, such as {chr(92)}ud800: remove it")
     return Row(number, label, text)
 
 

@@ -154,6 +154,9 @@ def test_bool_labels_of_json(tmp_path):
         ("a.jsonl", '{"label": [1], "text": "a"}', "line 1: not a JSON object with `label` and `text`"),
         ("a.jsonl", '{"label": "x\\ny", "text": "a"}', "cannot be a label"),
         ("a.jsonl", '{"label": "x ||| y", "text": "a"}', "cannot be a label"),
+        ("a.jsonl", '{"label": 1, "text": "a"}\n{"label": 0, "text": "\\ud800"}', "line 2 has an escape for half"),
+        ("a.jsonl", '{"label": "\\ud800", "text": "a"}', "line 1 has an escape for half a character"),
+        ("a.txt", "a\tb ||| c\nd ||| e\n", "line 1: 'a\\tb' cannot be a label"),  # a .tsv could not be read back
         ("a.jsonl", "[" * 5000, "line 1 is broken JSON"),
         ("a.tsv", "label\tid\ttext\n1\t2\n", "line 2 has 2 columns, the header 3"),
         ("a.tsv", "id\ttext\n1\tgood\n", "line 2: there is no tab"),
