@@ -18,7 +18,7 @@ from math import isnan
 from pathlib import Path
 from typing import Literal
 
-from src.config import before_torch, check_writable, parse_flags, run, write_text
+from src.config import before_torch, check_distinct, check_writable, parse_flags, run, write_text
 from src.data.corpus import MAX_DOC_MB
 from src.errors import UserError
 from src.model_config import ExitRule
@@ -89,6 +89,7 @@ def parse_args(argv=None) -> tuple[EvalConfig, ExitRule]:
     config, rule = parse_flags(__doc__, EvalConfig, ExitRule, argv=argv, positional="checkpoint")
     if config.depth_curve is not None and rule != ExitRule(max_recursion_depth=rule.max_recursion_depth):
         raise UserError("depth_curve tries all exit rules: leave out exit, act_threshold and kl_threshold")
+    check_distinct((config.json, config.depth_curve), config.paths)
     for path in (config.json, config.depth_curve, curve_json(config)):
         if path is not None:
             check_writable(path)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from src.config import before_torch, parse_flags, run
+from src.config import before_torch, check_distinct, parse_flags, run
 from src.errors import UserError
 from src.files.text import is_text, read_text
 from src.model_config import ExitRule
@@ -187,6 +187,7 @@ def main(argv=None):
     config, rule = parse_args(argv)
     if isinstance(config.trace, str):
         check_path(config.trace)
+        check_distinct([Path(config.trace).with_suffix(".json")], [config.prompt_file])
     prompts = [prompt for prompt in config.prompts() for _ in range(config.num_samples)]
     model, tokenizer = load(config)
     if config.interactive:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from src.config import before_torch, parse_flags, run, write_text
+from src.config import before_torch, check_distinct, parse_flags, run, write_text
 from src.errors import UserError
 from src.tasks.config import SUFFIX, FinetuneConfig
 
@@ -70,7 +70,9 @@ class ClassifierConfig:
                 raise ValueError(f"option {self.option} needs --{name}")
         if self.option in ("prompt", "predict") and not (self.dev or self.test):
             raise ValueError(f"option {self.option} needs texts: give --dev or --test")
-        for name in ("dev_out", "test_out", "generated_sentence_low_temp_out", "generated_sentence_high_temp_out"):
+        names = ("dev_out", "test_out", "generated_sentence_low_temp_out", "generated_sentence_high_temp_out")
+        check_distinct((getattr(self, n) for n in names), (self.train, self.dev, self.test, self.label_names))
+        for name in names:
             path = getattr(self, name)
             if path is not None and not Path(path).absolute().parent.is_dir():
                 raise ValueError(f"{name} {path}: its folder does not exist: create it first")

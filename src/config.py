@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, _loade
 
 from src.errors import UserError, one_line
 from src.files.plain_yaml import PlainLoader, read_yaml
+from src.files.text import is_text
 
 _loaders_dumpers.yaml_default_loader = PlainLoader  # jsonargparse's own loader crashes on deeply nested flag values
 set_parsing_settings(import_path_denylist=["*"])  # settings must not import code; `parse_flags` allows its sections
@@ -131,6 +132,16 @@ def check_writable(path):
     write_text(path, "", "a")
     if is_new:
         os.unlink(path)
+
+
+def check_distinct(outputs, inputs):
+    """Raises UserError if a file to write is also a file to read, or would be written twice.  None means no file."""
+    taken = {os.path.realpath(path) for path in inputs if path is not None}
+    for path in outputs:
+        if path is not None and (os.path.isfile(path) or not os.path.exists(path)):  # devices may be used twice
+            if os.path.realpath(path) in taken:
+                raise UserError(f"{path} is also read, or written by another flag: choose another file to write")
+            taken.add(os.path.realpath(path))
 
 
 class _Parser(ArgumentParser):
@@ -343,4 +354,6 @@ def _normalise(argv, fields, positional):
 
 
 def _list_flag(name, values):
+    if not is_text("".join(values)):
+        raise UserError(f"--{name}: a value is not valid UTF-8: correct it, or set PYTHONUTF8=1 if it is right")
     return f"--{name}={json.dumps(values, ensure_ascii=False)}"

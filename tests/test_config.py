@@ -13,7 +13,7 @@ import yaml
 
 import generate
 import train_trm_lm
-from src.config import before_torch, parse_flags, run
+from src.config import before_torch, check_distinct, parse_flags, run
 from src.dataset import DataConfig
 from src.errors import UserError
 from src.model import TRMConfig
@@ -281,6 +281,21 @@ def test_a_number_is_not_octal_or_time(config_file):
 )
 def test_impossible_combinations(capsys, words, said):
     assert said in refused(capsys, *words)
+
+
+def test_a_list_of_invalid_bytes_is_one_line(capsys):
+    err = refused(capsys, "--prompt", "a\udcff", parse_args=generate.parse_args)
+    assert err.startswith("error: --prompt: a value is not valid UTF-8: correct it")
+
+
+def test_a_file_to_write_is_no_other_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_text("mine")
+    (tmp_path / "link").symlink_to("a")
+    for outputs, inputs in ((["a"], ["./a"]), ([None, "link"], [None, "a"]), (["b", tmp_path / "b"], [])):
+        with pytest.raises(UserError, match=f"{outputs[-1]} is also read, or written by another flag"):
+            check_distinct(outputs, inputs)
+    check_distinct(["/dev/null", "/dev/null", "b", None], ["/dev/null", "a"])
 
 
 def test_too_many_words(capsys):

@@ -132,6 +132,9 @@ class TestGenerating:
         assert "def f" + "".join(token["text"] for token in facts["tokens"]) == plain[1].removesuffix("\n")
         assert_one_line(*call("generate.py", *words, "--trace", tmp_path / "none" / "t.png"), "none")
         assert_one_line(*call("generate.py", *words, "--trace", tmp_path / "t.doc"), ".png")
+        assert_one_line(
+            *call("generate.py", "--prompt_file", tmp_path / "t.json", "--trace", tmp_path / "t.png"), "also"
+        )
 
     def test_several_texts(self, trained, call):
         words = [trained[0], "--prompt", "def a", "def b", "--num_samples", 2, "--max_new_tokens", 6, "--seed", 3]

@@ -50,4 +50,4 @@ class FinetuneConfig:
         if not (self.lr > 0 and self.head_lr > 0 and 0 <= self.dropout < 1):
             raise ValueError("set lr and head_lr above 0, and dropout to 0 or more and below 1")
         if not (self.weight_decay >= 0 and self.grad_clip >= 0 and 0 <= self.seed < 2**63):
-            raise ValueError("set weight_decay, grad_clip and seed to 0 or more")
+            raise ValueError("set weight_decay and grad_clip to 0 or more, and seed from 0 to 2^63 - 1")

@@ -116,6 +116,7 @@ def test_depth_curve(home, model, capsys):
         (["--depth_curve", "curve.jpg"], "ends in .png"),
         (["--depth_curve", "nowhere/curve.png"], "cannot write nowhere/curve.png: No such file"),
         (["--json", "{home}"], "Is a directory"),
+        (["--json", "{home}/texts.jsonl"], "texts.jsonl is also read, or written by another flag"),
         (["--num_fewshot", "2"], "include_path and num_fewshot need lm_eval"),
         (["--act_threshold", "0.5"], "act_threshold is for --exit halt"),
         (["--exit", "halt", "--kl_threshold", "0.5"], "kl_threshold is for --exit kl"),
