@@ -162,6 +162,8 @@ def write(source: Source, dest, to: str = "checkpoint"):
         raise UserError(
             f"cannot write {dest}: {getattr(error, 'strerror', None) or error}; choose another DEST"
         ) from None
+    except UserError as error:  # name the final path, not the temporary one
+        raise UserError(str(error).replace(str(beside / dest.name), str(dest))) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

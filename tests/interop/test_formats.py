@@ -191,6 +191,15 @@ class TestWriting:
             write(source, tmp_path / "out", to)
         assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
+    def test_a_full_disk_names_dest(self, checkpoint, tmp_path, monkeypatch):
+        source, error = read_source(checkpoint()[0]), OSError(28, "No space left on device")
+        monkeypatch.setattr("src.checkpoint.save_tensors", lambda *args: (_ for _ in ()).throw(error))
+        with pytest.raises(
+            UserError, match=f"^cannot write the checkpoint {re.escape(str(tmp_path / 'out'))}: No space"
+        ):
+            write(source, tmp_path / "out", "hub")
+        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
     def test_below_a_file(self, checkpoint, tmp_path):
         folder, _ = checkpoint()
         with pytest.raises(UserError, match="cannot write .*out"):
