@@ -34,6 +34,7 @@ FORMAT = 3
 # names of everything in a checkpoint folder; other files in the folder belong to the user
 FILES = {*("model.safetensors", "ema.safetensors", "classifier.safetensors", "config.json", "state"), *TOKENIZER_FILES}
 DIGESTS = "state/digests.json"  # digests of the files as written; checked before a run resumes
+LARGEST = 1e6  # far above any trained weight; products of larger ones overflow in fp32
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "stdlib"
 
@@ -147,8 +148,8 @@ def check_tensors(tensors: dict, path) -> dict:
             wrong = f"has dtype {tensor.dtype} (quantized, or not a weight): give the floating-point weights"
         elif tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             wrong = f"stores fewer numbers than its shape {list(tensor.shape)} needs"
-        elif tensor.numel() and not all(end.isfinite() for end in tensor.detach().aminmax()):
-            wrong = "holds NaN or infinity: the file is broken, or its training run had diverged"
+        elif tensor.numel() and not all(end.abs() < LARGEST for end in tensor.detach().aminmax()):
+            wrong = "holds NaN, infinity or a number above 1e6: the file is broken, or its training run had diverged"
         if wrong:
             raise UserError(f"{path}: {name} {wrong}")
     return tensors

@@ -149,7 +149,8 @@ class TRMConfig:
         yield not 0 <= self.dropout < 1, f"dropout is {self.dropout}: set it to 0 or more and under 1"
         yield not 0 < self.act_threshold <= 1, f"act_threshold is {self.act_threshold}: set it above 0, up to 1"
         for name in ["norm_eps", "rope_theta", "embed_scale"] + ["rope_scaling"] * (self.rope_scaling is not None):
-            yield not 0 < getattr(self, name) < inf, f"{name} is {getattr(self, name)}: set it above 0"
+            value = getattr(self, name)
+            yield not 0 < value < 1e12, f"{name} is {value}: set it above 0, below 1e12"
         outside = self.vocab_size is not None and not 0 <= (self.pad_token_id or 0) < self.vocab_size
         yield outside, f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}: correct it"
         sees_all = self.mixer == "mlp" and self.causal

@@ -71,7 +71,8 @@ def of_tensor(tensor, rng):
     if action == 6:
         return one[..., : one.shape[-1] // 2].contiguous() if one.dim() else one[None], "half a tensor"
     if action == 7:
-        return one.new_zeros(rng.choice(((), (0,), (1,), (3, 0)))), "another shape"
+        shape = rng.choice([shape for shape in ((), (0,), (1,), (3, 0)) if shape != one.shape])
+        return one.new_zeros(shape), "another shape"
     if action == 8:
         return torch.cat((one, one)) if one.dim() else one.expand(2), "a doubled tensor"
     return one * rng.choice((0, 1, -1, 1e4)), ""

@@ -36,8 +36,7 @@ def try_model(model, vocab_size):
     ids = generate_ids(model, torch.tensor([[1, 2, min(65, vocab_size - 1)]]) % vocab_size, 2, temperature=0)
     with torch.no_grad():
         logits = model(ids[:, : model.config.max_seq_len]).logits
-    largest = max((parameter.abs().max() for parameter in model.parameters()), default=0)
-    if not logits.isfinite().all() and largest < 1e9:
+    if not logits.isfinite().all():
         raise Silent("logits that are not finite")
 
 

@@ -91,8 +91,9 @@ class TestTensors:
     @pytest.mark.parametrize(
         ("broken", "said"),
         [
-            (lambda t: t.index_fill(0, torch.tensor([1]), math.nan), "embed.weight holds NaN or infinity"),
-            (lambda t: t.index_fill(0, torch.tensor([1]), -math.inf), "embed.weight holds NaN or infinity"),
+            (lambda t: t.index_fill(0, torch.tensor([1]), math.nan), "embed.weight holds NaN, infinity"),
+            (lambda t: t.index_fill(0, torch.tensor([1]), -math.inf), "embed.weight holds NaN, infinity"),
+            (lambda t: t * 1e30, "embed.weight holds NaN, infinity or a number above 1e6"),
             (lambda t: t.to(torch.int8), "embed.weight has dtype torch.int8"),
             (lambda t: t.bool(), "embed.weight has dtype torch.bool"),
             (lambda t: t.to(torch.complex64), "embed.weight has dtype torch.complex64"),
