@@ -321,7 +321,7 @@ def read_tokenizer(name_or_path):
             if (path / name).is_file():
                 return read_tokenizer(path / name)
         if (path / PUZZLE_FILE).is_file():
-            raise UserError(f"{path} is a puzzle model (it has {PUZZLE_FILE}), without a tokenizer: give one for text")
+            raise UserError(f"{path} is a puzzle model, without a tokenizer: give a language model")
         raise UserError(f"{path} contains no tokenizer: it needs {JSON_FILE}, {MODEL_FILE} or {CONFIG_FILE}")
     if path.name == CONFIG_FILE:
         names = read_object(path, "tokenizer")
