@@ -20,7 +20,7 @@ from src.metrics import describe_model, flops_per_token
 from src.model import TRMConfig, TRMModel
 from src.model_config import loss_weights
 from src.optim import EMA, learning_rate_factor, make_optimizers
-from src.runtime import Interrupt, autocast, choose_compile, compile_parts, mix_seed
+from src.runtime import Interrupt, autocast, choose_compile, compile_parts, mix_seed, seed_device
 from src.training import curriculum, parallel, run_folder, run_state
 from src.training.monitor import ResourceMonitor, TRMTrainingLogger
 from src.training.progress import Clock, Window, progress_bar
@@ -204,7 +204,9 @@ class Trainer:
         """Train on this process's rows of one batch: forward and backward passes, then the optimizer's update."""
         self.enter_stage()
         self._set_learning_rate()
-        torch.manual_seed(mix_seed(self.config.seed, self.step, self.rank))  # dropout repeats exactly after a resume
+        seed_device(
+            self.device, mix_seed(self.config.seed, self.step, self.rank)
+        )  # so a resume repeats dropout
         self.model.train()
         with self._depth_of_step():
             self.supervise(self.split(batch))

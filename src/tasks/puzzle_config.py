@@ -18,13 +18,15 @@ def fixed(value):
 class PuzzleTrainConfig(TrainConfig):
     save_dir: str = "runs/puzzles"
     batch_size: int = 128
-    max_steps: int = 10_000
+    max_steps: int = 5000
     optimizer: Literal["adamw", "muon"] = "muon"
     optimizer_step: str = fixed("supervision")
-    weight_decay: float = 0.1
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    lr: float = 4e-3
     beta2: float = 0.95
-    eval_every: int = 1000
-    eval_batches: int = 4
+    ema_decay: float = 0.99
+    eval_every: int = 500
+    eval_batches: int = 8
     save_every: int = 1000
     log_every: int = 50
     sample_prompt: str = fixed("")
@@ -42,16 +44,17 @@ class PuzzleTrainConfig(TrainConfig):
 @dataclass
 class PuzzleModelConfig(TRMConfig):
     vocab_size: int | None = fixed(None)
-    d_model: int = 128
-    max_seq_len: int = fixed(1)  # both come from the puzzle
+    d_model: int = 64
+    max_seq_len: int = fixed(1)  # this and the vocabulary come from the puzzle
     causal: bool = fixed(False)
     rope_scaling: float | None = fixed(None)
     rope_trained_len: int | None = fixed(None)
     norm_gain: bool = False
     weight_init: Literal["normal", "truncated"] = "truncated"
     positions: Literal["rope", "learned", "none"] = "learned"
+    n_layers: int = 1
     latent_steps: int = 2
-    deep_steps: int = 2
+    deep_steps: int = 1
     supervision_steps: int = 8
     full_bptt: bool = fixed(False)
     token_loss: Literal["softmax", "stablemax"] = "stablemax"
