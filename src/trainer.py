@@ -204,9 +204,7 @@ class Trainer:
         """Train on this process's rows of one batch: forward and backward passes, then the optimizer's update."""
         self.enter_stage()
         self._set_learning_rate()
-        seed_device(
-            self.device, mix_seed(self.config.seed, self.step, self.rank)
-        )  # so a resume repeats dropout
+        seed_device(self.device, mix_seed(self.config.seed, self.step, self.rank))  # so a resume repeats dropout
         self.model.train()
         with self._depth_of_step():
             self.supervise(self.split(batch))
