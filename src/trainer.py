@@ -15,7 +15,7 @@ from src.data.loader import create_train_loader
 from src.dataset import create_dataloader
 from src.errors import UserError
 from src.evaluation.evaluation import evaluate, sample_text
-from src.losses import IGNORE, bits_per_byte, bits_text
+from src.losses import bits_per_byte, bits_text, count_terms
 from src.metrics import describe_model, flops_per_token
 from src.model import TRMConfig, TRMModel
 from src.model_config import loss_weights
@@ -253,14 +253,10 @@ class Trainer:
         """Split the rows into grad_accum parts; returns [(part, its share of all processes' target tokens)].
 
         Shares count what the loss is a mean of, tokens or rows: then the gradient does not depend on the split."""
-        total = self.agreement.sum(self._terms(batch))[0]
+        total = self.agreement.sum(count_terms(batch["target_ids"], self.raw.config.loss_mean))[0]
         rows = torch.arange(len(batch["target_ids"])).chunk(self.config.grad_accum)
         parts = [{name: t[index].to(self.device, non_blocking=True) for name, t in batch.items()} for index in rows]
-        return [(part, self._terms(part) / max(1, total)) for part in parts]
-
-    def _terms(self, batch) -> int:
-        valid = batch["target_ids"] != IGNORE
-        return (valid.any(-1) if self.raw.config.loss_mean == "row" else valid).sum().item()
+        return [(part, count_terms(part["target_ids"], self.raw.config.loss_mean) / max(1, total)) for part in parts]
 
     @contextlib.contextmanager
     def _depth_of_step(self):

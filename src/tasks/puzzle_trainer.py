@@ -44,17 +44,6 @@ class PuzzleTrainer(Trainer):
         rows = stage.batch_size // self.world
         return PuzzleRows(self.train_set, rows, self.raw, self.puzzle.explore, self.rank, self.world)
 
-    def split(self, batch):
-        """Split the rows into grad_accum parts; returns [(part, its share of the loss of all processes)].
-
-        A share counts rows or target cells, as the loss does."""
-        is_target = batch["target_ids"] != IGNORE
-        weights = is_target.any(1) if self.raw.config.loss_mean == "row" else is_target.sum(1)
-        total = max(1, self.agreement.sum(weights.sum().item())[0])
-        rows = torch.arange(len(weights)).chunk(self.config.grad_accum)
-        parts = [{name: t[index].to(self.device, non_blocking=True) for name, t in batch.items()} for index in rows]
-        return [(part, weights[index].sum().item() / total) for part, index in zip(parts, rows, strict=True)]
-
     def supervise(self, parts):
         """Run one supervision step of every row, update the weights, and let the rows halt or continue."""
         model, losses, skipped_before = self.raw.config, torch.zeros_like(self.window.losses), self.skipped
