@@ -7,7 +7,7 @@ DEV := .venv/.installed-dev
 SLOW := -m slow -n 0 -o faulthandler_timeout=3600
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-kill fuzz lint bench clean
+.PHONY: help venv demo puzzles test test-slow test-kill fuzz lint bench clean
 
 help:           ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -33,6 +33,10 @@ demo: $(CORE)  ## train a small model on Python's standard library and generate 
 	$(VENV) train_trm_lm.py --config configs/demo.yaml --save_dir runs/demo
 	$(VENV) generate.py runs/demo --prompt "def main(" "class Reader:" --max_new_tokens 150 --seed 1
 
+puzzles: $(CORE)  ## train a solver of 4 x 4 Sudoku that improves from step to step (about 5 minutes)
+	rm -rf runs/sudoku4
+	$(VENV) train_puzzles.py --config configs/sudoku4.yaml
+
 test: $(DEV)  ## run the tests (a few minutes)
 	$(VENV) -m pytest
 
@@ -57,6 +61,6 @@ bench: $(DEV)  ## measure speed and memory; each benchmark prints tables and one
 	$(VENV) benchmarks/bench_data.py
 	$(VENV) benchmarks/bench_engine.py
 
-clean:          ## remove caches and the demo run; keep .venv, data and other runs
-	rm -rf runs/demo .pytest_cache .ruff_cache .hypothesis
+clean:          ## remove caches and the runs of demo and puzzles; keep .venv, data and other runs
+	rm -rf runs/demo runs/sudoku4 .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

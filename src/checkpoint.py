@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from src.config import build
-from src.data.tokenizer_json import TOKENIZER_FILES
+from src.data.tokenizer_json import PUZZLE_FILE, TOKENIZER_FILES
 from src.decode import store_for_decoding
 from src.errors import UserError
 from src.files.folders import replacing
@@ -32,7 +32,8 @@ from src.training.parallel import placed_like
 # hidden width d_ff, and its post-norm was over the channels).
 FORMAT = 3
 # names of everything in a checkpoint folder; other files in the folder belong to the user
-FILES = {*("model.safetensors", "ema.safetensors", "classifier.safetensors", "config.json", "state"), *TOKENIZER_FILES}
+FILES = {"model.safetensors", "ema.safetensors", "classifier.safetensors", "config.json", "state"}
+FILES |= {*TOKENIZER_FILES, PUZZLE_FILE}
 DIGESTS = "state/digests.json"  # digests of the files as written; checked before a run resumes
 LARGEST = 1e6  # far above any trained weight; products of larger ones overflow in fp32
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -42,6 +43,7 @@ RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "stdlib"
 def save_checkpoint(folder, model: TRMModel, tokenizer, ema=None, state=None, info=None, weights=None, more=None):
     """Writes a checkpoint folder, completely or not at all. Raises UserError if it cannot be written.
 
+    tokenizer: writes its files by `save(folder)`; a puzzle's board (src/tasks/puzzle_data.py) takes its place.
     ema: averaged weights, under the names of the model's weights.
     state: what resuming needs, such as the optimizer's state (tensors, numbers, strings, containers).
     info: figures to store in config.json next to the model's settings.
@@ -207,14 +209,21 @@ def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=
     config: replaces the folder's config, for example to run more recursion steps. Raises UserError if it would change
         the shapes of the weights."""
     folder = resolve(folder)
-    own = load_config(folder)
-    tokenizer = read_tokenizer(str(folder))
+    tokenizer, own = read_tokenizer(str(folder)), load_config(folder)
     if tokenizer.vocab_size != own.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {own.vocab_size}: "
             "they belong to different models; copy the folder again"
         )
-    path = folder / "ema.safetensors"
+    model = load_network(folder, device, dtype, ema, config)
+    decodes = torch.device(device).type == "cpu" and not trains
+    return LanguageModel(store_for_decoding(model) if decodes else model, tokenizer)
+
+
+def load_network(folder, device="cpu", dtype=torch.float32, ema=True, config=None) -> TRMModel:
+    """Loads a model in eval mode, without a tokenizer; see `load_model` for the arguments."""
+    folder = resolve(folder)
+    own, path = load_config(folder), folder / "ema.safetensors"
     path = path if ema and path.exists() else folder / "model.safetensors"
     weights = read_weights(path)
     check_size(own, weights, path)
@@ -227,9 +236,7 @@ def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=
     model = TRMModel(own if config is None else config)
     load_weights(model, weights, path)
     print(f"{folder}: {'EMA' if path.name.startswith('ema') else 'plain'} weights", file=sys.stderr)
-    model = model.to(device=device, dtype=dtype).eval()
-    decodes = torch.device(device).type == "cpu" and not trains
-    return LanguageModel(store_for_decoding(model) if decodes else model, tokenizer)
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def _fits(config, weights, path, **changes) -> bool:

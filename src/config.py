@@ -179,11 +179,12 @@ class _Parser(ArgumentParser):
 def parse_flags(description, *classes, argv=None, positional=None, defaults=None):
     """Parse flags and --config files into instances of the dataclasses `classes`, and return them in that order.
 
-    Each field becomes a flag with the field's name. Its help text is its line under `Args:` in the class docstring.
-    A list takes one or more values. A bool takes `--x`, `--x true` or `--x false`; a `bool | str` takes `--x word` too.
-    `description` is the text at the top of --help, usually the script's docstring. `positional` names the field that
-    takes the words without a flag. `defaults(parsed)` may return {name: value} to replace defaults of the classes.
-    Raises UserError if a dataclass rejects its values. A wrong flag ends the program with one line and exit code 2.
+    Each field becomes a flag with the field's name, unless it has init=False. Its help text is its line under `Args:`
+    in the class docstring. A list takes one or more values. A bool takes `--x`, `--x true` or `--x false`; a
+    `bool | str` takes `--x word` too. `description` is the text at the top of --help, usually the script's docstring.
+    `positional` names the field that takes the words without a flag. `defaults(parsed)` may return {name: value} to
+    replace defaults of the classes. Raises UserError if a dataclass rejects its values. A wrong flag ends the program
+    with one line and exit code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(description=description, formatter_class=_Formatter, allow_abbrev=False)
@@ -201,7 +202,7 @@ def parse_flags(description, *classes, argv=None, positional=None, defaults=None
         parser.set_defaults(others)
         parsed = _expand(parser.parse_args(words, from_files), fields)
     try:
-        return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls)}) for cls in classes)
+        return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in classes)
     except UserError as error:
         raise UserError(f"{error} (settings from --config {', '.join(files)} and flags)" if files else error) from None
 
@@ -293,7 +294,7 @@ class _Formatter(DefaultHelpFormatter):
 
 def _flags(cls, start=""):
     """Yields (flag name, field) for every field; fields of a nested dataclass are named `section.field`."""
-    for field in dataclasses.fields(cls):
+    for field in (field for field in dataclasses.fields(cls) if field.init):
         yield start + field.name, field
         if dataclasses.is_dataclass(field.type):
             yield from _flags(field.type, f"{start}{field.name}.")

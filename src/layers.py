@@ -268,9 +268,9 @@ class MLPMixer1D(nn.Module):
 def init_weights(model: nn.Module):
     """Initialises a TRMModel: linear layers N(0, 1/fan_in); embedding N(0, 1), or N(0, 1/D) if tied to the head.
 
-    weight_init `truncated` draws from truncated normal distributions of the same size, and embeddings of N(0, 1/D).
-    The halting head starts at "do not halt" (as in the paper). The gate starts open, so that new states pass. Puzzle
-    embeddings start at 0."""
+    weight_init `truncated` draws from truncated normal distributions of the same size, embeddings of N(0, 1/D), and
+    learned positions of N(0, 1). The halting head starts at "do not halt" (as in the paper). The gate starts open, so
+    that new states pass. Puzzle embeddings start at 0."""
     c = model.config
     is_truncated = c.weight_init == "truncated"
     draw = _truncated_normal if is_truncated else lambda weight, std: weight.normal_(std=std)
@@ -281,7 +281,8 @@ def init_weights(model: nn.Module):
                 module.bias.zero_()
     draw(model.embed.weight, c.d_model**-0.5 if c.tie_embeddings or is_truncated else 1.0)
     if model.pos_embed is not None:
-        model.pos_embed.weight.normal_(std=0.02)
+        # a board's cells mean nothing without their places, so these start as large as the scaled token embeddings
+        draw(model.pos_embed.weight, 1.0 if is_truncated else 0.02)
     if model.puzzle_embed is not None:
         model.puzzle_embed.weight.zero_()
     if c.halting:

@@ -68,6 +68,12 @@ def mean_over_targets(losses: Float[Tensor, "*b t"], valid: Bool[Tensor, "*b t"]
     return per_row.sum() / valid.any(-1).sum().clamp(min=1)
 
 
+def count_terms(targets: Int[Tensor, "b t"], mean: str) -> int:
+    """The number of terms that `mean_over_targets` averages: target tokens, or rows with a target."""
+    valid = targets != IGNORE
+    return (valid.any(-1) if mean == "row" else valid).sum().item()
+
+
 def halting_loss(
     halt_logits: Float[Tensor, "*n"], should_halt: Bool[Tensor, "*n"], valid: Bool[Tensor, "*n"]
 ) -> Float[Tensor, ""]:

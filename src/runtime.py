@@ -207,6 +207,16 @@ def mix_seed(*numbers) -> int:
     return seed
 
 
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seeds torch's random numbers of the CPU and of this device.
+
+    torch.manual_seed would also queue a call, with a stack trace, for every kind of device that was never used: at each
+    step, that takes 1.5 ms and memory that is not freed."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        getattr(torch, device.type).manual_seed(seed)
+
+
 def keep_freed_memory() -> None:
     """Makes a CPU process keep and reuse the memory of freed tensors (Linux with glibc; elsewhere it does nothing).
 

@@ -30,6 +30,7 @@ from src.data.tokenizer_json import (
     CONFIG_FILE,
     JSON_FILE,
     MODEL_FILE,
+    PUZZLE_FILE,
     REPLACEMENT,
     SPACE,
     SPECIAL,
@@ -319,6 +320,8 @@ def read_tokenizer(name_or_path):
         for name in (*first, JSON_FILE, MODEL_FILE, CONFIG_FILE):
             if (path / name).is_file():
                 return read_tokenizer(path / name)
+        if (path / PUZZLE_FILE).is_file():
+            raise UserError(f"{path} is a puzzle model, without a tokenizer: give a language model")
         raise UserError(f"{path} contains no tokenizer: it needs {JSON_FILE}, {MODEL_FILE} or {CONFIG_FILE}")
     if path.name == CONFIG_FILE:
         names = read_object(path, "tokenizer")

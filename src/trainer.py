@@ -15,12 +15,12 @@ from src.data.loader import create_train_loader
 from src.dataset import create_dataloader
 from src.errors import UserError
 from src.evaluation.evaluation import evaluate, sample_text
-from src.losses import IGNORE, bits_per_byte, bits_text
+from src.losses import bits_per_byte, bits_text, count_terms
 from src.metrics import describe_model, flops_per_token
 from src.model import TRMConfig, TRMModel
 from src.model_config import loss_weights
 from src.optim import EMA, learning_rate_factor, make_optimizers
-from src.runtime import Interrupt, autocast, choose_compile, compile_parts, mix_seed
+from src.runtime import Interrupt, autocast, choose_compile, compile_parts, mix_seed, seed_device
 from src.training import curriculum, parallel, run_folder, run_state
 from src.training.monitor import ResourceMonitor, TRMTrainingLogger
 from src.training.progress import Clock, Window, progress_bar
@@ -29,6 +29,8 @@ from src.training.train_config import TrainConfig
 
 class Trainer:
     """One training run.  `create_trainer` in src/training/create.py builds it from settings; `train()` runs it."""
+
+    best_name = "best_valid_loss"  # name of the best `score` in a checkpoint's config.json
 
     def __init__(
         self, config: TrainConfig, model: TRMModel, tokenizer, train_set, valid_set, runtime, num_workers=0, first=None
@@ -41,7 +43,7 @@ class Trainer:
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.agreement = parallel.Agreement(self.world)
         self._plan(first or model.config)
-        flops = self.curriculum.tokens(self.curriculum.total_steps) * flops_per_token(model.config).train
+        flops = self.train_flops(model.config)
         self.compiles, why_compile = choose_compile(config.compile, self.device, flops, config.max_minutes)
         devices = f"{self.world} x {self.device.type}" if self.world > 1 else self.device.type
         mode = "compiled" if self.compiles else "eager"
@@ -55,13 +57,13 @@ class Trainer:
 
     def _plan(self, first: TRMConfig):
         """Build the schedule of stages, and check that each stage's batch divides evenly."""
-        c = self.config
-        stages = c.curriculum.stages
+        c, stages = self.config, self.config.curriculum.stages
         self.curriculum = curriculum.CurriculumScheduler(stages, first, c.batch_size, c.max_steps, self._windows)
-        for stage in self.curriculum.stages:
-            if stage.batch_size % (c.grad_accum * self.world):
-                parts = f"grad_accum {c.grad_accum} x {self.world} processes"
-                raise UserError(f"batch_size {stage.batch_size} does not divide into {parts}: make it a multiple")
+        self.curriculum.check_division(c.grad_accum, self.world)
+
+    def train_flops(self, model: TRMConfig) -> float:
+        """Estimated FLOPs of the whole run."""
+        return self.curriculum.tokens(self.curriculum.total_steps) * flops_per_token(model).train
 
     def _take_model(self, model: TRMModel):
         """Move the model to the device, compile it, shard it or wrap it for DDP, and create its optimizers."""
@@ -98,13 +100,16 @@ class Trainer:
         curriculum.set_depth(self.raw, stage.model)
         if self.train_set is None:
             return
-        position = None if self.loader is None else self.loader.state_dict()
+        before, self.loader = self.loader, self.new_loader(stage)
+        if before is not None:  # continue in the data where the previous stage stopped
+            self.loader.load_state_dict(before.state_dict())
+
+    def new_loader(self, stage):
+        """An iterator over this process's parts of the training batches of a stage, which can save its position."""
         text = self.train_set.with_seq_len(stage.seq_len)
         options = {"rank": self.rank, "world": self.world, "num_workers": self.num_workers}
         options["pad_id"] = self.tokenizer.pad_id
-        self.loader = create_train_loader(text, stage.batch_size, self.config.seed, **options)
-        if position is not None:  # continue in the text where the previous stage stopped
-            self.loader.load_state_dict(position)
+        return create_train_loader(text, stage.batch_size, self.config.seed, **options)
 
     def _grow(self, wide: TRMConfig):
         """Replace the model by a wider one with the same output; optimizer state and averaged weights grow with it."""
@@ -169,15 +174,15 @@ class Trainer:
             improved = False
             if (self.step % config.eval_every == 0 or over) and not stopped:
                 figures = self.evaluate(config.eval_batches or None)  # always the same batches, so losses compare
-                improved = figures["valid_loss"] < self.best
-                self.best = min(self.best, figures["valid_loss"])
+                improved = self.score(figures) < self.best
+                self.best = min(self.best, self.score(figures))
                 if not over:  # a signal or the time limit may have arrived during the evaluation
                     over, stopped = self._is_over(interrupt)
             if self.step % config.save_every == 0 or over or improved:
                 self.save(improved)
         is_part = 0 < config.eval_batches * config.batch_size < len(self.valid_set)
-        if is_part and figures and not stopped:  # the evaluations so far took only eval_batches
-            self.say(f"the last evaluation, on all validation text: {self.valid_set}")
+        if is_part and figures and not stopped:  # evaluations so far took only eval_batches
+            self.say(f"the last evaluation, on all validation data: {self.valid_set}")
             figures = self.measure(None)
             if self.log is not None:
                 self.log.log(self.step, **{f"final_{name}": value for name, value in figures.items()})
@@ -199,14 +204,13 @@ class Trainer:
         """Train on this process's rows of one batch: forward and backward passes, then the optimizer's update."""
         self.enter_stage()
         self._set_learning_rate()
-        torch.manual_seed(mix_seed(self.config.seed, self.step, self.rank))  # dropout repeats exactly after a resume
+        seed_device(self.device, mix_seed(self.config.seed, self.step, self.rank))  # so a resume repeats dropout
         self.model.train()
         with self._depth_of_step():
-            self._supervise(self._split(batch))
-            self.window.count(self.raw.config.visits_per_step * self.raw.config.train_steps)
+            self.supervise(self.split(batch))
         self.step += 1
 
-    def _supervise(self, parts):
+    def supervise(self, parts):
         """Run the supervision steps of one batch: forward, backward, and the optimizer's updates.
 
         Each step back-propagates its own loss immediately and passes a detached carry to the next step. So only one
@@ -239,23 +243,20 @@ class Trainer:
                 step_losses += torch.stack((out.loss, out.ce_loss, out.act_loss)).detach() * (share * weight)
                 del out  # free its logits before the next forward pass makes new ones
             if updates:
-                self._update_weights()
+                self.update_weights()
         if self.skipped == skipped_before:  # a skipped step may have NaN losses, which would make the logged mean NaN
             self.window.losses += step_losses
             self.window.good += 1
+        self.window.count(model.visits_per_step * model.train_steps)
 
-    def _split(self, batch):
+    def split(self, batch):
         """Split the rows into grad_accum parts; returns [(part, its share of all processes' target tokens)].
 
         Shares count what the loss is a mean of, tokens or rows: then the gradient does not depend on the split."""
-        total = self.agreement.sum(self._terms(batch))[0]
+        total = self.agreement.sum(count_terms(batch["target_ids"], self.raw.config.loss_mean))[0]
         rows = torch.arange(len(batch["target_ids"])).chunk(self.config.grad_accum)
         parts = [{name: t[index].to(self.device, non_blocking=True) for name, t in batch.items()} for index in rows]
-        return [(part, self._terms(part) / max(1, total)) for part in parts]
-
-    def _terms(self, batch) -> int:
-        valid = batch["target_ids"] != IGNORE
-        return (valid.any(-1) if self.raw.config.loss_mean == "row" else valid).sum().item()
+        return [(part, count_terms(part["target_ids"], self.raw.config.loss_mean) / max(1, total)) for part in parts]
 
     @contextlib.contextmanager
     def _depth_of_step(self):
@@ -277,7 +278,7 @@ class Trainer:
                 group["lr"] = group["peak_lr"] * factor
         self.lr = c.lr * factor
 
-    def _update_weights(self):
+    def update_weights(self):
         """Clip the gradient and update the weights.  Skips a gradient with NaN or infinity (often a bad batch).
 
         Raises UserError after max_skipped of these in a row: then it is the run that diverged, not one bad batch."""
@@ -311,8 +312,7 @@ class Trainer:
         line = {
             "epoch": self.loader.epoch,
             "tokens": self.curriculum.tokens(self.step),
-            **means,
-            "bits_per_byte": bits_per_byte(means["ce_loss"], self.train_set.bytes_per_token),
+            **(means | self.more_figures(means)),
             "grad_norm": self.grad_norm,
             "skipped": self.skipped,
             "lr": self.lr,
@@ -321,11 +321,15 @@ class Trainer:
         }
         steps_left = self.curriculum.total_steps / max(1, self.step) - 1
         left = self.clock.minutes_left(self.elapsed, steps_left, self.config.max_minutes)
-        speed = f"{line['tokens_per_s']:.0f} tokens/s, {left:.1f} min left"
-        bar.set_postfix_str(f"loss {line['loss']:.3f}{bits_text(line['bits_per_byte'])}, {speed}", refresh=False)
+        bits, speed = bits_text(line.get("bits_per_byte", math.nan)), f"{line['tokens_per_s']:.0f} tokens/s"
+        bar.set_postfix_str(f"loss {line['loss']:.3f}{bits}, {speed}, {left:.1f} min left", refresh=False)
         if self.log is not None:
             self.log.log(self.step, **line)
         self.start_window()
+
+    def more_figures(self, means: dict) -> dict:
+        """Figures of the log that depend on the kind of data.  means: losses per step since the last line."""
+        return {"bits_per_byte": bits_per_byte(means["ce_loss"], self.train_set.bytes_per_token)}
 
     def measure(self, limit: int | None) -> dict:
         """Evaluate the averaged weights (if any) on `limit` validation batches; None = all of them."""
@@ -342,15 +346,22 @@ class Trainer:
         with self.clock.paused():
             figures = self.measure(limit)
             # a sharded model cannot run in one process alone, so then all of them generate the sample
-            sample = self.sample() if self.is_main or self.config.shard else ""
+            text = self.report(figures) if self.is_main or self.config.shard else ""
             if self.log is not None:
                 self.log.log(self.step, **figures)
-                loss, bits = figures["valid_loss"], bits_text(figures["valid_bits_per_byte"])
-                text = f"step {self.step}: validation {loss:.4f} nats/token{bits}\n{sample}\n"
                 tqdm.write(text, file=sys.stderr)
                 self.log.sample(text)
                 self.log.draw(f"{self.folder.name}: {describe_model(self.raw)}", force=self.progress() >= 1)
         return figures
+
+    def score(self, figures: dict) -> float:
+        """The figure of an evaluation that selects the best checkpoint; lower is better."""
+        return figures["valid_loss"]
+
+    def report(self, figures: dict) -> str:
+        """What an evaluation prints and adds to samples.txt.  Its first line starts with `step N:`."""
+        loss = f"{figures['valid_loss']:.4f} nats/token{bits_text(figures['valid_bits_per_byte'])}"
+        return f"step {self.step}: validation {loss}\n{self.sample()}\n"
 
     def sample(self) -> str:
         """A text generated with the averaged weights, from the same seed each time."""
@@ -361,21 +372,16 @@ class Trainer:
     @contextlib.contextmanager
     def averaged_weights(self):
         """Within this context, the model has its moving-average weights."""
-        self._swap_weights()
+        parallel.swap_average(self.raw, self.ema)
         try:
             yield
         finally:
-            self._swap_weights()
-
-    def _swap_weights(self):
-        parallel.reshard(self.raw)
-        if self.ema is not None:
-            self.ema.swap(self.raw)
+            parallel.swap_average(self.raw, self.ema)
 
     def save(self, best: bool = False):
         """Write this step's checkpoint and point `last` (and `best`) to it.  All processes must call this."""
         weights, average, state = run_state.collect(self)
-        info = {"step": self.step, "best_valid_loss": self.best if math.isfinite(self.best) else None}
+        info = {"step": self.step, self.best_name: self.best if math.isfinite(self.best) else None}
         problem = None
         if self.is_main:
             try:

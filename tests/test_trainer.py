@@ -55,7 +55,7 @@ def test_bits_per_byte_only_where_the_tokenizer_gives_the_text_back(make, tmp_pa
 
 def test_the_last_evaluation_is_told(make, capsys):
     make(max_steps=1, eval_batches=1).train()
-    assert "the last evaluation, on all validation text: " in capsys.readouterr().err
+    assert "the last evaluation, on all validation data: " in capsys.readouterr().err
 
 
 class TestRunFolder:

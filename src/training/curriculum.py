@@ -87,6 +87,13 @@ class CurriculumScheduler:
             self.stages.append(now)
         self.total_steps = now.start + now.steps
 
+    def check_division(self, grad_accum: int, world: int):
+        """Raises UserError if the batch of a stage does not divide evenly into the parts of all processes."""
+        for stage in self.stages:
+            if stage.batch_size % (grad_accum * world):
+                parts = f"grad_accum {grad_accum} x {world} processes"
+                raise UserError(f"batch_size {stage.batch_size} does not divide into {parts}: make it a multiple")
+
     def at(self, step: int) -> Stage:
         """The stage of this step (from 0); after the end of the run, the last stage."""
         return self.stages[bisect_right(self.starts, step) - 1]

@@ -14,6 +14,7 @@ from src.files.text import parse_json
 from src.metrics import format_params
 
 METRICS_FILE = "metrics.jsonl"
+EXACT = ("exact_accuracy", "valid_exact_accuracy", "valid_exact_step_1")  # figures of a run on puzzles
 
 
 def scan_metrics(folder: str | Path):
@@ -206,16 +207,20 @@ def plot_learning_curve(folder: str | Path, title: str = "") -> Path | None:
     """Draw folder/learning_curve.png from folder/metrics.jsonl; returns its path, or None if nothing is logged yet.
 
     Shows losses (nats per token; for training the cross-entropy without the halting loss, raw and smoothed), bits per
-    byte, learning rate and gradient norm over optimizer steps. A step that a resumed run logged again counts once."""
+    byte (of puzzles: exact accuracy), learning rate and gradient norm over optimizer steps. A step that a resumed run
+    logged again counts once."""
     names = "ce_loss loss valid_loss bits_per_byte valid_bits_per_byte lr grad_norm tokens elapsed_s".split()
-    series = read_series(folder, *names)
+    series = read_series(folder, *names, *EXACT)
     train_loss = series["ce_loss"] if len(series["ce_loss"]) else series["loss"]
     if not len(train_loss) and not len(series["valid_loss"]):
         return None
     figure, grid = new_figure(5.6)
     loss, bits = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     _draw_losses(loss, "loss, nats per token", train_loss, series["valid_loss"])
-    _draw_losses(bits, "bits per byte", series["bits_per_byte"], series["valid_bits_per_byte"])
+    if len(series[EXACT[1]]):
+        _draw_exact(bits, *(series[name] for name in EXACT))
+    else:
+        _draw_losses(bits, "bits per byte", series["bits_per_byte"], series["valid_bits_per_byte"])
     rate, norm = figure.add_subplot(grid[1, 0], sharex=loss), figure.add_subplot(grid[1, 1], sharex=bits)
     draw_small(rate, "learning rate", [(series["lr"], GREEN)])
     draw_small(norm, "gradient norm", [(series["grad_norm"], GREEN)], noisy=True)
@@ -252,6 +257,19 @@ def _draw_losses(axes, name, train, valid):
         return
     set_limits(axes, curves)
     label_ends(axes, labels, lines=2)
+
+
+def _draw_exact(axes, train, valid, first):
+    """Draw the share of puzzles that are right as a whole: rows in training, held-out ones after all steps and one."""
+    style_axes(axes, "exact accuracy")
+    axes.tick_params(labelbottom=False)
+    labels = []
+    for points, name, color in ((train, "train", BLUE), (valid, "held out", ORANGE), (first, "after step 1", GREEN)):
+        if len(points):
+            axes.plot(*thin(points).T, color=color, linewidth=1.4)
+            labels.append((points[-1, 1], f"{name} {points[-1, 1]:.3f}", color))
+    axes.set_ylim(-0.02, 1.04)
+    label_ends(axes, labels)
 
 
 def draw_small(axes, name: str, curves: list[tuple], noisy: bool = False, xlabel: str = "optimizer step"):

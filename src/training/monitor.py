@@ -39,8 +39,9 @@ class TRMTrainingLogger(contextlib.AbstractContextManager):
     A line of metrics.jsonl is {"step", "time" (UTC, ISO 8601), the figures passed to `log`, the monitor's figures}; a
     value that is not finite becomes null. Training lines have epoch, tokens, loss, ce_loss, act_loss (nats per token),
     bits_per_byte, recursion_depth (mean visits per token), grad_norm, skipped, lr, tokens_per_s and elapsed_s.
-    Evaluations have valid_*, and the last one, on all validation text, final_valid_*. Lines are written immediately, so
-    that a kill loses at most the line that it interrupts.
+    Evaluations have valid_*, and the last one, on all validation text, final_valid_*. A run on puzzles has
+    exact_accuracy and steps_per_puzzle in place of bits_per_byte, and the figures of `puzzle_eval.figures_of`. Lines
+    are written immediately, so that a kill loses at most the line that it interrupts.
 
     resume_step=n continues a log: what was logged after step n is removed first, so that each step appears once.
     Raises UserError if the folder cannot be made. Any other problem with a log loses lines and prints a warning, but

@@ -102,6 +102,13 @@ def reshard(model: torch.nn.Module):
         model.reshard()
 
 
+def swap_average(model: torch.nn.Module, ema):
+    """Exchange a model's weights, which may be sharded, with their moving average.  Does nothing if ema is None."""
+    reshard(model)
+    if ema is not None:
+        ema.swap(model)
+
+
 def gathered(tree):
     """Replace every sharded tensor in a nest of containers by the whole tensor.  All processes must call this."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.full_tensor() if is_sharded(tensor) else tensor, tree)

@@ -301,17 +301,23 @@ class Settings(NamedTuple):
 def read_settings(argv=None, description=None) -> Settings:
     """Parse flags such as ["--config", "configs/small.yaml", "--lr", "3e-3"]; None = those of the command line.
 
-    With init_from, model settings that are not given come from the checkpoint. Resuming with the config.yaml in a run
-    folder continues the run in that folder, even if it was moved, unless save_dir is given as a flag."""
+    With init_from, model settings that are not given come from the checkpoint."""
+    return Settings(*parse_run_flags(description, Settings.__annotations__.values(), argv, _model_of_source))
+
+
+def parse_run_flags(description, classes, argv=None, defaults=None) -> tuple:
+    """`parse_flags` for the settings of a run, the first of which has save_dir and resume.
+
+    Resuming with the config.yaml in a run folder continues the run in that folder, even if it was moved, unless
+    save_dir is given as a flag."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    classes = Settings.__annotations__.values()
     folder = _run_folder_of_config(argv)
     if folder is not None:
         train = parse_flags(description, *classes, argv=argv)[0]
         if train.resume and Path(train.save_dir).resolve() != folder.resolve():
             print(f"resuming in {folder}, the folder of this config.yaml, not in {train.save_dir}", file=sys.stderr)
             argv += ["--save_dir", str(folder)]
-    return Settings(*parse_flags(description, *classes, argv=argv, defaults=_model_of_source))
+    return parse_flags(description, *classes, argv=argv, defaults=defaults)
 
 
 def _run_folder_of_config(argv) -> Path | None:

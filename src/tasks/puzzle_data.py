@@ -1,0 +1,272 @@
+"""Training data of puzzles: settings, the training and test boards, and the order in which they are drawn.
+
+    kind, train, valid, names = load_puzzles(config)       from files, a folder of .npy arrays, or a generator
+    draws = PuzzleDraws(kind, train, seed, augment=True)   an endless sequence of puzzles
+    inputs, labels, puzzle_ids = draws.take(numbers)       some of these puzzles
+
+Puzzle number k depends on (seed, k) alone, its augmentation included, so that a run can resume at any number.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from src.data.tokenizer_json import PUZZLE_FILE
+from src.errors import UserError
+from src.files.text import read_object
+from src.tasks import mazes, sudoku
+from src.tasks.puzzle_folder import kind_named, read_folder
+from src.tasks.puzzles import Grids, PuzzleKind, check_leak, read_csv, split_by_orbit
+
+BLOCK = 256  # puzzles that are augmented together; a part of the definition of the order, like a seed
+CLUES = {4: (4, 8), 6: (8, 20), 9: (24, 36)}  # size of a Sudoku -> default range of clues
+BINS = 4  # parts into which an evaluation divides a difficulty that has more than MOST_VALUES values
+MOST_VALUES = 8
+
+
+@dataclass
+class PuzzleConfig:
+    """The puzzles to learn.
+
+    Args:
+        puzzle: kind of the puzzles: sudoku4, sudoku6, sudoku9, arc, or a maze such as maze30x30
+        train_paths: training puzzles: .csv or .csv.gz files with the columns question and answer, or one folder of
+            .npy arrays in the form of the TRM authors; by default, puzzles are generated
+        valid_paths: test puzzles, given like train_paths; by default, valid_share of the training puzzles; a folder of
+            .npy arrays brings its own
+        valid_share: share of the puzzles that is held out for evaluation, by whole orbits: no test puzzle is a
+            training puzzle under a symmetry
+        n_puzzles: number of puzzles to generate, or to take from the start of the files; 0 = all of the files, or
+            20,000 generated ones
+        low: fewest clues of a generated Sudoku, or steps of a generated maze's path; default depends on the size
+        high: most clues of a generated Sudoku, or steps of a generated maze's path; default depends on the size
+        difficulty: generated Sudokus: solvable by naked and hidden singles (singles), not so (guess), or both (any)
+        symmetries: of Sudokus, for augmentation and for the split: all, or only the relabelling of digits
+        augment: draw each training puzzle under a random symmetry
+        data_seed: seed of the generator and of the split; `seed` only affects the training
+        explore: probability that a row may not halt before a number of supervision steps drawn from 2 to the most
+        eval_steps: supervision steps in evaluations; default those of the model
+    """
+
+    puzzle: str = "sudoku4"
+    train_paths: list[str] = field(default_factory=list)
+    valid_paths: list[str] = field(default_factory=list)
+    valid_share: float = 0.15
+    n_puzzles: int = 0
+    low: int | None = None
+    high: int | None = None
+    difficulty: Literal["any", "singles", "guess"] = "any"
+    symmetries: Literal["all", "relabel"] = "all"
+    augment: bool = True
+    data_seed: int = 0
+    explore: float = 0.1
+    eval_steps: int | None = None
+
+    def __post_init__(self):
+        kind_named(self.puzzle)
+        if not 0 < self.valid_share < 1:
+            raise ValueError(f"valid_share is {self.valid_share}: set it between 0 and 1")
+        if not 0 <= self.explore <= 1:
+            raise ValueError(f"explore is {self.explore}: set it from 0 to 1")
+        for name in ("n_puzzles", "data_seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} is {getattr(self, name)}: set it to 0 or more")
+        for name in ("low", "high", "eval_steps"):
+            if getattr(self, name) is not None and not 1 <= getattr(self, name) <= 10_000:
+                raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more, up to 10,000")
+        if self.train_paths and (self.low or self.high):
+            raise ValueError("low and high are for generated puzzles: leave them out, or leave out train_paths")
+        if self.valid_paths and not self.train_paths:
+            raise ValueError("valid_paths without train_paths: give both, or none to generate puzzles")
+
+
+class HeldOut:
+    """The puzzles of evaluations.  `len()` is their number."""
+
+    def __init__(self, grids: Grids):
+        self.grids = grids
+
+    def __len__(self):
+        return self.grids.n_rows
+
+    def __str__(self):
+        return f"{self.grids.n_rows:,} puzzles"
+
+
+class PuzzleData(NamedTuple):
+    kind: PuzzleKind
+    train: Grids
+    valid: Grids
+    names: list[str]  # of puzzle ids
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def load_puzzles(config: PuzzleConfig) -> PuzzleData:
+    """The puzzles of a run.  Raises UserError for files that cannot be used, and for test puzzles in the training."""
+    kind, names = _with_symmetries(kind_named(config.puzzle), config.symmetries), ["<blank>"]
+    folders = [path for path in config.train_paths if Path(path).is_dir()]
+    if folders:
+        if len(config.train_paths) > 1 or config.valid_paths:
+            raise UserError(f"--train_paths {folders[0]}: a folder of .npy arrays is used alone, and has its own test")
+        folder = read_folder(folders[0])
+        kind, names = _with_symmetries(folder.kind, config.symmetries), folder.names
+        train, valid = folder.train, folder.test
+        if config.n_puzzles:
+            train = train.take(slice(config.n_puzzles))
+    elif config.train_paths:
+        train = _first(_join([read_csv(kind, path) for path in config.train_paths]), config.n_puzzles)
+        if config.valid_paths:
+            valid = _join([read_csv(kind, path) for path in config.valid_paths])
+        else:
+            train, valid = split_by_orbit(kind, train, config.valid_share, config.data_seed)
+    else:
+        train, valid = split_by_orbit(kind, _generate(kind, config), config.valid_share, config.data_seed)
+    check_leak(kind, train, valid)
+    if not valid.difficulty:
+        valid = valid._replace(difficulty=kind.difficulty(valid.inputs, valid.labels))
+    return PuzzleData(kind, train, valid, names)
+
+
+def _with_symmetries(kind, symmetries):
+    if isinstance(kind, sudoku.Sudoku):
+        return sudoku.Sudoku(kind.size, symmetries)
+    return kind
+
+
+def _generate(kind, config) -> Grids:
+    n = config.n_puzzles or 20_000
+    if isinstance(kind, sudoku.Sudoku):
+        low, high = (
+            given or default for given, default in zip((config.low, config.high), CLUES[kind.size], strict=True)
+        )
+        return sudoku.generate(kind.size, n, (low, high), config.data_seed, config.difficulty)
+    if isinstance(kind, mazes.Maze):
+        high = config.high or kind.cells // 4
+        return mazes.generate(kind.height, kind.width, n, (config.low or 1, high), config.data_seed)
+    raise UserError(f"{kind.name} puzzles cannot be generated: give --train_paths")
+
+
+def _first(grids, n):
+    return grids.take(slice(n)) if n else grids
+
+
+def _join(parts: list[Grids]) -> Grids:
+    """The puzzles of several files, each row a group of its own; a difficulty that not all files have is left out."""
+    inputs, labels, ids = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    shared = set.intersection(*(set(part.difficulty) for part in parts))
+    difficulty = {name: np.concatenate([part.difficulty[name] for part in parts]) for name in sorted(shared)}
+    return Grids(inputs, labels, ids, np.arange(len(inputs), dtype=np.int32), difficulty)
+
+
+def fingerprint(data: PuzzleData) -> dict:
+    """{part: digest of its boards}, which shows at a resume that the puzzles are still the same."""
+    digests = {}
+    for part, grids in (("train", data.train), ("valid", data.valid)):
+        boards = b"".join(np.ascontiguousarray(array).tobytes() for array in grids[:4])
+        digests[part] = hashlib.blake2b(boards, digest_size=16).hexdigest()
+    return digests
+
+
+# ---- what a checkpoint says about its puzzle ------------------------------------------------------------------------
+
+
+class PuzzleForm:
+    """The form of a puzzle's board, in a checkpoint's puzzle.json.  It takes the place of a tokenizer."""
+
+    pad_id = 0
+
+    def __init__(self, kind: PuzzleKind):
+        self.kind, self.vocab_size = kind, kind.vocab_size
+
+    def save(self, folder):
+        kind = self.kind
+        facts = {"kind": kind.name, "height": kind.height, "width": kind.width, "symbols": kind.symbols}
+        if isinstance(kind, sudoku.Sudoku):
+            facts["symmetries"] = kind.symmetries
+        (Path(folder) / PUZZLE_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+
+def read_form(folder) -> PuzzleForm:
+    """The form of a checkpoint's puzzle.  Raises UserError if the checkpoint is no puzzle model, or is broken."""
+    path = Path(folder) / PUZZLE_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is no puzzle model (no {PUZZLE_FILE}): train one with train_puzzles.py")
+    facts = read_object(path)
+    kind = _with_symmetries(kind_named(str(facts.get("kind"))), facts.get("symmetries", "all"))
+    if facts.get("symbols") != kind.symbols:
+        raise UserError(f"{path}: symbols are {facts.get('symbols')!r}, not {kind.symbols!r}: copy the folder again")
+    return PuzzleForm(kind)
+
+
+# ---- order of training ----------------------------------------------------------------------------------------------
+
+
+class PuzzleDraws:
+    """An endless sequence of training puzzles, by number.
+
+    An epoch draws one row of each group, in random order. Puzzles are augmented in blocks of BLOCK, which is much
+    faster than one by one."""
+
+    def __init__(self, kind: PuzzleKind, grids: Grids, seed: int, augment: bool):
+        self.kind, self.grids, self.seed, self.augment = kind, grids, seed, augment
+        self._order = np.argsort(grids.groups, kind="stable")
+        _, self._first, self._counts = np.unique(grids.groups[self._order], return_index=True, return_counts=True)
+        self._block, self._boards = None, None
+        self._epoch, self._permutation = None, None
+
+    @property
+    def n_groups(self) -> int:
+        return len(self._first)
+
+    def take(self, numbers: Int64[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(inputs (n, L), labels (n, L), puzzle ids (n,)) of the puzzles with these ascending numbers."""
+        blocks, parts = numbers // BLOCK, []
+        for block in np.unique(blocks).tolist():
+            if block != self._block:
+                self._block, self._boards = block, self._draw(block)
+            here = numbers[blocks == block] - block * BLOCK
+            parts.append([array[here] for array in self._boards])
+        return tuple(map(np.concatenate, zip(*parts, strict=True)))
+
+    def _draw(self, block):
+        rng = np.random.default_rng((self.seed, block))
+        groups = np.array([self._group(number) for number in range(block * BLOCK, (block + 1) * BLOCK)])
+        rows = self._order[self._first[groups] + (rng.random(BLOCK) * self._counts[groups]).astype(np.int64)]
+        inputs, labels = self.grids.inputs[rows], self.grids.labels[rows]
+        if self.augment:
+            inputs, labels = self.kind.augment(rng, inputs, labels)
+        return inputs, labels, self.grids.puzzle_ids[rows]
+
+    def _group(self, number):
+        epoch, position = divmod(number, self.n_groups)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = np.random.default_rng((self.seed, epoch, 1)).permutation(self.n_groups)
+        return self._permutation[position]
+
+
+# ---- difficulty -----------------------------------------------------------------------------------------------------
+
+
+def difficulty_bins(difficulty: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{name of a bin, such as clues_7 or rating_from_2.5: which rows are in it}, for reports by difficulty.
+
+    Each of up to MOST_VALUES values is a bin; more of them are divided into BINS bins of about equal size."""
+    bins = {}
+    for name, values in difficulty.items():
+        values = values.astype(np.float64)
+        found = np.unique(values[~np.isnan(values)])
+        if len(found) <= MOST_VALUES:
+            bins |= {f"{name}_{value:g}": values == value for value in found}
+            continue
+        edges = np.unique(np.nanquantile(values, np.arange(BINS) / BINS, method="lower"))
+        for low, high in zip(edges, [*edges[1:], np.inf], strict=True):
+            bins[f"{name}_from_{low:g}"] = (values >= low) & (values < high)
+    return bins

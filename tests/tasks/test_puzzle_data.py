@@ -1,0 +1,165 @@
+"""Training data of puzzles: settings, sources, splits, the order of draws, and difficulty bins."""
+
+import numpy as np
+import pytest
+
+from src.errors import UserError
+from src.tasks.puzzle_data import (
+    BLOCK,
+    PuzzleConfig,
+    PuzzleDraws,
+    PuzzleForm,
+    difficulty_bins,
+    fingerprint,
+    load_puzzles,
+    read_form,
+)
+from src.tasks.puzzle_folder import write_folder
+from src.tasks.puzzles import find_leaks, make_grids
+from src.tasks.sudoku import Sudoku, generate
+
+
+@pytest.fixture(scope="module")
+def grids():
+    return generate(4, 300, (5, 8), seed=1)
+
+
+def write_csv(path, kind, grids):
+    pairs = zip(grids.inputs, grids.labels)
+    rows = [",".join(kind.to_text(board, False) for board in pair) for pair in pairs]
+    path.write_text("\n".join(["question,answer", *rows]) + "\n")
+    return str(path)
+
+
+class TestSources:
+    def test_generated_puzzles_are_split_by_orbit(self):
+        data = load_puzzles(PuzzleConfig(n_puzzles=300, symmetries="relabel"))
+        assert data.train.n_rows + data.valid.n_rows == 300 and 20 <= data.valid.n_rows <= 80
+        assert not find_leaks(data.kind, data.train, data.valid) and data.kind.symmetries == "relabel"
+        assert set(data.valid.difficulty) == {"clues", "rounds", "guess"}
+
+    def test_data_seed_decides_and_shows_in_the_fingerprint(self):
+        first, again, other = (
+            fingerprint(load_puzzles(PuzzleConfig(n_puzzles=100, data_seed=seed))) for seed in (3, 3, 4)
+        )
+        assert first == again and first["train"] != other["train"]
+
+    def test_files(self, grids, tmp_path):
+        kind = Sudoku(4)
+        path = write_csv(tmp_path / "a.csv", kind, grids)
+        data = load_puzzles(PuzzleConfig(train_paths=[path], valid_share=0.4))
+        assert data.train.n_rows + data.valid.n_rows == 300
+        part = load_puzzles(PuzzleConfig(train_paths=[path, path], n_puzzles=450))
+        assert part.train.n_rows + part.valid.n_rows == 450
+
+    def test_test_files_that_leak_are_refused(self, grids, tmp_path):
+        path = write_csv(tmp_path / "a.csv", Sudoku(4), grids)
+        with pytest.raises(UserError, match="300 of 300 test grids are training grids"):
+            load_puzzles(PuzzleConfig(train_paths=[path], valid_paths=[path]))
+
+    def test_folder_of_arrays(self, grids, tmp_path):
+        kind = Sudoku(4, "relabel")
+        halves = load_puzzles(PuzzleConfig(n_puzzles=200, symmetries="relabel"))
+        write_folder(tmp_path / "npy", kind, halves.train, halves.valid)
+        config = PuzzleConfig(puzzle="arc", train_paths=[str(tmp_path / "npy")], symmetries="relabel")
+        data = load_puzzles(config)
+        assert data.kind.name == "sudoku4"  # the folder knows
+        np.testing.assert_array_equal(data.valid.inputs, halves.valid.inputs)
+        with pytest.raises(UserError, match="is used alone"):
+            load_puzzles(PuzzleConfig(train_paths=[str(tmp_path / "npy")] * 2))
+
+    def test_mazes_are_generated_and_arc_is_not(self):
+        data = load_puzzles(PuzzleConfig(puzzle="maze5x5", n_puzzles=20))
+        assert data.train.n_rows + data.valid.n_rows == 20
+        with pytest.raises(UserError, match="arc puzzles cannot be generated: give --train_paths"):
+            load_puzzles(PuzzleConfig(puzzle="arc"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"valid_share": 1.0}, "valid_share is 1.0"),
+        ({"explore": 1.5}, "explore is 1.5"),
+        ({"n_puzzles": -1}, "n_puzzles is -1"),
+        ({"eval_steps": 0}, "eval_steps is 0"),
+        ({"train_paths": ["a.csv"], "low": 5}, "low and high are for generated puzzles"),
+        ({"valid_paths": ["a.csv"]}, "valid_paths without train_paths"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PuzzleConfig(**settings)
+
+
+def test_unknown_kind():
+    with pytest.raises(UserError, match="puzzle kind 'chess' is not known"):
+        PuzzleConfig(puzzle="chess")
+
+
+class TestDraws:
+    def test_a_puzzle_depends_on_its_number_alone(self, grids):
+        numbers = np.arange(3 * BLOCK)
+        whole = PuzzleDraws(Sudoku(4), grids, 5, augment=True).take(numbers)
+        draws = PuzzleDraws(Sudoku(4), grids, 5, augment=True)
+        for part in (numbers[700:], numbers[:10], numbers[250:260], numbers[1::7]):
+            for a, b in zip(draws.take(part), whole, strict=True):
+                np.testing.assert_array_equal(a, b[part])
+        other = PuzzleDraws(Sudoku(4), grids, 6, augment=True).take(numbers)
+        assert (other[0] != whole[0]).any(1).mean() > 0.9
+
+    def test_an_epoch_has_every_puzzle_once(self, grids):
+        inputs, labels, _ = PuzzleDraws(Sudoku(4), grids, 0, augment=False).take(np.arange(600))
+        for epoch in (slice(300), slice(300, 600)):
+            pairs = np.concatenate([inputs[epoch], labels[epoch]], 1)
+            expected = np.concatenate([grids.inputs, grids.labels], 1)
+            assert sorted(map(bytes, pairs)) == sorted(map(bytes, expected))
+        assert (inputs[:300] != inputs[300:]).any()
+
+    def test_augmented_puzzles_are_right(self, grids):
+        inputs, labels, _ = PuzzleDraws(Sudoku(4), grids, 0, augment=True).take(np.arange(300))
+        assert Sudoku(4).are_right(inputs, labels).all()
+
+    def test_a_group_counts_once_and_all_its_rows_are_drawn(self, grids):
+        few = grids.take(slice(10))._replace(
+            groups=np.array([0] * 7 + [1, 1, 2], np.int32), puzzle_ids=np.arange(10, dtype=np.int32)
+        )
+        draws = PuzzleDraws(Sudoku(4), few, 0, augment=False)
+        ids = draws.take(np.arange(900))[2]
+        assert draws.n_groups == 3 and set(ids) == set(range(10))
+        assert (few.groups[ids].reshape(-1, 3).sum(1) == 3).all()  # each epoch of three has groups 0, 1 and 2
+
+
+def test_form_of_a_checkpoint(tmp_path):
+    PuzzleForm(Sudoku(6, "relabel")).save(tmp_path)
+    form = read_form(tmp_path)
+    assert (form.kind.name, form.kind.symmetries, form.vocab_size) == ("sudoku6", "relabel", 8)
+    (tmp_path / "puzzle.json").write_text('{"kind": "sudoku6", "symbols": "ab"}')
+    with pytest.raises(UserError, match="symbols are 'ab'"):
+        read_form(tmp_path)
+    with pytest.raises(UserError, match="is no puzzle model"):
+        read_form(tmp_path / "nothing")
+
+
+def test_difficulty_bins():
+    values = {"guess": np.array([0, 1, 1]), "rating": np.array([0.5, np.nan, 2])}
+    bins = {name: rows.tolist() for name, rows in difficulty_bins(values).items()}
+    assert bins == {
+        "guess_0": [True, False, False],
+        "guess_1": [False, True, True],
+        "rating_0.5": [True, False, False],
+        "rating_2": [False, False, True],
+    }
+    many = difficulty_bins({"clues": np.arange(100)})
+    assert [(name, rows.sum()) for name, rows in many.items()] == [
+        *(("clues_from_0", 24), ("clues_from_24", 25), ("clues_from_49", 25), ("clues_from_74", 26))
+    ]
+
+
+def test_rows_of_files_keep_what_all_files_have(grids, tmp_path):
+    path = write_csv(tmp_path / "a.csv", Sudoku(4), grids)
+    rated = tmp_path / "b.csv"
+    kind, one = Sudoku(4), make_grids(grids.inputs[:1], grids.labels[:1])
+    question, answer = kind.to_text(one.inputs[0], False), kind.to_text(one.labels[0], False)
+    rated.write_text(f"question,answer,rating\n{question},{answer},3.5\n")
+    data = load_puzzles(PuzzleConfig(train_paths=[path, str(rated)]))
+    assert set(data.train.difficulty) == {"clues", "rounds", "guess"}
