@@ -158,7 +158,7 @@ class TRMModel(nn.Module):
             cache = self.new_cache(*input_ids.shape, depth=depth)
         x, ctx = self._enter(input_ids, attention_mask, cache, puzzle_ids)
         carry = self.initial_state(x)
-        tokens = Leaving(input_ids, attention_mask)
+        tokens = Leaving(input_ids, attention_mask, rule.patience)
         h = logits = None
         read = []
         for step in range(depth):
@@ -206,7 +206,11 @@ class TRMModel(nn.Module):
             return self.deep_recursion(x, y, z, ctx, visit)
         if c.recursion == "loop":
             with self._gradient(step % c.deep_steps):
-                return self._visit(net.inject_y, (x, y), y, ctx, visit), None  # y = net(x, y)
+                new = self._visit(net.inject_y, (x, y), y, ctx, visit)  # y = net(x, y)
+                if c.visit_dropout and self.training and step > 0:
+                    skips = torch.rand(y.shape[:2], device=y.device) < c.visit_dropout
+                    new = torch.where(skips[..., None], y, new)
+                return new, None
         return self._visit(None, (x,), None, ctx, visit), None  # y = net(x)
 
     def deep_recursion(self, x, y, z, ctx, visit=0):
