@@ -4,15 +4,16 @@
     python experiments/depth.py --seeds 0 1 2 3 4 --max_steps 600
     python experiments/depth.py --visit_dropout 0 --output runs/depth_without_noise
 
-The task is addition (`Carries` in src/tasks/algorithms.py): 32 columns, one answer per column, and a run of nines that a
-carry has to pass. Training sees runs of at most `trained`. A loop with one block and a halting head is trained at a
+The task is addition (`Carries` in src/tasks/algorithms.py): 32 columns, one answer per column, and a run of nines that
+a carry has to pass. Training sees runs of at most `trained`. A loop with one block and a halting head is trained at a
 number of visits that is drawn for every batch, and is tested with up to `max_visits`. Beside it, two plain transformers
 get the same number of training FLOPs: `plain_1` has as many parameters (one layer, more steps), and `plain_deep` has
-the FLOPs of the loop in every step (as many layers as the loop has visits on average). They see all earlier columns.
+about the FLOPs of the loop in every step (as many layers as the loop has visits on average). Both see all earlier
+columns.
 
-Two settings make the loop's halting head work beyond the trained depth. With `attention_window` 2, a visit moves a carry
-by one column, so that training contains columns that wait. With `visit_dropout`, tokens skip visits at random, so that
-columns wait for longer than the runs in training are, and waiting stays a state that the head recognises.
+Two settings make the loop's halting head work beyond the trained depth. With `attention_window` 2, a visit moves a
+carry by one column, so columns that wait for a carry are common in training. With `visit_dropout`, tokens skip visits
+at random, so columns wait for more visits than the runs are long, and the head still recognises them later.
 
 Exit rules, compared at each difficulty (mean visits are over all answers of a row):
     full      every token runs max_visits
@@ -31,23 +32,36 @@ import multiprocessing
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src when run as a script
 
+from experiments.records import keep  # noqa: E402
 from src.config import parse_flags, run  # noqa: E402
 from src.errors import UserError  # noqa: E402
 from src.losses import IGNORE  # noqa: E402
-from src.metrics import flops_per_token  # noqa: E402
+from src.metrics import flops_per_token, format_params  # noqa: E402
 from src.model import TRMConfig, TRMModel  # noqa: E402
 from src.model_config import ExitRule  # noqa: E402
 from src.optim import learning_rate_factor, make_optimizers  # noqa: E402
 from src.tasks.algorithms import Carries  # noqa: E402
-from src.training.curves import INK, new_figure, save_picture  # noqa: E402
+from src.training.curves import (  # noqa: E402
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    SKY,
+    add_title,
+    label_ends,
+    new_figure,
+    save_picture,
+    style_axes,
+)
 
 TEST_SEED = 10**6  # far from the seeds of training
 MODELS = ("loop", "plain_1", "plain_deep")
@@ -201,63 +215,83 @@ def train(settings: DepthConfig, name: str, seed: int) -> TRMModel:
 # ---- test -----------------------------------------------------------------------------------------------------------
 
 
-def exact(is_right: np.ndarray) -> np.ndarray:
-    """Share of rows with every answer right.  (..., N, L) -> (...)."""
-    return is_right.all(-1).mean(-1)
-
-
 def test(settings: DepthConfig, model: TRMModel) -> list[dict]:
-    """Tests a model at each difficulty.  Returns one record per difficulty."""
+    """Tests a model at each difficulty and, for the loop, on all of them together (difficulty `mixed`)."""
     task, rng = Carries(settings.columns), np.random.default_rng(TEST_SEED)
-    records = []
+    records, runs = [], []
     for difficulty in settings.tested:
         batch = task.generate(settings.test_rows, difficulty, difficulty, rng)
-        ids, targets = torch.from_numpy(batch.inputs), batch.targets
-        has_answer = targets != IGNORE
-        record = {"difficulty": difficulty}
+        ids, record = torch.from_numpy(batch.inputs), {"difficulty": difficulty}
         if model.config.recursion == "none":
             with torch.no_grad():
                 answers = model(ids).logits.argmax(-1).numpy()
-            records.append(record | {"exact": float(exact((answers == targets) | ~has_answer))})
+            records.append(record | {"exact": exact(right_answers(answers, batch.targets))})
             continue
+        runs.append(Run.of(settings, model, ids, batch.targets))
+        records.append(record | runs[-1].figures())
+    return records + [{"difficulty": "mixed"} | Run.join(runs).figures() for _ in runs[:1]]
+
+
+def right_answers(answers: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Whether each answer is right; true for tokens without one."""
+    return (answers == targets) | (targets == IGNORE)
+
+
+def exact(is_right: np.ndarray) -> float:
+    """Share of rows (N, L) with every answer right."""
+    return float(is_right.all(-1).mean())
+
+
+class Run(NamedTuple):
+    """What the loop did with N rows."""
+
+    has_answer: np.ndarray  # (N, L)
+    is_right: np.ndarray  # (visits, N, L): after each visit, if all tokens run on
+    adaptive: dict[str, tuple[np.ndarray, np.ndarray]]  # {rule: (whether answers are right, depths of tokens)}, (N, L)
+
+    @classmethod
+    def of(cls, settings: DepthConfig, model: TRMModel, ids: torch.Tensor, targets: np.ndarray) -> "Run":
+        """Runs the model without and with each exit rule."""
+        most, patience = settings.max_visits, settings.patience
+        rules = {"halt": ExitRule("halt", most, act_threshold=settings.act_threshold, patience=patience)}
+        for threshold in KL_THRESHOLDS:
+            rules[f"kl {threshold:g}"] = ExitRule("kl", most, kl_threshold=threshold, patience=patience)
+        adaptive = {}
         with torch.no_grad():
-            every = model(ids, exit=ExitRule(max_recursion_depth=settings.max_visits), return_steps=True)
-        is_right = (every.logits.argmax(-1).numpy() == targets) | ~has_answer  # (visits, N, L)
-        record |= {"by_visit": exact(is_right).tolist(), "exact": float(exact(is_right[-1]))}
-        records.append(record | {"rules": compare_rules(settings, model, ids, targets, is_right)})
-    return records
+            every = model(ids, exit=ExitRule(max_recursion_depth=most), return_steps=True)
+            for name, rule in rules.items():
+                out = model(ids, exit=rule)
+                adaptive[name] = right_answers(out.logits.argmax(-1).numpy(), targets), out.carry.steps.numpy()
+        return cls(targets != IGNORE, right_answers(every.logits.argmax(-1).numpy(), targets), adaptive)
 
+    @classmethod
+    def join(cls, runs: list["Run"]) -> "Run":
+        """The rows of several runs together."""
+        adaptive = {
+            name: tuple(np.concatenate([run.adaptive[name][i] for run in runs]) for i in (0, 1))
+            for name in runs[0].adaptive
+        }
+        is_right = np.concatenate([run.is_right for run in runs], axis=1)
+        return cls(np.concatenate([run.has_answer for run in runs]), is_right, adaptive)
 
-def compare_rules(settings: DepthConfig, model, ids, targets, is_right) -> dict[str, dict]:
-    """Returns {rule: {exact, visits}}: exact rows and mean visits per answer.
-
-    is_right (visits, N, L): whether each answer is right after each visit if all tokens run on."""
-    has_answer, most = targets != IGNORE, len(is_right)
-
-    def follow(rule: ExitRule):
-        with torch.no_grad():
-            out = model(ids, exit=rule)
-        right = (out.logits.argmax(-1).numpy() == targets) | ~has_answer
-        depths = out.carry.steps.numpy()
-        return {"exact": float(exact(right)), "visits": float(depths[has_answer].mean())}, depths
-
-    def read_at(depths):
-        right = np.take_along_axis(is_right, depths[None] - 1, axis=0)[0]
-        return {"exact": float(exact(right)), "visits": float(depths[has_answer].mean())}
-
-    halt = ExitRule("halt", most, act_threshold=settings.act_threshold, patience=settings.patience)
-    found, depths = follow(halt)
-    fixed = int(np.ceil(found["visits"]))
-    shuffled = depths.copy()
-    shuffled[has_answer] = np.random.default_rng(TEST_SEED).permutation(depths[has_answer])
-    # the number of visits at the end from which on the answer is right, counted from the last visit backwards
-    right_at_end = np.cumprod(is_right[::-1], axis=0).sum(0)
-    oracle = np.clip(most - right_at_end + 1, 1, most)
-    rules = {"full": {"exact": float(exact(is_right[-1])), "visits": float(most)}, "halt": found}
-    for threshold in KL_THRESHOLDS:
-        rules[f"kl {threshold:g}"] = follow(ExitRule("kl", most, kl_threshold=threshold, patience=settings.patience))[0]
-    rules["fixed"] = {"exact": float(exact(is_right[fixed - 1])), "visits": float(fixed)}
-    return rules | {"random": read_at(shuffled), "oracle": read_at(oracle)}
+    def figures(self) -> dict:
+        """Exact rows after each visit (all tokens run on), and exact rows and mean visits per answer of each rule."""
+        most, answers = len(self.is_right), self.has_answer
+        by_visit = [exact(right) for right in self.is_right]
+        rules = {"full": {"exact": by_visit[-1], "visits": float(most)}}
+        for name, (right, depths) in self.adaptive.items():
+            rules[name] = {"exact": exact(right), "visits": float(depths[answers].mean())}
+        fixed = min(most, int(np.ceil(rules["halt"]["visits"])))
+        rules["fixed"] = {"exact": by_visit[fixed - 1], "visits": float(fixed)}
+        shuffled = self.adaptive["halt"][1].copy()
+        shuffled[answers] = np.random.default_rng(TEST_SEED).permutation(shuffled[answers])
+        # number of last visits in which the answer stays right, counted backwards from the end
+        stays_right = np.cumprod(self.is_right[::-1], axis=0).sum(0)
+        for name, depths in (("random", shuffled), ("oracle", np.clip(most - stays_right + 1, 1, most))):
+            right = np.take_along_axis(self.is_right, depths[None] - 1, axis=0)[0]
+            rules[name] = {"exact": exact(right), "visits": float(depths[answers].mean())}
+        enough = next(visit for visit, share in enumerate(by_visit, start=1) if share >= 0.99 * by_visit[-1])
+        return {"exact": by_visit[-1], "by_visit": by_visit, "enough_visits": enough, "rules": rules}
 
 
 def job(given) -> dict:
@@ -296,32 +330,123 @@ def run_jobs(settings: DepthConfig) -> list[dict]:
 
 def print_exact(records: list[dict], tested: list[int]):
     """Prints exact rows by difficulty, one line per model and seed."""
-    print("exact rows by the longest run of nines; the loop after all its visits")
-    print(f"{'model':<12}{'seed':>5}{'params':>9}{'steps':>7}{'s':>6}" + "".join(f"{d:>7}" for d in tested))
+    print("exact rows by longest run of nines; for the loop after all its visits (s: seconds of training and test)")
+    print(
+        f"{'model':<11}{'seed':>5}{'params':>9}{'layers':>7}{'steps':>7}{'s':>5}" + "".join(f"{d:>7}" for d in tested)
+    )
     for r in records:
-        seconds = r["train_s"] + r["test_s"]
-        head = f"{r['model']:<12}{r['seed']:>5}{r['parameters']:>9,}{r['steps']:>7}{seconds:>6.0f}"
-        print(head + "".join(f"{t['exact']:>7.3f}" for t in r["tests"]))
+        head = f"{r['model']:<11}{r['seed']:>5}{r['parameters']:>9,}{r['layers']:>7}{r['steps']:>7}"
+        head += f"{r['train_s'] + r['test_s']:>5.0f}"
+        print(head + "".join(f"{t['exact']:>7.3f}" for t in r["tests"] if t["difficulty"] != "mixed"))
 
 
-def print_rules(loops: list[dict], tested: list[int]):
-    """Prints each rule's exact rows and mean visits: the mean over seeds, and the lowest exact value of any seed."""
-    print("\nexit rules of the loop: exact rows, mean of the seeds (lowest seed), and mean visits per answer")
+def print_rules(loops: list[dict]):
+    """Prints each rule's exact rows (mean of the seeds, then the worst seed) and mean visits per answer."""
+    print("\nthe loop: exact rows (worst seed) and mean visits per answer under each exit rule")
     names = list(loops[0]["tests"][0]["rules"])
-    print(f"{'run':>4}" + "".join(f"{name:>22}" for name in names))
-    for i, difficulty in enumerate(tested):
+    print(f"{'run':>5}{'99 % at':>9}" + "".join(f"{name:>20}" for name in names))
+    for tests in zip(*(r["tests"] for r in loops)):
         cells = []
         for name in names:
-            seeds = [r["tests"][i]["rules"][name] for r in loops]
-            values = [s["exact"] for s in seeds]
-            visits = statistics.fmean(s["visits"] for s in seeds)
-            cells.append(f"{statistics.fmean(values):.3f} ({min(values):.3f}) {visits:5.1f}")
-        print(f"{difficulty:>4}" + "".join(f"{cell:>22}" for cell in cells))
+            values = [t["rules"][name]["exact"] for t in tests]
+            visits = statistics.fmean(t["rules"][name]["visits"] for t in tests)
+            cells.append(f"{statistics.fmean(values):.3f} ({min(values):.3f}) {visits:4.1f}")
+        enough = max(t["enough_visits"] for t in tests)
+        print(f"{tests[0]['difficulty']:>5}{enough:>9}" + "".join(f"{cell:>20}" for cell in cells))
 
 
-def draw(settings: DepthConfig, loops: list[dict], plain: dict[str, list[dict]], path: Path) -> Path:
-    """Draws exact rows by difficulty and visits, with the mean depth of the halting head, and the plain models."""
-    figure, _ = new_figure(5.4)
-    figure.clear()
-    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1.55, 1)})
+def draw(settings: DepthConfig, records: list[dict], path: Path) -> Path:
+    """Draws exact rows by difficulty and visits with the mean depth of the halting head, and beside it all models."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+
+    loops = [r for r in records if r["model"] == "loop"]
+    tested, most = np.array(sorted(settings.tested)), settings.max_visits
+    by_visit = np.mean([[t["by_visit"] for t in in_order(r)] for r in loops], axis=0)  # (difficulties, visits)
+    middles = (tested[1:] + tested[:-1]) / 2
+    edges = np.concatenate(([tested[0] - 0.5], middles, [tested[-1] + 0.5 * max(1, tested[-1] - middles[-1])]))
+    figure, grid = new_figure(4.4)
+    heat, lines = figure.add_subplot(grid[:, 0]), figure.add_subplot(grid[:, 1])
+    style_axes(heat, "exact answers of the loop")
+    heat.grid(False)
+    colours = LinearSegmentedColormap.from_list("exact", ("#ffffff", "#d3e6f2", SKY, BLUE))
+    mesh = heat.pcolormesh(np.arange(0.5, most + 1), edges, by_visit, cmap=colours, vmin=0, vmax=1, rasterized=True)
+    trained = Rectangle(
+        (0.5, edges[0]), settings.most_visits, settings.trained + 0.5 - edges[0], fill=False, ec=INK, lw=1.4, zorder=4
+    )
+    heat.add_patch(trained)
+    heat.annotate("trained", (settings.most_visits + 0.5, edges[0]), (4, 3), textcoords="offset points", fontsize=9)
+    visits = np.mean([[t["rules"]["halt"]["visits"] for t in in_order(r)] for r in loops], axis=0)
+    heat.plot(visits, tested, color=ORANGE, linewidth=1.8, marker="o", markersize=3.5, zorder=5)
+    end = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 9, "color": ORANGE}
+    heat.annotate("mean visits with\nthe halting head", (visits[-1], tested[-1]), **end)
+    heat.set(xlim=(0.5, most + 0.5), ylim=(edges[0], edges[-1]))
+    bar = figure.colorbar(mesh, ax=heat, location="bottom", aspect=40, pad=0.02, ticks=[0, 0.5, 1])
+    bar.ax.set_xticklabels(["0 %", "50 %", "100 %"])
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, colors="#555555", length=0)
+    label(heat, "visits", "longest run of nines (sequential steps)")
+    draw_models(settings, records, lines)
+    add_title(
+        figure,
+        "Trained on carries of 4 columns, run on 28".replace("4", str(settings.trained), 1).replace(
+            "28", str(tested[-1])
+        ),
+        f"mean of {len(loops)} seeds",
+    )
     return save_picture(figure, path)
+
+
+def draw_models(settings: DepthConfig, records: list[dict], axes):
+    """Draws exact rows against difficulty: a faint line per seed, a strong one for the mean of each model."""
+    style_axes(axes, "exact answers by model")
+    axes.axvspan(0.5, settings.trained + 0.5, color="#f0f0f0", zorder=0)
+    axes.annotate("trained", (settings.trained + 0.5, 0), (4, 3), textcoords="offset points", fontsize=9)
+    ends = []
+    for model, color in zip(MODELS, (BLUE, GREEN, ORANGE)):
+        seeds = [r for r in records if r["model"] == model]
+        curves = np.array([[(t["difficulty"], t["exact"]) for t in in_order(r)] for r in seeds])
+        for curve in curves:
+            axes.plot(*curve.T, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(*curves.mean(0).T, color=color, linewidth=1.8)
+        layers, parameters = seeds[0]["layers"], format_params(seeds[0]["parameters"])
+        name = "loop" if model == "loop" else f"plain, {layers} layer{'s' * (layers > 1)}"
+        ends.append((curves[:, -1, 1].mean(), f"{name}\n{parameters}", color))
+    axes.set(xlim=(0.5, max(settings.tested)), ylim=(-0.02, 1.02))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
+    label_ends(axes, ends, lines=2)
+    label(axes, "longest run of nines (sequential steps)", "")
+
+
+def in_order(record: dict) -> list[dict]:
+    """The tests of a record by difficulty, without the mixed one."""
+    return sorted((t for t in record["tests"] if t["difficulty"] != "mixed"), key=lambda t: t["difficulty"])
+
+
+def label(axes, x: str, y: str):
+    axes.set_xlabel(x, fontsize=9, color="#555555")
+    axes.set_ylabel(y, fontsize=9, color="#555555")
+
+
+def main(argv=None) -> int:
+    (settings,) = parse_flags(__doc__, DepthConfig, argv=argv)
+    folder, start = Path(settings.output), time.perf_counter()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: {error.strerror}; name a folder") from None
+    records = run_jobs(settings)
+    for record in records:
+        keep(folder / "runs.jsonl", record | {"settings": asdict(settings)})
+    loops = [r for r in records if r["model"] == "loop"]
+    print_exact(records, settings.tested)
+    print_rules(loops)
+    picture = draw(settings, records, folder / "heat_map.png")
+    minutes = (time.perf_counter() - start) / 60
+    print(f"\n{picture}, {minutes:.1f} minutes")
+    print(json.dumps({"experiment": "depth", "minutes": minutes, "settings": asdict(settings), "runs": records}))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

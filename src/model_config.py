@@ -30,7 +30,7 @@ class TRMConfig:
         max_seq_len: context length in tokens
         causal: each token attends only to the past, as in a language model; false for puzzles
         mixer: how information moves between tokens; mlp needs a fixed length and causal false
-        attention_window: each token attends to itself and to tokens less than this many positions away; default no limit
+        attention_window: a token attends only to tokens less than this many positions away; default no limit
         mixer_ff: hidden width of the mlp mixer; default 8/3 of the positions, rounded up to a multiple of 64
         positions: rope (rotary), learned (an embedding added to x) or none
         rope_theta: base of the rotary frequencies
@@ -41,7 +41,7 @@ class TRMConfig:
         norm_gain: give each RMSNorm learned weights; false as in the authors' code of TRM
         qk_norm: apply RMSNorm to queries and keys, per head
         dropout: dropout probability for attention weights and for the output of each sublayer
-        visit_dropout: in training, probability that a token skips a visit and keeps its state (loop; not the first visit)
+        visit_dropout: in training, probability that a token skips a visit other than the first (loop)
         tie_embeddings: use the embedding matrix as the output head
         embed_scale: factor applied to embeddings; default sqrt(d_model) if tied and recursive, or with weight_init
             truncated, else 1

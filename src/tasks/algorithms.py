@@ -37,9 +37,7 @@ class Family:
     def generate(self, n: int, low: int, high: int, rng: np.random.Generator) -> Instances:
         raise NotImplementedError
 
-    def verify(
-        self, inputs: Int64[np.ndarray, "n l"], answers: Int64[np.ndarray, "n l"]
-    ) -> Bool[np.ndarray, "n l"]:
+    def verify(self, inputs: Int64[np.ndarray, "n l"], answers: Int64[np.ndarray, "n l"]) -> Bool[np.ndarray, "n l"]:
         """Returns for each token whether its answer is right. True where the task has no answer."""
         raise NotImplementedError
 
@@ -71,7 +69,7 @@ class Carries(Family):
     def generate(self, n: int, low: int, high: int, rng: np.random.Generator) -> Instances:
         difficulty = self.draw_difficulty(n, low, high, rng)
         sums = self._others(rng.integers(0, 18, (n, self.columns)))
-        for row, longest in zip(sums, difficulty):
+        for row, longest in zip(sums, difficulty.tolist()):
             row[self._nines(longest, rng)] = 9
         inputs = np.concatenate((np.full((n, 1), self.bos), sums), axis=1)
         return Instances(inputs, self._answers(inputs), difficulty)
@@ -103,9 +101,7 @@ class Carries(Family):
             targets[:, column], carry = total % 10, total // 10
         return targets
 
-    def verify(
-        self, inputs: Int64[np.ndarray, "n l"], answers: Int64[np.ndarray, "n l"]
-    ) -> Bool[np.ndarray, "n l"]:
+    def verify(self, inputs: Int64[np.ndarray, "n l"], answers: Int64[np.ndarray, "n l"]) -> Bool[np.ndarray, "n l"]:
         """Checks each digit against the sum of the numbers up to its column, in Python's exact integers."""
         is_right = np.ones(answers.shape, dtype=bool)
         for row, (sums, digits) in enumerate(zip(inputs.tolist(), answers.tolist())):
@@ -114,4 +110,65 @@ class Carries(Family):
                 number += sums[column] * place
                 is_right[row, column] = digits[column] == number // place % 10
                 place *= 10
+        return is_right
+
+
+class Chains(Family):
+    """Edges to follow to their root: the answer of an edge is the root that its child leads to.
+
+    A token is a pair (child, parent) of nodes, child x nodes + parent, and every node is the child of one edge. A root
+    is its own parent. Edges come in random order, but parents before their children, so that a causal model can answer.
+    The difficulty is the most steps from a node to its root, which has other trees around it of any lesser height."""
+
+    name = "chains"
+    causal = True
+
+    def __init__(self, nodes: int = 16, roots: int = 2):
+        if not 1 <= roots < nodes:
+            raise UserError(f"chains with {nodes} nodes and {roots} roots: choose fewer roots, at least 1")
+        self.nodes, self.roots, self.length = nodes, roots, nodes
+        self.vocab_size, self.hardest = nodes * nodes, nodes - roots
+
+    def generate(self, n: int, low: int, high: int, rng: np.random.Generator) -> Instances:
+        difficulty = self.draw_difficulty(n, low, high, rng)
+        inputs, targets = np.zeros((2, n, self.nodes), dtype=np.int64)
+        for row, height in enumerate(difficulty.tolist()):
+            parents, roots = self._forest(height, rng)
+            names = rng.permutation(self.nodes)
+            order = self._parents_first(parents, rng)
+            inputs[row] = names[order] * self.nodes + names[parents[order]]
+            targets[row] = names[roots[order]]
+        return Instances(inputs, targets, difficulty)
+
+    def _forest(self, height: int, rng) -> tuple[Int64[np.ndarray, "k"], Int64[np.ndarray, "k"]]:
+        """Draws the parent and the root of every node: one path of `height` steps, the rest at random below that."""
+        parents, roots = np.arange(self.nodes), np.arange(self.nodes)
+        steps = np.zeros(self.nodes, dtype=np.int64)
+        for node in range(self.roots, self.nodes):
+            on_path = node < self.roots + height
+            if on_path:
+                parent = 0 if node == self.roots else node - 1
+            else:
+                parent = rng.choice(np.flatnonzero(steps[:node] < height))
+            parents[node], roots[node], steps[node] = parent, roots[parent], steps[parent] + 1
+        return parents, roots
+
+    def _parents_first(self, parents, rng) -> Int64[np.ndarray, "k"]:
+        """A random order of the nodes in which each comes after its parent."""
+        ranks = rng.random(self.nodes)
+        for node, parent in enumerate(parents):  # a parent has a lower number than its children
+            if parent != node:
+                ranks[node] = rng.uniform(ranks[parent], 1)
+        return np.argsort(ranks)
+
+    def verify(self, inputs: Int64[np.ndarray, "n l"], answers: Int64[np.ndarray, "n l"]) -> Bool[np.ndarray, "n l"]:
+        """Follows each edge to its root."""
+        is_right = np.zeros(answers.shape, dtype=bool)
+        for row, edges in enumerate(inputs.tolist()):
+            parent = dict(divmod(edge, self.nodes) for edge in edges)
+            for column, edge in enumerate(edges):
+                node = edge // self.nodes
+                while parent[node] != node:
+                    node = parent[node]
+                is_right[row, column] = answers[row, column] == node
         return is_right
