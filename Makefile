@@ -7,7 +7,7 @@ DEV := .venv/.installed-dev
 SLOW := -m slow -n 0 -o faulthandler_timeout=3600
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-kill fuzz lint bench clean
+.PHONY: help venv demo depth test test-slow test-kill fuzz lint bench clean
 
 help:           ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -32,6 +32,9 @@ demo: $(CORE)  ## train a small model on Python's standard library and generate 
 	rm -rf runs/demo
 	$(VENV) train_trm_lm.py --config configs/demo.yaml --save_dir runs/demo
 	$(VENV) generate.py runs/demo --prompt "def main(" "class Reader:" --max_new_tokens 150 --seed 1
+
+depth: $(CORE)  ## train a loop on carries of 4 columns and run it on 28, beside plain transformers (about 5 minutes)
+	$(VENV) experiments/depth.py
 
 test: $(DEV)  ## run the tests (a few minutes)
 	$(VENV) -m pytest
