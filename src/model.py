@@ -275,7 +275,10 @@ class TRMModel(nn.Module):
         """The state before the first step.  With injection `none`, the loop starts at x and does not read x again."""
         if self.config.recursion == "trm":
             return Carry(self.y_init.to(x.dtype).expand_as(x), self.z_init.to(x.dtype).expand_as(x), 0)
-        return Carry(x if self.config.injection == "none" else torch.zeros_like(x), None, 0)
+        if self.config.injection == "none":
+            return Carry(x, None, 0)
+        noise = self.config.start_noise if self.training else 0
+        return Carry(noise * torch.randn_like(x) if noise else torch.zeros_like(x), None, 0)
 
     def before_head(self, y, ctx, step):
         """Runs the coda on the answer y (B, P + T, D) of a recursion step. The head reads the result (B, T, D)."""

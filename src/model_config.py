@@ -12,7 +12,7 @@ LIMITS = dict.fromkeys(("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff"
 LIMITS |= dict.fromkeys(("max_seq_len", "rope_trained_len", "attention_window"), 2**30) | {"mixer_ff": 2**24}
 LIMITS |= dict.fromkeys(("n_layers", "latent_steps", "deep_steps", "supervision_steps", "grad_deep_steps"), 10_000)
 FROM_ZERO = {"prelude_layers": 10_000, "coda_layers": 10_000, "act_weight": 1e9}
-FROM_ZERO |= {"prefix_tokens": 10_000, "puzzle_ids": 2**24, "puzzle_dim": 2**24}
+FROM_ZERO |= {"start_noise": 1e6, "prefix_tokens": 10_000, "puzzle_ids": 2**24, "puzzle_dim": 2**24}
 MOST_BLOCKS = 2**14  # blocks that one token passes through
 
 
@@ -42,6 +42,8 @@ class TRMConfig:
         qk_norm: apply RMSNorm to queries and keys, per head
         dropout: dropout probability for attention weights and for the output of each sublayer
         visit_dropout: in training, probability that a token skips a visit other than the first (loop)
+        start_noise: in training, the first state is normal noise with this standard deviation instead of 0 (loop with
+            injection sum or concat)
         tie_embeddings: use the embedding matrix as the output head
         embed_scale: factor applied to embeddings; default sqrt(d_model) if tied and recursive, or with weight_init
             truncated, else 1
@@ -94,6 +96,7 @@ class TRMConfig:
     qk_norm: bool = False
     dropout: float = 0.0
     visit_dropout: float = 0.0
+    start_noise: float = 0.0
     tie_embeddings: bool = False
     embed_scale: float | None = None
     weight_init: Literal["normal", "truncated"] = "normal"

@@ -343,6 +343,16 @@ def test_skipped_visits_keep_the_state_of_single_tokens(tiny):
         assert torch.equal(model(ids).logits, once)
 
 
+def test_noise_at_the_start_acts_in_training_only(tiny):
+    model, ids = tiny(recursion="loop", start_noise=2.0), batch()[0]
+    x = model.embed(ids)
+    assert not model.initial_state(x).y.any()
+    noise = model.train().initial_state(x.expand(100, -1, -1, -1).flatten(0, 1)).y
+    assert noise.std().item() == pytest.approx(2.0, rel=0.05) and abs(noise.mean().item()) < 0.1
+    bare = tiny(recursion="loop", injection="none", start_noise=2.0).train()
+    assert torch.equal(bare.initial_state(x).y, x)
+
+
 def test_a_window_bounds_how_far_a_visit_sees(tiny):
     """With a window of 3, each of 2 visits of 1 block reaches 2 tokens further."""
     model = tiny(recursion="loop", n_layers=1, deep_steps=2, attention_window=3)
@@ -376,6 +386,7 @@ REFUSED += [
     ({"dropout": 1.0}, "dropout"),
     ({"visit_dropout": 1.0}, "visit_dropout"),
     ({"attention_window": 0}, "attention_window"),
+    ({"start_noise": -1}, "start_noise"),
     ({"act_threshold": 1.5}, "act_threshold"),
     ({"mixer": "mlp"}, "causal"),
     ({"injection": "none"}, "injection"),
