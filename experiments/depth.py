@@ -363,6 +363,7 @@ def draw(settings: DepthConfig, records: list[dict], path: Path) -> Path:
     """Draws exact rows by difficulty and visits with the mean depth of the halting head, and beside it all models."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
 
     loops = [r for r in records if r["model"] == "loop"]
     tested, most = np.array(sorted(settings.tested)), settings.max_visits
@@ -379,11 +380,13 @@ def draw(settings: DepthConfig, records: list[dict], path: Path) -> Path:
         (0.5, edges[0]), settings.most_visits, settings.trained + 0.5 - edges[0], fill=False, ec=INK, lw=1.4, zorder=4
     )
     heat.add_patch(trained)
-    heat.annotate("trained", (settings.most_visits + 0.5, edges[0]), (4, 3), textcoords="offset points", fontsize=9)
+    beside = {"textcoords": "offset points", "fontsize": 9, "fontweight": "bold"}
+    heat.annotate("trained", (settings.most_visits + 0.5, edges[0]), (5, 4), color="white", **beside)
     visits = np.mean([[t["rules"]["halt"]["visits"] for t in in_order(r)] for r in loops], axis=0)
     heat.plot(visits, tested, color=ORANGE, linewidth=1.8, marker="o", markersize=3.5, zorder=5)
-    end = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 9, "color": ORANGE}
-    heat.annotate("mean visits with\nthe halting head", (visits[-1], tested[-1]), **end)
+    halo = [withStroke(linewidth=3, foreground="white", alpha=0.7)]
+    text = "mean visits with\nthe halting head"
+    heat.annotate(text, (visits[-1], tested[-1]), (8, -4), color=ORANGE, va="top", path_effects=halo, **beside)
     heat.set(xlim=(0.5, most + 0.5), ylim=(edges[0], edges[-1]))
     bar = figure.colorbar(mesh, ax=heat, location="bottom", aspect=40, pad=0.02, ticks=[0, 0.5, 1])
     bar.ax.set_xticklabels(["0 %", "50 %", "100 %"])
