@@ -132,6 +132,10 @@ class DepthConfig:
             raise ValueError(f"most_visits is {self.most_visits}: set it to least_visits {self.least_visits} or more")
         if not self.seeds or not self.tested:
             raise ValueError("seeds and tested need at least one number each")
+        hardest = Carries(self.columns).hardest
+        for difficulty in (self.trained, *self.tested):
+            if not 1 <= difficulty <= hardest:
+                raise ValueError(f"a run of {difficulty} in {self.columns} columns: choose from 1 to {hardest}")
         if not 0 <= self.tail <= 1:
             raise ValueError(f"tail is {self.tail}: set it from 0 to 1")
 
