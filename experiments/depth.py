@@ -33,6 +33,7 @@ import multiprocessing
 import statistics
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -322,14 +323,22 @@ def job(given) -> dict:
     }
 
 
+def kept(records: Iterable[dict], settings: DepthConfig) -> Iterator[dict]:
+    """Passes records on, and appends each to runs.jsonl as soon as it is there."""
+    for record in records:
+        keep(Path(settings.output) / "runs.jsonl", record | {"settings": asdict(settings)})
+        print(f"{record['model']}, seed {record['seed']}: {record['train_s']:.0f} s of training", file=sys.stderr)
+        yield record
+
+
 def run_jobs(settings: DepthConfig) -> list[dict]:
     """Runs every model with every seed.  Returns their records in the order of MODELS, then seeds."""
     jobs = [(settings, name, seed) for name in ("loop", "plain_deep", "plain_1") for seed in settings.seeds]
     if settings.processes == 1:
-        records = [job(given) for given in jobs]
+        records = list(kept(map(job, jobs), settings))
     else:
         with multiprocessing.get_context("spawn").Pool(settings.processes) as pool:
-            records = pool.map(job, jobs, chunksize=1)  # the longest jobs come first
+            records = list(kept(pool.imap_unordered(job, jobs), settings))  # the longest jobs come first
     return sorted(records, key=lambda r: (MODELS.index(r["model"]), r["seed"]))
 
 
@@ -442,8 +451,6 @@ def main(argv=None) -> int:
     except OSError as error:
         raise UserError(f"--output {folder}: {error.strerror}; name a folder") from None
     records = run_jobs(settings)
-    for record in records:
-        keep(folder / "runs.jsonl", record | {"settings": asdict(settings)})
     loops = [r for r in records if r["model"] == "loop"]
     print_exact(records, settings.tested)
     print_rules(loops)
