@@ -7,7 +7,7 @@ DEV := .venv/.installed-dev
 SLOW := -m slow -n 0 -o faulthandler_timeout=3600
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo puzzles test test-slow test-kill fuzz lint bench clean
+.PHONY: help venv demo puzzles depth test test-slow test-kill fuzz lint bench clean
 
 help:           ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -36,6 +36,9 @@ demo: $(CORE)  ## train a small model on Python's standard library and generate 
 puzzles: $(CORE)  ## train a solver of 4 x 4 Sudoku that improves from step to step (about 5 minutes)
 	rm -rf runs/sudoku4
 	$(VENV) train_puzzles.py --config configs/sudoku4.yaml
+
+depth: $(CORE)  ## train a loop on carries of 4 columns and run it on 28, beside plain transformers (about 5 minutes)
+	$(VENV) experiments/depth.py
 
 test: $(DEV)  ## run the tests (a few minutes)
 	$(VENV) -m pytest

@@ -61,7 +61,7 @@ class OneTokenContext(NamedTuple):
 
 def one_token_context(config, input_ids, attention_mask, cache: KVCache, dtype) -> tuple[Tensor, OneTokenContext]:
     """Returns positions (B or 1, 1) and the context for a call with one new token per row: input_ids (B, 1)."""
-    positions, mask = positions_and_mask(input_ids, attention_mask, cache, config.causal)
+    positions, mask = positions_and_mask(input_ids, attention_mask, cache, config.causal, config.attention_window)
     if cache.decoding is None:
         cache.decoding = DecodingTables(_rotary_of_columns(config, cache, input_ids.device, dtype))
     rotary = cache.decoding.rotary

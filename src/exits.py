@@ -35,9 +35,11 @@ def stops(
 class Leaving:
     """Keeps track of which tokens of a batch have stopped, and how many recursion steps each has run."""
 
-    def __init__(self, input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"] | None):
+    def __init__(self, input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"] | None, patience: int = 1):
         self.stopped: Bool[Tensor, "b t"] | None = None  # None until a token stops
         self.steps = torch.zeros_like(input_ids)
+        self.patience = patience
+        self.in_a_row = torch.zeros_like(input_ids)  # last steps of each token in which the rule said stop
         # padding stops after the first step, so that it does not prolong the recursion
         self.padding = torch.zeros_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask == 0
 
@@ -50,8 +52,9 @@ class Leaving:
         self.steps += 1 if self.stopped is None else ~self.stopped
 
     def stop(self, stops: Bool[Tensor, "b t"]) -> bool:
-        """Stops these tokens as well.  Returns True if all tokens have stopped."""
-        stops = self.padding | stops
+        """Stops those of these tokens whose patience is over.  Returns True if all tokens have stopped."""
+        self.in_a_row = torch.where(stops, self.in_a_row + 1, 0)
+        stops = self.padding | (self.in_a_row >= self.patience)
         stops = stops if self.stopped is None else self.stopped | stops
         if bool(stops.all()):
             return True

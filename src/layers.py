@@ -169,34 +169,41 @@ class Context(NamedTuple):
 
 
 def positions_and_mask(
-    input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"] | None, cache: KVCache | None, causal: bool
+    input_ids: Int[Tensor, "b t"],
+    attention_mask: Int[Tensor, "b t"] | None,
+    cache: KVCache | None,
+    causal: bool,
+    window: int | None = None,
 ) -> tuple[Int[Tensor, "_ t"], Bool[Tensor, "_ 1 t s"] | None]:
     """Returns positions (B or 1, T) and mask (B or 1, 1, T, S), where True means may attend; None if none is needed.
 
     Positions count the real tokens of each document. A token attends to tokens with its own number in attention_mask
-    (its document), and never to padding (0)."""
+    (its document), and never to padding (0). window: the attention_window of a TRMConfig, counted in columns."""
     B, T = input_ids.shape
     past = 0 if cache is None else cache.length
     index = torch.arange(past + T, device=input_ids.device)
     segments = attention_mask if cache is None else cache.extend_mask(attention_mask, B, T)
+    distance = index[past:, None] - index  # (T, S)
+    is_visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window is not None:
+        is_visible = is_visible & (distance.abs() < window)
     if segments is None:
         is_later_chunk = causal and past > 0 and T > 1
-        return index[None, past:], (index[past:, None] >= index)[None, None] if is_later_chunk else None
-    is_past = index[past:, None] >= index[None, :]  # (T, S)
+        return index[None, past:], is_visible[None, None] if is_later_chunk or window is not None else None
     real = (segments != 0).cumsum(-1) - 1
     # padding belongs to the document before it
     document = segments.gather(-1, torch.where(segments != 0, index, 0).cummax(-1).values)
     begins = document.diff(dim=-1, prepend=torch.zeros_like(segments[:, :1])) != 0
     positions = (real - torch.where(begins, real, 0).cummax(-1).values).clamp(min=0)[:, past:]
     mask = (segments[:, past:, None] == segments[:, None, :]) & (segments != 0)[:, None, :]
-    mask = mask & is_past if causal else mask
+    mask = mask & is_visible
     mask = mask | (index[past:, None] == index[None, :])  # padding attends to itself: a row without any key gives NaN
     return positions, mask[:, None]
 
 
 def make_context(config, input_ids, attention_mask, cache, dtype) -> tuple[Tensor, Context]:
     """Returns positions (B or 1, T) and the Context of one forward call."""
-    positions, mask = positions_and_mask(input_ids, attention_mask, cache, config.causal)
+    positions, mask = positions_and_mask(input_ids, attention_mask, cache, config.causal, config.attention_window)
     rotary = rotary_of(config, dtype)
     is_causal = config.causal and mask is None and input_ids.shape[1] > 1
     return positions, Context(None if rotary is None else rotary(positions), mask, is_causal, cache)

@@ -158,7 +158,7 @@ class TRMModel(nn.Module):
             cache = self.new_cache(*input_ids.shape, depth=depth)
         x, ctx = self._enter(input_ids, attention_mask, cache, puzzle_ids)
         carry = self.initial_state(x)
-        tokens = Leaving(input_ids, attention_mask)
+        tokens = Leaving(input_ids, attention_mask, rule.patience)
         h = logits = None
         read = []
         for step in range(depth):
@@ -206,7 +206,11 @@ class TRMModel(nn.Module):
             return self.deep_recursion(x, y, z, ctx, visit)
         if c.recursion == "loop":
             with self._gradient(step % c.deep_steps):
-                return self._visit(net.inject_y, (x, y), y, ctx, visit), None  # y = net(x, y)
+                new = self._visit(net.inject_y, (x, y), y, ctx, visit)  # y = net(x, y)
+                if c.visit_dropout and self.training and step > 0:
+                    skips = torch.rand(y.shape[:2], device=y.device) < c.visit_dropout
+                    new = torch.where(skips[..., None], y, new)
+                return new, None
         return self._visit(None, (x,), None, ctx, visit), None  # y = net(x)
 
     def deep_recursion(self, x, y, z, ctx, visit=0):
@@ -271,7 +275,10 @@ class TRMModel(nn.Module):
         """The state before the first step.  With injection `none`, the loop starts at x and does not read x again."""
         if self.config.recursion == "trm":
             return Carry(self.y_init.to(x.dtype).expand_as(x), self.z_init.to(x.dtype).expand_as(x), 0)
-        return Carry(x if self.config.injection == "none" else torch.zeros_like(x), None, 0)
+        if self.config.injection == "none":
+            return Carry(x, None, 0)
+        noise = self.config.start_noise if self.training else 0
+        return Carry(noise * torch.randn_like(x) if noise else torch.zeros_like(x), None, 0)
 
     def before_head(self, y, ctx, step):
         """Runs the coda on the answer y (B, P + T, D) of a recursion step. The head reads the result (B, T, D)."""

@@ -9,10 +9,10 @@ from src.config import literal_fields
 DEEPEST = 1000  # recursion steps; each needs its own cache slots
 # upper limits, far above any real model: a larger value is a mistake, refused before memory is allocated
 LIMITS = dict.fromkeys(("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff"), 2**24)
-LIMITS |= dict.fromkeys(("max_seq_len", "rope_trained_len"), 2**30) | {"mixer_ff": 2**24}
+LIMITS |= dict.fromkeys(("max_seq_len", "rope_trained_len", "attention_window"), 2**30) | {"mixer_ff": 2**24}
 LIMITS |= dict.fromkeys(("n_layers", "latent_steps", "deep_steps", "supervision_steps", "grad_deep_steps"), 10_000)
 FROM_ZERO = {"prelude_layers": 10_000, "coda_layers": 10_000, "act_weight": 1e9}
-FROM_ZERO |= {"prefix_tokens": 10_000, "puzzle_ids": 2**24, "puzzle_dim": 2**24}
+FROM_ZERO |= {"start_noise": 1e6, "prefix_tokens": 10_000, "puzzle_ids": 2**24, "puzzle_dim": 2**24}
 MOST_BLOCKS = 2**14  # blocks that one token passes through
 
 
@@ -30,6 +30,7 @@ class TRMConfig:
         max_seq_len: context length in tokens
         causal: each token attends only to the past, as in a language model; false for puzzles
         mixer: how information moves between tokens; mlp needs a fixed length and causal false
+        attention_window: a token attends only to tokens less than this many positions away; default no limit
         mixer_ff: hidden width of the mlp mixer; default 8/3 of the positions, rounded up to a multiple of 64
         positions: rope (rotary), learned (an embedding added to x) or none
         rope_theta: base of the rotary frequencies
@@ -40,6 +41,9 @@ class TRMConfig:
         norm_gain: give each RMSNorm learned weights; false as in the authors' code of TRM
         qk_norm: apply RMSNorm to queries and keys, per head
         dropout: dropout probability for attention weights and for the output of each sublayer
+        visit_dropout: in training, probability that a token skips a visit other than the first (loop)
+        start_noise: in training, the first state is normal noise with this standard deviation instead of 0 (loop with
+            injection sum or concat)
         tie_embeddings: use the embedding matrix as the output head
         embed_scale: factor applied to embeddings; default sqrt(d_model) if tied and recursive, or with weight_init
             truncated, else 1
@@ -80,6 +84,7 @@ class TRMConfig:
     max_seq_len: int = 256
     causal: bool = True
     mixer: Literal["attention", "mlp"] = "attention"
+    attention_window: int | None = None
     mixer_ff: int | None = None
     positions: Literal["rope", "learned", "none"] = "rope"
     rope_theta: float = 10000.0
@@ -90,6 +95,8 @@ class TRMConfig:
     norm_gain: bool = True
     qk_norm: bool = False
     dropout: float = 0.0
+    visit_dropout: float = 0.0
+    start_noise: float = 0.0
     tie_embeddings: bool = False
     embed_scale: float | None = None
     weight_init: Literal["normal", "truncated"] = "normal"
@@ -136,7 +143,7 @@ class TRMConfig:
         """Yields (is it wrong?, what to change) for every value and combination that is not allowed."""
         for name, most in (LIMITS | FROM_ZERO).items():
             value, least = getattr(self, name), int(name in LIMITS)
-            is_none = value is None and name in ("vocab_size", "rope_trained_len")
+            is_none = value is None and name in ("vocab_size", "rope_trained_len", "attention_window")
             yield not is_none and not value >= least, f"{name} is {value}: set it to {least} or more"
             yield not is_none and value > most, f"{name} is {value}: set it to {most:,} or less"
         for name, allowed in literal_fields(type(self)).items():
@@ -146,7 +153,9 @@ class TRMConfig:
         yield H % K != 0, f"n_heads {H} is no multiple of n_kv_heads {K}: make n_kv_heads a divisor of n_heads"
         odd = self.positions == "rope" and self.mixer == "attention" and (D // H) % 2
         yield odd, f"rotary positions pair channels, but the head size {D // H} is odd: change d_model or n_heads"
-        yield not 0 <= self.dropout < 1, f"dropout is {self.dropout}: set it to 0 or more and under 1"
+        for name in ("dropout", "visit_dropout"):
+            value = getattr(self, name)
+            yield not 0 <= value < 1, f"{name} is {value}: set it to 0 or more and under 1"
         yield not 0 < self.act_threshold <= 1, f"act_threshold is {self.act_threshold}: set it above 0, up to 1"
         for name in ["norm_eps", "rope_theta", "embed_scale"] + ["rope_scaling"] * (self.rope_scaling is not None):
             value = getattr(self, name)
@@ -227,12 +236,15 @@ class ExitRule:
         max_recursion_depth: most recursion steps per token; may exceed those of training, which are the default
         act_threshold: for halt, stop above this halting probability; default that of the model
         kl_threshold: for kl, stop if KL(after the step || before it) is below this, in nats; default 0.01
+        patience: for halt and kl, stop only after this many steps in a row in which the rule says so. Keys and values
+            are computed at the start of a visit: with 2, what a token found in one visit reaches the others in the next
     """
 
     exit: Literal["fixed", "halt", "kl"] = "fixed"
     max_recursion_depth: int | None = None
     act_threshold: float | None = None
     kl_threshold: float | None = None
+    patience: int = 1
 
     def __post_init__(self):
         depth = self.max_recursion_depth
@@ -242,6 +254,10 @@ class ExitRule:
             raise ValueError(f"act_threshold is {self.act_threshold}: set it from 0 to 1")
         if self.kl_threshold is not None and not self.kl_threshold >= 0:
             raise ValueError(f"kl_threshold is {self.kl_threshold}: set it to 0 or more")
+        if not 1 <= self.patience <= DEEPEST:
+            raise ValueError(f"patience is {self.patience}: set it to 1 or more, up to {DEEPEST}")
+        if self.patience > 1 and not self.adapts:
+            raise ValueError("patience is for --exit halt and kl: choose one of them, or leave it out")
         for name, exit in (("act_threshold", "halt"), ("kl_threshold", "kl")):
             if getattr(self, name) is not None and self.exit != exit:
                 raise ValueError(f"{name} is for --exit {exit}: choose that, or leave it out")

@@ -92,6 +92,7 @@ AXES = {
     "tie_embeddings": (False, True),
     "qk_norm": (False, True),
     "norm_gain": (True, False),
+    "attention_window": (None, 3),
 }
 TRAINING_AXES = {
     "full_bptt": (False, True),

@@ -142,6 +142,7 @@ class Twin:
         for i in range(length):
             for j in range(length):
                 past = j <= i or not c["causal"]
+                past = past and (c["attention_window"] is None or abs(i - j) < c["attention_window"])
                 visible[i, j] = i == j or (past and segments[j] != 0 and segments[i] == segments[j])
         own = positions[c["prefix_tokens"] :]
         x = torch.cat([self.embedded(token, position) for token, position in zip(ids, own, strict=True)])
@@ -280,7 +281,8 @@ class TokenTwin(Twin):
         if len(shown) == self.token:
             shown.append([])
         shown[self.token].append((k, value))
-        seen = [steps[min(self.step, len(steps) - 1)] for steps in shown]
+        first = max(0, self.token + 1 - (c["attention_window"] or len(shown)))
+        seen = [steps[min(self.step, len(steps) - 1)] for steps in shown[first:]]
         outs = []
         for head in range(heads):
             kv = head // (heads // kv_heads)

@@ -1,5 +1,7 @@
 """Tests of exit rules against a reference that runs token by token, with and without cache, alone and in a batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TINY
@@ -16,6 +18,7 @@ CASES = [
     {"recursion": "loop", "deep_steps": 4, "n_kv_heads": 1},
     {"recursion": "loop", "deep_steps": 3, "injection": "none", "positions": "none"},
     {"recursion": "loop", "deep_steps": 3, "injection": "concat", "gate": True, "coda_layers": 2},
+    {"recursion": "loop", "deep_steps": 4, "halting": True, "attention_window": 3},
     {"recursion": "trm", "supervision_steps": 4},
     {"recursion": "trm", "supervision_steps": 3, "n_kv_heads": 2, "prelude_layers": 2, "coda_layers": 1, "norm": "pre"},
     {"recursion": "trm", "supervision_steps": 3, "injection": "concat", "gate": True, "positions": "learned"},
@@ -47,11 +50,24 @@ def rules(model, ids, depth=None):
     found = [ExitRule("kl", depth, kl_threshold=between(change))]
     if steps.halt_logits is not None:
         found.append(ExitRule("halt", depth, act_threshold=between(steps.halt_logits.sigmoid())))
-    return found
+    return found + [replace(rule, patience=2) for rule in found]
 
 
 def leaves(rule):
-    """The rule as the twin asks it."""
+    """The rule as the twin asks it: once after each step of a token."""
+    says_stop, in_a_row = says(rule), 0
+
+    def is_over(logits, halt, before):
+        nonlocal in_a_row
+        before_this = 0 if before is None else in_a_row
+        in_a_row = before_this + 1 if says_stop(logits, halt, before) else 0
+        return in_a_row >= rule.patience
+
+    return is_over
+
+
+def says(rule):
+    """The rule without patience."""
     if rule.exit == "halt":
         return lambda logits, halt, before: 1 / (1 + torch.exp(-halt)) > rule.act_threshold
 
@@ -226,6 +242,8 @@ def test_any_model_prompt_padding_and_rule(tiny, data):
         ({}, {"max_recursion_depth": 0}, "max_recursion_depth is 0"),
         ({}, {"act_threshold": 1.5}, "act_threshold is 1.5"),
         ({}, {"kl_threshold": -0.1}, "kl_threshold is -0.1"),
+        ({}, {"exit": "kl", "patience": 0}, "patience is 0"),
+        ({}, {"patience": 2}, "patience is for"),
         ({}, {"kl_threshold": float("nan")}, "kl_threshold is nan"),
     ],
 )

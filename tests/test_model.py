@@ -330,6 +330,40 @@ def test_a_copy_runs_its_own_weights():
     assert torch.equal(twin(ids).logits, before)
 
 
+def test_skipped_visits_keep_the_state_of_single_tokens(tiny):
+    """visit_dropout acts in training only, and never at the first visit."""
+    model, ids = tiny(recursion="loop", deep_steps=2, visit_dropout=0.5), batch()[0]
+    with torch.no_grad():
+        once, twice = model(ids, return_steps=True).logits
+        skipping = model.train()(ids, return_steps=True).logits
+        assert torch.equal(skipping[0], once)
+        skipped = (skipping[1] == once).all(-1)
+        assert skipped.any() and torch.equal(skipping[1][~skipped], twice[~skipped]) and not skipped.all()
+        model.config.visit_dropout = 0.999999
+        assert torch.equal(model(ids).logits, once)
+
+
+def test_noise_at_the_start_acts_in_training_only(tiny):
+    model, ids = tiny(recursion="loop", start_noise=2.0), batch()[0]
+    x = model.embed(ids)
+    assert not model.initial_state(x).y.any()
+    noise = model.train().initial_state(x.expand(100, -1, -1, -1).flatten(0, 1)).y
+    assert noise.std().item() == pytest.approx(2.0, rel=0.05) and abs(noise.mean().item()) < 0.1
+    bare = tiny(recursion="loop", injection="none", start_noise=2.0).train()
+    assert torch.equal(bare.initial_state(x).y, x)
+
+
+def test_a_window_bounds_how_far_a_visit_sees(tiny):
+    """With a window of 3, each of 2 visits of 1 block reaches 2 tokens further."""
+    model = tiny(recursion="loop", n_layers=1, deep_steps=2, attention_window=3)
+    ids = torch.arange(12)[None]
+    changed = ids.clone()
+    changed[0, 2] = 20
+    with torch.no_grad():
+        differs = (model(ids, return_steps=True).logits != model(changed, return_steps=True).logits).any(-1)[:, 0]
+    assert [row.nonzero().flatten().tolist() for row in differs] == [[2, 3, 4], [2, 3, 4, 5, 6]]
+
+
 # --- settings, shapes, precision ----------------------------------------------------------------------------------
 
 REFUSED = [({key: 0}, key) for key in (
@@ -350,6 +384,9 @@ REFUSED += [
     ({"n_kv_heads": 3}, "n_kv_heads"),
     ({"d_model": 12}, "head size 3 is odd"),
     ({"dropout": 1.0}, "dropout"),
+    ({"visit_dropout": 1.0}, "visit_dropout"),
+    ({"attention_window": 0}, "attention_window"),
+    ({"start_noise": -1}, "start_noise"),
     ({"act_threshold": 1.5}, "act_threshold"),
     ({"mixer": "mlp"}, "causal"),
     ({"injection": "none"}, "injection"),

@@ -43,10 +43,12 @@ ONE_FILE = 1 << 30  # larger graphs store their weights in a second file, as the
 def at_depth(model: TRMModel, depth: int | None = None) -> TRMModel:
     """Returns the model with `depth` recursion steps, by default as trained.
 
-    Raises UserError if the model is not causal or cannot have this depth."""
+    Raises UserError if the model is not causal, has a window, or cannot have this depth."""
     c = model.config
     if not c.causal:
         raise UserError("only a causal model can be exported, as it must generate text: this model sees all positions")
+    if c.attention_window is not None:
+        raise UserError(f"a model with attention_window {c.attention_window} cannot be exported: use the checkpoint")
     if depth is not None and (depth < 1 or c.recursion == "none" and depth > 1):
         possible = "1" if c.recursion == "none" else "1 or more"
         raise UserError(f"max_recursion_depth is {depth}: set it to {possible}")
