@@ -187,7 +187,7 @@ class TestFromElsewhere:
         save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
         self.change(llama / "config.json", vocab_size=320, pad_token_id=300)
         write(read_source(llama), tmp_path / "ours")
-        assert "320 rows for 259 tokens; those beyond are left out" in capsys.readouterr().err
+        assert "320 rows for 259 tokens; unused rows are dropped" in capsys.readouterr().err
         model, tokenizer = load_model(tmp_path / "ours")
         assert model.config.vocab_size == tokenizer.vocab_size == 259 and model.config.pad_token_id is None
         ids = torch.randint(0, 259, (2, 9))
@@ -207,5 +207,5 @@ class TestFromElsewhere:
             tensors[name] = torch.cat((tensors[name],) * 2)[:rows].clone()
         save_file(tensors, llama / "model.safetensors")
         self.change(llama / "config.json", vocab_size=rows, pad_token_id=None)
-        with pytest.raises(UserError, match=f"has 259 tokens, the model {rows}: .*--tokenizer"):
+        with pytest.raises(UserError, match=f"has 259 tokens, but the model has {rows}: .*--tokenizer"):
             read_source(llama, given)
