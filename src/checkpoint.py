@@ -47,7 +47,7 @@ def save_checkpoint(folder, model: TRMModel, tokenizer, ema=None, state=None, in
     ema: averaged weights, under the names of the model's weights.
     state: what resuming needs, such as the optimizer's state (tensors, numbers, strings, containers).
     info: figures to store in config.json next to the model's settings.
-    weights: the full tensors if the model is sharded (its `own_state`, gathered); default: those of the model.
+    weights: for a sharded model, its gathered `own_state`; default: that of `model`.
     more: {name of another .safetensors file: tensors}."""
     try:
         with replacing(folder, FILES.__contains__) as new:
@@ -61,7 +61,11 @@ def save_checkpoint(folder, model: TRMModel, tokenizer, ema=None, state=None, in
                 (new / "state").mkdir()
                 torch.save(state, new / "state" / "training.pt")
                 (new / DIGESTS).write_text(json.dumps(_digests(new)) + "\n", encoding="utf-8")
-    except (OSError, RuntimeError, SafetensorError) as error:  # which one a full disk raises depends on the writer
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # a full disk raises any of these
         raise UserError(
             f"cannot write the checkpoint {folder}: {getattr(error, 'strerror', None) or error}; "
             "free some disk space, or choose another save_dir; earlier checkpoints are intact"
@@ -75,7 +79,7 @@ def own_state(model: torch.nn.Module) -> dict:
 
 
 def save_tensors(tensors: dict, path: Path, **options):
-    """Writes a .safetensors file with the permissions of the umask; save_file alone makes it private to the owner."""
+    """Writes a .safetensors file with the usual permissions (umask); with save_file alone, only the owner can read it."""
     path.touch()
     mode = path.stat().st_mode
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, **options)
@@ -83,15 +87,18 @@ def save_tensors(tensors: dict, path: Path, **options):
 
 
 def follow(link: Path) -> Path:
-    """Resolves run_folder/last or best. On systems without symbolic links it is a small file with the name of a
-    checkpoint: then returns that checkpoint's path, else the path itself."""
+    """Resolves run_folder/last or best.
+
+    On systems without symbolic links it is a small file that names a checkpoint; then the path of that checkpoint is
+    returned. Otherwise the path is returned unchanged."""
     name = link.read_bytes()[:100].decode(errors="replace").strip() if link.is_file() else ""
     return link.with_name(name) if re.fullmatch(r"step_\d+", name) else link
 
 
 def resolve(folder=None) -> Path:
-    """Returns the checkpoint folder for a path: the path itself, or `best` or `last` of a run folder; default: the
-    released checkpoint. Raises UserError if there is none."""
+    """Returns the checkpoint folder for a path: the path itself, or else `best`, or else `last` of a run folder.
+
+    Default: the released checkpoint. Raises UserError if there is none."""
     folder = follow(Path(folder)) if folder is not None else RELEASED
     if not folder.is_dir():
         raise UserError(f"no checkpoint folder at {folder}: train one with train_trm_lm.py, or correct the path")
@@ -202,7 +209,7 @@ def load_weights(model: torch.nn.Module, weights: dict, path):
 
 
 def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=False, config=None) -> LanguageModel:
-    """Loads (model in eval mode, tokenizer) from a checkpoint or run folder; default: the released checkpoint.
+    """Returns the LanguageModel (model in eval mode, tokenizer) of a checkpoint or run folder; default: the released one.
 
     ema: use the averaged (EMA) weights if there are any; a line on stderr says which weights were loaded.
     trains: the model will be trained. Otherwise its weights are laid out for fast decoding if the device is a CPU.
@@ -248,8 +255,9 @@ def _fits(config, weights, path, **changes) -> bool:
 
 
 def load_pt(path, mmap=False):
-    """Reads a .pt file without running code from it. A broken file raises one of many kinds of Exception."""
-    with zipfile.ZipFile(path) as archive:  # torch never compresses: a larger content could fill the memory
+    """Reads a .pt file without running code from it. A broken file may raise almost any Exception: catch them all."""
+    with zipfile.ZipFile(path) as archive:
+        # torch.save does not compress, so a larger content is a manipulated file that could fill the memory
         if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
             raise ValueError("its parts are compressed, or overlap")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

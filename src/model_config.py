@@ -18,7 +18,7 @@ MOST_BLOCKS = 2**14  # blocks that one token passes through
 
 @dataclass
 class TRMConfig:
-    """Settings of the model. `recursion` selects the family. Fields that a family does not use are ignored.
+    """Settings of the model. `recursion` selects the family. Settings that a family does not use are ignored.
 
     Args:
         vocab_size: V, number of tokens; default that of the tokenizer
@@ -40,7 +40,7 @@ class TRMConfig:
         norm_eps: epsilon inside RMSNorm
         norm_gain: give each RMSNorm learned weights; false as in the authors' code of TRM
         qk_norm: apply RMSNorm to queries and keys, per head
-        dropout: dropout probability for attention weights and for the output of each sublayer
+        dropout: dropout probability for attention weights and for the outputs of attention and SwiGLU
         visit_dropout: in training, probability that a token skips a visit other than the first (loop)
         start_noise: in training, the first state is normal noise with this standard deviation instead of 0 (loop with
             injection sum or concat)
@@ -50,8 +50,7 @@ class TRMConfig:
         weight_init: distribution of the initial weights: normal, or truncated (truncated normal, embeddings of size
             1/sqrt(d_model)) as in the authors' code of TRM
         prefix_tokens: tokens in front of the cells of a puzzle; they carry no loss
-        puzzle_ids: number of puzzle identifiers, each with an embedding in the prefix; 0 = the prefix is the same for
-            all puzzles, and all of it is learned
+        puzzle_ids: number of puzzle identifiers, each with an embedding in the prefix; 0 = one learned prefix for all
         puzzle_dim: width of a puzzle's embedding, padded with zeros to fill the prefix; default d_model
         recursion: none = plain transformer (Llama), loop = looped transformer, trm = the two-stream recursion
         prelude_layers: blocks before the recursion, with their own weights
@@ -59,7 +58,7 @@ class TRMConfig:
         injection: how a visit combines x, y, z: sum (the paper), concat (a linear layer), none (loop only: y0 = x)
         gate: at each visit, mix the old and the new state by an element-wise gate
         latent_steps: n, number of updates of z before each update of y (trm)
-        deep_steps: T, cycles per supervision step (trm), or number of visits (loop)
+        deep_steps: T, cycles (n updates of z, one of y) per supervision step (trm), or number of visits (loop)
         supervision_steps: N_sup, number of supervision steps, with a loss after each (trm)
         grad_deep_steps: how many deep steps, counted from the last, carry gradient; default 1 for trm, all for loop
         full_bptt: back-propagate through all supervision and deep steps; memory grows with their number
@@ -69,10 +68,11 @@ class TRMConfig:
         loss_mean: average the loss over all target tokens of a batch (token), or over each row first (row)
         halting: give the model a halting head; default true for trm, false for loop
         act_weight: weight of the halting loss
-        act_target: what the halting head predicts: correct (the argmax is right) or stable (one more step keeps it)
+        act_target: what the halting head predicts: correct (the argmax is right) or stable (one
+            more step does not change the argmax)
         act_threshold: a token halts if its halting probability exceeds this
         gradient_checkpointing: recompute each visit in the backward pass, which saves memory and takes more time
-        pad_token_id: id that fills a row after its end
+        pad_token_id: id of the padding after the end of a row
     """
 
     vocab_size: int | None = None

@@ -35,7 +35,7 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, model: TRMModel, tokenizer, train_set, valid_set, runtime, num_workers=0, first=None
     ):
-        """first: the model config that the run started with, if the curriculum has changed it since."""
+        """first: the model config at step 0, if the curriculum has changed it since (None: the model's own)."""
         self.config, self.tokenizer, self.train_set, self.valid_set = config, tokenizer, train_set, valid_set
         self.num_workers, self.folder, self.log, self.lock = num_workers, Path(config.save_dir), None, None
         self.accelerator, (self.precision, why_precision) = parallel.start_accelerator(config, runtime)
@@ -94,7 +94,7 @@ class Trainer:
         self.stage = stage
         if len(self.curriculum.stages) > 1:
             self.say(str(stage))
-            torch.compiler.reset()  # torch keeps few compiled shapes per function, and stages would use them up
+            torch.compiler.reset()  # torch keeps a limited number of compiled shapes; stages would exceed it
         if (stage.model.d_model, stage.model.d_ff) > (self.raw.config.d_model, self.raw.config.d_ff):
             self._grow(stage.model)
         curriculum.set_depth(self.raw, stage.model)
@@ -176,7 +176,7 @@ class Trainer:
                 figures = self.evaluate(config.eval_batches or None)  # always the same batches, so losses compare
                 improved = self.score(figures) < self.best
                 self.best = min(self.best, self.score(figures))
-                if not over:  # a signal or the time limit may have arrived during the evaluation
+                if not over:  # during the evaluation, a signal may have come or the time limit have passed
                     over, stopped = self._is_over(interrupt)
             if self.step % config.save_every == 0 or over or improved:
                 self.save(improved)
@@ -226,7 +226,7 @@ class Trainer:
         skipped_before = self.skipped
         for s, weight in enumerate(weights):
             weight = weight / sum(weights)
-            # weights sum to 1, for one update per batch; with an update per step, their mean must be 1 instead
+            # one update per batch: weights sum to 1; one update per step: their mean is 1, so each has full size
             scale = weight * len(weights) if update_each_step else weight
             updates = weight > 0 and (update_each_step or s == last)
             for i, (part, share) in enumerate(parts):
@@ -237,7 +237,7 @@ class Trainer:
                         out = self.model(**part, supervision_steps=None if one_call else 1, carry=carries[i])
                     if weight > 0:
                         # out.loss is the mean over this part's target tokens; `share` is their fraction of the batch's.
-                        # DDP and FSDP average gradients over processes: times `world`, the average becomes the sum.
+                        # DDP and FSDP average gradients over processes; `world` turns that average into the sum.
                         self.accelerator.backward(out.loss * (share * (scale * self.world)))
                 carries[i] = out.carry
                 step_losses += torch.stack((out.loss, out.ce_loss, out.act_loss)).detach() * (share * weight)
@@ -252,7 +252,7 @@ class Trainer:
     def split(self, batch):
         """Split the rows into grad_accum parts; returns [(part, its share of all processes' target tokens)].
 
-        Shares count what the loss is a mean of, tokens or rows: then the gradient does not depend on the split."""
+        A share counts what the loss averages over, tokens or rows, so the gradient is the same for every split."""
         total = self.agreement.sum(count_terms(batch["target_ids"], self.raw.config.loss_mean))[0]
         rows = torch.arange(len(batch["target_ids"])).chunk(self.config.grad_accum)
         parts = [{name: t[index].to(self.device, non_blocking=True) for name, t in batch.items()} for index in rows]
@@ -285,7 +285,7 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         self.grad_norm = parallel.gathered(norm).item()
         is_good = math.isfinite(self.grad_norm)
-        if is_good or self.accelerator.scaler is not None:  # fp16: the scaler skips too, and must lower its scale
+        if is_good or self.accelerator.scaler is not None:  # fp16: the scaler skips by itself, and lowers its scale
             for optimizer in self.optimizers:
                 optimizer.step()
         for optimizer in self.optimizers:
@@ -345,7 +345,7 @@ class Trainer:
         """`measure`, and write the figures, a sample text and the learning curve to the run folder."""
         with self.clock.paused():
             figures = self.measure(limit)
-            # a sharded model cannot run in one process alone, so then all of them generate the sample
+            # a sharded model cannot run in one process alone, so all processes generate the sample together
             text = self.report(figures) if self.is_main or self.config.shard else ""
             if self.log is not None:
                 self.log.log(self.step, **figures)
@@ -391,7 +391,7 @@ class Trainer:
                 run_folder.save(self.folder, f"step_{self.step:08d}", best, self.config.keep_checkpoints, *parts)
             except UserError as error:
                 problem = error
-        if self.agreement.sum(problem is not None)[0]:  # every process ends; none waits for the main one forever
+        if self.agreement.sum(problem is not None)[0]:  # all processes learn of it, so none waits forever
             raise problem or UserError("process 0 could not write the checkpoint, see its message")
 
     def load(self, folder: Path, state: dict):

@@ -16,7 +16,7 @@ from src.data.readers import READERS, SUFFIXES, SkipLog
 from src.errors import UserError, few
 from src.files.text import check_is_file, is_text
 
-MAX_DOC_MB = 32  # limit for a document that must be in memory as a whole (.jsonl, .parquet)
+MAX_DOC_MB = 32  # million characters; limit for a document that must be in memory as a whole (.jsonl, .parquet)
 _END_BYTES = 1024**2  # fingerprint_files reads this many bytes at the start and at the end of a file
 _STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -89,7 +89,7 @@ def _walk(root, ignored, skipped):
     for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
         hidden = [d for d in subfolders if d in ignored or d.startswith(".")]
         skipped.extend(os.path.join(folder, name) for name in hidden if name.startswith("."))
-        # sorted in reverse, so that of several links to one folder the first name is the one that stays in the dict
+        # in reverse order: the last entry for a folder stays in the dict, which is then its first name
         new = {same_file_key(os.path.join(folder, d)): d for d in sorted(set(subfolders) - set(hidden), reverse=True)}
         subfolders[:] = sorted(d for key, d in new.items() if key not in seen)
         seen.update(new)
@@ -153,7 +153,7 @@ def read_pieces(paths, text_field="text", strict=False, skipped=None, report=Tru
 
     Bad lines, and .jsonl and .parquet documents of over max_doc_mb million characters, are skipped. They are counted by
     reason in `skipped` (a Counter), and the first few are named on stderr unless report=False. With strict=True, the
-    first one raises UserError. Raises UserError if a file cannot be read to the end, NoDocument if nothing is left."""
+    first bad line raises UserError. So does a file that cannot be read to its end; if nothing is left, NoDocument."""
     if not 1 <= max_doc_mb * 1e6 <= 1e12:
         raise UserError(f"max_doc_mb is {max_doc_mb}: set it over 0 and to at most a million")
     files = find_files(paths)

@@ -46,8 +46,8 @@ class DataConfig:
         packing: cut the joined documents into full windows; false = one document per row, padded
         strict: stop with an error at a bad line in a data file; by default, it is reported and skipped
         max_doc_mb: skip documents in .jsonl and .parquet files that are longer than this, in million characters
-        mixture: sampling weight of each of the train_paths, such as 3 1 for three windows to one; by default, all files
-            are one corpus
+        mixture: sampling weight of each of the train_paths; `--mixture 3 1` takes three windows of the first for one of
+            the second; by default, all files are one corpus
         streaming: read and tokenize the files during training instead of before it; use it for text that is too large
             to tokenize first
         shuffle_buffer: with streaming, number of windows that are shuffled together, per loading process and corpus; 1
@@ -179,19 +179,19 @@ class TrainConfig:
     Args:
         save_dir: run folder, for config.yaml, metrics.jsonl, learning_curve.png, samples.txt and the checkpoints
         batch_size: windows per optimizer step, over all processes together
-        grad_accum: number of parts in which each process computes its share of a batch, one after the other; raise it
-            if memory runs out; the gradient stays the same
+        grad_accum: split the rows of each process into this many parts, computed one after the other; raise it if
+            memory runs out; the gradient stays the same
         max_steps: length of the run in optimizer steps (batches); a curriculum's stages replace it
         max_minutes: also stop after this many minutes; the learning rate then follows steps or time, whichever is
             further along; default no limit
         optimizer: adamw, or muon = Muon for the matrices inside blocks and AdamW for all other parameters
         optimizer_step: update the weights once per batch, or after each supervision step as in the TRM paper
-        schedule: learning rate after warm-up: cosine decay, linear = constant with a linear cooldown over the last
-            fifth of the run, or constant
+        schedule: learning rate after warm-up: cosine decay, linear = constant, then a linear decay over the last fifth
+            of the run, or constant
         sample_depth: draw deep_steps at random for each batch, between 1 and the model's value, so that the model
             learns to answer at every depth
         recursion_from: fraction of the run, from 0 to 1, after which the full recursion starts; before that, the model
-            runs one cycle and one supervision step, which is cheaper
+            runs only one cycle and one supervision step, which is cheaper
         lr: peak learning rate; lower it if the loss diverges
         min_lr_ratio: final learning rate of the cosine and linear schedules, as a fraction of lr
         warmup_steps: optimizer steps over which the learning rate rises linearly from 0 to lr; raise it if the loss
@@ -215,8 +215,8 @@ class TrainConfig:
         curriculum: stages of the run; set in the --config file
         monitoring: logging and warnings; set in the --config file
         seed: seed of the initial weights, the order of examples and dropout
-        resume: continue the run in save_dir from its newest checkpoint, or, with --config FOLDER/config.yaml, the run
-            in FOLDER
+        resume: continue the run in save_dir from its newest checkpoint. With --config FOLDER/config.yaml, continue the
+            run in FOLDER
         allow_changed_corpus: resume even if the text or the tokenizer has changed since the run started
         init_from: checkpoint folder to start a new run from, with its weights, tokenizer and model settings; model
             flags override its settings as long as the weights keep their shapes, such as more recursion steps
