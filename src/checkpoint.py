@@ -79,7 +79,7 @@ def own_state(model: torch.nn.Module) -> dict:
 
 
 def save_tensors(tensors: dict, path: Path, **options):
-    """Writes a .safetensors file with the usual permissions (umask); with save_file alone, only the owner can read it."""
+    """Writes a .safetensors file with the permissions of the umask; save_file alone lets only the owner read it."""
     path.touch()
     mode = path.stat().st_mode
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, **options)
@@ -209,7 +209,7 @@ def load_weights(model: torch.nn.Module, weights: dict, path):
 
 
 def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=False, config=None) -> LanguageModel:
-    """Returns the LanguageModel (model in eval mode, tokenizer) of a checkpoint or run folder; default: the released one.
+    """Returns the LanguageModel (model in eval mode, tokenizer) of a checkpoint or run folder; default: the released.
 
     ema: use the averaged (EMA) weights if there are any; a line on stderr says which weights were loaded.
     trains: the model will be trained. Otherwise its weights are laid out for fast decoding if the device is a CPU.
