@@ -147,6 +147,11 @@ def read_weights(path) -> dict:
         raise UserError(f"{path} {reason}: copy the checkpoint folder again") from None
 
 
+def is_sound(tensor: torch.Tensor) -> bool:
+    """Whether all numbers of a weight are finite and of a usable size.  Takes no memory, unlike `isfinite`."""
+    return not tensor.numel() or all(end.abs() < LARGEST for end in tensor.detach().aminmax())
+
+
 def check_tensors(tensors: dict, path) -> dict:
     """Returns the tensors unchanged. Raises UserError unless all are dense, floating-point, complete and finite."""
     for name, tensor in tensors.items():
@@ -157,7 +162,7 @@ def check_tensors(tensors: dict, path) -> dict:
             wrong = f"has dtype {tensor.dtype} (quantized, or not a weight): give the floating-point weights"
         elif tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             wrong = f"stores fewer numbers than its shape {list(tensor.shape)} needs"
-        elif tensor.numel() and not all(end.abs() < LARGEST for end in tensor.detach().aminmax()):
+        elif not is_sound(tensor):
             wrong = "holds NaN, infinity or a number above 1e6: the file is broken, or its training run had diverged"
         if wrong:
             raise UserError(f"{path}: {name} {wrong}")

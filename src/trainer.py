@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from src import checkpoint
 from src.data.loader import create_train_loader
 from src.dataset import create_dataloader
 from src.errors import UserError
@@ -244,10 +245,7 @@ class Trainer:
                 del out  # free its logits before the next forward pass makes new ones
             if updates:
                 self.update_weights()
-        if self.skipped == skipped_before:  # a skipped step may have NaN losses, which would make the logged mean NaN
-            self.window.losses += step_losses
-            self.window.good += 1
-        self.window.count(model.visits_per_step * model.train_steps)
+        self.window.add(step_losses, model.visits_per_step * model.train_steps, self.skipped == skipped_before)
 
     def split(self, batch):
         """Split the rows into grad_accum parts; returns [(part, its share of all processes' target tokens)].
@@ -385,7 +383,7 @@ class Trainer:
         problem = None
         if self.is_main:
             try:
-                if not all(extreme.isfinite() for tensor in weights.values() for extreme in tensor.aminmax()):
+                if not all(map(checkpoint.is_sound, weights.values())):
                     raise run_folder.diverged(self.folder, f"step {self.step}: weights are not finite, and not saved")
                 parts = (self.raw, self.tokenizer, average, state, info, weights)
                 run_folder.save(self.folder, f"step_{self.step:08d}", best, self.config.keep_checkpoints, *parts)

@@ -1,12 +1,12 @@
 """The settings of train_puzzles.py: those of a training run and of a model, with defaults for puzzles."""
 
-import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from src.model_config import TRMConfig, model_settings
 from src.tasks.puzzle_data import PuzzleConfig
-from src.training.train_config import RuntimeConfig, TrainConfig, parse_run_flags
+from src.training.train_config import RuntimeConfig, TrainConfig, flat_settings, model_of_source, parse_run_flags
 
 
 def fixed(value):
@@ -77,11 +77,7 @@ class PuzzleSettings(NamedTuple):
 
     def flat(self) -> dict:
         """All settings that are flags as {flag: value}, the content of config.yaml."""
-        parts = (self.train, self.puzzle, self.runtime)
-        flat = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
-        flat |= model_settings(self.model)
-        flags = {f.name for part in self for f in dataclasses.fields(part) if f.init}
-        return {name: value for name, value in flat.items() if name in flags}
+        return flat_settings(self)
 
 
 def model_config(settings: PuzzleModelConfig, cells: int, vocab_size: int) -> TRMConfig:
@@ -93,13 +89,5 @@ def model_config(settings: PuzzleModelConfig, cells: int, vocab_size: int) -> TR
 def read_settings(argv=None, description=None) -> PuzzleSettings:
     """Parse flags; with init_from, model settings that are not given come from the checkpoint."""
     classes = PuzzleSettings.__annotations__.values()
-    return PuzzleSettings(*parse_run_flags(description, classes, argv, _model_of_source))
-
-
-def _model_of_source(parsed) -> dict:
-    if parsed.init_from is None:
-        return {}
-    from src import checkpoint  # imported late, because it imports torch
-
-    source = model_settings(checkpoint.load_config(parsed.init_from))
-    return {f.name: source[f.name] for f in dataclasses.fields(PuzzleModelConfig) if f.init}
+    defaults = functools.partial(model_of_source, model=PuzzleModelConfig)
+    return PuzzleSettings(*parse_run_flags(description, classes, argv, defaults))

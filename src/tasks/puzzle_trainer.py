@@ -5,9 +5,7 @@ have halted take new puzzles. All else (schedule, log, checkpoints, guards, aver
 `src.trainer.Trainer`. The rows take the place of its data loader, so their state is saved like a loader's position.
 """
 
-import dataclasses
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from src.tasks.puzzle_data import HeldOut, PuzzleConfig, PuzzleData, PuzzleDraws
 from src.tasks.puzzle_rows import PuzzleRows
 from src.trainer import Trainer
 from src.training import parallel, run_folder
-from src.training.create import create_model
+from src.training.create import begin, create_model, open_run
 
 
 class PuzzleTrainer(Trainer):
@@ -63,10 +61,7 @@ class PuzzleTrainer(Trainer):
             found.append((out.carry.y, out.carry.z, halts, is_right))
             del out  # free its graph before the next part makes another
         self.update_weights()
-        if self.skipped == skipped_before:  # a skipped step may have NaN losses, which would make the logged mean NaN
-            self.window.losses += losses
-            self.window.good += 1
-        self.window.count(model.visits_per_step)
+        self.window.add(losses, model.visits_per_step, self.skipped == skipped_before)
         y, z, halts, is_right = (None if each[0] is None else torch.cat(each) for each in zip(*found, strict=True))
         self.loader.advance(y, z, halts, is_right)
 
@@ -106,13 +101,7 @@ def create_puzzle_trainer(settings: PuzzleSettings) -> PuzzleTrainer:
 
 def _create(settings):
     config, puzzle, wanted, runtime = settings
-    folder, newest, lock = Path(config.save_dir), None, None
-    run_folder.check_writable(folder)
-    run_folder.check_resume(folder, settings.flat(), config.resume)
-    if (folder / "config.yaml").exists():
-        if parallel.is_main():
-            lock = run_folder.RunLock(folder)
-        newest = run_folder.newest_whole(folder)
+    run = folder, newest, _ = open_run(settings)
     choose_device(runtime.device)  # reports a wrong device now, not after minutes of data preparation
     data = load_puzzles(puzzle)
     corpus = fingerprint(data)
@@ -120,13 +109,7 @@ def _create(settings):
     own = _config_for(wanted, data, puzzle)
     model = _model(config, own, data, newest)
     trainer = PuzzleTrainer(config, puzzle, model, data, runtime, own)
-    trainer.lock = lock
-    if trainer.is_main and not newest:
-        trainer.lock = run_folder.start(folder, settings.flat(), lock)
-    if trainer.is_main:
-        run_folder.keep_corpus(folder, corpus)
-    if newest:
-        trainer.load(*newest)
+    begin(trainer, settings, corpus, *run)
     sizes = f"{data.train.n_rows:,} puzzles to train on, {data.valid.n_rows:,} held out"
     trainer.say(f"{data.kind.name}: {describe_model(model)}; {sizes}")
     return trainer
@@ -157,7 +140,7 @@ def _model(config, own, data, newest):
     if (found.max_seq_len, found.vocab_size) != (own.max_seq_len, own.vocab_size):
         size = f"{found.max_seq_len} cells and {found.vocab_size} tokens"
         raise UserError(f"--init_from {source} is a model for {size}, not for {data.kind.name}: choose another")
-    return checkpoint.load_network(source, config=dataclasses.replace(own))
+    return checkpoint.load_network(source, config=own)
 
 
 def _check_unchanged(folder, corpus, may_change):

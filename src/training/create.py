@@ -43,8 +43,11 @@ def create_trainer(settings: Settings) -> Trainer:
         return _create_trainer(settings)
 
 
-def _create_trainer(settings):
-    config, data, model_config, runtime = settings
+def open_run(settings):
+    """Check the run folder of some settings and lock it if a run has started there.
+
+    Returns (folder, newest checkpoint with its state or None, lock or None); `begin` takes them."""
+    config = settings.train
     folder, newest, lock = Path(config.save_dir), None, None
     run_folder.check_writable(folder)
     run_folder.check_resume(folder, settings.flat(), config.resume)
@@ -52,6 +55,24 @@ def _create_trainer(settings):
         if parallel.is_main():
             lock = run_folder.RunLock(folder)
         newest = run_folder.newest_whole(folder)
+    return folder, newest, lock
+
+
+def begin(trainer: Trainer, settings, corpus: dict, folder: Path, newest, lock) -> Trainer:
+    """Write the folder of a new run, or restore the newest checkpoint of one that continues.  corpus: its data."""
+    trainer.lock = lock
+    if trainer.is_main and not newest:
+        trainer.lock = run_folder.start(folder, settings.flat(), lock)
+    if trainer.is_main:
+        run_folder.keep_corpus(folder, corpus)
+    if newest:
+        trainer.load(*newest)
+    return trainer
+
+
+def _create_trainer(settings):
+    config, data, model_config, runtime = settings
+    run = folder, newest, _ = open_run(settings)
     source = None  # the checkpoint that provides the weights and the tokenizer
     if newest:
         source = newest[0]
@@ -83,13 +104,7 @@ def _create_trainer(settings):
         ids = {"vocab_size": model_config.vocab_size, "pad_token_id": model_config.pad_token_id}
         first = dataclasses.replace(settings.model, **ids)
     trainer = Trainer(config, model, tokenizer, train_set, valid_set, runtime, data.num_workers, first)
-    trainer.lock = lock
-    if trainer.is_main and not newest:
-        trainer.lock = run_folder.start(folder, settings.flat(), lock)
-    if trainer.is_main:
-        run_folder.keep_corpus(folder, corpus)
-    if newest:
-        trainer.load(*newest)
+    begin(trainer, settings, corpus, *run)
     trainer.say(f"{describe_model(model)}; {train_set} to train on")
     return trainer
 

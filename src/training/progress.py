@@ -26,10 +26,15 @@ class Window:
         self.steps, self.visits = 0, 0
         self.good = 0  # steps with a finite gradient; `losses` sums only these
 
-    def count(self, visits: int):
-        """Count one more step, in which the network was applied `visits` times."""
+    def add(self, losses, visits: int, is_good: bool):
+        """Add one step, in which the network was applied `visits` times.
+
+        is_good: whether its gradient was finite. Else its losses may be NaN, which would make the mean NaN."""
         self.steps += 1
         self.visits += visits
+        if is_good:
+            self.losses += losses
+            self.good += 1
 
     def means(self, accelerator) -> dict:
         """{name: mean per step} for the log; losses are NaN if no step was good.  All processes must call this."""

@@ -293,16 +293,23 @@ class Settings(NamedTuple):
 
     def flat(self) -> dict:
         """All settings as {flag: value}, the content of config.yaml."""
-        parts = (self.train, self.data, self.runtime)
-        flat = {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
-        return flat | model_settings(self.model)
+        return flat_settings(self)
+
+
+def flat_settings(parts) -> dict:
+    """{flag: value} of the settings of a run, one dataclass per topic; those of the model come last."""
+    flat = {}
+    for part in sorted(parts, key=lambda part: isinstance(part, TRMConfig)):
+        values = model_settings(part) if isinstance(part, TRMConfig) else dataclasses.asdict(part)
+        flat |= {f.name: values[f.name] for f in dataclasses.fields(part) if f.init}
+    return flat
 
 
 def read_settings(argv=None, description=None) -> Settings:
     """Parse flags such as ["--config", "configs/small.yaml", "--lr", "3e-3"]; None = those of the command line.
 
     With init_from, model settings that are not given come from the checkpoint."""
-    return Settings(*parse_run_flags(description, Settings.__annotations__.values(), argv, _model_of_source))
+    return Settings(*parse_run_flags(description, Settings.__annotations__.values(), argv, model_of_source))
 
 
 def parse_run_flags(description, classes, argv=None, defaults=None) -> tuple:
@@ -330,16 +337,16 @@ def _run_folder_of_config(argv) -> Path | None:
     return path.parent if is_run else None
 
 
-def _model_of_source(parsed) -> dict:
+def model_of_source(parsed, model=TRMConfig) -> dict:
     """Defaults for the model settings with init_from: those of the run if it has started, else of the checkpoint."""
     if parsed.init_from is None:
         return {}
     from src import checkpoint  # imported late, because they import torch
     from src.training import run_folder
 
-    started = run_folder.settings_of(Path(parsed.save_dir))
-    if started:
-        return {field.name: started[field.name] for field in dataclasses.fields(TRMConfig) if field.name in started}
-    source = checkpoint.load_config(parsed.init_from)
-    # unlike the sizes, a grad_deep_steps that was never set explicitly must follow a new deep_steps
-    return source.to_dict() | {"grad_deep_steps": model_settings(source)["grad_deep_steps"]}
+    values = run_folder.settings_of(Path(parsed.save_dir))
+    if not values:
+        source = checkpoint.load_config(parsed.init_from)
+        # unlike the sizes, a grad_deep_steps that was never set explicitly must follow a new deep_steps
+        values = source.to_dict() | {"grad_deep_steps": model_settings(source)["grad_deep_steps"]}
+    return {f.name: values[f.name] for f in dataclasses.fields(model) if f.init and f.name in values}
