@@ -250,6 +250,14 @@ def of_onnx(content: bytes, rng) -> tuple[bytes, str]:
     return model.SerializeToString(), ""
 
 
+def write_gguf(writer):
+    """Write all parts of a GGUFWriter to its file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def of_gguf(content: bytes, rng) -> tuple[bytes, str]:
     """Changes a field or a tensor of a GGUF file, and writes the file with the gguf package."""
     import gguf
@@ -276,13 +284,7 @@ def of_gguf(content: bytes, rng) -> tuple[bytes, str]:
                 reason = "NaN in a tensor"
                 data.reshape(-1)[0] = np.nan
             writer.add_tensor(tensor.name, data)
-        for step in (
-            writer.write_header_to_file,
-            writer.write_kv_data_to_file,
-            writer.write_tensors_to_file,
-            writer.close,
-        ):
-            step()
+        write_gguf(writer)
         return target.read_bytes(), reason
 
 

@@ -10,6 +10,7 @@ import struct
 from pathlib import Path
 
 import torch
+from fuzz_formats import write_gguf
 
 TEXTS = [
     "the cat sat on the mat\n",
@@ -232,13 +233,7 @@ def make_gguf(folder):
             add.get(type(value), writer.add_uint32)(name, value)
         for name, tensor in to_llama(model.config, own_state(model), GGUF).items():
             writer.add_tensor(name, tensor.detach().numpy())
-        for step in (
-            writer.write_header_to_file,
-            writer.write_kv_data_to_file,
-            writer.write_tensors_to_file,
-            writer.close,
-        ):
-            step()
+        write_gguf(writer)
 
 
 def make_onnx(folder):
