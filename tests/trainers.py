@@ -7,24 +7,40 @@ import pytest
 import torch
 
 from src.checkpoint import load_state
+from src.tasks.puzzle_config import PuzzleSettings
 from src.training.create import create_trainer
 from src.training.curves import scan_metrics
 from src.training.train_config import Settings
 
-CLASSES = Settings.__annotations__.values()
 TINY = {
     **{"d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 32, "max_seq_len": 16, "tokenizer": "byte"},
     **{"batch_size": 8, "max_steps": 8, "warmup_steps": 2, "lr": 3e-3, "eval_batches": 0, "log_every": 1},
     **{"sample_tokens": 0, "compile": False, "device": "cpu", "precision": "fp32"},
 }
 
+TINY_PUZZLES = {
+    **{"d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 32, "latent_steps": 1, "deep_steps": 1},
+    **{"supervision_steps": 3, "batch_size": 8, "max_steps": 12, "warmup_steps": 2, "eval_batches": 2, "log_every": 1},
+    **{"eval_every": 6, "save_every": 4, "compile": False, "device": "cpu", "precision": "fp32"},
+    **{"n_puzzles": 120, "symmetries": "relabel", "explore": 0.5},
+}
+
 
 def trainer_of(values):
     """A Trainer with the settings {name: value}; all others have their defaults."""
-    names = [{f.name for f in dataclasses.fields(c)} for c in CLASSES]
+    return create_trainer(_settings(Settings, values))
+
+
+def puzzle_settings(values) -> PuzzleSettings:
+    """The settings {name: value} of a run on puzzles; all others have their defaults."""
+    return _settings(PuzzleSettings, values)
+
+
+def _settings(kind, values):
+    classes = kind.__annotations__.values()
+    names = [{f.name for f in dataclasses.fields(c) if f.init} for c in classes]
     assert values.keys() <= set().union(*names), "no such settings"
-    parts = ({name: values[name] for name in own & values.keys()} for own in names)
-    return create_trainer(Settings(*(cls(**part) for cls, part in zip(CLASSES, parts))))
+    return kind(*(cls(**{name: values[name] for name in own & values.keys()}) for cls, own in zip(classes, names)))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Training on puzzles: rows with their own puzzles and states, one update per supervision step, exact resume."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -11,30 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainers import assert_same_checkpoints, during, read_metrics
+from trainers import TINY_PUZZLES, assert_same_checkpoints, during, puzzle_settings, read_metrics
 
 from src.checkpoint import load_network, load_state, read_info
 from src.errors import UserError
 from src.losses import IGNORE
 from src.model import Carry
-from src.tasks.puzzle_config import PuzzleSettings
 from src.tasks.puzzle_data import HeldOut, PuzzleDraws, load_puzzles, read_form
 from src.tasks.puzzle_rows import PuzzleRows
 from src.tasks.puzzle_trainer import create_puzzle_trainer
-
-TINY = {
-    **{"d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 32, "latent_steps": 1, "deep_steps": 1},
-    **{"supervision_steps": 3, "batch_size": 8, "max_steps": 12, "warmup_steps": 2, "eval_batches": 2, "log_every": 1},
-    **{"eval_every": 6, "save_every": 4, "compile": False, "device": "cpu", "precision": "fp32"},
-    **{"n_puzzles": 120, "symmetries": "relabel", "explore": 0.5},
-}
-
-
-def settings_of(values) -> PuzzleSettings:
-    classes = PuzzleSettings.__annotations__.values()
-    names = [{f.name for f in dataclasses.fields(c) if f.init} for c in classes]
-    assert values.keys() <= set().union(*names), "no such settings"
-    return PuzzleSettings(*(c(**{n: values[n] for n in own & values.keys()}) for c, own in zip(classes, names)))
 
 
 @pytest.fixture
@@ -42,7 +26,7 @@ def make(tmp_path, monkeypatch):
     def make(name="run", draws=False, **changes):
         if not draws:
             monkeypatch.setattr("src.training.monitor.plot_learning_curve", lambda *args: None)
-        return create_puzzle_trainer(settings_of({**TINY, "save_dir": str(tmp_path / name), **changes}))
+        return create_puzzle_trainer(puzzle_settings({**TINY_PUZZLES, "save_dir": str(tmp_path / name), **changes}))
 
     return make
 
@@ -283,10 +267,10 @@ class TestStart:
 
 def test_two_processes(make, tmp_path):
     """Two processes of four rows give the first update of one process of eight rows."""
-    values = {**TINY, "save_dir": str(tmp_path / "two"), "max_steps": 1, "optimizer": "adamw", "explore": 0.0}
+    values = {**TINY_PUZZLES, "save_dir": str(tmp_path / "two"), "max_steps": 1, "optimizer": "adamw", "explore": 0.0}
     code = (
         "import sys, json; sys.path[:0] = ['tests', 'tests/tasks']; from test_puzzle_trainer import *\n"
-        "trainer = create_puzzle_trainer(settings_of(json.loads(sys.argv[1])))\n"
+        "trainer = create_puzzle_trainer(puzzle_settings(json.loads(sys.argv[1])))\n"
         "trainer.train(); trainer.accelerator.end_training()\n"
     )
     script = tmp_path / "run.py"
