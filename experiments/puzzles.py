@@ -9,9 +9,10 @@ calls the family, and nothing else:
 
     trm           the recipe
     trm-1         the recipe, trained and tested with a single supervision step
-    loop          the looped transformer, with as many visits as the recipe has in all its supervision steps
+    loop          the looped transformer, with as many visits as `loop_steps` supervision steps of the recipe have
     plain-params  a plain transformer with as many parameters: the layers of the recipe, each applied once
-    plain-flops   a plain transformer with the forward FLOPs of the recipe: as many layers as the recipe has visits
+    plain-flops   a plain transformer with the FLOPs of an update of the recipe: its layers once per visit of one step
+    plain-deep    a plain transformer with the FLOPs of an answer of the recipe: its layers once per visit of all steps
 
 First, each arm gets a sweep of the learning rate: a run of `sweep_minutes` per value in `lrs`, on puzzles and with a
 split of their own (`sweep_data_seed`). The value with the highest exact accuracy is then used for every seed.
@@ -39,7 +40,7 @@ from src.errors import UserError  # noqa: E402
 from src.files.plain_yaml import read_yaml  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-ARMS = ("trm", "trm-1", "loop", "plain-params", "plain-flops")
+ARMS = ("trm", "trm-1", "loop", "plain-params", "plain-flops", "plain-deep")
 
 
 @dataclass
@@ -54,6 +55,7 @@ class ArmsConfig:
         lrs: learning rates to choose from; with a single value, there is no sweep
         sweep_minutes: training time of a run of the sweep
         sweep_data_seed: seed of the puzzles and the split of the sweep
+        loop_steps: see the arm `loop`
         jobs: number of runs at a time
         threads: threads of a run
         device: device of the runs: cpu, cuda or mps
@@ -68,6 +70,7 @@ class ArmsConfig:
     lrs: list[float] = field(default_factory=lambda: [0.002, 0.004, 0.008])
     sweep_minutes: float = 2.0
     sweep_data_seed: int = 100
+    loop_steps: int = 4
     jobs: int = 1
     threads: int = 1
     device: str = "cpu"
@@ -80,7 +83,7 @@ class ArmsConfig:
             raise ValueError(f"arms has {unknown}: choose from {', '.join(ARMS)}")
         if not self.seeds or not self.lrs:
             raise ValueError("seeds or lrs is empty: give at least one of each")
-        for name in ("jobs", "threads"):
+        for name in ("loop_steps", "jobs", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
         for name in ("minutes", "sweep_minutes"):
@@ -97,16 +100,17 @@ class Job(NamedTuple):
     is_sweep: bool
 
 
-def arm_flags(arm: str, recipe: dict) -> dict:
+def arm_flags(arm: str, recipe: dict, loop_steps: int) -> dict:
     """{setting: value} that turns the recipe into an arm."""
     layers, steps = recipe.get("n_layers", 1), recipe.get("supervision_steps", 8)
-    visits = steps * recipe.get("deep_steps", 1) * (recipe.get("latent_steps", 2) + 1)
+    visits = recipe.get("deep_steps", 1) * (recipe.get("latent_steps", 2) + 1)  # of one supervision step
     return {
         "trm": {},
         "trm-1": {"supervision_steps": 1},
-        "loop": {"recursion": "loop", "deep_steps": visits},
+        "loop": {"recursion": "loop", "deep_steps": loop_steps * visits},
         "plain-params": {"recursion": "none"},
         "plain-flops": {"recursion": "none", "n_layers": layers * visits},
+        "plain-deep": {"recursion": "none", "n_layers": layers * visits * steps},
     }[arm]
 
 
@@ -114,7 +118,7 @@ def train(config: ArmsConfig, recipe: dict, job: Job) -> dict:
     """Do one run, and return its record.  Raises UserError with the run's last message if it fails."""
     kind = "sweep" if job.is_sweep else "run"
     folder = Path(config.output) / f"{kind}_{job.arm}_lr{job.lr:g}_seed{job.seed}"
-    flags = arm_flags(job.arm, recipe) | {
+    flags = arm_flags(job.arm, recipe, config.loop_steps) | {
         **{"save_dir": folder, "seed": job.seed, "lr": job.lr, "device": config.device},
         "max_minutes": config.sweep_minutes if job.is_sweep else config.minutes,
         "max_steps": 10**7,
