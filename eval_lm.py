@@ -6,7 +6,8 @@
     python eval_lm.py runs/trm --depth_curve runs/curve.png       # draw bits per byte against recursion depth
     python eval_lm.py runs/trm --lm_eval capitals --include_path my_tasks    # EleutherAI's lm-evaluation-harness
 
-Each document is scored separately, starting from BOS. Each of its tokens counts once; BOS and EOS do not count. A
+Each document is scored separately, starting from BOS. Each of its tokens counts once. BOS and EOS, which mark the
+beginning and the end of a document, do not count. A
 document longer than the model's context is scored in overlapping windows, which advance by --stride tokens. The tables
 go to stdout, progress and messages to stderr.
 """
@@ -33,8 +34,8 @@ class EvalConfig:
     Args:
         checkpoint: checkpoint folder, or run folder (its best checkpoint is used); the flag name may be left out. If
             not given, the released checkpoint is measured
-        paths: text to score: files, globs or folders of .jsonl and .txt (also gzipped), .parquet and .py. If not
-            given, the validation files of this Python's standard library are scored
+        paths: text to score: files, globs or folders (data/README.md lists the formats). If not given, the validation
+            files of this Python's standard library are scored
         text_field: name of the JSON field or parquet column that holds the text
         max_doc_mb: skip .jsonl and .parquet documents longer than this many million characters
         max_docs: read at most this many documents; with --lm_eval, use at most this many examples per task
@@ -42,11 +43,12 @@ class EvalConfig:
         stride: tokens by which the windows over a long document advance; half the context if not given
         batch_size: windows scored at once
         json: also write the figures to this JSON file
-        depth_curve: draw bits per byte against the mean visits per token for each exit rule, as a .png, with the
-            numbers in a .json beside it. Depths go up to the trained one, or to --max_recursion_depth if that is larger
+        depth_curve: .png file to draw, with bits per byte against the mean visits per token for each exit rule; the
+            numbers are written to a .json beside it. The largest depth is that of training, or --max_recursion_depth if
+            that is larger
         lm_eval: run these tasks of the lm-evaluation-harness (names or YAML files) instead of scoring text
         include_path: folder with additional tasks for --lm_eval
-        num_fewshot: solved examples shown before each question of --lm_eval; as the task defines if not given
+        num_fewshot: solved examples shown before each question of --lm_eval; if not given, as many as the task defines
         device: device to run on: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
         precision: number format of weights and arithmetic
     """

@@ -7,11 +7,11 @@
     python export_onnx.py runs/trm --output onnx/plain --contrib_ops false    # for runtimes other than ONNX Runtime
     python generate.py --onnx onnx/trm --prompt "def main("
 
-Before the folder is put in place, the graph is checked against the model: the logits of padded rows, both in one call
-and token by token, and greedy text that is longer than the context. The folder's README.md has an example that runs the
-graph without this project. The script prints the facts about the graph on stdout as one JSON line. Exporting takes one
-or two seconds per executed block (visits x layers), because the graph unrolls all visits. Shared weights are stored
-once.
+Before the folder is put in place, the graph is compared with the model. Two things must agree: the logits of padded
+rows, both in one call and token by token, and greedy text that is longer than the context. The folder's README.md has
+an example that runs the graph without this project. The script prints facts about the graph on stdout, as one JSON
+line. Exporting takes one or two seconds per block that a token passes (visits x layers), because the graph contains
+every visit. Weights that several visits share are stored once.
 
 Needs: pip install onnx==1.23.2 onnxruntime==1.31.1 onnxscript==0.7.2
 """

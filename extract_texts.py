@@ -4,10 +4,10 @@
     python extract_texts.py books/ more.parquet --text_field body --max_docs 10000
     python extract_texts.py notes.jsonl --strict --output data/notes.txt     # stop at the first bad line
 
-Reads .jsonl and .txt (also gzipped), .parquet and .py, given as files, globs or folders (with their subfolders).
-Writes one UTF-8 text file with the line <|endoftext|> after each document. All scripts of this project read it back as
-the same documents; src/data/readers.py explains how a document that contains such a line is escaped. Text is streamed,
-so memory use does not grow with its size. stderr reports the counts, and what was skipped and why.
+Reads files, globs and folders with their subfolders; data/README.md lists the file formats. Writes one UTF-8 text file
+with the line <|endoftext|> after each document. All scripts of this project read it back as the same documents. A
+document that contains such a line is escaped, as src/data/readers.py explains. Text is streamed, so memory use does not
+grow with its size. Messages on stderr give the counts, and say what was skipped and why.
 """
 
 import os

@@ -4,7 +4,7 @@
     python generate.py runs/trm --prompt "Once upon a time" --temperature 0.7 --top_k 40 --seed 1
     python generate.py runs/trm --prompt_file prompts.txt --num_samples 3 > runs/texts.txt
     python generate.py runs/trm --interactive                     # continue each line that you type
-    python generate.py runs/trm --prompt "def " --exit halt --max_recursion_depth 8   # each token stops by itself
+    python generate.py runs/trm --prompt "def " --exit halt --max_recursion_depth 8    # tokens may stop recursing early
     python generate.py runs/trm --prompt "def " --trace runs/out.png   # draw the prediction after each recursion step
     python generate.py --onnx onnx/trm --prompt "def "             # run an export of export_onnx.py with ONNX Runtime
 
@@ -48,9 +48,9 @@ class GenerateConfig:
         top_p: choose only among the most probable tokens that together have this probability
         seed: random seed; the same seed gives the same text. If not given, every run differs
         trace: show how the prediction of each token in the first text changes over the recursion steps. Without a value
-            it prints a table on stderr; with a file name (.png, .pdf, .svg) it draws a picture, with its data in a
-            .json beside it
-        no_cache: run the whole text through the model for each token, without the key/value cache; slow, to compare
+            it prints a table on stderr. With a file name (.png, .pdf, .svg) it draws a picture, and writes the data to
+            a .json beside it
+        no_cache: compute the whole text again for each new token, without the key/value cache; slow, for comparison
         device: device to run on: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
         precision: number format of weights and arithmetic; int8 stores the weights in 8 bits and runs on a CPU only
     """

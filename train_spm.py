@@ -26,7 +26,7 @@ class SPMConfig:
     """The text, and the kind of tokenizer.
 
     Args:
-        input: text to train on: files, globs or folders of .txt and .jsonl (also gzipped), .parquet and .py
+        input: text to train on: files, globs or folders (data/README.md lists the formats)
         model_prefix: path of the output files without the suffixes .model and .vocab
         vocab_size: number of pieces, including special tokens and byte pieces
         model_type: algorithm: bpe (faster to train) or unigram

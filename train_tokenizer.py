@@ -26,7 +26,7 @@ class TokenizerTrainingConfig:
     """The text, and the kind of tokenizer.
 
     Args:
-        input: text to train on: files, globs or folders of .txt and .jsonl (also gzipped), .parquet and .py
+        input: text to train on: files, globs or folders (data/README.md lists the formats)
         model_prefix: path of the output file without the suffix .json
         vocab_size: number of tokens, including special tokens and bytes
         model_type: algorithm: bpe merges bytes (faster to train); unigram works on characters, like SentencePiece

@@ -40,7 +40,7 @@ class _CausalCPU(torch.autograd.Function):
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(E)) v.  q (B, H, T, E); k, v (B, K, S, E) with H a multiple of K -> (B, H, T, E).
 
-    mask: True means may attend.  is_causal: lower-triangular attention if there is no mask."""
+    mask: True where a query may attend.  is_causal: without a mask, each query attends to its own and earlier keys."""
     if _is_slow_in_torch(q, k, mask, is_causal, dropout):
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))

@@ -18,8 +18,10 @@ class KVCache:
     - prelude_layers slots of the prelude;
     - n_layers slots for each visit: slot `prelude_layers + visit * n_layers + layer`;
     - coda_layers slots for each recursion step whose answer is read: the last `read_steps`, or all with an exit rule.
-    `length` counts the filled columns, including padding. With `last_only`, a forward call returns logits for its last
-    column only, (B, 1, V), because generation needs no others.
+
+    A column is one token position of every row; `length` counts the filled columns, including padding. depth: with an
+    exit rule, the most recursion steps of a token (`exits.max_depth`). last_only: a forward call returns logits for its
+    last column only, (B, 1, V), because generation needs no others.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class KVCache:
         self.stopped: Bool[Tensor, "b t"] | None = None  # tokens of this call that stopped at an earlier step
 
     def coda_slot(self, step: int) -> int:
-        """First coda slot of a recursion step.  Raises ValueError if the cache has no slots for that step."""
+        """Returns the first coda slot of a recursion step.  Raises ValueError if the cache has no slots for it."""
         nth = step - (self.steps - self.read_steps)
         if not 0 <= nth < self.read_steps:
             raise ValueError(f"the cache has coda slots for the last {self.read_steps} recursion steps, not for {step}")
@@ -76,7 +78,7 @@ class KVCache:
         return keys.narrow(2, 0, self.length + new), values.narrow(2, 0, self.length + new)
 
     def _stride(self, slot):
-        """Number of slots from a visit and layer in one recursion step to the same visit and layer in the next."""
+        """Returns how many slots lie between a visit and layer in one recursion step and the same ones in the next."""
         c = self.config
         return c.coda_layers if slot >= self.coda else visits_per_recursion_step(c) * c.n_layers
 
@@ -116,8 +118,9 @@ class KVCache:
 
 
 def cache_slots(config, read_steps: int = 1, depth: int | None = None) -> int:
-    """Number of cache slots for a TRMConfig's model that reads the answers of the last read_steps recursion steps.
+    """Returns the number of cache slots of a model with this TRMConfig.
 
-    depth: the largest depth that an exit rule allows; default the depth of training."""
+    read_steps: the answers of this many recursion steps are read, counted from the last. depth: the most recursion
+    steps that an exit rule allows; default as many as in training."""
     visits = visits_per_recursion_step(config) * (max_depth(config) if depth is None else depth)
     return config.prelude_layers + visits * config.n_layers + read_steps * config.coda_layers

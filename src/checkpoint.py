@@ -48,7 +48,7 @@ def save_checkpoint(folder, model: TRMModel, tokenizer, ema=None, state=None, in
     state: what resuming needs, such as the optimizer's state (tensors, numbers, strings, containers).
     info: figures to store in config.json next to the model's settings.
     weights: for a sharded model, its gathered `own_state`; default: that of `model`.
-    more: {name of another .safetensors file: tensors}."""
+    more: further .safetensors files, as {file name: tensors}."""
     try:
         with replacing(folder, FILES.__contains__) as new:
             save_tensors(own_state(model) if weights is None else weights, new / "model.safetensors")
@@ -87,18 +87,18 @@ def save_tensors(tensors: dict, path: Path, **options):
 
 
 def follow(link: Path) -> Path:
-    """Resolves run_folder/last or best.
+    """Returns the path of the checkpoint that run_folder/last or run_folder/best stands for.
 
-    On systems without symbolic links it is a small file that names a checkpoint; then the path of that checkpoint is
-    returned. Otherwise the path is returned unchanged."""
+    On systems without symbolic links, these are small files that name a checkpoint. Any other path is returned
+    unchanged."""
     name = link.read_bytes()[:100].decode(errors="replace").strip() if link.is_file() else ""
     return link.with_name(name) if re.fullmatch(r"step_\d+", name) else link
 
 
 def resolve(folder=None) -> Path:
-    """Returns the checkpoint folder for a path: the path itself, or else `best`, or else `last` of a run folder.
+    """Returns the checkpoint folder for a path: the path itself, or, for a run folder, its `best`, else its `last`.
 
-    Default: the released checkpoint. Raises UserError if there is none."""
+    Without a path, returns the released checkpoint. Raises UserError if there is no checkpoint."""
     folder = follow(Path(folder)) if folder is not None else RELEASED
     if not folder.is_dir():
         raise UserError(f"no checkpoint folder at {folder}: train one with train_trm_lm.py, or correct the path")
@@ -172,8 +172,8 @@ def check_tensors(tensors: dict, path) -> dict:
 def check_size(config: TRMConfig, weights: dict, path):
     """Raises UserError if weights clearly do not fit a config, before memory for the model is allocated.
 
-    Compares only the number of layers and the largest matrices. `check_fit` compares all names and shapes, but its
-    importing what the meta device needs takes a second."""
+    Compares only the number of layers and the largest matrices. `check_fit` compares all names and shapes, but takes a
+    second, because it has to import what the meta device needs."""
     for name in ("n_layers", "prelude_layers", "coda_layers"):
         if getattr(config, name) > len(weights):
             count = f"has {len(weights)} tensors, too few for {name} {getattr(config, name)} in its config.json"

@@ -4,6 +4,7 @@ A --config file overrides the defaults of the dataclasses, and flags override th
 """
 
 import collections
+import copy
 import dataclasses
 import difflib
 import errno
@@ -36,8 +37,8 @@ def run(main):
 def before_torch(parse_args):
     """Decorator for the parse_args of a script that imports torch after it.
 
-    If the script is run (not imported), the command line is parsed right here. So --help and wrong flags are answered
-    at once, before the import of torch, which takes seconds."""
+    If the script is run (not imported), the decorator parses the command line immediately. So --help and the message
+    for a wrong flag appear at once, and not after the import of torch, which takes seconds."""
     if parse_args.__module__ != "__main__":
         return parse_args
     parsed = _guarded(parse_args)
@@ -230,7 +231,7 @@ def _parse_files(parser, files, fields):
 
 
 def _unknown(name, fields, flag=""):
-    """The message for an unknown setting, with the closest known name; flag is "--" or empty."""
+    """Returns the message for an unknown setting, with the closest known name.  flag: "--" or empty."""
     close = difflib.get_close_matches(name, fields, 1)
     return f"there is no setting {flag}{name}" + (f": did you mean {flag}{close[0]}?" if close else ": see --help")
 
@@ -288,6 +289,12 @@ def literal_fields(cls) -> dict:
 
 
 class _Formatter(DefaultHelpFormatter):
+    def add_argument(self, action):  # leaves out what jsonargparse adds to a flag but `_normalise` refuses
+        if not action.dest.endswith(".help"):
+            action = copy.copy(action)
+            action.option_strings = [name for name in action.option_strings if not name.endswith("+")]
+            super().add_argument(action)
+
     def _fill_text(self, text, width, indent):  # argparse would re-wrap the example commands of the description
         return "".join(f"{indent}{line}\n" for line in text.strip().splitlines())
 

@@ -261,8 +261,9 @@ def _warn_of_training_text(valid_files, train_files):
 
 
 def _split_stores(store_of, corpora, files, tokenizer, seq_len):
-    """Returns (training stores, validation store). Documents are held back; if there are too few, the end of the text
-    is."""
+    """Returns (training stores, validation store), made from text without validation files.
+
+    Some documents are held back for validation; if there are too few, the end of the text is held back instead."""
     share = hold_back_share(files)
     try:
         stores, valid = [store_of(corpus, "train", share) for corpus in corpora], store_of(files, "valid", share)

@@ -1,11 +1,11 @@
 """Exit rules: when a token stops recursing at inference.
 
 A recursion step is a supervision step of the trm family or a visit of the loop; a plain transformer has one. After each
-step, each token is stopped or not by its own outputs alone. A stopped token keeps its answer. Tokens that continue
-attend to the keys and values of its last step, which `KVCache` copies to later steps. So the depth of a token does not
-depend on other rows, nor on whether the text is processed at once or token by token.
+step, the rule decides for each token, from the outputs of that token alone, whether it stops. A stopped token keeps its
+answer. Tokens that continue attend to the keys and values of its last step, which `KVCache` copies to later steps. So
+the depth of a token does not depend on other rows, nor on whether the text is processed at once or token by token.
 
-This file decides and keeps count. `TRMModel._forward_under_rule` runs the recursion.
+This file has the decision and the count of steps. `TRMModel._forward_under_rule` runs the recursion.
 """
 
 import torch
@@ -39,7 +39,7 @@ class Leaving:
         self.stopped: Bool[Tensor, "b t"] | None = None  # None until a token stops
         self.steps = torch.zeros_like(input_ids)
         self.patience = patience
-        self.in_a_row = torch.zeros_like(input_ids)  # last steps of each token in which the rule said stop
+        self.in_a_row = torch.zeros_like(input_ids)  # for how many steps in a row the rule has held, for each token
         # padding stops after the first step, so that it does not prolong the recursion
         self.padding = torch.zeros_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask == 0
 
@@ -52,7 +52,9 @@ class Leaving:
         self.steps += 1 if self.stopped is None else ~self.stopped
 
     def stop(self, stops: Bool[Tensor, "b t"]) -> bool:
-        """Stops those of these tokens whose patience is over.  Returns True if all tokens have stopped."""
+        """Stops each token for which the rule has held for `patience` steps in a row.
+
+        stops: for which tokens it holds after this step. Returns True if all tokens have stopped."""
         self.in_a_row = torch.where(stops, self.in_a_row + 1, 0)
         stops = self.padding | (self.in_a_row >= self.patience)
         stops = stops if self.stopped is None else self.stopped | stops
@@ -64,10 +66,10 @@ class Leaving:
 
 
 def max_depth(config, rule: ExitRule | None = None) -> int:
-    """The most recursion steps that a token may run: the limit of the rule, or as many as in training."""
+    """Returns the most recursion steps that a token may run: the limit of the rule, or as many as in training."""
     return config.recursion_steps if rule is None or rule.max_recursion_depth is None else rule.max_recursion_depth
 
 
 def visits_per_recursion_step(config) -> int:
-    """Number of times the network is applied in one recursion step."""
+    """Returns how many times the network is applied in one recursion step."""
     return config.visits_per_step if config.recursion == "trm" else 1

@@ -3,7 +3,7 @@
 lm = load_model("runs/trm")               # in src/checkpoint.py
 model, tokenizer = lm                     # a LanguageModel is a tuple
 lm.write("Once upon", seed=1)             # the text that generate.py prints
-lm.score(["One text.", "Another one."])   # loss, bits per byte and more of each text
+lm.score(["One text.", "Another one."])   # loss, bits per byte and other figures of each text
 lm.inspect("Once upon").logits.shape      # recursion steps x tokens x vocabulary
 """
 
@@ -56,8 +56,8 @@ class LanguageModel(NamedTuple):
     def inspect(self, text: str, rule: ExitRule | None = None) -> Inspection:
         """Returns the logits after every recursion step and the hidden states after every visit.
 
-        The text must fit the context. rule: the number of steps, and whether tokens may stop early; default: as
-        trained."""
+        The text must fit the context. rule: the number of steps, and whether tokens may stop early; by default, all
+        tokens run as many steps as in training."""
         ids = torch.tensor([self.tokenizer.encode(text, bos=True)], device=self.model.embed.weight.device)
         states = []
         hook = self.model.net.register_forward_hook(lambda net, inputs, state: states.append(state[0]))

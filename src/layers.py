@@ -19,8 +19,9 @@ TRUNCATED_STD = 0.8796256610342398  # of a standard normal distribution that is 
 class Injection:
     """Combines the streams that a visit reads into h, the input of the blocks.  (B, T, D) each -> (B, T, D).
 
-    The base class returns the last stream, so x is not injected again (`none`). TinyNet keeps the weights, one `layer`
-    for visits to z and one for visits to y, and passes them to `mix`. `macs` is for FLOPs, `parts` for width growth.
+    The base class is the injection `none`: it returns the last stream, the state, so x enters only at the start.
+    TinyNet keeps the weights, one `layer` for visits that update z and one for visits that update y, and passes them to
+    `mix`. `macs` serves the count of FLOPs; `parts` serves a curriculum that widens the model.
     """
 
     @staticmethod
@@ -70,12 +71,14 @@ class ConcatInjection(Injection):
         return streams * dim**2
 
 
-# To add an injection: a subclass and its name here, the name in TRMConfig, the equation in tests/reference.py.
+# docs/architecture.md lists the files to change for a new injection
 INJECTIONS = {"sum": SumInjection, "concat": ConcatInjection, "none": Injection}
 
 
 def injection_of(config) -> type[Injection]:
-    """The injection class of a TRMConfig.  A plain transformer reads only x, and a sum of one stream is that stream."""
+    """Returns the injection class for a TRMConfig.
+
+    A plain transformer reads only x. It uses the sum, because the sum of one stream is that stream."""
     return SumInjection if config.recursion == "none" else INJECTIONS[config.injection]
 
 
@@ -97,7 +100,7 @@ class RMSNorm(nn.Module):
 
 
 def norm_of(config, dim: int | None = None) -> RMSNorm:
-    """The RMSNorm of a TRMConfig, over `dim` channels (default d_model)."""
+    """Returns a new RMSNorm as a TRMConfig says, over `dim` channels (default d_model)."""
     return RMSNorm(dim or config.d_model, config.norm_eps, config.norm_gain)
 
 
@@ -116,10 +119,10 @@ def rotary_table(
     dtype: torch.dtype,
     trained_len: int | None = None,
 ) -> tuple[Float[Tensor, "b 1 t e"], Float[Tensor, "b 1 t e"]]:
-    """cos and sin for every position and channel, arXiv:2104.09864.
+    """Returns cos and sin for every position and channel, arXiv:2104.09864.
 
-    Computed from the positions in every call, so that no table limits the length. `scaling` divides the positions
-    (position interpolation, arXiv:2306.15595); with trained_len it scales the frequencies by YaRN instead."""
+    They are computed from the positions in every call, so that no table limits the length. `scaling` divides the
+    positions (position interpolation, arXiv:2306.15595); with trained_len it scales the frequencies by YaRN instead."""
     exact = dtype if dtype == torch.float64 else torch.float32  # bf16 cannot represent large positions
     channel = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact)
     frequency, size = theta ** (-channel / head_dim), 1.0
@@ -133,7 +136,8 @@ def rotary_table(
 
 
 def yarn(frequency: Float[Tensor, "e"], theta: float, scaling: float, trained_len: int) -> tuple[Tensor, float]:
-    """YaRN, arXiv:2309.00071: rotary frequencies for a context `scaling` times as long, and a factor for cos and sin.
+    """Returns the rotary frequencies for a context `scaling` times as long, and a factor for cos and sin: YaRN,
+    arXiv:2309.00071.
 
     A channel pair that turns more than 32 times in trained_len tokens keeps its frequency, because it distinguishes
     near positions. A pair that turns less than once is slowed by `scaling`, because it would otherwise reach angles not
@@ -210,7 +214,7 @@ def make_context(config, input_ids, attention_mask, cache, dtype) -> tuple[Tenso
 
 
 def rotary_of(config, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-    """`rotary_table` as a function of positions only, or None if the model has no rotary positions."""
+    """Returns `rotary_table` as a function of positions only, or None if the model has no rotary positions."""
     c = config
     if c.positions != "rope" or c.mixer != "attention":
         return None
@@ -275,9 +279,9 @@ class MLPMixer1D(nn.Module):
 def init_weights(model: nn.Module):
     """Initialises a TRMModel: linear layers N(0, 1/fan_in); embedding N(0, 1), or N(0, 1/D) if tied to the head.
 
-    weight_init `truncated` draws from truncated normal distributions of the same size, embeddings of N(0, 1/D), and
-    learned positions of N(0, 1). The halting head starts at "do not halt" (as in the paper). The gate starts open, so
-    that new states pass. Puzzle embeddings start at 0."""
+    With weight_init `truncated`, all of these are truncated normal distributions with the same variances, except that
+    the embedding has variance 1/D and learned positions have variance 1. The halting head starts at "do not halt" (as
+    in the paper). The gate starts open, so that new states pass. Puzzle embeddings start at 0."""
     c = model.config
     is_truncated = c.weight_init == "truncated"
     draw = _truncated_normal if is_truncated else lambda weight, std: weight.normal_(std=std)
@@ -303,5 +307,7 @@ def init_weights(model: nn.Module):
 
 
 def _truncated_normal(weight, std):
-    """Normal, cut off at two standard deviations, and scaled so that its standard deviation is `std`."""
+    """Fills a weight from a normal distribution that is cut off at twice its standard deviation.
+
+    The numbers are scaled so that their standard deviation is `std`."""
     nn.init.trunc_normal_(weight, std=std / TRUNCATED_STD, a=-2 * std / TRUNCATED_STD, b=2 * std / TRUNCATED_STD)

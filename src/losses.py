@@ -16,7 +16,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Float[Tensor, "*n v"], targets: Int[Tensor, "*n"]) -> Float[Tensor, ""]:
-    """Mean negative log-likelihood per target token, in nats.  0 if there is no target."""
+    """Returns the mean negative log-likelihood per target token, in nats; 0 if there is no target."""
     loss = F.cross_entropy(_wide(logits).flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     return loss / (targets != IGNORE).sum().clamp(min=1)
 
@@ -34,7 +34,7 @@ def token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def stablemax_cross_entropy(logits: Float[Tensor, "*n v"], targets: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """-log p(target), where p = s(x) / sum(s(x)) and s(x) = x + 1 if x >= 0, else 1 / (1 - x).  arXiv:2501.04697.
 
-    In nats and float64, because p can be tiny.  0 at positions without a target."""
+    Returns nats, in float64 because p can be tiny; 0 at positions without a target."""
     x = logits.double()
     s = torch.where(x >= 0, x + 1, 1 / (1 - x.clamp(max=0)))
     picked = s.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
@@ -42,7 +42,9 @@ def stablemax_cross_entropy(logits: Float[Tensor, "*n v"], targets: Int[Tensor, 
 
 
 def token_loss_of(config) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The `token_loss` of a TRMConfig: softmax or stablemax, averaged over target tokens or over each row first."""
+    """Returns the function that TRMModel uses as its `token_loss`.
+
+    It computes softmax or stablemax, averaged over all target tokens at once or over each row first."""
     if (config.token_loss, config.loss_mean) == ("softmax", "token"):
         return token_loss
 
@@ -59,9 +61,9 @@ def token_loss_of(config) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def mean_over_targets(losses: Float[Tensor, "*b t"], valid: Bool[Tensor, "*b t"], mean: str) -> Float[Tensor, ""]:
-    """The mean over valid positions (`token`), or the mean over rows of the mean over their valid positions (`row`).
+    """Returns the mean over all valid positions (mean `token`), or the mean over rows of each row's own mean (`row`).
 
-    losses are 0 where not valid.  Rows without any valid position do not count; 0 if there is none."""
+    losses: 0 at positions that are not valid. A row without a valid position does not count. Without any, returns 0."""
     if mean == "token":
         return losses.sum() / valid.sum().clamp(min=1)
     per_row = losses.sum(-1) / valid.sum(-1).clamp(min=1)
@@ -69,7 +71,7 @@ def mean_over_targets(losses: Float[Tensor, "*b t"], valid: Bool[Tensor, "*b t"]
 
 
 def count_terms(targets: Int[Tensor, "b t"], mean: str) -> int:
-    """The number of terms that `mean_over_targets` averages: target tokens, or rows with a target."""
+    """Returns the number of terms that `mean_over_targets` averages: target tokens, or rows with a target."""
     valid = targets != IGNORE
     return (valid.any(-1) if mean == "row" else valid).sum().item()
 
@@ -77,22 +79,22 @@ def count_terms(targets: Int[Tensor, "b t"], mean: str) -> int:
 def halting_loss(
     halt_logits: Float[Tensor, "*n"], should_halt: Bool[Tensor, "*n"], valid: Bool[Tensor, "*n"]
 ) -> Float[Tensor, ""]:
-    """Mean binary cross-entropy of the halting head over the valid positions, in nats."""
+    """Returns the mean binary cross-entropy of the halting head over the valid positions, in nats."""
     logits = _wide(halt_logits)
     loss = F.binary_cross_entropy_with_logits(logits, should_halt.to(logits.dtype), reduction="none")
     return (loss * valid).sum() / valid.sum().clamp(min=1)
 
 
 def kl_divergence(logits: Float[Tensor, "*n v"], before: Float[Tensor, "*n v"]) -> Float[Tensor, "*n"]:
-    """KL(softmax(logits) || softmax(before)) over the last dimension, in nats."""
+    """Returns KL(softmax(logits) || softmax(before)) over the last dimension, in nats."""
     log_p, log_q = _wide(logits).log_softmax(-1), _wide(before).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """Cross-entropy in bits per UTF-8 byte, which compares models with different tokenizers.
+    """Returns the cross-entropy in bits per UTF-8 byte, which compares models with different tokenizers.
 
-    NaN if bytes_per_token is NaN: the tokenizer does not reproduce the text."""
+    Returns NaN if bytes_per_token is NaN, because the tokenizer does not reproduce the text."""
     return nats_per_token / math.log(2) / bytes_per_token
 
 

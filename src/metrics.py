@@ -50,7 +50,7 @@ def describe_model(model: nn.Module) -> str:
 
 
 class Depth(NamedTuple):
-    """Number of blocks that a token passes: for one supervision step with its read-out, and for all steps."""
+    """The number of blocks that a token passes. A step includes the prelude, and the coda that reads its answer."""
 
     per_step: int
     total: int
@@ -84,19 +84,19 @@ class Flops(NamedTuple):
 def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
     """Returns the FLOPs per token of training and of decoding at `context` tokens (default: max_seq_len).
 
-    Weights: 2 per multiply-add in the forward pass, 4 more in the backward pass. A parameter therefore costs 6 per
-    visit with gradient and 2 per visit without (trm: all but the last grad_deep_steps; act_target stable: the second
-    read-out).
+    Weights: a multiply-add costs 2 FLOPs in the forward pass and 4 more in the backward pass. A parameter therefore
+    costs 6 in a visit with gradient, and 2 in a visit without. Without gradient are all but the last grad_deep_steps of
+    trm, and the second read-out of act_target stable.
     Attention: scores and values cost 4*T*D forward and 8*T*D backward per token and layer visit. The whole T x T square
     counts although half of it is masked, as in PaLM (arXiv:2204.02311, appendix B).
-    Included: coda, head and halting head once per supervision step (for the loop: once per visit with a loss); the
-    injection and gate of every visit; the prelude once per supervision step, because training recomputes x each time
-    (with full_bptt it does not: once).
+    Included: coda, head and halting head, once per supervision step (for the loop: once per visit with a loss); the
+    injection and gate of every visit; the prelude, once per supervision step because training recomputes x each time
+    (with full_bptt: once in all).
     Not included: embedding look-up, norms, softmax, optimizer, recomputation by gradient checkpointing.
     All supervision steps count in full, whatever supervision_weights is.
-    Tokens of the prefix of a puzzle are computed too, and their cost is shared by the others.
-    Decoding: the forward pass of one new token with a cache of `context` tokens: every visit, coda and head once. For a
-    model that is not causal: the forward pass over `context` tokens, divided by their number."""
+    The prefix tokens of a puzzle are computed too; their cost is added to that of the other tokens.
+    Decoding: the forward pass of one new token with a cache of `context` tokens, with every visit, and the coda and
+    head once. For a model that is not causal: the forward pass over `context` tokens, divided by their number."""
     context = context or config.max_seq_len
     steps, D = config.train_steps, config.d_model
     block, attention, extras = (

@@ -64,7 +64,7 @@ class TRMOutput(NamedTuple):
 class TRMModel(nn.Module):
     """ids (B, T) -> logits (B, T, V), by recursion of one TinyNet.
 
-    Training and inference call `forward` only, so that DDP and FSDP see all work."""
+    Training and inference call only `forward`, because DDP and FSDP act on calls of `forward`."""
 
     def __init__(self, config: TRMConfig):
         super().__init__()
@@ -230,7 +230,7 @@ class TRMModel(nn.Module):
         return y, z
 
     def _gradient(self, t: int):
-        """Enables gradient if t, a cycle of trm or a visit of the loop, is among the last grad_deep_steps."""
+        """Enables gradients if t, a cycle of trm or a visit of the loop, is among the last grad_deep_steps."""
         carries = t >= self.config.deep_steps - self.config.grad_deep_steps
         return torch.set_grad_enabled(carries and torch.is_grad_enabled())
 
@@ -243,10 +243,10 @@ class TRMModel(nn.Module):
         return self.net(inject, inputs, old, ctx, slot)
 
     def _enter(self, input_ids, attention_mask, cache, puzzle_ids=None) -> tuple[Tensor, Context | OneTokenContext]:
-        """Embedding and prelude: x (B, P + T, D) with P prefix tokens, and the context that all attention layers share.
+        """Runs embedding and prelude.  Returns x (B, P + T, D), with P prefix tokens, and the context of this call.
 
-        The type of the context selects the implementation of the blocks in `run_blocks`: OneTokenContext for one new
-        token per row beside a cache, else Context."""
+        All attention layers share the context. Its type selects the implementation of the blocks in `run_blocks`:
+        OneTokenContext if each row adds one new token to a cache, else Context."""
         c = self.config
         x = self.embed(input_ids) * c.embed_scale
         if self.puzzle_embed is not None:
@@ -264,7 +264,7 @@ class TRMModel(nn.Module):
         return run_blocks(self.prelude, None, x, ctx, 0), ctx
 
     def _prefix(self, input_ids, puzzle_ids):
-        """The prefix (B, P, D): the embedding of each puzzle, padded with zeros."""
+        """Returns the prefix (B, P, D): the embedding of each puzzle, padded with zeros."""
         c = self.config
         ids = input_ids.new_zeros(len(input_ids)) if puzzle_ids is None else puzzle_ids
         prefix = self.puzzle_embed(ids) * c.embed_scale
@@ -272,7 +272,7 @@ class TRMModel(nn.Module):
         return prefix.view(len(ids), c.prefix_tokens, c.d_model)
 
     def initial_state(self, x) -> Carry:
-        """The state before the first step.  With injection `none`, the loop starts at x and does not read x again."""
+        """Returns the state before the first step.  With injection `none`, the loop reads x only here."""
         if self.config.recursion == "trm":
             return Carry(self.y_init.to(x.dtype).expand_as(x), self.z_init.to(x.dtype).expand_as(x), 0)
         if self.config.injection == "none":
@@ -296,8 +296,8 @@ class TRMModel(nn.Module):
     def _halting_loss(self, y_before, step, logits, halt, target_ids, right, ctx):
         """Halting loss of one recursion step.
 
-        With act_target `stable`, whether the answer of step s was stable is known at step s + 1. So the loss at each
-        step is that of the step before, and step 0 has none."""
+        With act_target `stable`, step s + 1 shows whether the answer of step s was stable. So each step computes the
+        loss of the step before it, and step 0 has none."""
         valid = target_ids != IGNORE
         if halt is None or (self.config.act_target == "stable" and step == 0):
             return logits.new_zeros(())
@@ -341,7 +341,7 @@ def run_blocks(blocks, norm: nn.Module | None, h, ctx: Context | OneTokenContext
 
 
 class TinyNet(nn.Module):
-    """The network that is applied again and again: injection, n_layers blocks, gate.  (B, T, D) each -> (B, T, D)."""
+    """The network that is applied at every visit: injection, n_layers blocks, gate.  (B, T, D) each -> (B, T, D)."""
 
     def __init__(self, c: TRMConfig):
         super().__init__()

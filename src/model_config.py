@@ -28,38 +28,43 @@ class TRMConfig:
         n_layers: blocks of the network that is applied repeatedly
         d_ff: hidden width of SwiGLU; default 8/3 D, rounded up to a multiple of 64
         max_seq_len: context length in tokens
-        causal: each token attends only to the past, as in a language model; false for puzzles
-        mixer: how information moves between tokens; mlp needs a fixed length and causal false
+        causal: whether a token attends only to itself and to earlier tokens. train_trm_lm.py trains only causal models,
+            train_puzzles.py only models that are not causal
+        mixer: how information moves between tokens: attention, or mlp (MLPMixer1D), which only train_puzzles.py can
+            train, because it needs rows of one length and is not causal
         attention_window: a token attends only to tokens less than this many positions away; default no limit
-        mixer_ff: hidden width of the mlp mixer; default 8/3 of the positions, rounded up to a multiple of 64
+        mixer_ff: hidden width of mixer mlp; default 8/3 of the positions in a row, rounded up to a multiple of 64
         positions: rope (rotary), learned (an embedding added to x) or none
         rope_theta: base of the rotary frequencies
         rope_scaling: divides the rotary positions, for a context this many times as long as in training; default 1
         rope_trained_len: context length of the original training in tokens; if given, rope_scaling uses YaRN
         norm: where RMSNorm is: post (after each sublayer, the TRM paper), pre (before it, Llama), sandwich (both)
         norm_eps: epsilon inside RMSNorm
-        norm_gain: give each RMSNorm learned weights; false as in the authors' code of TRM
+        norm_gain: give each RMSNorm a learned weight per channel; the authors' code of TRM has none
         qk_norm: apply RMSNorm to queries and keys, per head
         dropout: dropout probability for attention weights and for the outputs of attention and SwiGLU
-        visit_dropout: in training, probability that a token skips a visit other than the first (loop)
-        start_noise: in training, the first state is normal noise with this standard deviation instead of 0 (loop with
-            injection sum or concat)
+        visit_dropout: loop only: in training, probability that a token skips a visit; the first visit is never skipped
+        start_noise: loop with injection sum or concat only: in training, start from normal noise with this standard
+            deviation instead of from 0
         tie_embeddings: use the embedding matrix as the output head
-        embed_scale: factor applied to embeddings; default sqrt(d_model) if tied and recursive, or with weight_init
-            truncated, else 1
-        weight_init: distribution of the initial weights: normal, or truncated (truncated normal, embeddings of size
-            1/sqrt(d_model)) as in the authors' code of TRM
-        prefix_tokens: tokens in front of the cells of a puzzle; they carry no loss
-        puzzle_ids: number of puzzle identifiers, each with an embedding in the prefix; 0 = one learned prefix for all
-        puzzle_dim: width of a puzzle's embedding, padded with zeros to fill the prefix; default d_model
+        embed_scale: factor on the embeddings; default sqrt(d_model) for a recursive model with tie_embeddings and for
+            weight_init truncated, else 1
+        weight_init: distribution of the initial weights: normal, or truncated as in the authors' code of TRM (truncated
+            normal; embeddings have the standard deviation 1/sqrt(d_model))
+        prefix_tokens: train_puzzles.py only: number of extra tokens before the cells of a puzzle; they have no loss
+        puzzle_ids: train_puzzles.py only: number of puzzle identifiers; the embedding of a puzzle's identifier fills
+            the prefix. 0 = one learned prefix for all puzzles
+        puzzle_dim: train_puzzles.py only: width of the embedding of a puzzle identifier; zeros fill the rest of the
+            prefix. Default d_model, or the whole prefix if puzzle_ids is 0
         recursion: none = plain transformer (Llama), loop = looped transformer, trm = the two-stream recursion
         prelude_layers: blocks before the recursion, with their own weights
         coda_layers: blocks after the recursion, with their own weights
-        injection: how a visit combines x, y, z: sum (the paper), concat (a linear layer), none (loop only: y0 = x)
+        injection: how a visit combines x, y and z: sum (the paper), concat (a linear layer over all three) or none
+            (loop only: the loop starts at y = x and does not read x again)
         gate: at each visit, mix the old and the new state by an element-wise gate
-        latent_steps: n, number of updates of z before each update of y (trm)
-        deep_steps: T, cycles (n updates of z, one of y) per supervision step (trm), or number of visits (loop)
-        supervision_steps: N_sup, number of supervision steps, with a loss after each (trm)
+        latent_steps: trm only: n, number of updates of z before each update of y
+        deep_steps: T, number of cycles (n updates of z, one of y) per supervision step (trm), or of visits (loop)
+        supervision_steps: trm only: N_sup, number of supervision steps, with a loss after each
         grad_deep_steps: how many deep steps, counted from the last, carry gradient; default 1 for trm, all for loop
         full_bptt: back-propagate through all supervision and deep steps; memory grows with their number
         supervision_weights: weights of the losses after each supervision step (trm) or visit (loop): equal, linear,
@@ -68,11 +73,11 @@ class TRMConfig:
         loss_mean: average the loss over all target tokens of a batch (token), or over each row first (row)
         halting: give the model a halting head; default true for trm, false for loop
         act_weight: weight of the halting loss
-        act_target: what the halting head predicts: correct (the argmax is right) or stable (one
-            more step does not change the argmax)
-        act_threshold: a token halts if its halting probability exceeds this
+        act_target: what the halting head predicts: correct (the most probable token is right) or stable (one more step
+            does not change the most probable token)
+        act_threshold: at inference with --exit halt, a token stops if its halting probability exceeds this
         gradient_checkpointing: recompute each visit in the backward pass, which saves memory and takes more time
-        pad_token_id: id of the padding after the end of a row
+        pad_token_id: id of the padding token; training takes it from the tokenizer
     """
 
     vocab_size: int | None = None
@@ -163,10 +168,10 @@ class TRMConfig:
         outside = self.vocab_size is not None and not 0 <= (self.pad_token_id or 0) < self.vocab_size
         yield outside, f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}: correct it"
         sees_all = self.mixer == "mlp" and self.causal
-        yield sees_all, "mixer mlp sees all positions: set causal to false, or mixer to attention"
+        yield sees_all, "mixer mlp sees all positions, so it cannot be causal: set mixer to attention"
         prefix = self.prefix_tokens
         seen = prefix > 0 and self.causal
-        yield seen, f"prefix_tokens {prefix} are for puzzles: set causal to false, or leave them out"
+        yield seen, f"prefix_tokens {prefix} are for train_puzzles.py; a causal model has none: leave them out"
         missing = self.puzzle_ids > 0 and prefix == 0
         yield missing, f"puzzle_ids is {self.puzzle_ids}, but there is no prefix to put them in: set prefix_tokens"
         wide = self.puzzle_dim > prefix * D
@@ -220,7 +225,7 @@ def _hidden_width(size: int) -> int:
 
 
 def model_settings(config: TRMConfig) -> dict:
-    """Settings for config.yaml. A value that is derived from others is None, so that it is derived again on reading."""
+    """Returns the settings for config.yaml. A value that follows from others is None, so that it is derived again."""
     follows = ("n_kv_heads", "d_ff", "mixer_ff", "puzzle_dim", "halting", "embed_scale", "grad_deep_steps")
     derived = [name for name in follows if replace(config, **{name: None}) == config]
     return config.to_dict() | dict.fromkeys(derived)
@@ -233,11 +238,11 @@ class ExitRule:
     Args:
         exit: when a token stops: fixed (after max_recursion_depth steps), halt (when the halting head is confident) or
             kl (when a step changes its next-token distribution by less than kl_threshold)
-        max_recursion_depth: most recursion steps per token; may exceed those of training, which are the default
+        max_recursion_depth: most recursion steps per token; default as many as in training; may be more
         act_threshold: for halt, stop above this halting probability; default that of the model
         kl_threshold: for kl, stop if KL(after the step || before it) is below this, in nats; default 0.01
-        patience: for halt and kl, stop only after this many steps in a row in which the rule says so. Keys and values
-            are computed at the start of a visit: with 2, what a token found in one visit reaches the others in the next
+        patience: for halt and kl, stop a token when the rule has held for this many steps in a row. Other tokens see
+            what a token found in a step only if it runs one more step, so 2 can be better than 1
     """
 
     exit: Literal["fixed", "halt", "kl"] = "fixed"
@@ -279,7 +284,7 @@ class ExitRule:
 
 
 def step_weights(spec: str, steps: int) -> list[float]:
-    """Weights of steps 0..steps-1 from `supervision_weights`, not normalised.
+    """Returns the weights of steps 0..steps-1 that `supervision_weights` describes, not normalised.
 
     `equal`, `linear` (step s has weight s + 1), `last`, or numbers such as `0.3,1.0`; the last number is repeated."""
     if spec == "equal":
@@ -302,7 +307,7 @@ def valid_weights(spec: str, steps: int) -> bool:
 
 
 def loss_weights(config: TRMConfig, end: int, first: int = 0) -> list[float]:
-    """Weights of the losses after recursion steps first..end-1 of a model, not normalised.
+    """Returns the weights of the losses after recursion steps first..end-1 of a model, not normalised.
 
     By default, all supervision steps of trm have equal weights, and only the last visit of the loop has a loss. Visits
     of the loop without gradient have weight 0. If all weights up to `end` would be 0, the last step gets weight 1."""

@@ -1,4 +1,4 @@
-"""Choice of the next token, and `generate`, the token generator that all front ends use."""
+"""Choice of the next token, and `generate`, which every script uses to generate text."""
 
 import secrets
 from collections.abc import Sequence
@@ -87,10 +87,11 @@ def generate(
     eos_id: the id or ids (a tokenizer's `end_ids`) that end a row; any of them counts as EOS. A row that has ended
         yields the config's pad_token_id, or the first eos_id if there is none.
     exit: exit rule that stops each token.
-    thoughts, depths: lists; for every new token, a Thought and its number of recursion steps (B,) are appended.
+    thoughts, depths: lists; each new token appends a Thought to `thoughts`, and its numbers of recursion steps (B,) to
+        `depths`.
 
-    When a row outgrows max_seq_len, it keeps its last max_seq_len // 2 tokens, which are encoded again. The first token
-    that is asked for raises ValueError for invalid options or prompts.
+    When a row outgrows max_seq_len, it keeps its last max_seq_len // 2 tokens, which are encoded again. Raises
+    ValueError for invalid options or prompts, when the caller requests the first token.
     """
     _check(model.config, prompt_ids, max_new_tokens, temperature, top_k, top_p, attention_mask)
     if exit is None and (thoughts is not None or depths is not None):
@@ -112,7 +113,7 @@ def generate(
 
 
 def _thought(new, output) -> Thought:
-    """The Thought of the last position. Leaves out steps beyond its depth, which only other positions have run."""
+    """Returns the Thought of the last position, without steps that only other positions have run."""
     depth = output.carry.steps[:, -1]
     steps = int(depth.max())
     halt = None if output.halt_logits is None else output.halt_logits[:steps, :, -1]

@@ -112,11 +112,11 @@ class _Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace").removeprefix(self.prefix)
 
     def lost_bytes(self, text, ids):
-        """Returns how many UTF-8 bytes of `text` decoding its `ids` does not restore; 0 if it restores all of them."""
+        """Returns how many UTF-8 bytes of `text` are lost when its `ids` are decoded; 0 if none."""
         back = self.decode(ids)
         if back == text:
             return 0
-        # of each character, as many as are in both texts, wherever they are
+        # a character counts as kept as often as it occurs in both texts, in whatever order
         kept = sum(len(character.encode()) * n for character, n in (Counter(text) & Counter(back)).items())
         return max(1, len(text.encode()) - kept)
 
@@ -336,7 +336,7 @@ def read_tokenizer(name_or_path):
 
 
 def warn_of_loss(lost, n_bytes):
-    """Warns that there will be no bits per byte, if the tokenizer lost some of the text's bytes."""
+    """If the tokenizer lost some bytes of the text, warns that bits per byte will not be reported."""
     if lost:
         print(
             f"warning: the tokenizer loses {100 * lost / n_bytes:.3g} % of the text's bytes: bits per byte would be "
@@ -357,7 +357,7 @@ class StreamDecoder:
         self._prefix = tokenizer.prefix if starts_text else ""
 
     def push(self, index):
-        """Returns the text that is complete with this id, "" while a character still lacks bytes."""
+        """Returns the characters that this id completes; "" if the next character still lacks bytes."""
         text = self._decoder.decode(self._tokenizer.id_to_bytes(int(index)))
         if text and self._prefix:
             text, self._prefix = text.removeprefix(self._prefix), ""

@@ -29,7 +29,7 @@ from src.training.train_config import TrainConfig
 
 
 class Trainer:
-    """One training run.  `create_trainer` in src/training/create.py builds it from settings; `train()` runs it."""
+    """One training run.  `create_trainer` in src/training/create.py makes it from settings; `train` runs it."""
 
     best_name = "best_valid_loss"  # name of the best `score` in a checkpoint's config.json
 
@@ -63,7 +63,7 @@ class Trainer:
         self.curriculum.check_division(c.grad_accum, self.world)
 
     def train_flops(self, model: TRMConfig) -> float:
-        """Estimated FLOPs of the whole run."""
+        """Returns the estimated FLOPs of the whole run."""
         return self.curriculum.tokens(self.curriculum.total_steps) * flops_per_token(model).train
 
     def _take_model(self, model: TRMModel):
@@ -82,7 +82,7 @@ class Trainer:
         return make_optimizers(model, c.optimizer, c.lr, c.weight_decay, (0.9, c.beta2))
 
     def _windows(self, seq_len: int) -> int:
-        """Number of training windows of this length, which converts epochs to steps."""
+        """Returns the number of training windows of this length; the curriculum converts epochs to steps with it."""
         if not hasattr(self.train_set, "__len__"):
             raise UserError("a stage in `epochs` needs a tokenized corpus: use `steps`, or set `--streaming false`")
         return len(self.train_set.with_seq_len(seq_len))
@@ -106,7 +106,7 @@ class Trainer:
             self.loader.load_state_dict(before.state_dict())
 
     def new_loader(self, stage):
-        """An iterator over this process's parts of the training batches of a stage, which can save its position."""
+        """Returns an iterator over this process's share of the stage's batches.  It can save its position."""
         text = self.train_set.with_seq_len(stage.seq_len)
         options = {"rank": self.rank, "world": self.world, "num_workers": self.num_workers}
         options["pad_id"] = self.tokenizer.pad_id
@@ -190,7 +190,7 @@ class Trainer:
         return figures
 
     def _is_over(self, interrupt) -> tuple[bool, bool]:
-        """(whether the run ends here, whether a signal ended it).  Every process gets the same answer."""
+        """Returns (whether the run ends here, whether a signal ended it).  Every process gets the same answer."""
         passed = 0.0
         if self.is_main and self.config.max_minutes is not None:  # only the main process's clock counts
             passed = (time.monotonic() - self.started) / 60 / self.config.max_minutes
@@ -198,7 +198,7 @@ class Trainer:
         return bool(stopped) or self.progress() >= 1, bool(stopped)
 
     def progress(self) -> float:
-        """The fraction of the run that is done, by steps or by time, whichever is larger."""
+        """Returns the fraction of the run that is done, by steps or by time, whichever is larger."""
         return max(self.step / self.curriculum.total_steps, self.time_fraction)
 
     def train_step(self, batch: dict):
@@ -299,7 +299,7 @@ class Trainer:
             raise run_folder.diverged(self.folder, wrong)
 
     def start_window(self):
-        """Reset the sums behind the next line of the log."""
+        """Start new sums for the means in the next line of the log."""
         self.window = Window(self.device)
         self.clock.start(self.step)
 
@@ -326,7 +326,7 @@ class Trainer:
         self.start_window()
 
     def more_figures(self, means: dict) -> dict:
-        """Figures of the log that depend on the kind of data.  means: losses per step since the last line."""
+        """Returns the figures of the log that depend on the kind of data.  means: mean losses since the last line."""
         return {"bits_per_byte": bits_per_byte(means["ce_loss"], self.train_set.bytes_per_token)}
 
     def measure(self, limit: int | None) -> dict:
@@ -340,7 +340,7 @@ class Trainer:
             return evaluate(self.raw, batches, data.bytes_per_token, self.precision, None, self.accelerator)
 
     def evaluate(self, limit: int | None) -> dict:
-        """`measure`, and write the figures, a sample text and the learning curve to the run folder."""
+        """Evaluate as `measure` does, and write the figures, a sample text and the learning curve to the run folder."""
         with self.clock.paused():
             figures = self.measure(limit)
             # a sharded model cannot run in one process alone, so all processes generate the sample together
@@ -353,16 +353,16 @@ class Trainer:
         return figures
 
     def score(self, figures: dict) -> float:
-        """The figure of an evaluation that selects the best checkpoint; lower is better."""
+        """Returns the figure by which the best checkpoint is selected; lower is better."""
         return figures["valid_loss"]
 
     def report(self, figures: dict) -> str:
-        """What an evaluation prints and adds to samples.txt.  Its first line starts with `step N:`."""
+        """Returns the text that an evaluation prints and adds to samples.txt.  It starts with `step N:`."""
         loss = f"{figures['valid_loss']:.4f} nats/token{bits_text(figures['valid_bits_per_byte'])}"
         return f"step {self.step}: validation {loss}\n{self.sample()}\n"
 
     def sample(self) -> str:
-        """A text generated with the averaged weights, from the same seed each time."""
+        """Returns a text generated with the averaged weights, from the same seed each time."""
         c = self.config
         with self.averaged_weights():
             return sample_text(self.raw, self.tokenizer, c.sample_prompt, c.sample_tokens, c.seed)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import AXES, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,7 +138,7 @@ def configurations(draw, families=("none", "loop", "trm")):
     return {
         "recursion": recursion,
         "norm": draw(st.sampled_from(["post", "pre", "sandwich"])),
-        "injection": draw(st.sampled_from(["sum", "concat"] + ["none"] * (recursion == "loop"))),
+        "injection": draw(st.sampled_from(AXES["injection"] + ("none",) * (recursion == "loop"))),
         "positions": draw(st.sampled_from(["rope", "learned", "none"])),
         "n_kv_heads": draw(st.sampled_from([1, 2, 4])),
         **{key: draw(st.integers(1, 2)) for key in ("n_layers", "deep_steps")},

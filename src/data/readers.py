@@ -1,7 +1,6 @@
 """Readers of documents, one function per file format, and the text form in which extract_texts.py writes them.
 
-Formats: .jsonl and .txt (plain or gzipped), .parquet and .py. To add one: a function here, its entry in READERS, and a
-test in tests/data/test_corpus.py.
+READERS lists the formats. docs/architecture.md says which files to change for a new one.
 
 In a .txt file, a line that holds only <|endoftext|> separates two documents. The line break before that line belongs to
 the separator. A document that ended with a line break therefore still does. A .txt file without separators is one

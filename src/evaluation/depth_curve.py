@@ -66,7 +66,8 @@ def depth_curve(
     if size.lost:
         raise UserError("the tokenizer loses part of the text, so there are no bits per byte: use other text")
     rules = [ExitRule("halt", deepest, act_threshold=a) for a in act_thresholds if config.halting]
-    rules += [ExitRule("kl", deepest, kl_threshold=k) for k in kl_thresholds if deepest > 2]  # stops at 2 or later
+    # kl compares two steps, so no token stops before step 2: with 2 steps in all, there is nothing to stop
+    rules += [ExitRule("kl", deepest, kl_threshold=k) for k in kl_thresholds if deepest > 2]
     if bar is not None:
         bar.reset(size.tokens * (1 + len(rules)))
     fixed = score_windows(model, samples, size, batch_size, ExitRule("fixed", deepest), True, bar)
@@ -87,7 +88,8 @@ def _point(config, exit, setting, depth, figures) -> CurvePoint:
 def cheapest_points(points: list[CurvePoint], trained_depth: int, within: float = 0.01) -> dict[str, CurvePoint]:
     """Returns {exit rule: its cheapest point (fewest visits) that is nearly as good as the trained depth}.
 
-    Nearly as good: at most (1 + within) x the bits per byte at the trained depth. Rules without one are left out."""
+    Nearly as good means at most (1 + within) x the bits per byte at the trained depth. A rule without such a point is
+    left out."""
     limit = (1 + within) * full_point(points, trained_depth).bits_per_byte
     cheapest = {}
     for name in NAMES:

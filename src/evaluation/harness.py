@@ -34,10 +34,10 @@ MAX_NEW_TOKENS = 256  # if a task sets no limit
 
 
 class Answers:
-    """Answers the requests of lm_eval. It reads only `args` of a request, so it works without lm_eval installed.
+    """Answers the requests of lm_eval. It reads only `args` of a request, so tests can use it without lm_eval.
 
-    Every context starts like the training texts: with BOS, unless the tokenizer adds none. A context that is too long
-    loses its beginning. rule: when a token stops recursing."""
+    Every context starts like a training text: with BOS, unless this model's texts begin without it. A context that is
+    too long loses its beginning. rule: when a token stops recursing."""
 
     def __init__(self, model, tokenizer, batch_size: int = 8, rule: ExitRule | None = None):
         super().__init__()

@@ -32,7 +32,9 @@ class Fonts(NamedTuple):
         return {"family": self.names, "fontweight": "normal" if len(self.names) > 1 else "bold"}
 
     def show(self, text: str, index: int | None = None) -> str:
-        """Returns printable text: <U+4EAC> for a character that no font has, #index for a token with several."""
+        """Returns printable text: a character that no font has becomes <U+4EAC> or similar.
+
+        index: the id of a token. If its text has several such characters, the whole text becomes #index."""
         text = visible(text)
         if index is not None and sum(c in self.missing for c in text) > 1:
             return f"#{index}"
@@ -143,7 +145,8 @@ def _draw_panel(axes, tokens, look):
 
 
 def _ordered(token):
-    """Returns (candidate, colour) from left to right: the token written, those that led at some step, four more."""
+    """Returns (candidate, colour) from left to right: the token written, those that were the likeliest at some step,
+    and up to four others."""
     leaders = [c["token"] for c in likeliest(token)]
     written = next(c for c in token["candidates"] if c["token"] == token["token"])
     others = [c for c in token["candidates"] if c is not written]

@@ -70,8 +70,9 @@ def _sync(folder: Path):
 
 
 def _link(source, target):
-    """Puts a file, link or folder at a second path, replacing what is there. Uses hard links if the disk supports them,
-    else copies."""
+    """Puts a file, link or folder at a second path as well, and replaces what is there.
+
+    Uses hard links if the disk supports them, else copies."""
     if os.path.isfile(target):
         os.unlink(target)
     if os.path.isdir(source) and not os.path.islink(source):

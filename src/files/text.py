@@ -16,7 +16,7 @@ from src.errors import UserError
 
 MOST_BYTES = 256 * 1024**2  # limit for a file that is read as a whole: settings, names, prompts, tokenizers
 MOST_LINE = 32 * 1024**2  # limit in characters for a line that is read as a whole, such as a JSON record
-MOST_SKIPPED = 8  # read_lines skips lines over its limit, but raises UserError if one is this many times as long
+MOST_SKIPPED = 8  # read_lines skips a line over its limit, but raises UserError for one over this many times the limit
 MOST_DEPTH = 100  # limit for nested lists and objects in JSON
 BOMS = {  # longest first, because the mark of UTF-32-LE starts with that of UTF-16-LE
     codecs.BOM_UTF32_LE: "utf-32-le",

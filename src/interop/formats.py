@@ -52,7 +52,8 @@ class Format(NamedTuple):
     name: str
     read: Callable  # path -> (config, weights, info)
     read_tokenizer: Callable  # path -> tokenizer
-    read_ends: Callable | None  # path, tokenizer -> arguments of tokenizer.set_ends; None: the tokenizer has them
+    # path, tokenizer -> arguments of tokenizer.set_ends; None if read_tokenizer has already set them
+    read_ends: Callable | None
 
 
 def _read_checkpoint(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:

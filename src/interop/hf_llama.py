@@ -47,8 +47,8 @@ def _licence(folder) -> dict:
 def read_ends(folder, tokenizer) -> dict:
     """Returns the arguments of `tokenizer.set_ends` (BOS and end tokens) for a folder's settings.
 
-    `add_bos_token` decides whether texts begin with BOS. Without it, they do if tokenizer.json adds BOS to a text.
-    Old folders of this project have no `add_bos_token`; their texts begin with BOS."""
+    `add_bos_token` decides whether texts begin with BOS. If it is missing, they do if tokenizer.json adds BOS to a
+    text. Old folders of this project also lack `add_bos_token`; their texts begin with BOS."""
     files = [Path(folder, name) for name in (CONFIG_FILE, *SETTINGS)]
     names, *settings = (read_object(file) if file.is_file() else {} for file in files)
     ends = [values.get("eos_token_id") for values in settings]

@@ -1,12 +1,12 @@
 """Checkpoints of the TRM authors' code (github.com/SamsungSAILMontreal/TinyRecursiveModels), read and written.
 
-Their checkpoint is a state dict in a file of torch.save; `all_config.yaml` beside it holds the settings. Weights say
-most of the settings: sizes, the mixer, the prefix. The number of heads, the cycles and the steps come from the YAML.
+Their checkpoint is a state dict, written by torch.save; `all_config.yaml` beside it holds the settings. Most settings
+follow from the weights: the sizes, the mixer and the prefix. The numbers of heads, cycles and steps come from the YAML.
 
-Their model is this one with norm post without gain, a sum injection, stablemax loss averaged over rows, and a halting
-head that reads position 0. Differences in what is stored:
-- q_head has two rows (halt, continue). The shipped settings use only the first, so only the first is kept.
-- Learned positions are added to the embedding at a factor of sqrt(1/2), and both are scaled by sqrt(D) afterwards.
+Their model is ours with norm post without gain, injection sum, the stablemax loss averaged over rows, and a halting
+head that reads position 0. Their files store two things in another form:
+- q_head has two rows (halt, continue). The settings that they publish use only the first, so only the first is kept.
+- They multiply the sum of embedding and learned positions by sqrt(1/2), and then by sqrt(D).
 """
 
 import math
@@ -46,7 +46,7 @@ BLOCK = re.compile(r"L_level\.layers\.(\d+)\.(\w+\.\w+)\.weight")
 
 
 def strip_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the prefixes of torch.compile and wrappers in their names (`_orig_mod.`, `model.inner.`)."""
+    """Removes the prefixes that torch.compile and wrappers put before names (`_orig_mod.`, `model.inner.`)."""
     return {re.sub(r"^(?:_orig_mod\.|module\.|model\.|inner\.)+", "", name): value for name, value in tensors.items()}
 
 
@@ -72,9 +72,9 @@ def read_official(tensors: dict[str, Tensor], path, settings: dict | None = None
 
 
 def write_official(config: TRMConfig, weights: dict[str, Tensor], where) -> tuple[dict[str, Tensor], dict]:
-    """(state dict under the authors' names, their settings) of a model of this project.
+    """Returns (state dict under the authors' names, their settings) of a model of this project.
 
-    Raises UserError if the authors' code cannot hold the model: see `_unlike`."""
+    Raises UserError if the authors' code lacks something that the model needs: see `_unlike`."""
     if reason := _unlike(config):
         raise UserError(f"{where}: the authors' code has no {reason}: keep the model as a checkpoint")
     theirs = {}
@@ -92,7 +92,7 @@ def write_official(config: TRMConfig, weights: dict[str, Tensor], where) -> tupl
             theirs[f"model.inner.{names[name]}"] = tensor
     q_weight, q_bias = theirs["model.inner.q_head.weight"], theirs["model.inner.q_head.bias"]
     theirs["model.inner.q_head.weight"] = torch.cat((q_weight, torch.zeros_like(q_weight)))
-    theirs["model.inner.q_head.bias"] = torch.cat((q_bias, torch.full_like(q_bias, -5.0)))  # as it starts
+    theirs["model.inner.q_head.bias"] = torch.cat((q_bias, torch.full_like(q_bias, -5.0)))  # its starting value
     if config.positions == "learned":
         name = "model.inner.embed_pos.embedding_weight"
         theirs[name] = theirs[name] / config.embed_scale
@@ -105,7 +105,7 @@ def write_official(config: TRMConfig, weights: dict[str, Tensor], where) -> tupl
 def _settings_beside(path) -> dict:
     file = Path(path).with_name(CONFIG)
     if not file.is_file():
-        raise UserError(f"{path}: there is no {CONFIG} beside it, which tells heads and cycles: copy it from the run")
+        raise UserError(f"{path}: there is no {CONFIG} with the numbers of heads and cycles beside it: copy it there")
     return read_yaml(file)
 
 
@@ -117,7 +117,7 @@ def _config(tensors, settings, path) -> TRMConfig:
         d_ff = tensors["L_level.layers.0.mlp.down_proj.weight"].shape[1]
         heads, cycles, latent = int(arch["num_heads"]), int(arch["H_cycles"]), int(arch["L_cycles"])
     except (KeyError, ValueError, TypeError) as error:
-        wrong = f"{path} is no TRM of the authors' code, or {CONFIG} is not its own"
+        wrong = f"{path} is not a TRM of the authors' code, or its {CONFIG} belongs to another run"
         raise UserError(f"{wrong}: {error} is missing") from None
     mixer = tensors.get("L_level.layers.0.mlp_t.down_proj.weight")
     puzzles = tensors.get("puzzle_emb.weights")
@@ -153,12 +153,12 @@ def _our_name(name, path) -> str:
         return NAMES[name]
     block = BLOCK.fullmatch(name)
     if block is None or block[2] not in PARTS:
-        raise UserError(f"{path}: {name} is no weight of TRM: give a checkpoint of the authors' TRM")
+        raise UserError(f"{path}: {name} is not a weight of TRM: give a checkpoint of the authors' TRM")
     return f"net.blocks.{block[1]}.{PARTS[block[2]]}.weight"
 
 
 def _unlike(c: TRMConfig) -> str | None:
-    """What of this model the authors' code does not have, or None."""
+    """Returns a name for something that this model has and the authors' code lacks, or None."""
     unlike = {
         "recursion other than trm": c.recursion != "trm",
         "causal model": c.causal,

@@ -62,7 +62,7 @@ def readme(folder_name: str, facts: dict) -> str:
         "license": f"\nLicense: {facts['license']}." if facts.get("license") else "",
         "contrib": f"{operators} (com.microsoft, of ONNX Runtime)" if operators else "none",
         "session": pieces["sessions"]["dequantizes" if dequantizes else "plain"],
-        # a model that was trained without BOS still needs one token to continue an empty text
+        # a model that was trained without BOS still needs some first token if the prompt is empty
         "start": f"{bos} + {tokenizer['encode']}" if facts["add_bos"] else f"{tokenizer['encode']} or {bos}",
     }
     return Template(template).substitute(facts | tokenizer | more)

@@ -9,15 +9,17 @@ class OnnxExport:
     """What to export, and for which runtime.
 
     Args:
-        checkpoint: checkpoint folder, or run folder (uses its best checkpoint); none = the released checkpoint
+        checkpoint: checkpoint folder, or run folder (its best checkpoint is used); the flag name may be left out. If
+            not given, the released checkpoint is used
         output: folder to write; it will contain everything that generate.py --onnx needs
-        enable_kv_cache: the graph takes and returns the key/value cache; false = it recomputes the whole text per token
+        enable_kv_cache: let the graph take and return the key/value cache; false = it computes the whole text again for
+            each token
         quantize: int8 = 8-bit weights and matrix products; the embedding stays in fp32
-        opset: ONNX opset version; older runtimes need an older one; none = the exporter's default
+        opset: ONNX opset version; older runtimes need an older one. If not given, the exporter's default
         device: device that will run the graph: cpu, or cuda (ONNX Runtime's CUDA provider)
         contrib_ops: use ONNX Runtime's own operators (com.microsoft), which are faster; false = only standard ONNX
             operators, for other runtimes
-        max_recursion_depth: number of recursion steps per token, fixed in the graph; none = as trained
+        max_recursion_depth: number of recursion steps per token, fixed in the graph; if not given, as in training
     """
 
     checkpoint: str | None = None

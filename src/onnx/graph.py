@@ -25,7 +25,8 @@ FUSED_HEAD = 16  # GroupQueryAttention can rotate heads only if their size is a 
 class MatMul(nn.Module):
     """A linear layer whose weight is stored as (in, out), so that the graph needs no transpose.
 
-    If several visits share a weight, the exporter keeps its transpose as a node, and the quantizer then skips it."""
+    Otherwise, if several visits share a weight, the exporter would keep its transpose as a node of the graph, and the
+    quantizer would skip that weight."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()

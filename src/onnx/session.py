@@ -1,8 +1,8 @@
 """Runs an exported graph in ONNX Runtime in place of a TRMModel, so that `sampling.generate` works with it unchanged.
 
 It needs only the export folder: model.onnx (templates/values.yaml describes its inputs and outputs), config.json, the
-tokenizer's files, and onnx.json with facts about the graph. The rest of this project pads rows on the left. The graph
-needs no mask because it expects every row to start at the left edge, so this module moves the rows there.
+tokenizer's files, and onnx.json with facts about the graph. The graph takes no mask; instead, every row must start at
+the left edge. The rest of this project pads rows on the left, so this module moves them.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """Run folders: config.yaml, `step_NNNNNNNN/` checkpoints, the links `last` and `best`, and a lock for one process.
 
-A run folder can be moved, or copied with or without its links, because everything in it is found relative to where it
-is now. If the system has no symbolic links (Windows, for most users), `last` and `best` are files that hold the name of
-the checkpoint.
+A run folder can be moved or copied, because nothing in it refers to its own place. In a copy, folders may take the
+place of the links. If the system has no symbolic links (Windows, for most users), `last` and `best` are files that hold
+the name of the checkpoint.
 """
 
 import json
@@ -28,20 +28,21 @@ _FREE_ON_RESUME = {
     *("device", "precision", "compile", "shard", "num_workers", "num_proc", "cache_dir", "grad_accum", "max_skipped"),
     *("sample_prompt", "sample_tokens", "monitoring", "allow_changed_corpus"),
 }
-_CHANGE_IS_OBVIOUS = {"save_dir", "resume", "allow_changed_corpus"}  # changes of these are not reported
+_CHANGE_IS_OBVIOUS = {"save_dir", "resume", "allow_changed_corpus"}  # a change of one of these is not printed
 CORPUS = "corpus.json"
 
 
 def start(folder: Path, settings: dict, lock: "RunLock | None" = None) -> "RunLock":
-    """Make a run folder and write its config.yaml, a file for `--config`.  Returns the lock (`lock`, if already held).
+    """Make a run folder, lock it, and write its config.yaml, which `--config` can read.  Returns the lock.
 
-    Raises UserError if the folder cannot be written, or if another run has started there in the meantime."""
+    lock: the lock of this folder, if the caller already holds it. Raises UserError if the folder cannot be written, or
+    if another run has started there in the meantime."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if lock is None:
             lock = RunLock(folder)
             check_resume(folder, settings, resume=False)
-        if "resume" in settings:  # whether to resume is a decision of each start
+        if "resume" in settings:  # it belongs to one start of the run, not to the run
             settings = settings | {"resume": False}
         _write(folder / "config.yaml", dump_yaml(settings))
     except OSError as error:
@@ -57,16 +58,19 @@ def _write(path: Path, text: str):
 
 
 def check_writable(folder: Path, flag: str = "save_dir"):
-    """Raise UserError if a run folder could not be made here.
+    """Raises UserError if a run folder cannot be made here.
 
-    Does not make it yet: another setting may still be wrong, and a failed start should leave no folder."""
+    The folder itself is made later, because another setting may still be wrong, and a start that fails should leave no
+    folder behind."""
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"cannot write to {flag} {folder}: {parent} is not a writable folder; choose another folder")
 
 
 def settings_of(folder: Path) -> dict:
-    """The settings in a run folder's config.yaml; {} if no run has started.  Raises UserError if the file is broken."""
+    """Returns the settings in a run folder's config.yaml; {} if no run has started there.
+
+    Raises UserError if the file is broken."""
     path = folder / "config.yaml"
     settings = read_yaml(path) if path.exists() else {}
     if path.exists() and not settings:
@@ -75,7 +79,10 @@ def settings_of(folder: Path) -> dict:
 
 
 def check_resume(folder: Path, settings: dict, resume: bool):
-    """Raise UserError if the run in this folder cannot continue with these settings; print those that changed."""
+    """Check that a run may start in this folder, or continue there if `resume` is true.
+
+    Prints the settings that have changed since the run started. Raises UserError if a setting has changed that must
+    stay the same, if the folder holds no run to resume, or if it holds a run and `resume` is false."""
     if not (folder / "config.yaml").exists():
         if resume:
             raise UserError(f"--resume: save_dir {folder} holds no run: correct it, or start one without --resume")
@@ -95,7 +102,9 @@ def check_resume(folder: Path, settings: dict, resume: bool):
 
 
 def corpus_changes(folder: Path, corpus: dict) -> list[str]:
-    """What has changed since `keep_corpus` wrote this run's corpus.json, as phrases; [] if there is no such file."""
+    """Returns what has changed in the text of a run since `keep_corpus` wrote corpus.json: a phrase for each change.
+
+    Returns [] if nothing has changed, or if there is no corpus.json. corpus: as in `keep_corpus`."""
     path = folder / CORPUS
     before = read_json(path) if path.exists() else {}
     try:
@@ -105,12 +114,14 @@ def corpus_changes(folder: Path, corpus: dict) -> list[str]:
 
 
 def keep_corpus(folder: Path, corpus: dict):
-    """Record the text of a run in corpus.json: {part: [(name, bytes, digest), ...] or a fingerprint}."""
+    """Record in corpus.json which text a run uses.
+
+    corpus: {part of the text: its files as [(name, size in bytes, digest), ...], or a fingerprint}."""
     _write(folder / CORPUS, json.dumps(corpus) + "\n")
 
 
 def _changes(part, before, now):
-    """Phrases for what changed in one part of the corpus, such as `train files changed: b.jsonl`."""
+    """Returns a phrase for each change in one part of the corpus, such as `train files changed: b.jsonl`."""
     if not isinstance(now, list) or not isinstance(before, list):  # a fingerprint, such as the tokenizer's
         return [f"the {part} has changed"] if before != now else []
     old = list(dict.fromkeys(tuple(file) for file in before))
@@ -128,22 +139,24 @@ def _changes(part, before, now):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first: folders named step_NNNNNNNN with a checkpoint file, complete or not."""
+    """Returns the checkpoints of a run, oldest first, even incomplete ones.
+
+    A checkpoint is a folder named step_NNNNNNNN that contains at least one of a checkpoint's files."""
     named = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     return sorted(path for path in named if path.is_dir() and any((path / name).exists() for name in FILES))
 
 
 def _recover(folder: Path):
-    """Clean up after a crash during the writing of a checkpoint, `last` or `best`."""
+    """Clean up if a crash interrupted the writing of a checkpoint, of `last` or of `best`."""
     for left in folder.glob(".*"):
         if found := re.fullmatch(r"\.(step_\d+|last|best)\.(writing|old)", left.name):
             folders.recover(folder / found[1])
 
 
 def newest_whole(folder: Path):
-    """(folder, state) of the newest checkpoint that can be read; None if the run has not written one yet.
+    """Returns (folder, state) of the newest checkpoint that can be read, or None if the run has written none yet.
 
-    Reports a broken checkpoint on stderr and tries the one before. Raises UserError if all are broken."""
+    If a checkpoint is broken, prints why and tries the one before. Raises UserError if all are broken."""
     _recover(folder)
     found = checkpoints(folder)
     for path in reversed(found):
@@ -192,7 +205,7 @@ class RunLock:
 
 
 def diverged(folder: Path, problem: str) -> UserError:
-    """The error for a run that has diverged.  problem: what happened at which step."""
+    """Returns the UserError for a run that has diverged.  problem: what happened, and at which step."""
     last = follow(folder / "last")
     last = last.resolve() if last.exists() else "none yet"
     advice = "try a smaller --lr, more --warmup_steps, or --precision fp32"
@@ -200,9 +213,10 @@ def diverged(folder: Path, problem: str) -> UserError:
 
 
 def save(folder: Path, name: str, best: bool, keep: int, *checkpoint):
-    """Write a checkpoint, point `last` (and `best`, if best) to it, and prune the old checkpoints.
+    """Write a checkpoint, point `last` to it (if `best` is true, `best` as well), and delete old checkpoints.
 
-    checkpoint: the arguments of `save_checkpoint` after the folder. Raises UserError if it cannot be written."""
+    name: step_NNNNNNNN. keep: how many of the newest checkpoints stay. checkpoint: the arguments of `save_checkpoint`
+    after the folder. Raises UserError if the checkpoint cannot be written."""
     if not folder.is_dir():  # creating it again would hide that the older checkpoints are lost
         raise UserError(f"save_dir {folder} vanished during the run with all its checkpoints: find what removed it")
     save_checkpoint(folder / name, *checkpoint)
@@ -215,7 +229,7 @@ def save(folder: Path, name: str, best: bool, keep: int, *checkpoint):
 
 
 def point(link, target_name: str):
-    """Point run_folder/last or run_folder/best to a checkpoint in the same folder, atomically."""
+    """Point run_folder/last or run_folder/best to a checkpoint in the same run folder, in one atomic step."""
     link = Path(link)
     beside = link.with_name(f".{link.name}.link")
     beside.unlink(missing_ok=True)
@@ -236,7 +250,9 @@ def point(link, target_name: str):
 
 
 def prune(run_folder, keep: int):
-    """Delete all checkpoints but the newest `keep` and the best one.  Other files in their folders are kept."""
+    """Delete all checkpoints except the newest `keep` and the best one.
+
+    Files in their folders that are not a checkpoint's stay."""
     run_folder = Path(run_folder)
     _recover(run_folder)
     best = follow(run_folder / "best").resolve()

@@ -35,26 +35,28 @@ class DataConfig:
     """The text to train on, and how it becomes windows of tokens.
 
     Args:
-        train_paths: training text: files, globs or folders with .jsonl, .txt (each may be gzipped), .parquet or .py
-            files; by default, the standard library of this Python
+        train_paths: training text: files, globs or folders (data/README.md lists the formats); by default, the standard
+            library of this Python
         valid_paths: validation text, given like train_paths; by default, a part of the training text is held back
         text_field: name of the text field in .jsonl files, or of the text column in .parquet files
         tokenizer: sentencepiece, byte (one token per byte), or the path of a tokenizer.json, .model or .bin file or of
             a checkpoint folder
         sp_model: SentencePiece .model file, made by train_spm.py; by default, one is trained on the training text
-        document_mask: keep attention inside each document; by default, a window's tokens attend across documents
-        packing: cut the joined documents into full windows; false = one document per row, padded
+        document_mask: let a token attend only to tokens of its own document; by default, also to those of the other
+            documents in its window
+        packing: join the documents and cut them into full windows, without padding; false = one document per row, cut
+            at max_seq_len and padded
         strict: stop with an error at a bad line in a data file; by default, it is reported and skipped
         max_doc_mb: skip documents in .jsonl and .parquet files that are longer than this, in million characters
         mixture: sampling weight of each of the train_paths; `--mixture 3 1` takes three windows of the first for one of
             the second; by default, all files are one corpus
         streaming: read and tokenize the files during training instead of before it; use it for text that is too large
             to tokenize first
-        shuffle_buffer: with streaming, number of windows that are shuffled together, per loading process and corpus; 1
-            = no shuffling
+        shuffle_buffer: with streaming, number of windows that each loading process shuffles together, per corpus; 1 =
+            no shuffling
         num_workers: number of processes that load batches; 0 = the training process loads them itself; raise it if the
             GPU waits for data
-        num_proc: number of processes that tokenize before training; raise it up to the number of cores for much text
+        num_proc: number of processes that tokenize the text before training, up to the number of cores
         cache_dir: folder for tokenized text; by default $HF_DATASETS_CACHE, or ~/.cache/generative-trm if that is not
             set
     """
@@ -99,13 +101,13 @@ class CurriculumStage:
     """What one stage changes.  A setting that is left out keeps its value from the stage before.
 
     Args:
-        steps: length of the stage in optimizer steps; give either steps or epochs
+        steps: length of the stage in steps (see max_steps); give either steps or epochs
         epochs: length of the stage in passes over the training windows, such as 0.5; give either steps or epochs
         seq_len: tokens per window, at most max_seq_len
-        batch_size: windows per optimizer step
+        batch_size: windows per step
         latent_steps: n, updates of z before each update of y
         deep_steps: T, cycles per supervision step (trm), or visits (loop)
-        supervision_steps: N_sup, deep supervision steps
+        supervision_steps: N_sup, number of supervision steps
         dim: new d_model, which can only grow; heads of the same size are added
         d_ff: new hidden width of SwiGLU; by default it grows in proportion to dim, rounded up to a multiple of 64
         lr_factor: factor on the learning rate of the schedule
@@ -138,7 +140,8 @@ class CurriculumConfig:
     """The section `curriculum` of a --config file.
 
     Args:
-        stages: the stages of the run, in order; none = one stage of max_steps
+        stages: list of stages, which follow each other; docs/training.md shows an example. By default, the run is one
+            stage of max_steps
     """
 
     stages: list[CurriculumStage] = field(default_factory=list)
@@ -178,48 +181,49 @@ class TrainConfig:
 
     Args:
         save_dir: run folder, for config.yaml, metrics.jsonl, learning_curve.png, samples.txt and the checkpoints
-        batch_size: windows per optimizer step, over all processes together
-        grad_accum: split the rows of each process into this many parts, computed one after the other; raise it if
-            memory runs out; the gradient stays the same
-        max_steps: length of the run in optimizer steps (batches); a curriculum's stages replace it
+        batch_size: rows per batch (windows of text, or puzzles), over all processes together
+        grad_accum: compute the rows of each process in this many parts, one after the other; raise it if memory runs
+            out; the gradient stays the same
+        max_steps: length of the run in steps. A step trains on one batch of text, or runs one supervision step of all
+            puzzles in the batch. The stages of a curriculum replace max_steps
         max_minutes: also stop after this many minutes; the learning rate then follows steps or time, whichever is
             further along; default no limit
-        optimizer: adamw, or muon = Muon for the matrices inside blocks and AdamW for all other parameters
+        optimizer: adamw, or muon (Muon for the matrices inside blocks, AdamW for all other parameters)
         optimizer_step: update the weights once per batch, or after each supervision step as in the TRM paper
-        schedule: learning rate after warm-up: cosine decay, linear = constant, then a linear decay over the last fifth
-            of the run, or constant
+        schedule: learning rate after the warm-up: cosine (decays along a cosine), linear (stays constant, then decays
+            linearly over the last fifth of the run) or constant
         sample_depth: draw deep_steps at random for each batch, between 1 and the model's value, so that the model
             learns to answer at every depth
         recursion_from: fraction of the run, from 0 to 1, after which the full recursion starts; before that, the model
             runs only one cycle and one supervision step, which is cheaper
         lr: peak learning rate; lower it if the loss diverges
         min_lr_ratio: final learning rate of the cosine and linear schedules, as a fraction of lr
-        warmup_steps: optimizer steps over which the learning rate rises linearly from 0 to lr; raise it if the loss
-            diverges early
+        warmup_steps: steps over which the learning rate rises linearly from 0 to lr; raise it if the loss diverges
+            early
         weight_decay: decoupled weight decay of matrices; biases, gains and embeddings have none
         beta2: AdamW's decay rate of the second moment
-        grad_clip: largest norm of the gradient, above which it is scaled down; 0 = no clipping
-        max_skipped: stop the run after this many steps in a row whose gradient is not finite; such steps are skipped
+        grad_clip: largest norm of the gradient; a larger gradient is scaled down to it; 0 = no clipping
+        max_skipped: steps whose gradient is not finite are skipped; stop the run after this many of them in a row
         ema_decay: decay of the moving average of the weights, which evaluations and generation use; lower it for runs
             of a few hundred steps; 0 = no average
-        eval_every: optimizer steps between evaluations
+        eval_every: steps between evaluations
         eval_batches: validation batches per evaluation; 0 = all; after the last step, all are evaluated once
-        save_every: optimizer steps between checkpoints
-        log_every: optimizer steps between lines of metrics.jsonl
+        save_every: steps between checkpoints
+        log_every: steps between lines of metrics.jsonl
         keep_checkpoints: number of newest checkpoints to keep; the best one is always kept as well
         sample_prompt: start of the sample text that each evaluation generates; empty = only the BOS token
         sample_tokens: length of the sample text in tokens; 0 = no sample
         compile: use torch.compile; by default if it works here and the run is estimated to last over two minutes
         shard: shard parameters, gradients and optimizer state over the processes (FSDP); by default each process holds
             all of them (DDP)
-        curriculum: stages of the run; set in the --config file
-        monitoring: logging and warnings; set in the --config file
+        curriculum: A curriculum: stages of the run, given as a section `curriculum` of the --config file
+        monitoring: Logging, and warnings about the machine, also as a section `monitoring` of the --config file
         seed: seed of the initial weights, the order of examples and dropout
         resume: continue the run in save_dir from its newest checkpoint. With --config FOLDER/config.yaml, continue the
             run in FOLDER
         allow_changed_corpus: resume even if the text or the tokenizer has changed since the run started
-        init_from: checkpoint folder to start a new run from, with its weights, tokenizer and model settings; model
-            flags override its settings as long as the weights keep their shapes, such as more recursion steps
+        init_from: start a new run from the weights, tokenizer and model settings of this checkpoint folder; model flags
+            override its settings as long as the weights keep their shapes, for example for more recursion steps
     """
 
     save_dir: str = "runs/trm"
@@ -292,12 +296,12 @@ class Settings(NamedTuple):
     runtime: RuntimeConfig
 
     def flat(self) -> dict:
-        """All settings as {flag: value}, the content of config.yaml."""
+        """Returns all settings as {flag: value}, the content of config.yaml."""
         return flat_settings(self)
 
 
 def flat_settings(parts) -> dict:
-    """{flag: value} of the settings of a run, one dataclass per topic; those of the model come last."""
+    """Returns {flag: value} for the settings of a run, which are one dataclass per topic; the model's come last."""
     flat = {}
     for part in sorted(parts, key=lambda part: isinstance(part, TRMConfig)):
         values = model_settings(part) if isinstance(part, TRMConfig) else dataclasses.asdict(part)
@@ -313,9 +317,9 @@ def read_settings(argv=None, description=None) -> Settings:
 
 
 def parse_run_flags(description, classes, argv=None, defaults=None) -> tuple:
-    """`parse_flags` for the settings of a run, the first of which has save_dir and resume.
+    """Parse flags as `parse_flags` does; the first of `classes` must have the settings save_dir and resume.
 
-    Resuming with the config.yaml in a run folder continues the run in that folder, even if it was moved, unless
+    With --resume and the config.yaml of a run folder, save_dir becomes that folder, which may have been moved, unless
     save_dir is given as a flag."""
     argv = list(sys.argv[1:] if argv is None else argv)
     folder = _run_folder_of_config(argv)
@@ -328,7 +332,9 @@ def parse_run_flags(description, classes, argv=None, defaults=None) -> tuple:
 
 
 def _run_folder_of_config(argv) -> Path | None:
-    """The run folder that contains the --config file; None if it is not in one, or if save_dir is given as a flag."""
+    """Returns the run folder that contains the --config file.
+
+    Returns None if the file is not in a run folder, or if save_dir is given as a flag."""
     words = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
     if "--save_dir" in words or "--config" not in words[:-1]:
         return None
@@ -338,7 +344,8 @@ def _run_folder_of_config(argv) -> Path | None:
 
 
 def model_of_source(parsed, model=TRMConfig) -> dict:
-    """Defaults for the model settings with init_from: those of the run if it has started, else of the checkpoint."""
+    """Returns the defaults of the model settings with init_from: those of the run if it has started, else those of the
+    checkpoint."""
     if parsed.init_from is None:
         return {}
     from src import checkpoint  # imported late, because they import torch
