@@ -99,7 +99,7 @@ def test_names_of_wrappers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w, s: w.update(other=torch.zeros(1)), "other is no weight of TRM"),
+        (lambda w, s: w.update(other=torch.zeros(1)), "other is not a weight of TRM"),
         (lambda w, s: s.pop("num_heads"), "'num_heads' is missing"),
         (lambda w, s: w.pop("inner.embed_tokens.embedding_weight"), "'embed_tokens.embedding_weight' is missing"),
         (lambda w, s: s.update(num_heads=3), "d_model 64 does not divide into n_heads 3"),
