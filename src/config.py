@@ -35,7 +35,7 @@ def run(main):
 
 
 def before_torch(parse_args):
-    """Decorator for the parse_args of a script that imports torch after it.
+    """Decorates the parse_args of a script that imports torch after its definition.
 
     If the script is run (not imported), the decorator parses the command line immediately. So --help and the message
     for a wrong flag appear at once, and not after the import of torch, which takes seconds."""

@@ -48,7 +48,7 @@ class DecodingTables:
 
 
 class OneTokenContext(NamedTuple):
-    """Shared by all blocks of one decoding call. Counterpart of layers.Context, which all other calls use."""
+    """What all blocks of one decoding call share. All other calls use layers.Context instead."""
 
     cache: KVCache
     rotary: tuple[Tensor, Tensor] | None  # cos and signed sin of the new tokens: (B or 1, 1, 2, E/2)
@@ -96,7 +96,7 @@ def decode_one_token(
 
 
 def decode_block(block: BlockParts, h: Float[Tensor, "b d"], ctx: OneTokenContext, slot: int) -> Float[Tensor, "b d"]:
-    """TinyBlock for one new token per row. Its keys and values are written to the slot of the cache."""
+    """Runs a TinyBlock for one new token per row. Its keys and values are written to the slot of the cache."""
     if block.post:  # add_ is safe: it writes into the new tensor that the sublayer returned
         h = block.attn_norm(_attention(block, h, ctx, slot).add_(h))
         return block.mlp_norm(_swiglu(block, h).add_(h))
@@ -147,7 +147,7 @@ def _product(weight, x):
 
 
 def _norm(module):
-    """RMSNorm as a function. For fp32 on a CPU it takes four operations, whereas F.rms_norm takes nine."""
+    """Returns an RMSNorm as a function. For fp32 on a CPU it takes four operations, whereas F.rms_norm takes nine."""
     if module is None or type(module) is nn.Identity:
         return _same
     if module.weight.device.type != "cpu" or module.weight.dtype not in (torch.float32, torch.float64):

@@ -26,7 +26,7 @@ class Injection:
 
     @staticmethod
     def layer(streams: int, dim: int) -> nn.Module | None:
-        """Weights for visits that read `streams` streams, or None.  Their first dimension has the D channels of h."""
+        """Returns the weights for visits that read `streams` streams, or None.  Their first dimension has size D."""
         return None
 
     @staticmethod
@@ -35,12 +35,12 @@ class Injection:
 
     @staticmethod
     def macs(streams: int, dim: int) -> int:
-        """Multiply-adds per token of one injection."""
+        """Returns the multiply-adds per token of one injection."""
         return 0
 
     @staticmethod
     def parts(streams: int, dim: int) -> list[int]:
-        """Sizes of the parts, one per stream, of the second dimension of the weights."""
+        """Returns the sizes of the parts into which the weights' second dimension divides, one part per stream."""
         return [dim] * streams
 
 
@@ -160,7 +160,7 @@ def apply_rotary_emb(
 
 
 class Context(NamedTuple):
-    """Shared by all attention layers of one forward call."""
+    """What all attention layers of one forward call share."""
 
     rotary: tuple[Tensor, Tensor] | None  # cos, sin: (B or 1, 1, T, E)
     mask: Bool[Tensor, "b 1 t s"] | None  # True = may attend; None = causal or everything

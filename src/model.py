@@ -192,12 +192,12 @@ class TRMModel(nn.Module):
 
     @torch.no_grad()
     def _inference_cycle(self, x, carry: Carry, ctx) -> Carry:
-        """One recursion step without gradient. Here carry.steps counts recursion steps."""
+        """Runs one recursion step without gradient. Here carry.steps counts recursion steps."""
         y, z = self.recursion_step(x, carry.y, carry.z, ctx, carry.steps)
         return Carry(y, z, carry.steps + 1)
 
     def recursion_step(self, x, y, z, ctx, step: int):
-        """One recursion step, from one answer to the next: chooses the computation by family.
+        """Runs one recursion step, from one answer to the next: chooses the computation by family.
 
         trm: a supervision step of T cycles. loop: one visit. none: the only visit. x, y, z: (B, T, D) -> y, z."""
         c, net = self.config, self.net
@@ -214,7 +214,7 @@ class TRMModel(nn.Module):
         return self._visit(None, (x,), None, ctx, visit), None  # y = net(x)
 
     def deep_recursion(self, x, y, z, ctx, visit=0):
-        """T cycles; only the last grad_deep_steps carry gradient.  x, y, z: (B, T, D) -> y, z."""
+        """Runs T cycles; only the last grad_deep_steps carry gradient.  x, y, z: (B, T, D) -> y, z."""
         for t in range(self.config.deep_steps):  # T in the paper
             with self._gradient(t):
                 y, z = self.latent_recursion(x, y, z, ctx, visit)
@@ -222,7 +222,7 @@ class TRMModel(nn.Module):
         return y, z
 
     def latent_recursion(self, x, y, z, ctx, visit=0):
-        """n updates of the latent z, then one update of the answer y.  (B, T, D) each.  arXiv:2510.04871, section 4."""
+        """Updates the latent z n times, then the answer y once.  (B, T, D) each.  arXiv:2510.04871, section 4."""
         net, n = self.net, self.config.latent_steps  # n in the paper
         for i in range(n):
             z = self._visit(net.inject_z, (x, y, z), z, ctx, visit + i)  # z = net(x, y, z)
@@ -294,7 +294,7 @@ class TRMModel(nn.Module):
             return self.q_head(y if self.config.causal else y[:, 0]).squeeze(-1)
 
     def _halting_loss(self, y_before, step, logits, halt, target_ids, right, ctx):
-        """Halting loss of one recursion step.
+        """Returns the halting loss of one recursion step.
 
         With act_target `stable`, step s + 1 shows whether the answer of step s was stable. So each step computes the
         loss of the step before it, and step 0 has none."""
@@ -355,7 +355,7 @@ class TinyNet(nn.Module):
         self.gate = nn.Linear(2 * D, D) if c.gate and c.recursion != "none" else None
 
     def forward(self, inject: nn.Module | None, inputs: tuple[Tensor, ...], old: Tensor | None, ctx, slot: int):
-        """inject: inject_z or inject_y.  inputs: the streams to read.  old: the stream that gets a new value."""
+        """Returns the new value of the stream `old`.  inject: inject_z or inject_y.  inputs: the streams to read."""
         h = self.injection.mix(inject, *inputs)
         h = self.apply_blocks(h.to(inputs[0].dtype), ctx, slot)  # autocast may give bf16
         if self.gate is None:

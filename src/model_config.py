@@ -220,7 +220,9 @@ class TRMConfig:
 
 
 def _hidden_width(size: int) -> int:
-    """8/3 of a width, rounded up to a multiple of 64: SwiGLU then has the weights of a plain layer 4 times as wide."""
+    """Returns 8/3 of a width, rounded up to a multiple of 64.
+
+    With this hidden width, SwiGLU has as many weights as a plain layer whose hidden width is 4 times its width."""
     return -(-8 * size // (3 * 64)) * 64
 
 

@@ -12,7 +12,7 @@ from src.runtime import DTYPES, choose_precision
 
 
 def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float, betas) -> list[Optimizer]:
-    """[AdamW], or [AdamW, Muon] with Muon for the matrices inside blocks and AdamW for the rest (arXiv:2502.16982).
+    """Returns [AdamW], or [AdamW, Muon]: Muon for the matrices inside blocks, AdamW for the rest (arXiv:2502.16982).
 
     Weight decay applies to matrices only, not to gains, biases and embeddings."""
     matrices, head, others = [], [], []
@@ -90,10 +90,11 @@ def learning_rate_factor(
     floor: float,
     cooldown_fraction: float = 0.2,
 ) -> float:
-    """Factor on the peak learning rate: a linear warm-up over warmup_steps, times the schedule at `progress` (0 to 1).
+    """Returns the factor on the peak learning rate: a linear warm-up over warmup_steps, times the schedule.
 
-    cosine: half a cosine wave from 1 down to `floor`. linear: 1, then a straight line down to `floor` over the last
-    `cooldown_fraction` of the run (warm-up, stable, decay: arXiv:2405.18392). constant: always 1, also at the end."""
+    progress: the fraction of the run that is done. The schedules: cosine is half a cosine wave from 1 down to `floor`.
+    linear is 1, then a straight line down to `floor` over the last `cooldown_fraction` of the run (arXiv:2405.18392).
+    constant is always 1."""
     warm = min(1.0, (step + 1) / max(1, warmup_steps))
     progress = min(1.0, max(0.0, progress))
     height = {

@@ -161,7 +161,7 @@ class Trainer:
         return figures
 
     def _run(self, interrupt, bar) -> dict:
-        """The loop itself: a batch, and then whatever is due after this step (log, evaluation, checkpoint)."""
+        """Run the loop: a batch, and then what is due after this step (log, evaluation, checkpoint)."""
         config, figures = self.config, {}
         over, stopped = self._is_over(interrupt)
         while not over:

@@ -260,7 +260,7 @@ def _document(pieces, tokenizer, size, max_tokens):
 
 
 def score_windows(model, samples, size, batch_size, rule, per_step, bar) -> Score:
-    """Scores the windows that `corpus_windows` yields; it adds their contents to `size` meanwhile."""
+    """Scores the windows that `corpus_windows` yields, with the same `size`, which counts what they contain."""
     config, rule = model.config, rule or ExitRule()
     most = max_depth(config, rule) if per_step else 1
     sums, depth = torch.zeros(most, 2, dtype=torch.float64), 0

@@ -28,7 +28,7 @@ class Fonts(NamedTuple):
 
     @property
     def style(self) -> dict:
-        """Text style of a heading. Not bold with fallback fonts: matplotlib warns of each that has no bold face."""
+        """The text style of a heading. Not bold with fallback fonts: matplotlib warns if one has no bold face."""
         return {"family": self.names, "fontweight": "normal" if len(self.names) > 1 else "bold"}
 
     def show(self, text: str, index: int | None = None) -> str:

@@ -182,7 +182,7 @@ def _byte_level_bpe(reader, tokens, types, path) -> HFTokenizer:
 
 def _sentencepiece(reader, tokens, types, path) -> TokenizerWrapper:
     """Builds a SentencePiece model from the pieces and scores of a GGUF."""
-    from sentencepiece import sentencepiece_model_pb2 as pb  # its protobuf takes a while to import
+    from sentencepiece import sentencepiece_model_pb2 as pb  # imported here, because protobuf imports slowly
 
     model = pb.ModelProto()
     model.trainer_spec.model_type, model.trainer_spec.byte_fallback = pb.TrainerSpec.BPE, BYTE in types

@@ -81,7 +81,7 @@ def _of_bytes():
 
 def _of_sentencepiece(tokenizer):
     """Converts a SentencePiece model. Its pieces get real spaces, because U+2581 in a text is a different character."""
-    from sentencepiece import sentencepiece_model_pb2 as pb  # its protobuf takes a while to import
+    from sentencepiece import sentencepiece_model_pb2 as pb  # imported here, because protobuf imports slowly
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
     model = pb.ModelProto.FromString(tokenizer.files[MODEL_FILE])

@@ -21,7 +21,7 @@ from src.training.train_config import Settings
 
 
 def create_model(config: TRMConfig, tokenizer, seed: int = 0) -> TRMModel:
-    """A new model for a tokenizer's vocabulary; the same seed gives the same weights.
+    """Returns a new model for a tokenizer's vocabulary; the same seed gives the same weights.
 
     Raises UserError if its parameters do not fit into this machine's memory."""
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id)
@@ -44,9 +44,9 @@ def create_trainer(settings: Settings) -> Trainer:
 
 
 def open_run(settings):
-    """Check the run folder of some settings and lock it if a run has started there.
+    """Check the run folder of these settings, and lock it if a run has started there.
 
-    Returns (folder, newest checkpoint with its state or None, lock or None); `begin` takes them."""
+    Returns (folder, newest checkpoint as (folder, state) or None, lock or None), which are arguments of `begin`."""
     config = settings.train
     folder, newest, lock = Path(config.save_dir), None, None
     run_folder.check_writable(folder)
@@ -59,7 +59,9 @@ def open_run(settings):
 
 
 def begin(trainer: Trainer, settings, corpus: dict, folder: Path, newest, lock) -> Trainer:
-    """Write the folder of a new run, or restore the newest checkpoint of one that continues.  corpus: its data."""
+    """Write the folder of a new run, or restore the newest checkpoint of one that continues.  Returns the trainer.
+
+    corpus: what `run_folder.keep_corpus` writes."""
     trainer.lock = lock
     if trainer.is_main and not newest:
         trainer.lock = run_folder.start(folder, settings.flat(), lock)
@@ -110,9 +112,9 @@ def _create_trainer(settings):
 
 
 def _look_at_text(folder, files, newest, may_change):
-    """(fingerprints {part: files} of the run's text, changes since the run started).
+    """Returns (fingerprints {part: files} of the run's text, its changes since the run started).
 
-    Raises UserError if the text has changed and may not."""
+    Raises UserError if the text has changed and `may_change` is false."""
     corpora, valid_files = files
     names = ["train"] if len(corpora) == 1 else [f"train {number}" for number in range(1, len(corpora) + 1)]
     corpus = dict(zip((*names, "valid"), map(fingerprint_files, (*corpora, valid_files))))

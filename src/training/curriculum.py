@@ -95,16 +95,16 @@ class CurriculumScheduler:
                 raise UserError(f"batch_size {stage.batch_size} does not divide into {parts}: make it a multiple")
 
     def at(self, step: int) -> Stage:
-        """The stage of this step (from 0); after the end of the run, the last stage."""
+        """Returns the stage of this step (from 0); after the end of the run, the last stage."""
         return self.stages[bisect_right(self.starts, step) - 1]
 
     @property
     def starts(self) -> list[int]:
-        """The first step of each stage."""
+        """Returns the first step of each stage."""
         return [stage.start for stage in self.stages]
 
     def tokens(self, step: int) -> int:
-        """Number of tokens in all batches before this step."""
+        """Returns the number of tokens in all batches before this step."""
         return sum(
             s.batch_size * s.seq_len * (min(step, s.start + s.steps) - s.start) for s in self.stages if step > s.start
         )
@@ -113,14 +113,14 @@ class CurriculumScheduler:
         return {"starts": self.starts}
 
     def load_state_dict(self, state: dict):
-        """Only compares, as the stages follow from the settings.  Raises UserError if they start at other steps now."""
+        """Only checks: the stages follow from the settings.  Raises UserError if they start at other steps now."""
         if state["starts"] != self.starts:
             starts = f"the curriculum's stages started at steps {state['starts']}, but now at {self.starts}"
             raise UserError(f"{starts}: resume with the same stages and training text")
 
 
 def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, progress: float) -> TRMConfig:
-    """The model's config with the depth of this training step: see sample_depth and recursion_from in TrainConfig."""
+    """Returns the model's config at the depth of this step: see sample_depth and recursion_from in TrainConfig."""
     if progress < config.recursion_from:
         deep, supervision = 1, 1
     elif config.sample_depth:
@@ -132,7 +132,7 @@ def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, progress: fl
 
 
 def _next_stage(before: Stage, change: CurriculumStage, windows) -> Stage:
-    """The stage after `before`.  Raises ValueError for changes that are impossible."""
+    """Returns the stage after `before`.  Raises ValueError for changes that are impossible."""
     model = before.model
     dim = change.dim or model.d_model
     if (dim, change.d_ff or model.d_ff) != (model.d_model, model.d_ff):
@@ -158,7 +158,7 @@ def set_depth(model: TRMModel, config: TRMConfig):
 
 
 def grown_config(config: TRMConfig, dim: int, d_ff: int | None = None) -> TRMConfig:
-    """The config of this model at width `dim`: it gets more heads, of the same size and in groups of the same size.
+    """Returns the model's config at width `dim`: it has more heads, of the same size and in groups of the same size.
 
     By default d_ff grows in proportion, rounded up to a multiple of 64. Raises ValueError for an impossible width."""
     if dim < config.d_model:
@@ -180,9 +180,10 @@ def grown_config(config: TRMConfig, dim: int, d_ff: int | None = None) -> TRMCon
 
 @torch.no_grad()
 def grow_width(model: TRMModel, dim: int, d_ff: int | None = None, seed: int = 0) -> TRMModel:
-    """A wider model with the same output, on the same device.  Its new random weights depend only on the seed.
+    """Returns a wider model with the same output, on the same device.
 
-    Compile the new model again if the old one was compiled. Raises ValueError like `grown_config`."""
+    Its new random weights depend only on the seed. Compile the new model again if the old one was compiled. Raises
+    ValueError like `grown_config`."""
     old = model.config
     with torch.random.fork_rng(devices=[]):  # leaves the run's random state untouched
         torch.default_generator.manual_seed(seed)
@@ -202,7 +203,7 @@ def grow_width(model: TRMModel, dim: int, d_ff: int | None = None, seed: int = 0
 def grow_optimizers(
     old: TRMModel, new: TRMModel, optimizers: list[Optimizer], make: Callable[[TRMModel], list[Optimizer]]
 ) -> list[Optimizer]:
-    """Create the wider model's optimizers by make(new), with the old optimizers' state; new entries start at 0."""
+    """Returns the optimizers make(new) of the wider model, with the old optimizers' state; new entries start at 0."""
     names, params = {p: name for name, p in old.named_parameters()}, dict(new.named_parameters())
     grown = make(new)
     for before, after in zip(optimizers, grown, strict=True):
@@ -224,7 +225,7 @@ def _grown_state(name, key, value, wider, old, new):
 
 
 def grow_average(average: dict[str, Tensor], old: TRMModel, new: TRMModel) -> dict[str, Tensor]:
-    """Grow the old model's averaged weights to the new model's shapes; new entries are the new weights themselves."""
+    """Returns the old model's averaged weights in the new model's shapes; new entries are the new weights."""
     wide = new.state_dict()
     grown = {name: wide[name].clone() for name in average}
     for name, tensor in average.items():
@@ -252,7 +253,7 @@ def place(name: str, tensor: Tensor, target: Tensor, old: TRMConfig, new: TRMCon
 
 
 def _parts(name, c, tensor):
-    """(axis, sizes along it) of the parts that are fused into one weight; most weights have a single part."""
+    """Returns (axis, sizes along it) of the parts that are fused into one weight; most weights have a single part."""
     head, stream = c.head_dim, c.d_model
     hidden = c.mixer_ff if ".attn.mlp." in name else c.d_ff
     fused = {
@@ -266,6 +267,6 @@ def _parts(name, c, tensor):
 
 
 def _kind(name: str) -> str:
-    """net.blocks.0.attn.qkv.weight -> qkv; any weight inside an injection -> inject_z or inject_y."""
+    """Returns qkv for net.blocks.0.attn.qkv.weight, and so on; inject_z or inject_y for a weight of an injection."""
     injected = [part for part in name.split(".") if part in INJECTED]
     return injected[0] if injected else name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]

@@ -42,7 +42,7 @@ _REPORTED = set()  # (file, line number) of the bad lines reported so far
 
 
 def _record(line: bytes) -> dict | None:
-    """The record in a line (a step, a time, and numbers or null), or None if the line is something else."""
+    """Returns the record in a line (a step, a time, and numbers or null), or None if the line is something else."""
     try:
         record = parse_json(line.decode("utf-8"), METRICS_FILE)
     except (UserError, UnicodeDecodeError):
@@ -55,7 +55,7 @@ def _record(line: bytes) -> dict | None:
 
 
 def read_series(folder: str | Path, *names: str) -> dict[str, np.ndarray]:
-    """{name: (N, 2) array of steps and values}, ordered by step.
+    """Returns {name: (N, 2) array of steps and values}, ordered by step.
 
     If a step was logged twice, its last line counts; null is left out. Needs 16 bytes of memory per value."""
     columns = {name: array("d") for name in names}
@@ -73,7 +73,7 @@ def _once(points):
 
 
 def read_settings(folder: str | Path) -> dict:
-    """The settings in a run's config.yaml, those of a section as `section.name`; {} if there is no such file."""
+    """Returns the settings in a run's config.yaml, those of a section as `section.name`; {} without such a file."""
     path = Path(folder) / "config.yaml"
     return dict(_flat(read_yaml(path))) if path.exists() else {}
 
@@ -95,7 +95,7 @@ DETAIL = 1000  # points drawn of a noisy curve; more are not visible, and a long
 
 
 def new_figure(height: float):
-    """(Figure, grid of 2 x 2 cells).  Avoids pyplot and its global state, so that drawing during training is safe."""
+    """Returns (Figure, grid of 2 x 2 cells).  Does not use pyplot, whose global state is unsafe during training."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -113,7 +113,7 @@ def add_title(figure, title: str, remark: str = ""):
 
 
 def save_picture(figure, path: str | Path) -> Path:
-    """Write a PNG atomically: a reader, or a crash, sees either the old picture or the new one."""
+    """Write a PNG atomically, so that the file always holds either the old picture or the new one."""
     path, buffer = Path(path), io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     beside = path.with_name(f".{path.name}.writing")

@@ -80,7 +80,7 @@ class TRMTrainingLogger(contextlib.AbstractContextManager):
             output.log(int(step), now, figures)
 
     def sample(self, text: str) -> None:
-        """Append a text to samples.txt.  Its first line must be `step N: ...`, by which a resume cuts the file."""
+        """Append a text to samples.txt.  It must begin with `step N: `, by which a resumed run finds later steps."""
         try:
             with open(self.folder / SAMPLES_FILE, "a", encoding="utf-8") as file:
                 file.write(f"=== {text}\n")
@@ -124,7 +124,7 @@ def _number(value):
 
 
 def _tag(name) -> str:
-    """A figure's name in TensorBoard and Weights & Biases: train/loss, valid/loss, final/loss, system/rss_gib."""
+    """Returns a figure's name in TensorBoard and Weights & Biases, such as train/loss, valid/loss or system/rss_gib."""
     if name in SYSTEM_FIGURES:
         return f"system/{name}"
     for start, section in (("final_valid_", "final"), ("valid_", "valid")):
@@ -276,7 +276,7 @@ class ResourceMonitor(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def batch(self):
-        """Measure the time of a batch.  If it hangs, the warning comes while it is still running."""
+        """Measure the time of a batch.  If the batch hangs, the warning appears while it is still running."""
         self._began = began = time.perf_counter()
         try:
             yield

@@ -67,7 +67,7 @@ class Agreement:
         self.group = dist.new_group(backend="gloo") if world > 1 else None
 
     def sum(self, *numbers: float) -> list[float]:
-        """The sum of each number over all processes."""
+        """Returns the sum of each number over all processes."""
         if self.group is None:
             return list(numbers)
         totals = torch.tensor(numbers, dtype=torch.float64)
@@ -75,7 +75,7 @@ class Agreement:
         return totals.tolist()
 
     def gather(self, state) -> list:
-        """The states of all processes, by rank: anything that pickles, as they are only sent within this run."""
+        """Returns the states of all processes, by rank.  They may be any objects that can be pickled."""
         if self.group is None:
             return [state]
         states = [None] * self.world
@@ -110,7 +110,7 @@ def swap_average(model: torch.nn.Module, ema):
 
 
 def gathered(tree):
-    """Replace every sharded tensor in a nest of containers by the whole tensor.  All processes must call this."""
+    """Returns nested containers with every sharded tensor replaced by the whole one.  All processes must call this."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.full_tensor() if is_sharded(tensor) else tensor, tree)
 
 
@@ -120,7 +120,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 
 def placed_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Shard a whole tensor, equal in all processes, in the way `like` is sharded; unchanged if `like` is whole."""
+    """Returns a whole tensor, equal in all processes, sharded as `like` is; unchanged if `like` is whole."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -12,7 +12,7 @@ from src.runtime import COMPILE_S
 
 
 def progress_bar(batches=None, **options) -> tqdm:
-    """A progress bar on stderr, over `batches` if given.  Updates rarely if stderr is a file, to keep logs short."""
+    """Returns a progress bar on stderr, over `batches` if given.  If stderr is a file, it updates rarely."""
     return tqdm(batches, mininterval=0.1 if sys.stderr.isatty() else 30, **options)
 
 
@@ -29,7 +29,7 @@ class Window:
     def add(self, losses, visits: int, is_good: bool):
         """Add one step, in which the network was applied `visits` times.
 
-        is_good: whether its gradient was finite. Else its losses may be NaN, which would make the mean NaN."""
+        is_good: whether its gradient was finite. If not, its losses are left out, because they may be NaN."""
         self.steps += 1
         self.visits += visits
         if is_good:
@@ -37,13 +37,13 @@ class Window:
             self.good += 1
 
     def means(self, accelerator) -> dict:
-        """{name: mean per step} for the log; losses are NaN if no step was good.  All processes must call this."""
+        """Returns {name: mean per step}; losses are NaN if no step was good.  All processes must call this."""
         loss, ce, act = (accelerator.reduce(self.losses) / (self.good or math.nan)).tolist()
         depth = self.visits / max(1, self.steps)
         return {"loss": loss, "ce_loss": ce, "act_loss": act, "recursion_depth": depth}
 
     def state_dict(self, accelerator) -> dict:
-        """The state, with losses summed over all processes.  All of them must call this."""
+        """Returns the state, with losses summed over all processes.  All of them must call this."""
         counts = {"steps": self.steps, "good": self.good, "visits": self.visits}
         return {"losses": accelerator.reduce(self.losses), **counts}
 
@@ -89,11 +89,11 @@ class Clock:
         bar.unpause()
 
     def tokens_per_s(self, curriculum, step: int) -> float:
-        """Tokens per second in this window; NaN if it holds only a step that compiled."""
+        """Returns the tokens per second in this window; NaN if its only step compiled."""
         tokens = curriculum.tokens(step) - curriculum.tokens(self.step)
         return tokens / self.seconds() if tokens else math.nan
 
     def minutes_left(self, elapsed: float, steps_left: float, max_minutes: float | None) -> float:
-        """Estimated minutes left.  elapsed: seconds so far; steps_left: remaining steps / steps done."""
+        """Returns the estimated minutes left.  elapsed: seconds so far; steps_left: remaining steps / steps done."""
         left = (elapsed - self.compile_s) / 60 * steps_left
         return left if max_minutes is None else max(0.0, min(left, max_minutes - elapsed / 60))

@@ -10,7 +10,7 @@ COUNTERS = ("step", "elapsed", "best", "skipped")
 
 
 def collect(trainer) -> tuple[dict, dict | None, dict]:
-    """(weights, averaged weights or None, state) as whole tensors, numbers and containers.
+    """Returns (weights, averaged weights or None, state) as whole tensors, numbers and containers.
 
     All processes must call this, because it gathers sharded tensors and the position of each process in the data."""
     trainer.elapsed = time.monotonic() - trainer.started
