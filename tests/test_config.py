@@ -332,6 +332,15 @@ def test_help_teaches_every_flag(capsys, monkeypatch, parse_args, classes):
     assert "python " in text  # example commands
 
 
+def test_help_shows_no_flag_that_is_refused(capsys):
+    with pytest.raises(SystemExit):  # jsonargparse would add --train_paths+ and --curriculum.stages.help
+        train_trm_lm.parse_args(["--help"])
+    options = capsys.readouterr().out.split("\noptions:")[1]
+    shown = {flag for line in re.findall(r"^  (-.*)", options, re.M) for flag in re.findall(r"--[\w.]+\+?", line)}
+    known = {f"--{flag}" for cls in CLASSES for flag, _, _ in documented(cls)}
+    assert shown == known | {"--help", "--config", "--curriculum", "--monitoring"}
+
+
 def test_a_class_of_ones_own():
     @dataclasses.dataclass
     class Paths:
