@@ -10,8 +10,8 @@ MOST_SCORES = 2**27  # B * H * T * T, the largest number of scores held at once 
 class _CausalCPU(torch.autograd.Function):
     """Causal attention with a backward pass that recomputes the scores and consists of five batched matrix products.
 
-    The forward pass is PyTorch's flash kernel. The backward pass of that kernel reaches only a small part of the matrix
-    product speed of CPUs with bf16 hardware. If the caller is compiled, the elementwise work in between is fused."""
+    The forward pass is PyTorch's flash kernel. On CPUs with bf16 hardware, the backward pass of that kernel is far
+    slower than matrix products are. If the caller is compiled, the elementwise work between the products is fused."""
 
     @staticmethod
     def forward(ctx, q, k, v):

@@ -35,7 +35,7 @@ FORMAT = 3
 FILES = {"model.safetensors", "ema.safetensors", "classifier.safetensors", "config.json", "state"}
 FILES |= {*TOKENIZER_FILES, PUZZLE_FILE}
 DIGESTS = "state/digests.json"  # digests of the files as written; checked before a run resumes
-LARGEST = 1e6  # far above any trained weight; products of larger ones overflow in fp32
+LARGEST = 1e6  # limit for a weight, far above any trained one; products of larger weights overflow in fp32
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "stdlib"
 

@@ -47,9 +47,10 @@ class PackedDataset(Dataset):
     """Full windows of a TokenStore, with `seq_len` inputs each. Every token after the first is a target exactly once.
 
     There is no padding. The last window ends at the end of the store, and its targets that overlap with the window
-    before are -100. The EOS between two documents is EOS as a target but BOS as an input, if bos_eos = (BOS id, EOS id)
-    is given, so that a model learns to start from BOS. With segment=True, attention_mask numbers the documents of a
-    window, which limits attention to one document. Raises UserError if the store is shorter than one window.
+    before are -100. bos_eos: (BOS id, EOS id). If given, the EOS between two documents becomes BOS where it is an
+    input, so that a model learns to start from BOS. As a target it stays EOS. segment: let attention_mask number the
+    documents of a window, which limits attention to one document. Raises UserError if the store is shorter than one
+    window.
     """
 
     def __init__(self, store, seq_len, segment=False, bos_eos=None):
@@ -138,7 +139,7 @@ class MixedDataset(ConcatDataset):
 
     @property
     def bytes_per_token(self):
-        """UTF-8 bytes of text per target token, averaged as the corpora are drawn."""
+        """UTF-8 bytes of text per target token, averaged with the weights by which the corpora are drawn."""
         tokens = [w * corpus.n_targets / len(corpus) for w, corpus in zip(self.weights, self.datasets)]
         return sum(n * corpus.bytes_per_token for n, corpus in zip(tokens, self.datasets)) / sum(tokens)
 

@@ -235,7 +235,7 @@ def model_settings(config: TRMConfig) -> dict:
 
 @dataclass(frozen=True)
 class ExitRule:
-    """Decides when a token stops recursing.
+    """When a token stops recursing. A recursion step is a supervision step (trm) or a visit (loop).
 
     Args:
         exit: when a token stops: fixed (after max_recursion_depth steps), halt (when the halting head is confident) or

@@ -1,6 +1,7 @@
-"""Int8 weights for decoding on a CPU: a quarter of the bytes per token, and half the time of an fp32 product.
+"""Int8 weights for decoding on a CPU.
 
-Only weights are quantized. Activations are rounded to bf16 before each product, row by row, so the result of a row does
+Compared with fp32, decoding a token reads a quarter of the bytes, and a matrix product takes half the time. Only
+weights are quantized. Activations are rounded to bf16 before each product, row by row, so the result of a row does
 not depend on other rows. Products use PyTorch's int8 weight-only kernel, on which torchao is built. Its time grows with
 the number of rows: from about 16 rows on, a prompt or batch takes as long as in fp32.
 """

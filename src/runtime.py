@@ -115,9 +115,9 @@ def choose_compile(
 ) -> Choice:
     """Returns (whether to use torch.compile, reason).
 
-    None = if it works here and a run of `flops` and at most `minutes` is long enough to gain by it. The estimate uses
-    settings only, not measurements, so that a repeated run makes the same choice. Raises UserError if compiling is
-    wanted but cannot work."""
+    wanted: None = compile if it works here and the run is long enough to gain from it. flops, minutes: the work and the
+    time limit of the run. Its length is estimated from these alone, so that a repeated run makes the same choice.
+    Raises UserError if compiling is wanted but cannot work."""
     if wanted is False:
         return Choice(False, "as requested")
     missing = _missing_for_compile(device)

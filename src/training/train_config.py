@@ -137,7 +137,7 @@ class CurriculumStage:
 
 @dataclass
 class CurriculumConfig:
-    """The section `curriculum` of a --config file.
+    """The section `curriculum` of a --config file: a run in stages.
 
     Args:
         stages: list of stages, which follow each other; docs/training.md shows an example. By default, the run is one
