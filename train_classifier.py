@@ -138,7 +138,8 @@ def tuned(config, tuning, device, precision):
     Returns None if the training was interrupted."""
     if config.option == "finetune":
         names = task.read_label_names(config.label_names) if config.label_names else task.find_label_names(config.train)
-        examples = read_examples(config, names, "train", "dev", "test")  # so that mistakes show before the training
+        # all files are read now, so that mistakes in them show before the training
+        examples = read_examples(config, names, "train", "dev", "test")
         train, dev = examples["train"], examples.get("dev", [])
         made = finetune(tuning, config.checkpoint, train, dev, names, device, precision)
         if made is None:
@@ -159,7 +160,7 @@ def tuned(config, tuning, device, precision):
 def judge(part, examples, scores, names, out, spelt):
     """Write the answers of the last recursion step to the file `out`, and print how good they are.
 
-    `spelt` has the labels as the data file spells them. Returns the report, or None if the texts have no labels."""
+    spelt: the labels as the data file writes them. Returns the report, or None if the texts have no labels."""
     answers, texts = scores.argmax(-1), [example.text for example in examples]
     written = [spelt[answer] for answer in answers[-1].tolist()]
     if out is not None:

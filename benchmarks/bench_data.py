@@ -9,15 +9,15 @@ Prints four tables and one JSON line. The text is the source code of the standar
 
 Tokenizing: MB (10^6 bytes) of text per second of `tokenize_corpus`, from .jsonl.gz files to the cache on disk, with 1
 and 2 processes, for several files and for one. SentencePiece alone on the same text in memory is measured in the same
-rounds. `ratio` compares with SentencePiece alone in as many processes.
+rounds. `ratio` is the speed over that of SentencePiece alone in as many processes.
 
 Loader: batches per second of the training loader, from tokenized text and streamed, with 0 and 2 loading processes.
-`ratio` compares with the need: the batches/s of training. By default that is the speed of forward and backward passes
-of a model with the default settings on this machine.
+`ratio` is the speed over the need, which is the number of batches per second that training takes. By default, the need
+is measured: it is the speed of forward and backward passes of a model with the default settings on this machine.
 
 Streaming: resident memory (RSS) of a fresh process that streams the corpus once, and of one that streams ten times as
-many files. `added` is the memory that streaming added after everything was loaded, at its peak and at its end. `growth`
-compares the total memory with that of the small corpus.
+many files. `added` is the memory that streaming added after everything was loaded, at the peak and at the end. `growth`
+is the change of the total memory from the small corpus to the large one.
 
 State: the bytes that a checkpoint stores about a stream, and the seconds until a loader resumed from it gives a batch.
 """
@@ -219,8 +219,10 @@ def measure_resume(args: DataBench, data, workers: int) -> dict:
 
 
 def stream_here(args: DataBench) -> None:
-    """In the child process: stream the corpus once and print RSS in bytes, before the first batch, at the peak, and on
-    average over the last quarter of the epoch."""
+    """Stream the corpus once, in the child process, and print resident memory (RSS) in bytes.
+
+    It is printed for the moment before the first batch, at the peak, and as the mean over the last quarter of the
+    epoch."""
     job, process = json.loads(args.child), psutil.Process()
     data = stream_of(args, job["files"], read_tokenizer(job["tokenizer"]))
     loader, seen = create_train_loader(data, args.batch_size), []
@@ -293,7 +295,7 @@ def main(argv=None) -> None:
 
 
 def _mib(row) -> list:
-    """The memory cells of a row: peak and end, added at peak and end, growth at peak and end."""
+    """Returns the six memory cells of a row: peak and end, added at peak and end, growth at peak and end."""
     sizes = [row[name] / MIB for name in ("peak", "end")]
     added = [(row[name] - row["before"]) / MIB for name in ("peak", "end")]
     return sizes + added + [f"{row[f'{name}_growth_percent']:+.1f}" for name in ("peak", "end")]

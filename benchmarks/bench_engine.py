@@ -7,9 +7,9 @@
 The bare loop loads a batch, runs the model forward and backward, clips the gradient and updates with AdamW. The engine
 is `Trainer.train` with everything it does: the moving average, the checks for non-finite values, metrics.jsonl and
 TensorBoard every 10 steps, the monitor, a checkpoint every `save_every` steps, and the progress bar. Both use equal
-models and windows of the standard library. Their rounds alternate, and each round of the engine continues the one
-before. Evaluations are left out, because they are work that a bare loop would also do. Prints the median milliseconds
-per step of each loop, then one JSON line.
+models and windows of the standard library. Their rounds alternate, and each round of the engine continues the training
+of the round before. Evaluations are left out, because a bare loop would have to do them too. Prints the median
+milliseconds per step of each loop, then one JSON line.
 """
 
 import tempfile
@@ -78,7 +78,7 @@ def make_trainer(args: EngineBench, folder: Path):
 
 
 class Bare:
-    """The bare loop: the same steps without the engine, with a trainer's model, precision and loader."""
+    """The bare loop, which does the same steps as the engine with the model, precision and loader of a trainer."""
 
     def __init__(self, trainer):
         self.trainer, config = trainer, trainer.config

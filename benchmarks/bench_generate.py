@@ -15,11 +15,12 @@ onnx_fp32 and onnx_int8 run what export_onnx.py makes. A path whose package is m
 
     ratio         speed of the plain model over transformers
     loop_ratio    speed of the looped model over the plain model
-    same_tokens   fp32 paths only: both models wrote the same text as transformers and the fp32 path, except from a
-                  token on at which two choices are equal up to rounding; if false, the exit code is 1
+    same_tokens   in fp32 paths: whether both models wrote the same text as transformers and as the fp32 path; texts
+                  may differ from a token on whose two best choices are equal up to rounding; if false, the exit code
+                  is 1
 
-Then it compares decoding with and without the cache for the first shape: new_tokens tokens after a prompt of
-context - new_tokens tokens. Prints tables, then one JSON line.
+Then it compares decoding with and without the cache. For the first shape, it generates new_tokens tokens after a prompt
+of context - new_tokens tokens. Prints tables, then one JSON line.
 
 Shapes are layers x width. 6x384 has a vocabulary of 4,096 (like a tokenizer trained on the spot), the others 32,000.
 6x288 has the hidden width of the Llama models that are trained on TinyStories.
@@ -46,7 +47,7 @@ SHAPES = {
 PLAIN = {"recursion": "none", "n_layers": 6, "norm": "pre"}
 LOOP = {"recursion": "loop", "n_layers": 2, "deep_steps": 3, "norm": "pre"}
 DEEPER = {"8x512": ({"n_layers": 8}, {"deep_steps": 4})}
-TIE = 1e-4  # logits this close are equal: the paths add numbers in different orders
+TIE = 1e-4  # logits this close count as equal, because the paths add numbers in different orders
 
 
 @dataclass
@@ -148,7 +149,7 @@ def measure_shape(args: GenerateBench, shape: str) -> list[dict]:
 
 
 def _same_tokens(jobs: dict[tuple, Greedy], models, path, mask) -> bool:
-    """Whether both models wrote in this path the same text as transformers and as the fp32 path."""
+    """Returns whether both models wrote the same text in this path as transformers did, and as in the fp32 path."""
     others = ("transformers", "plain"), ("fp32", "plain"), ("fp32", "loop")
     pairs = [((path, name), (other, name)) for other, name in others if (other, name) in jobs]
     return all(same_greedy(models[a[1]], jobs[a].ids, jobs[b].ids, mask) for a, b in pairs)
@@ -156,8 +157,9 @@ def _same_tokens(jobs: dict[tuple, Greedy], models, path, mask) -> bool:
 
 @torch.no_grad()
 def same_greedy(model: TRMModel, ids, others, mask=None) -> bool:
-    """Whether two batches of greedy texts (B, T) agree.  A difference is allowed if the first differing tokens have
-    equal logits up to rounding."""
+    """Returns whether two batches of greedy texts (B, T) agree.
+
+    Two texts may differ from a token on if both choices for that token have equal logits up to rounding."""
     start = torch.zeros(len(ids), dtype=torch.long) if mask is None else (mask == 0).sum(1)
     for row, other, first in zip(ids, others, start.tolist()):
         differ = (row != other).nonzero()

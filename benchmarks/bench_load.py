@@ -7,7 +7,8 @@
 Each round starts generate.py in its own process, first alone and then beside one endless loop per core. It runs the
 released checkpoint, and a plain model with random weights (6 layers, width 384). Figures are the best of all rounds, in
 tokens/s without the start-up time. `ratio` is the speed alone over the speed on the busy machine. Prints a table, then
-one JSON line; its `machine` has the number of threads when alone. The exit code is 1 if a ratio is above 3.
+one JSON line, whose `machine` names the number of threads that is used when alone. The exit code is 1 if a ratio is
+above 3.
 """
 
 import os

@@ -9,7 +9,8 @@ Each measurement runs in a fresh process. Prints two tables, then one JSON line.
 Training: peak resident memory (RSS) of three eager steps of the trainer (forward and backward pass per supervision
 step, AdamW). It should stay flat for supervision_steps 1 to 8, and for deep_steps 1 to 4 with grad_deep_steps 1. It
 should grow with full_bptt. `step` is the memory that the steps added after everything was loaded. `growth` compares the
-peak with the first line of its group; `step growth` does the same for `step`, which is stricter.
+peak with the first line of its group. `step growth` compares `step` in the same way; this is stricter, because `step`
+leaves out the memory that everything else takes.
 
 Corpus: a .jsonl.gz of `corpus_mb` MB (10^6 bytes) is made in a temporary folder by repeating the source code of the
 standard library. `prepare_data` loads it; the peak RSS should stay under 1 GiB.

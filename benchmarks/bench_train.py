@@ -11,15 +11,15 @@ per supervision step, clipping, AdamW, moving average). Matrix products and trai
 that slows down for a while slows both. Figures are medians over the rounds; `best` compares the fastest step with the
 fastest products.
 
-FLOPs are counted by `metrics.flops_per_token`: 6 x the weights visited with gradient + 2 x the weights visited without,
-with the head and without recomputation. Attention costs 4*T*D forward and 8*T*D backward per token and layer visit.
-This counts the whole square of scores, though a causal model needs half of it.
+FLOPs are counted by `metrics.flops_per_token`. A weight counts 6 for each visit with gradient and 2 for each visit
+without, the head included; recomputation does not count. Attention costs 4*T*D forward and 8*T*D backward per token and
+layer visit. This counts all T x T scores, although a causal model needs only half of them.
 
     ratio             model over matrix products, without the FLOPs of attention
-    ratio_attention   the same with them
-    shapes            the speed limit set by the shapes of the model: the products of a block's linear layers for the
-                      forward pass, input gradient and weight gradient, at batch x length rows, written into existing
-                      memory, and mixed as often as the family needs each of the three
+    ratio_attention   the same, with the FLOPs of attention
+    shapes            the speed of the model's own matrix products, which limits the speed of the model. They are the
+                      products of a block's linear layers at batch x length rows: for the forward pass, the gradient
+                      of the input, and the gradient of the weights. Each kind counts as often as the family needs it
 """
 
 import time
@@ -110,7 +110,7 @@ def training_step(args: TrainBench, config: TRMConfig, runtime: RuntimeConfig):
 
 
 class Burst:
-    """A job of n x n x n matrix products that takes at least about 0.2 s; `flops` is the work of one call."""
+    """A job that multiplies n x n matrices for about 0.2 s or more. `flops` is the work of one call."""
 
     def __init__(self, size: int, dtype, device):
         self.a, self.b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -156,9 +156,10 @@ class BlockProducts:
             torch.mm(y.t(), x, out=w)
 
     def ceiling(self, times: dict, forwards: float) -> float:
-        """Returns the FLOP/s of a mix with `forwards` forward products for one of each gradient.
+        """Returns the FLOP/s of a mix of products.
 
-        `times` has the seconds of each kind."""
+        The mix has `forwards` forward products for one product of each gradient. `times` has the seconds of each
+        kind."""
         elapsed = forwards * times["forward"] + times["grad_input"] + times["grad_weight"]
         return (forwards + 2) * self.flops / elapsed
 

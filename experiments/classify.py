@@ -9,10 +9,10 @@
     python experiments/classify.py --table                     # mean and spread of all runs so far
 
 The first three commands make the models, and the fourth compares them. The folder `data` holds sst-train.txt,
-sst-dev.txt and sst-label-mapping.json, and the same three files of cfimdb. A fine-tuned accuracy is that of the best
-epoch on the dev set, measured on the same dev set, as in the published figures. A seed changes the order of examples
-and the dropout; zero-shot has no seed. Each run appends one JSON line to `output`. A table of all runs ends the output.
-Each setting of fine-tuning is a flag that overrides the task's own.
+sst-dev.txt and sst-label-mapping.json, and the same three files of cfimdb. After fine-tuning, the best epoch on the dev
+set is taken, and its accuracy on the same dev set is reported, as in the published figures. A seed changes the order of
+examples and the dropout; zero-shot has no seed. Each run appends one JSON line to the file `output`. At the end, a
+table of all runs is printed. Each setting of fine-tuning is a flag that overrides the task's own.
 """
 
 import dataclasses
@@ -129,7 +129,7 @@ def measure(config, changes, name, folder, option, seed) -> dict:
 
 
 def print_table(path) -> None:
-    """Print a row per model, task and option: runs, mean and standard deviation of the accuracy, mean per step.
+    """Print a row per model, task and option: runs, mean and standard deviation of the accuracy, mean after each step.
 
     If a seed was run several times with the same settings, its last run counts."""
     runs = records.by_seed(path, "task", "option", name="model")

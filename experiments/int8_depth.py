@@ -62,7 +62,7 @@ def load(folder, precision):
 
 
 def measure(folder, config: DepthConfig) -> list[dict]:
-    """Returns a row per recursion step of one checkpoint."""
+    """Returns one row for each recursion step of a checkpoint."""
     scores, rule = {}, None
     for precision in PRECISIONS:
         model, tokenizer = load(folder, precision)

@@ -4,18 +4,22 @@
     python experiments/puzzles.py --recipe configs/sudoku4.yaml --minutes 2 --seeds 0 1 2 --output runs/arms4
     python experiments/puzzles.py --recipe configs/sudoku9.yaml --minutes 5 --device cuda --arms trm plain-params
 
-The recipe is a config of train_puzzles.py for a model of recursion trm. The arms change what `--help` of that script
-calls the family, and nothing else:
+The recipe is a config of train_puzzles.py for a model of recursion trm. The models that are compared are called arms.
+Each arm is the recipe with another recursion, or another number of layers or steps; all other settings are equal. A
+visit is one pass through the layers of the recipe.
 
     trm           the recipe
     trm-1         the recipe, trained and tested with a single supervision step
-    loop          the looped transformer, with as many visits as `loop_steps` supervision steps of the recipe have
-    plain-params  a plain transformer with as many parameters: the layers of the recipe, each applied once
-    plain-flops   a plain transformer with the FLOPs of an update of the recipe: its layers once per visit of one step
-    plain-deep    a plain transformer with the FLOPs of an answer of the recipe: its layers once per visit of all steps
+    loop          a looped transformer with as many visits as `loop_steps` supervision steps of the recipe have
+    plain-params  a plain transformer with as many parameters as the recipe: the same layers, each applied once
+    plain-flops   a plain transformer whose update takes as many FLOPs as an update of the recipe: it has the layers of
+                  the recipe once for each visit of one supervision step
+    plain-deep    a plain transformer whose answer takes as many FLOPs as an answer of the recipe: it has the layers of
+                  the recipe once for each visit of all supervision steps
 
-First, each arm gets a sweep of the learning rate: a run of `sweep_minutes` per value in `lrs`, on puzzles and with a
-split of their own (`sweep_data_seed`). The value with the highest exact accuracy is then used for every seed.
+First, a learning rate is chosen for each arm in a sweep: one run of `sweep_minutes` for each value in `lrs`. The sweep
+has puzzles and a split of its own, by `sweep_data_seed`. The value with the highest exact accuracy is then used for
+every seed.
 
 The runs are subprocesses of train_puzzles.py, `jobs` at a time. Writes one JSON line per run to runs.jsonl in `output`,
 and prints a table with the exact accuracy on all held-out puzzles of every seed. Started again with the same `output`,
@@ -52,12 +56,12 @@ class ArmsConfig:
         arms: models to train
         seeds: seeds of weights and of the order of puzzles; each seed is one run of every arm
         minutes: training time of a run, compilation included
-        lrs: learning rates to choose from; with a single value, there is no sweep
+        lrs: learning rates among which the sweep chooses; with a single value, there is no sweep
         sweep_minutes: training time of a run of the sweep
         sweep_data_seed: seed of the puzzles and the split of the sweep
-        loop_steps: see the arm `loop`
-        jobs: number of runs at a time
-        threads: threads of a run
+        loop_steps: the arm `loop` has as many visits as this number of supervision steps of the recipe
+        jobs: number of runs that run at the same time
+        threads: number of CPU threads of each run
         device: device of the runs: cpu, cuda or mps
         output: folder for the runs and runs.jsonl
         overrides: further settings of every run, as --name=value
@@ -101,7 +105,7 @@ class Job(NamedTuple):
 
 
 def arm_flags(arm: str, recipe: dict, loop_steps: int) -> dict:
-    """{setting: value} that turns the recipe into an arm."""
+    """Returns {setting: value}, which turns the recipe into an arm."""
     layers, steps = recipe.get("n_layers", 1), recipe.get("supervision_steps", 8)
     visits = recipe.get("deep_steps", 1) * (recipe.get("latent_steps", 2) + 1)  # of one supervision step
     return {
@@ -141,7 +145,7 @@ def train(config: ArmsConfig, recipe: dict, job: Job) -> dict:
 
 
 def record_of(folder: Path, job: Job, recipe: dict) -> dict:
-    """The result of a finished run: {arm, changes, seed, exact, by_step, ...} from its metrics.jsonl."""
+    """Returns the result of a finished run, {arm, changes, seed, exact, by_step, ...}, from its metrics.jsonl."""
     figures = {}
     for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         figures |= json.loads(line)
@@ -159,7 +163,7 @@ def record_of(folder: Path, job: Job, recipe: dict) -> dict:
 
 
 def do_all(config: ArmsConfig, recipe: dict, jobs: list[Job]) -> list[dict]:
-    """The records of runs.  Those that runs.jsonl lacks are done now, `jobs` at a time."""
+    """Returns the records of runs. Runs that runs.jsonl does not have yet are done first, `jobs` at a time."""
     output = Path(config.output) / "runs.jsonl"
     lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
     known = {_job_of(record): record for record in map(json.loads, lines)}
@@ -180,7 +184,7 @@ def _job_of(record: dict) -> Job:
 
 
 def best_rates(config: ArmsConfig, recipe: dict) -> dict[str, float]:
-    """{arm: learning rate with the highest exact accuracy in the sweep}."""
+    """Returns {arm: the learning rate with the highest exact accuracy in the sweep}."""
     if len(config.lrs) == 1:
         return dict.fromkeys(config.arms, config.lrs[0])
     jobs = [Job(arm, lr, 0, True) for arm in config.arms for lr in config.lrs]
@@ -191,7 +195,7 @@ def best_rates(config: ArmsConfig, recipe: dict) -> dict[str, float]:
 
 
 def table(records: list[dict]) -> str:
-    """Markdown: exact accuracy per arm, after the first and after the last step, with every seed."""
+    """Returns a Markdown table: exact accuracy of each arm after the first and the last step, and of every seed."""
     lines = ["| arm | lr | updates | exact after step 1 | exact | every seed |", "|---|---|---|---|---|---|"]
     for arm in dict.fromkeys(record["arm"] for record in records):
         runs = sorted((r for r in records if r["arm"] == arm), key=lambda r: r["seed"])

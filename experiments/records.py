@@ -15,10 +15,11 @@ def keep(output, record: dict) -> None:
 
 
 def by_seed(output, *kind: str, name: str) -> dict[tuple, list[dict]]:
-    """Group the runs in a file by what was run.  Returns {key: records, one per seed}.
+    """Groups the runs in a file by what was run. Returns {key: records, one per seed}.
 
-    A key has the values of the fields `kind`, then the field `name` with the changed settings. If a seed was run more
-    than once, its last run counts. Raises UserError if the file is not a file of runs."""
+    A key is a tuple. It has the values of the fields `kind`, and at the end the value of the field `name` with the
+    settings that were changed, such as `anchor_trm lr=0.002`. If a seed was run more than once, its last run counts.
+    Raises UserError if the file is not a file of runs."""
     runs = {}
     try:
         for line in Path(output).read_text(encoding="utf-8").splitlines():

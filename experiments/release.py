@@ -1,4 +1,4 @@
-"""Make a small copy of a run's best checkpoint: only its averaged weights in fp16, config.json and the tokenizer.
+"""Make a small copy of a run's best checkpoint, with only its averaged weights in fp16, config.json and the tokenizer.
 
     python experiments/release.py runs/stdlib checkpoints/stdlib
     python experiments/release.py runs/wiki checkpoints/wiki --valid_paths wiki/validation_0.jsonl.gz

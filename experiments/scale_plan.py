@@ -12,19 +12,20 @@ Parameters and FLOPs are counted as in src/metrics.py. Memory is counted for one
 and AdamW's moments are in fp32. In bytes per parameter, they take:
 
     DDP     weights 4, gradients 4, buckets that exchange the gradients 4, AdamW's moments 8, averaged weights 4
-    shard   the same divided by W, without buckets; plus the gathered weights 4 and their gradients 4, because the
-            weights are gathered once for all visits. Writing a checkpoint gathers everything but the gradients once
-            more, in every process
+    shard   the same divided by W, without buckets; in addition, the gathered weights 4 and their gradients 4, because
+            one gathering of the weights serves a whole forward and backward pass. While a checkpoint is written, every
+            process also holds all of this in whole, except for the gradients
 
 Activations are simulated: the forward and backward pass of one accumulation part runs on fake tensors, which have
 shapes but no data, and the bytes of all live tensors are added up at each operation. This is eager mode; a compiled
 step needs less.
 
-Days are the training FLOPs divided by devices x peak x utilisation. The FLOPs include attention, and a third more with
-gradient checkpointing, which is an upper bound. Days leave out the time for exchange, evaluation, checkpoints and
-waiting for text. A utilisation measured on one machine is only a guess for another. Gradients are exchanged by ring
-all-reduce: each process sends 8 (W - 1) / W bytes per parameter and update. With sharding it sends 4 (W - 1) / W for
-each gathering and for each update. The optimizer is AdamW; Muon needs less memory.
+Days are the training FLOPs divided by devices x peak x utilisation. The FLOPs include attention. Gradient
+checkpointing adds a third to them, which is an upper bound. Days leave out the time for exchange, evaluation,
+checkpoints and waiting for text. A utilisation measured on one machine is only a guess for another. Gradients are
+exchanged by ring all-reduce: each process sends 8 (W - 1) / W bytes per parameter and update. With sharding, it sends
+4 (W - 1) / W bytes per parameter for each gathering and for each update. The optimizer is AdamW; Muon needs less
+memory.
 """
 
 import json
@@ -137,11 +138,11 @@ class PeakBytes(TorchDispatchMode):
 
 
 def activation_bytes(config: TRMConfig, rows: int, precision: str = "bf16") -> int:
-    """Returns the peak bytes of a forward and backward pass over rows x max_seq_len tokens.
+    """Returns the peak bytes of activations in a forward and backward pass over rows x max_seq_len tokens.
 
-    Weights and gradients are not included. Supervision steps run one after the other, as in training, or all at once
-    with full_bptt. The gradients exist from the start. This is exact if several backward passes add to them. A single
-    pass creates them while activations are freed, so it may need less."""
+    Supervision steps run one after the other, as in training, or all at once with full_bptt. The gradients exist from
+    the start, as they do in training with several backward passes per update. With a single backward pass, training
+    creates them while activations are freed, and may need less than this."""
     with torch.device("meta"):
         model = TRMModel(config)
     at_once = config.full_bptt or config.train_steps == 1
@@ -172,7 +173,10 @@ def plan_memory(parameters: int, settings: Settings, world: int) -> dict:
     average = 4 if train.ema_decay else 0
 
     def column(held, whole, buckets):
-        """{what: bytes}; states are split into `held` parts, `whole` and `buckets` are in bytes per parameter."""
+        """Returns {what: bytes} of one column.
+
+        Weights, gradients and the optimizer's states are split into `held` parts. `whole` and `buckets` are the bytes
+        per parameter of gathered weights and of exchange buckets."""
         sizes = {
             "weights": 4 / held,
             "whole weights": whole,

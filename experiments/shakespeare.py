@@ -7,16 +7,15 @@
     python experiments/shakespeare.py --table                  # mean and spread of all runs so far
 
 The split is the usual one: the first 90 % of the text for training, the last 10 % for validation. The vocabulary is its
-65 characters. Each step takes random windows, as in nanoGPT, and is a step of the trainer (`Trainer.train_step`). At
-the end the whole validation text is scored in non-overlapping windows, in nats per character: once with the last
-weights and once with their moving average. Each run appends one JSON line to `output` when it is done. A table with a
-row per recipe ends the output. The settings of the model and the main settings of training are flags that override
-the recipe's own.
+65 characters. Each step trains on random windows, as in nanoGPT, by `Trainer.train_step`. At the end, the whole
+validation text is scored in non-overlapping windows, in nats per character: once with the last weights and once with
+their moving average. Each run appends one JSON line to the file `output` when it is done. Then a table with a row per
+recipe is printed. The settings of the model and the main settings of training are flags that override the recipe's own.
 
-Groups of recipes: `prototypes` (width 256, 1,500 steps of 32 x 128 tokens) repeats the figures of a prototype of this
-design. `anchor` has the budget of nanoGPT's CPU example, 2,000 steps of 12 x 64 tokens and at most 0.8 M parameters;
-nanoGPT reaches 1.88 with it (README of github.com/karpathy/nanoGPT). `choices` changes one training setting at a time,
-in 600 steps of that size.
+There are three groups of recipes. `prototypes` (width 256, 1,500 steps of 32 x 128 tokens) repeats the figures of a
+prototype of this design. `anchor` has the budget of nanoGPT's CPU example: 2,000 steps of 12 x 64 tokens and at most
+0.8 M parameters, with which nanoGPT reaches 1.88 (README of github.com/karpathy/nanoGPT). `choices` changes one
+training setting at a time, in 600 steps of 12 x 64 tokens.
 """
 
 import dataclasses
@@ -198,7 +197,7 @@ def valid_loss(trainer: Trainer, ids: np.ndarray) -> float:
 
 
 def average_valid_loss(trainer: Trainer, ids: np.ndarray) -> float | None:
-    """Returns the same for the moving average of the weights, or None if the run keeps no average."""
+    """Returns the same as `valid_loss` for the moving average of the weights, or None if the run keeps no average."""
     if trainer.ema is None:
         return None
     with trainer.averaged_weights():

@@ -1,4 +1,4 @@
-"""Shared by all tests: type annotations of `src` are checked at run time; tiny models with random weights."""
+"""Shared by all tests: checks the type annotations of `src` at run time, and builds tiny models with random weights."""
 
 import itertools
 import os
@@ -6,13 +6,13 @@ import random
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: for tiny tensors, threads cost more than they gain
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; tiny tensors are faster with one thread
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jaxtyping  # noqa: E402
 from beartype import BeartypeConf, beartype  # noqa: E402
 
-typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float: temperature=0
+typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is accepted as a float, as in temperature=0
 jaxtyping.install_import_hook("src", f"{__name__}.typechecker")  # before anything of src is imported
 
 import pytest  # noqa: E402
@@ -24,19 +24,19 @@ pytest.register_assert_rewrite("scripts", "trainers")  # fixtures that several f
 
 
 def kernels() -> str:
-    """Which kernels torch takes in this process, and whether oneDNN has bf16 ones."""
+    """Returns which CPU kernels torch uses in this process, and whether oneDNN has kernels for bf16."""
     has_onednn = torch.backends.mkldnn.is_available()
     bf16 = "with" if has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "without"
     return f"{torch.backends.cpu.get_cpu_capability()}, {bf16} bf16 in oneDNN"
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Which kernels the figures come from (tests/test_kernels.py), and what it means that a worker died."""
+    """Print which kernels the tests ran with (see tests/test_kernels.py), and whether a test worker died."""
     reports = [r for kind in terminalreporter.stats.values() for r in kind if isinstance(r, pytest.TestReport)]
     lower = dict.fromkeys(value for report in reports for key, value in report.user_properties if key == "kernels")
     others = f"; in processes of their own: {', '.join(lower)}" if lower else ""
     terminalreporter.write_line(f"kernels: {kernels()}{others}")
-    if any(report.when == "???" for report in reports):  # as pytest-xdist marks them
+    if any(report.when == "???" for report in reports):  # pytest-xdist marks a dead worker in this way
         terminalreporter.write_line("a test worker died: tests that had not begun were not run")
 
 
@@ -58,8 +58,10 @@ TINY = {"vocab_size": 23, "d_model": 16, "n_heads": 4, "n_layers": 2, "d_ff": 24
 
 
 def build(seed=0, dtype=torch.float32, **settings):
-    """A tiny TRMModel in eval mode. All weights are random: norms are not 1, halting is not 0, gates are half open,
-    so that a term that is left out or swapped shows."""
+    """Returns a tiny TRMModel in eval mode.
+
+    All weights are random, also those that start as 0 or 1 (norms, halting head). A term that is left out of an
+    equation, or is in the wrong place, then changes the output."""
     torch.manual_seed(seed)
     model = TRMModel(TRMConfig(**{**TINY, **settings}))
     with torch.no_grad():
@@ -80,7 +82,7 @@ def tiny():
     return build
 
 
-# Each axis on its own, for every family, then seeded mixtures of all axes.
+# Options of the model with their values. Tests run each value on its own in every family, then random mixtures.
 AXES = {
     "norm": ("post", "pre", "sandwich"),
     "injection": ("sum", "concat"),
@@ -113,14 +115,14 @@ MIXES = 14
 
 
 def mixtures(axes, number, seed):
-    """`number` settings for each family in turn, every axis drawn anew."""
+    """Returns `number` settings: families take turns, and the value of every other option is drawn at random."""
     rng = random.Random(seed)
     families = itertools.cycle(("trm", "loop", "trm", "none"))
     return [{"recursion": next(families)} | {key: rng.choice(axes[key]) for key in axes} for _ in range(number)]
 
 
 def singles(axes):
-    """One setting per family and per value of each axis that is not the first."""
+    """Returns, for each family, the defaults and every setting in which one option has another than its first value."""
     changes = [{}] + [{key: value} for key in axes for value in axes[key][1:]]
     return [{"recursion": family} | change for family in ("trm", "loop", "none") for change in changes]
 
@@ -130,7 +132,7 @@ def name(settings):
 
 
 def batch(rows=2, length=6, seed=3):
-    """ids and targets, some without a target."""
+    """Returns random ids and targets; two of the targets are missing (-100)."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, TINY["vocab_size"], (rows, length), generator=generator)
     targets = torch.randint(0, TINY["vocab_size"], (rows, length), generator=generator)

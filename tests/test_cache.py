@@ -1,4 +1,4 @@
-"""Tests that decoding with the cache gives the same tokens and logits as decoding without it (contract 3)."""
+"""Tests that decoding with the cache gives the same tokens and logits as decoding without it."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def chunked(model, ids, sizes, mask=None, **options):
 
 
 def greedy_by_hand(model, row, new_tokens):
-    """The contract spelled out for one row: encode everything anew for each token; a row that has grown past
+    """Decoding without a cache, for one row: the whole text is encoded again for each token; a row that has grown past
     max_seq_len keeps its last max_seq_len // 2 tokens, at positions 0, 1, ..."""
     window, out = list(row), []
     for _ in range(new_tokens):

@@ -165,7 +165,7 @@ def test_text_with_and_without_cache_across_the_context(unchecked, tiny, case):
 @pytest.mark.parametrize("case", CASES, ids=name)
 @torch.no_grad()
 def test_the_past_does_not_see_the_future(tiny, case):
-    """Contract 1 under every rule, bit for bit."""
+    """Causal under every rule: later tokens change nothing, bit for bit."""
     model, ids = tiny(**case), prompt()
     for rule in rules(model, ids):
         base = model(ids, exit=rule)

@@ -1,4 +1,4 @@
-"""Runs SUBSET again under older CPU kernels, one process per level.
+"""Runs the tests in SUBSET again with older CPU kernels, in one process per level of kernels.
 
 PyTorch, oneDNN and MKL choose kernels by the CPU's features, once per process. Environment variables can restrict them
 to older kernels, but no machine can test kernels that are newer than its CPU. ONNX Runtime has no such switch.

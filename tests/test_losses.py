@@ -1,4 +1,4 @@
-"""Tests of the losses against explicit sums. Contract 6: a model learns with them, and its halting head then fires."""
+"""Tests of the losses against explicit sums; a model learns with them, and its halting head then says stop."""
 
 import math
 

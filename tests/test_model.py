@@ -1,4 +1,4 @@
-"""Tests of the model's contracts: causality, slow twin, Llama parity, determinism, padding; and of its settings."""
+"""Tests of what the model guarantees: causality, equality with its slow twin and with Llama, padding; its settings."""
 
 import copy
 import math
@@ -40,7 +40,7 @@ TWIN_CASES = (
 )
 
 
-# --- contract 2: the slow twin ------------------------------------------------------------------------------------
+# --- the slow twin ------------------------------------------------------------------------------------------------
 
 
 def make_twin(model, dtype=None):
@@ -153,7 +153,7 @@ def test_training_by_single_steps_equals_all_steps(weights, act_target):
     assert rest.loss.item() == pytest.approx(mean, rel=1e-12)
 
 
-# --- contract 1: causality ----------------------------------------------------------------------------------------
+# --- causality ----------------------------------------------------------------------------------------------------
 
 
 def changes_before(model, run=None, length=9, mask=None, start=0):
@@ -213,7 +213,7 @@ def test_causal_bit_for_bit_compiled(unchecked):
     torch.testing.assert_close(compiled(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-# --- contract 5: the plain family is Llama ------------------------------------------------------------------------
+# --- the plain family is Llama ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_same_seed_same_weights(recursion):
     assert not all(torch.equal(first[key], without[key]) for key in first)
 
 
-# --- contract 8: padding and documents ----------------------------------------------------------------------------
+# --- padding and documents ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -267,8 +267,8 @@ def test_a_row_alone_is_the_row_in_a_padded_batch(settings, side):
     mask = torch.zeros_like(ids)
     for row, n in enumerate(lengths):
         mask[row, slice(10 - n, 10) if side == "left" else slice(0, n)] = 1
-    # In float64 the contract shows exactly. These lively weights magnify rounding, and batches of two shapes round
-    # differently: without vector instructions fp32 logits are up to 5e-5 off those of float64.
+    # In float64 both are equal up to rounding. These large random weights magnify rounding, and batches of two shapes
+    # round differently: without vector instructions fp32 logits are up to 5e-5 off those of float64.
     fp32_tolerance = 1e-4 if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else 1e-5
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, fp32_tolerance)):
         model = build(dtype=dtype, **settings)

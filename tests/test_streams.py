@@ -1,4 +1,4 @@
-"""Scripts on a difficult system: stderr that cannot be written, a file name that is too long."""
+"""Scripts on a system that makes trouble: stderr cannot be written, or a file name is too long."""
 
 import os
 import subprocess

@@ -1,7 +1,7 @@
 """Reads documents from files, globs and folders, as streams. `src/data/readers.py` has a reader for each format.
 
-Documents are passed on in pieces of at most PIECE_CHARS characters, and the last piece of each document is marked.
-Memory therefore stays flat even if one file is a single document of many GB, and only the last piece gets an EOS.
+Documents are passed on in pieces of at most PIECE_CHARS characters, so memory stays flat even if a file is a single
+document of many GB. The last piece of each document is marked: the end-of-sequence token (EOS) follows it.
 """
 
 import glob
@@ -16,20 +16,20 @@ from src.data.readers import READERS, SUFFIXES, SkipLog
 from src.errors import UserError, few
 from src.files.text import check_is_file, is_text
 
-MAX_DOC_MB = 32  # million characters; limit for a document that must be in memory as a whole (.jsonl, .parquet)
+MAX_DOC_MB = 32  # million characters; limit for documents of .jsonl and .parquet files, which are in memory as a whole
 _END_BYTES = 1024**2  # fingerprint_files reads this many bytes at the start and at the end of a file
 _STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 class NoDocument(UserError):
-    """The files contain no usable document."""
+    """The error for files that contain no usable document."""
 
 
 def find_files(paths):
-    """Returns the sorted data files in `paths` (files, globs, folders); a file with several names is listed once.
+    """Returns the sorted data files in `paths` (files, globs, folders). A file that has several names is listed once.
 
-    Names the other files of a folder on stderr. Raises UserError if a path does not exist, cannot be searched, or
-    yields no file with one of the SUFFIXES."""
+    Prints on stderr which other files of a folder are skipped. Raises UserError if a path does not exist, cannot be
+    searched, or yields no file with one of the SUFFIXES."""
     found = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.path.expanduser(os.fspath(path))
@@ -76,9 +76,9 @@ def _files_in(root):
 
 
 def _walk(root, ignored, skipped):
-    """Yields all file paths under `root`, in linked folders too, entering each folder once.
+    """Yields the paths of all files under `root`. Follows links to folders, but enters each folder only once.
 
-    Does not enter hidden folders, nor those named in `ignored`. Adds hidden and unreadable folders to `skipped`."""
+    Does not enter hidden folders and those named in `ignored`. Adds hidden and unreadable folders to `skipped`."""
 
     def unreadable(error):
         if error.filename == root:
@@ -89,7 +89,7 @@ def _walk(root, ignored, skipped):
     for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
         hidden = [d for d in subfolders if d in ignored or d.startswith(".")]
         skipped.extend(os.path.join(folder, name) for name in hidden if name.startswith("."))
-        # in reverse order: the last entry for a folder stays in the dict, which is then its first name
+        # in reverse order, because a dict keeps the last value of a key: here, the first of a folder's names
         new = {same_file_key(os.path.join(folder, d)): d for d in sorted(set(subfolders) - set(hidden), reverse=True)}
         subfolders[:] = sorted(d for key, d in new.items() if key not in seen)
         seen.update(new)
@@ -149,11 +149,12 @@ def read_documents(paths, text_field="text", strict=False, skipped=None, max_doc
 
 
 def read_pieces(paths, text_field="text", strict=False, skipped=None, report=True, max_doc_mb=MAX_DOC_MB):
-    """Yields documents as (piece, is_last) pairs. Long documents are cut after a line break if possible.
+    """Yields documents as (piece, is_last) pairs. Long documents are cut, after a line break if possible.
 
-    Bad lines, and .jsonl and .parquet documents of over max_doc_mb million characters, are skipped. They are counted by
-    reason in `skipped` (a Counter), and the first few are named on stderr unless report=False. With strict=True, the
-    first bad line raises UserError. So does a file that cannot be read to its end; if nothing is left, NoDocument."""
+    Bad lines are skipped, and so are .jsonl and .parquet documents of over max_doc_mb million characters. They are
+    counted by reason in `skipped` (a Counter), and the first few are named on stderr unless report=False. Raises
+    UserError if a file cannot be read to its end, and, with strict=True, at the first bad line. Raises NoDocument if no
+    document is found."""
     if not 1 <= max_doc_mb * 1e6 <= 1e12:
         raise UserError(f"max_doc_mb is {max_doc_mb}: set it over 0 and to at most a million")
     files = find_files(paths)
@@ -165,7 +166,7 @@ def read_pieces(paths, text_field="text", strict=False, skipped=None, report=Tru
             yield piece
     if is_empty:
         _refuse_empty(files, text_field, log)
-    if log.skipped and skipped is None and report:  # with its own `skipped`, the caller prints the summary
+    if log.skipped and skipped is None and report:  # a caller that passes `skipped` prints the summary itself
         print(f"skipped: {log.summary()}", file=sys.stderr)
 
 

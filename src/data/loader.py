@@ -18,15 +18,17 @@ def create_train_loader(train_set, batch_size, seed=0, rank=0, world=1, num_work
     rank r gets rows r, r + world, ... of the batch that a single process would get. Both kinds of loader have
 
         samples            number of rows so far, over all ranks
-        epoch              number of finished passes over the text; for a stream, those of the process that made the
+        epoch              number of finished passes over the text; with a stream, those of the process that made the
                            last batch
-        state_dict()       numbers, strings, lists and dicts; for a stream, each rank has its own
+        state_dict()       numbers, strings, lists and dicts; with a stream, it differs between ranks
         load_state_dict()  continues after the last batch before the state was taken
 
     A state may be loaded with another batch_size: the loader continues with the next row. It may also be loaded with
-    another seq_len (`train_set.with_seq_len(...)`): a tokenized set continues at the same fraction of an epoch, a
-    stream after the same number of tokens of its current shuffle block. For a tokenized set, the numbers of ranks and
-    workers may change as well. For a stream they may not, since they determine who reads what: UserError.
+    another seq_len (`train_set.with_seq_len(...)`): a tokenized set continues at the same fraction of an epoch, and a
+    stream after the same number of tokens of its current shuffle block.
+
+    The numbers of ranks and workers may change with a tokenized set. With a stream they may not, because they decide
+    which process reads which text; load_state_dict then raises UserError.
     """
     if isinstance(train_set, StreamingDataset):
         return StreamLoader(train_set, batch_size, seed, rank, world, num_workers)
@@ -34,7 +36,9 @@ def create_train_loader(train_set, batch_size, seed=0, rank=0, world=1, num_work
 
 
 class IndexLoader:
-    """Training loader of a tokenized set. Sample k is a function of (seed, k), so the position is the whole state."""
+    """Training loader of a tokenized set.
+
+    Sample k depends only on (seed, k), so the number of samples so far is the whole state."""
 
     def __init__(self, train_set, batch_size, seed=0, rank=0, world=1, num_workers=0, pad_id=0):
         self.train_set, self.batch_size, self.samples = train_set, batch_size, 0
@@ -68,7 +72,7 @@ class IndexLoader:
 
 
 class StreamLoader:
-    """Training loader of a StreamingDataset; worker process k % num_workers makes batch k of a rank.
+    """Training loader of a StreamingDataset. Batch k of a rank is made by its worker process k % num_workers.
 
     Raises UserError if a file can no longer be read. The loader is unusable after that: resume from the last state.
     """
@@ -76,7 +80,7 @@ class StreamLoader:
     def __init__(self, train_set, batch_size, seed=0, rank=0, world=1, num_workers=0):
         self.batch_size, self.samples, self.epoch = batch_size, 0, 0
         self._batches = None
-        # which windows this rank reads depends on all of these, so a run that resumes must have the same
+        # these values decide which windows this rank reads, so a resumed run must have the same ones
         self._reads = train_set.identity | {"seed": seed, "processes": world, "rank": rank, "num_workers": num_workers}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata uses it internally

@@ -7,7 +7,7 @@ from torch.utils.data import Sampler
 
 from src.runtime import mix_seed
 
-DRAWS = 10_000  # each block of this many draws from a mixture has the right share of every corpus, to one window
+DRAWS = 10_000  # in each block of this many draws from a mixture, the shares are exact up to one window
 
 
 class EndlessSampler(Sampler):
@@ -36,7 +36,7 @@ class MixtureSampler(Sampler):
         self.sizes, self.weights, self.seed, self.start = sizes, weights, seed, start
 
     def __iter__(self):
-        # how many samples of each corpus come before `start`: those of whole blocks, and of the block it is in
+        # count the samples of each corpus before `start`: those of whole blocks, then those of the block it is in
         block, position = divmod(self.start, DRAWS)
         begun = itertools.islice(mixture_order(self.weights, self.seed, block * DRAWS), position)
         drawn = block * mixture_counts(self.weights) + np.bincount(list(begun), minlength=len(self.sizes)).astype(int)
@@ -50,7 +50,7 @@ class MixtureSampler(Sampler):
 
 
 def mixture_counts(weights):
-    """Returns (n_corpora,) int64: how many of DRAWS draws go to each corpus, at least one each."""
+    """Returns (n_corpora,) int64: how many draws of a block of DRAWS each corpus gets, at least one."""
     exact = np.array(weights) / sum(weights) * DRAWS
     counts = np.maximum(1, exact.astype(np.int64))
     while counts.sum() > DRAWS:
@@ -61,7 +61,9 @@ def mixture_counts(weights):
 
 
 def mixture_order(weights, seed, start=0):
-    """Yields corpus numbers without end, from draw `start` on. Each block of DRAWS draws has `mixture_counts`."""
+    """Yields an endless sequence of corpus numbers, starting with draw number `start`.
+
+    A block of DRAWS draws is a random order of the numbers, each as often as `mixture_counts` says."""
     block, position = divmod(start, DRAWS)
     draws = np.repeat(np.arange(len(weights)), mixture_counts(weights))
     while True:

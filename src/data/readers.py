@@ -3,8 +3,7 @@
 READERS lists the formats. docs/architecture.md says which files to change for a new one.
 
 In a .txt file, a line that holds only <|endoftext|> separates two documents. The line break before that line belongs to
-the separator. A document that ended with a line break therefore still does. A .txt file without separators is one
-document, and a .py file always is.
+the separator, not to the document. A .txt file without separators is one document, and a .py file always is.
 
 extract_texts.py writes such .txt files (see `escaped`). It escapes what plain text cannot hold, and reading any .txt
 file undoes this: <|endoftext|> inside a document is written as <|\\endoftext|>, a carriage return as <|\\r|>, NUL as
@@ -38,7 +37,7 @@ class SkipLog:
 
     def __init__(self, strict, skipped, report, max_chars):
         self.strict, self.skipped, self.report, self.max_chars = strict, skipped, report, max_chars
-        self.fields = {}  # fields of the records that lack the text field, for the error message; in order
+        self.fields = {}  # {name: None} of the fields in records that lack the text field, for the message
 
     def add(self, reason, path, line, fields=()):
         if self.strict:
@@ -54,7 +53,7 @@ class SkipLog:
 
 
 def _good_lines(path, log, most, cuts=False):
-    """Yields the good lines of `read_lines` as (number, line); logs and skips lines that are too long or not text."""
+    """Yields (number, line) of the good lines of `read_lines`. Logs and skips lines that are too long or not text."""
     number = bad = 0
     for number, line in read_lines(path, most, cuts):
         if line is None:
@@ -138,10 +137,10 @@ def _parquet_values(table, path, text_field, log):
     """Yields (row number from 1, value) of a column; logs and skips row groups that cannot be usable text."""
     number = 0
     paths = [table.schema.column(i).path for i in range(len(table.schema))]
-    indices = [paths.index(text_field)] if text_field in paths else []  # lists and structs have longer paths
+    indices = [paths.index(text_field)] if text_field in paths else []  # columns of lists or structs have longer paths
     for group in range(table.num_row_groups):
         info = table.metadata.row_group(group)
-        if indices:  # reads no rows: with broken metadata this raises, while `info.column` would abort the process
+        if indices:  # read 0 rows first: broken metadata raises an error here; `info.column` would abort the process
             next(table.reader.iter_batches(0, [group], indices), None)
         column = info.column(indices[0]) if indices else None
         rows = 0 if column is None else _rows_at_a_time(column, info.num_rows, log.max_chars)
@@ -158,9 +157,9 @@ def _parquet_values(table, path, text_field, log):
 def _rows_at_a_time(column, n_rows, max_chars):
     """Returns how many rows of a Parquet column chunk to decode at once: 1 to 200, or 0 to skip the chunk.
 
-    A few hundred bytes can decode to gigabytes: many rows may share one long value, or the chunk is strongly
-    compressed. Skips a chunk whose rows are certainly longer than max_chars, or one over that size that decodes to
-    1,000 times its own."""
+    A few hundred bytes can decode to gigabytes, if many rows share one long value or if the chunk is strongly
+    compressed. A chunk that decodes to over max_chars bytes is skipped in two cases: if its rows must be too long on
+    average (a character has at most 4 bytes), or if it decodes to over 1,000 times its compressed size."""
     size, packed = column.total_uncompressed_size, max(1, column.total_compressed_size)
     if size > max_chars and (size > n_rows * 4 * max_chars or size > 1000 * packed):
         return 0
@@ -169,9 +168,11 @@ def _rows_at_a_time(column, n_rows, max_chars):
 
 
 def read_txt(path, text_field, log, separator=SEPARATOR):
-    """Yields the pieces of a text file's documents. A line break is held until the next line is known, because the
-    line break before a separator is not part of the document."""
-    pieces, size = [], 0  # text of the current document that is not yielded yet, and its length
+    """Yields the pieces of a text file's documents.
+
+    A line break is held back until the next line is known, because a line break before a separator is not part of the
+    document."""
+    pieces, size = [], 0  # the part of the current document that is not yielded yet, and its length
     is_begun, last = False, 0  # whether a piece of the current document was yielded; number of the last line
     ends = () if separator is None else (separator, f"{separator}\n")
     for number, line in _good_lines(path, log, max(PIECE_CHARS, len(ends[-1]) if ends else 1), cuts=True):
@@ -217,7 +218,7 @@ def _unescape(found):
 
 
 def _replaced(pieces, pattern, replace):
-    """Yields the pieces with all matches replaced. A match that may continue in the next piece is kept back for it."""
+    """Yields the pieces with all matches replaced. An incomplete match at the end of a piece goes to the next piece."""
     held = ""
     for piece, is_last in pieces:
         piece = held + piece
@@ -235,4 +236,4 @@ READERS = {
     ".txt": lambda *args: _replaced(read_txt(*args), _ESCAPED, _unescape),
     ".py": lambda *args: read_txt(*args, separator=None),
 }
-SUFFIXES = (*READERS, ".jsonl.gz", ".txt.gz")  # in upper case too
+SUFFIXES = (*READERS, ".jsonl.gz", ".txt.gz")  # files may have them in upper case too

@@ -24,14 +24,15 @@ class Sample(NamedTuple):
 def window_sample(ids, documents=None, bos_eos=None):
     """Returns the Sample of T + 1 consecutive tokens `ids` (int64 array); the last token is only a target.
 
-    documents (T,) holds the document number of each target, ascending. See PackedDataset for bos_eos.
+    documents (T,) holds the document number of each target, ascending. If bos_eos = (BOS id, EOS id) is given, each EOS
+    in the input is replaced by BOS, as PackedDataset explains.
     """
     ids = torch.from_numpy(ids)
     inputs, targets = ids[:-1], ids[1:].clone()
     if bos_eos is not None:
         bos_id, eos_id = bos_eos
         inputs = torch.where(inputs == eos_id, bos_id, inputs)
-    # An EOS in the input acts as BOS of the next document. So each input belongs to the document of its target.
+    # An EOS in the input acts as the BOS of the next document, so each input belongs to the document of its target.
     return Sample(inputs, targets, None if documents is None else torch.from_numpy(documents - documents[0] + 1))
 
 

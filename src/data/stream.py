@@ -1,6 +1,6 @@
 """Streaming: reads and tokenizes the training text during training, for corpora too large to tokenize beforehand.
 
-1. `Shards` holds the files of one or more corpora. `src.data.corpus` reads their documents.
+1. `Shards` holds the files of one or more corpora; a shard is one file. `src.data.corpus` reads their documents.
 2. A reader is a worker process of a rank, or the rank itself if it has no workers. `share_of` divides the shards of
    each epoch among all readers, in an order that depends on (seed, epoch) alone. A shard that falls to several readers
    is divided among them, piece by piece.
@@ -9,8 +9,8 @@
 4. `ReaderBatches` draws windows from the corpora by weight. `src.data.loader` runs it in worker processes.
 
 A checkpoint does not save the shuffle buffer. The order within a block is a function of (seed, reader, block), so the
-state is only the start of the block and how much of it was used. To resume, a reader skips its shard up to that start,
-which parses but does not tokenize, and then tokenizes one to two blocks again.
+state is only the start of the block and how much of it was used. To resume, a reader parses its shard up to that start
+without tokenizing it, and then tokenizes one to two blocks again.
 """
 
 import collections
@@ -34,16 +34,16 @@ from src.runtime import mix_seed
 
 ENCODED = 16  # pieces per call of the tokenizer
 MEASURED_BYTES = 1_000_000  # size of the text sample from which bytes_per_token of a stream is estimated
-MOST_EMPTY = 10  # a reader raises an error after this many epochs in a row without a document for it
-LISTED_FILES = 256  # samples of the text come from at most this many files, spread evenly
+MOST_EMPTY = 10  # a reader raises an error if it gets no document in this many epochs in a row
+LISTED_FILES = 256  # a sample of the text is taken from at most this many files, evenly spread over the list
 
 
 class Shards:
     """The files of one or more corpora.
 
     corpora is a list of lists of files. With holds_back, some documents of each corpus's first file are validation text
-    (`held_back_store`) and are not used for training. Raises UserError if the size of a file cannot be read; while
-    reading, also if a file is gone, has changed its size, or cannot be read to the end.
+    (`held_back_store`) and are not used for training. Raises UserError if the size of a file cannot be read. Reading a
+    file raises UserError if it is gone, has another size than before, or cannot be read to the end.
     """
 
     def __init__(self, corpora, text_field="text", strict=False, holds_back=False, max_doc_mb=MAX_DOC_MB):
@@ -102,7 +102,7 @@ class Shards:
 
     @property
     def fingerprint(self):
-        """Hash (hex) of the files' names and sizes."""
+        """Returns a hash (hex) of the files' names and sizes."""
         names = [[(os.path.basename(path), self._sizes[path]) for path in files] for files in self.corpora]
         return hashlib.sha256(repr((names, self.text_field, bool(self._held))).encode()).hexdigest()[:16]
 
@@ -119,7 +119,7 @@ class StreamingDataset:
 
     weights are those of the corpora, equal by default. With segment, attention_mask numbers the documents of a window.
     Each reader shuffles shuffle_buffer windows of a corpus at a time. bytes_per_token is estimated once, from about
-    MEASURED_BYTES of text at the start of the files. Raises NoDocument if a corpus has no document there.
+    MEASURED_BYTES of text at the start of the files. Raises NoDocument if a corpus has no document in that text.
     """
 
     def __init__(self, shards, tokenizer, seq_len, weights=None, segment=False, shuffle_buffer=2048):
@@ -139,7 +139,9 @@ class StreamingDataset:
 
     @property
     def identity(self):
-        """What determines the order of windows besides the seed and the readers: {name for error messages: value}."""
+        """Returns what the order of windows depends on, apart from the seed and the number of readers.
+
+        The form is {name for error messages: value}."""
         return {
             "the hash of the training files": self.shards.fingerprint,
             "the hash of the tokenizer": self.tokenizer.fingerprint[:16],
@@ -209,8 +211,10 @@ class ReaderBatches:
 
 
 class Place(NamedTuple):
-    """A reader's position in a corpus: epoch, shard (numbered within its share), piece of the shard, token of the
-    piece."""
+    """A reader's position in a corpus.
+
+    epoch counts from 0; shard is a number within this reader's share of the epoch; piece is a number within the shard,
+    and token within the piece."""
 
     epoch: int
     shard: int
@@ -219,7 +223,10 @@ class Place(NamedTuple):
 
 
 class Window(NamedTuple):
-    """T + 1 tokens: place of the first, ids (T + 1,) int32, and whether each one ends a document (T + 1,) bool."""
+    """T + 1 tokens.
+
+    place is that of the first token, ids is (T + 1,) int32, and ends is (T + 1,) bool: whether a token ends a
+    document."""
 
     place: Place
     ids: np.ndarray
@@ -229,8 +236,8 @@ class Window(NamedTuple):
 class _Windows:
     """One reader's endless windows of one corpus.
 
-    Its state is the place where the current block starts, the number of that block, and how many of its tokens were
-    used (`given`; tokens rather than windows, so that seq_len may change)."""
+    Its state is the place where the current block starts, the number of that block, and `given`, the number of its
+    tokens that were used. It counts tokens rather than windows, because seq_len may change."""
 
     def __init__(self, data, corpus, seed, reader, readers):
         self.data, self.files = data, data.shards.corpora[corpus]
@@ -261,7 +268,8 @@ class _Windows:
                     skip -= 1
                 else:
                     yield self._sample(block[index])
-            block = self._fill(following, self.data.shuffle_buffer)  # more, if this block ended early with an epoch
+            # this reads the rest of the next block, if the current one was short because its epoch ended
+            block = self._fill(following, self.data.shuffle_buffer)
             self.start, self.block, self.given = block[0].place, self.block + 1, 0
 
     def _fill(self, block, size):
@@ -277,10 +285,11 @@ class _Windows:
         return window_sample(window.ids.astype(np.int64), documents, (tokenizer.bos_id, tokenizer.eos_id))
 
     def _in_order(self, start):
-        """Yields windows from a place on. Each window starts with the last token of the one before, where that token
-        is only a target."""
+        """Yields windows from a place on.
+
+        Each window starts with the last token of the window before, in which that token was only a target."""
         size = self.data.seq_len
-        # tokens that are read but not in a window yet; (index of the first token, place) of the pieces they come from
+        # tokens that are not in a window yet, and (index of the first token, place) of each piece they come from
         ids, ends, begins = np.zeros(0, np.int32), np.zeros(0, bool), collections.deque()
         at = start.token  # index of the next window's first token
         for place, piece, ends_document in self._pieces(start):
@@ -290,7 +299,7 @@ class _Windows:
             if ends_document:
                 ends[-1] = True
             while len(ids) - at > size:
-                while len(begins) > 1 and begins[1][0] <= at:  # until begins[0] is the piece that has token `at`
+                while len(begins) > 1 and begins[1][0] <= at:  # ends when begins[0] is the piece that has token `at`
                     begins.popleft()
                 first, place = begins[0]
                 stop = at + size + 1
@@ -301,8 +310,8 @@ class _Windows:
             begins = collections.deque((first - cut, place) for first, place in begins)
 
     def _pieces(self, start):
-        """Yields (place of the first token, ids (n,) int32, whether they end a document) per piece, from the piece at
-        `start` on."""
+        """Yields (place of the first token, ids (n,) int32, whether they end a document) of each piece from `start`
+        on."""
         epoch, first_shard, first, _ = start
         empty, why = 0, None  # epochs in a row without a document, and the last error of an empty file
         while True:
@@ -326,10 +335,13 @@ class _Windows:
             epoch, first_shard = epoch + 1, 0
 
     def _read(self, path, low, high, first, report):
-        """Yields (number, ids, ends_document) of pieces number >= first with number % readers in low ... high - 1."""
+        """Yields (number, ids, ends_document) of the pieces of a file that belong to this reader.
+
+        A piece belongs to it if its number is at least `first`, and number % readers is in low ... high - 1."""
         pieces = enumerate(self.data.shards.pieces(path, report))
         mine = (piece for piece in pieces if piece[0] >= first and low <= piece[0] % self.readers < high)
-        is_shared = high - low < self.readers  # then another reader may get the next piece of a long document
+        # each piece of a shared shard ends with EOS, because another reader may get the next piece of its document
+        is_shared = high - low < self.readers
         while batch := list(itertools.islice(mine, ENCODED)):
             encoded = self.data.tokenizer.encode_batch([text for _, (text, _) in batch])
             for (number, (_, is_last)), ids in zip(batch, encoded):
@@ -340,9 +352,9 @@ class _Windows:
 def share_of(n_shards, reader, readers):
     """Yields (position in the epoch's order, low, high) for each shard that a reader reads.
 
-    The reader takes the pieces of that shard with number % readers in low ... high - 1. All readers have equal,
-    contiguous shares. Reader r starts at r * n_shards / readers, where the fractional part is a part of the pieces of
-    that shard."""
+    Of such a shard, the reader takes the pieces whose number % readers is in low ... high - 1. All readers have equal,
+    contiguous shares: reader r has the shards from r * n_shards / readers to (r + 1) * n_shards / readers. If such a
+    border is a fraction, it lies inside a shard, and the pieces of that shard are divided in that proportion."""
     for position in range(reader * n_shards // readers, -(-(reader + 1) * n_shards // readers)):
         before = position * readers
         yield position, max(0, reader * n_shards - before), min(readers, (reader + 1) * n_shards - before)

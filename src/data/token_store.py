@@ -1,4 +1,4 @@
-"""Tokenizes documents once and keeps the tokens on disk: `tokenize_corpus` fills the cache, `TokenStore` maps it.
+"""Tokenizes documents once and keeps the tokens on disk. `tokenize_corpus` writes the cache; `TokenStore` reads it.
 
 `on_the_spot` trains a tokenizer on the corpus if none is given.
 """
@@ -22,11 +22,11 @@ from src.errors import UserError
 from src.tokenizer import read_tokenizer
 
 HOLD_BACK = 20  # without valid_paths, one document in this many is validation text
-HOLD_BACK_BYTES = 2_000_000  # of a large corpus, a smaller share: about this many bytes of text
+HOLD_BACK_BYTES = 2_000_000  # at most about this many bytes of text, which is a smaller share of a large corpus
 PACKED_RATIO = 3  # estimated bytes of text per byte of a compressed file
-MOST_UNEVEN = 1.5  # a file larger than this times a process's share of the text is not left to one process
+MOST_UNEVEN = 1.5  # files are not divided among processes if one is larger than this times a process's share
 ROWS = 200  # pieces per Arrow chunk and per call of the tokenizer; limits memory
-CACHE_VERSION = "2"  # increase it when the meaning of cached tokens changes
+CACHE_VERSION = "2"  # increase it when cached tokens get another meaning, so that old caches are not used
 ON_THE_SPOT_VOCAB = 4096
 ON_THE_SPOT_BYTES = 10_000_000  # enough text to train a vocabulary, and training takes seconds
 
@@ -50,7 +50,7 @@ def content_key(files, *settings):
     return key.hexdigest()[:32]
 
 
-@functools.cache  # one run computes several keys from the same files
+@functools.cache  # a run computes several keys from the same files, which it then reads only once
 def _digest(path, size, mtime_ns):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
@@ -134,7 +134,7 @@ def _groups(files, num_proc):
     sizes = np.array([text_bytes([file]) for file in files])
     if num_proc == 1 or sizes.max() > MOST_UNEVEN * sizes.sum() / num_proc:
         return [files]
-    # a file goes to the process in whose share of the text its middle lies
+    # the text is divided into equal shares; a file goes to the process whose share has the middle of the file
     owners = (np.cumsum(sizes) - sizes / 2) * num_proc // max(1, sizes.sum())
     return [[file for file, owner in zip(files, owners) if owner == number] for number in range(num_proc)]
 
@@ -145,11 +145,13 @@ def hold_back_share(files):
 
 
 def held_back(files, text_field="text", strict=False, part="whole", share=0.0, max_doc_mb=MAX_DOC_MB, report=True):
-    """Yields (piece, is_last) pairs of one part of the documents, see `tokenize_corpus`. NoDocument if it is empty."""
+    """Yields (piece, is_last) pairs of one part of the documents, see `tokenize_corpus`.
+
+    Raises NoDocument if the part is empty."""
     is_first, is_empty, is_valid = True, True, False
     for piece, is_last in read_pieces(files, text_field, strict, report=report, max_doc_mb=max_doc_mb):
         if is_first:
-            is_valid = content_hash(piece.encode()) < share * 2**64  # the first piece decides for the document
+            is_valid = content_hash(piece.encode()) < share * 2**64  # the first piece decides for the whole document
         is_first = is_last
         if part == "whole" or is_valid == (part == "valid"):
             is_empty = False
@@ -194,7 +196,9 @@ def _unchanged(rows):
 
 
 class _Encoder(Dataset):
-    """Tokenizes pieces into rows of the cache: encoder[[(text, is_last), ...]]. A document's last row ends with EOS."""
+    """Tokenizes a list of pieces, encoder[[(text, is_last), ...]], into rows of the cache.
+
+    The last row of a document ends with EOS."""
 
     def __init__(self, tokenizer, id_type):
         self.tokenizer, self.id_type = tokenizer, id_type
@@ -216,7 +220,7 @@ class TokenStore:
     """A flat, memory-mapped stream of `len(store)` tokens on disk; `store[a:b]` is an int64 array.
 
     `doc_ends` (n_documents,) int64 holds the position after each document's EOS. `n_bytes` is the size of all texts in
-    UTF-8 bytes, and `n_lost` how many of these bytes decoding the tokens does not restore.
+    UTF-8 bytes. `n_lost` is the number of these bytes that are lost when the tokens are decoded.
     """
 
     def __init__(self, dataset, id_type):
@@ -270,13 +274,15 @@ class TokenStore:
         return out
 
     def documents_of(self, start, stop):
-        """Returns (stop - start,) int64: the document number of each token in a range. EOS belongs to the document that
-        it ends."""
+        """Returns (stop - start,) int64: the document number of each token in a range.
+
+        An EOS belongs to the document that it ends."""
         return np.searchsorted(self.doc_ends, np.arange(start, stop), side="right")
 
     def split(self, position, tokenizer):
-        """Returns two stores: the tokens before `position`, and those from it on. Their n_bytes are counted by decoding
-        the second part."""
+        """Returns two stores: the tokens before `position`, and the tokens from it on.
+
+        Their n_bytes are found by decoding the second part."""
         cuts = range(position, len(self), 1 << 16)  # in parts, because a Python list takes tens of bytes per token
         tail_bytes = sum(len(tokenizer.decode_bytes(self[at : at + (1 << 16)].tolist())) for at in cuts)
         pair = []

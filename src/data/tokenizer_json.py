@@ -9,7 +9,7 @@ from src.files.text import decode, parse_json, read_object
 
 SPACE = "\u2581"  # SentencePiece writes a space inside a piece as this character
 TOKENIZER_FILES = MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-PUZZLE_FILE = "puzzle.json"  # in place of those, in a checkpoint that solves puzzles
+PUZZLE_FILE = "puzzle.json"  # a checkpoint that solves puzzles has this file instead of those
 REPLACEMENT = "\ufffd".encode()
 SPECIAL = {  # name in a tokenizer_config.json -> the usual tokens, best candidate first
     "eos_token": "</s> <|endoftext|> <|end_of_text|> <eos> [EOS] <|im_end|> [SEP]".split(),
@@ -45,7 +45,7 @@ def parse_tokenizer(data, name):
         tok = Tokenizer.from_str(json.dumps(settings))
         tok.no_padding()
         tok.no_truncation()
-        tok.encode("a <0x0A> \U0010fffd")  # a wrong unk token fails only when the text has an unknown character
+        tok.encode("a <0x0A> \U0010fffd")  # has an unknown character, because only that shows a wrong unk token
     except BaseException as error:
         # the exception for a Rust panic is not a subclass of Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -58,11 +58,11 @@ def parse_tokenizer(data, name):
 
 
 def find_roles(tok, names, file):
-    """Returns {"eos_token": id, ...} of a tokenizer's special tokens.
+    """Returns {"eos_token": id, ...}: which special token of a tokenizer has which role.
 
-    `names` is the content of its tokenizer_config.json. Roles that it does not name go to the tokens that the
-    post-processor adds, else to those with the usual names. Raises UserError if no EOS is found, or if `names` has an
-    EOS or BOS that is not a token."""
+    The roles are the keys of SPECIAL. `names` is the content of its tokenizer_config.json. A role that it does not name
+    goes to the token that the post-processor adds, else to one with a usual name. Raises UserError if no EOS is found,
+    or if `names` has an EOS or BOS that is not a token."""
     around = tok.encode("a")
     ends = {"bos_token": 0, "eos_token": -1} if len(around) > 1 else {}
     added = {role: around.tokens[at] for role, at in ends.items() if around.special_tokens_mask[at]}
@@ -91,10 +91,10 @@ def keep_apart(tok, special):
     from tokenizers import Regex, pre_tokenizers
 
     tok.add_special_tokens([tok.id_to_token(i) for i in special])
-    tok.encode_special_tokens = True  # encode their names like any text; but some models have them as words, too
+    tok.encode_special_tokens = True  # their names become plain text; but some models also have them as ordinary tokens
     names = [tok.id_to_token(i) for i in special] + [f"<0x{b:02X}>" for b in range(256)]
     known = [n for n in names if tok.token_to_id(n) in tok.encode(n, add_special_tokens=False).ids]
-    if known:  # split such names after their first character, so that they never reach the model whole
+    if known:  # split such names after their first character, so that the model never finds them whole
         inside = "|".join(f"{re.escape(n[0])}(?={re.escape(n[1:])})" for n in known)
         cut = pre_tokenizers.Split(Regex(inside), "isolated")
         tok.pre_tokenizer = pre_tokenizers.Sequence([tok.pre_tokenizer, cut]) if tok.pre_tokenizer else cut

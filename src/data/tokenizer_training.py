@@ -22,7 +22,7 @@ from src.errors import UserError
 from src.tokenizer import JSON_FILE, MODEL_FILE, SPACE, HFTokenizer, TokenizerWrapper
 
 SAMPLE_CHARS = 4_000_000  # size of the text sample that `frequent_line_breaks` counts
-MAX_BREAKS = 16  # more line-break pieces do not make source code shorter
+MAX_BREAKS = 16  # more line-break pieces do not make tokenized source code shorter
 LINE_CHARS = 4096  # longer lines are cut, because SentencePiece ignores them
 MAX_BYTES = 10_000_000  # BPE needs 80 bytes of memory per byte of a text without spaces
 HELD_BACK_BYTES = 1_000_000

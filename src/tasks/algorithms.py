@@ -51,10 +51,11 @@ class Family:
 class Carries(Family):
     """Addition of two long numbers: the answer of each column is its digit after the carry from the columns before.
 
-    A token is the sum of the two digits of a column, 0 to 18, and columns come least significant first, behind a BOS
-    (which lets the first column see that there is none before it). A sum of 9 passes the carry on, and every other sum
-    decides it: 10 or more carries, 8 or less does not. The difficulty is the longest run of nines, because the columns
-    in a run can be answered only after the column before the run. That column carries in half of the instances."""
+    A token is the sum of the two digits of a column, 0 to 18. Columns come least significant first. A BOS stands before
+    them, which shows the first column that no carry comes in. A column with the sum 9 passes the carry on. Any other
+    sum decides it: 10 or more carries, 8 or less does not. The difficulty is the length of the longest run of nines,
+    because the columns in a run can be answered only after the column before the run. That column carries in half of
+    the instances."""
 
     name = "carries"
     vocab_size = 20
@@ -76,7 +77,7 @@ class Carries(Family):
 
     @staticmethod
     def _others(numbers):
-        """0..17 -> the sums other than 9: half of them carry."""
+        """Maps 0..17 to the sums other than 9, half of which carry."""
         return numbers + (numbers >= 9)
 
     def _nines(self, longest: int, rng) -> Bool[np.ndarray, "c"]:
@@ -118,7 +119,8 @@ class Chains(Family):
 
     A token is a pair (child, parent) of nodes, child x nodes + parent, and every node is the child of one edge. A root
     is its own parent. Edges come in random order, but parents before their children, so that a causal model can answer.
-    The difficulty is the most steps from a node to its root, which has other trees around it of any lesser height."""
+    The difficulty is the largest number of steps from a node to its root. Other nodes are at random places, with at
+    most as many steps to their root."""
 
     name = "chains"
     causal = True

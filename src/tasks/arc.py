@@ -1,8 +1,9 @@
-"""ARC-AGI 1 and 2: JSON tasks to framed grids, augmentations with a puzzle id each, and their inverse.
+"""ARC-AGI 1 and 2: tasks in JSON files become boards, and augmentations, each with a puzzle id, that can be undone.
 
 A grid of up to 30 x 30 colours is a board of 900 tokens: 0 is padding, 1 (EOS) marks its lower and its right border,
-2..11 are colours 0..9. An augmentation is one of eight symmetries and a permutation of colours 1..9. Each (task,
-augmentation) is a puzzle with an id of its own. Names and numbers are those of the authors' code for arXiv:2510.04871.
+2..11 are colours 0..9. A grid with these borders is called framed. An augmentation is one of eight symmetries and a
+permutation of colours 1..9. Each (task, augmentation) is a puzzle with an id of its own. Names and numbers are those of
+the authors' code for arXiv:2510.04871.
 Voting over augmentations is in arc_votes.py.
 """
 
@@ -20,10 +21,10 @@ from src.tasks.puzzles import DIHEDRAL, Grids, PuzzleKind, dihedral
 SIDE = 30
 PAD, EOS, COLOUR = 0, 1, 2  # tokens; COLOUR is colour 0
 N_COLOURS = 10
-INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)  # of the symmetries of puzzles.DIHEDRAL
+INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)  # symmetry INVERSE[i] of puzzles.DIHEDRAL undoes symmetry i
 SEPARATOR = "|||"
 NO_ID = "<blank>"  # name of puzzle id 0
-TRIES = 5  # times the wanted number of augmentations are drawn, as some come twice
+TRIES = 5  # augmentations are drawn at most so many times the wanted number, because some come twice
 _TRANSPOSES, _FLIPS_ROWS, _FLIPS_COLUMNS = np.array(DIHEDRAL, dtype=bool).T
 
 
@@ -31,7 +32,9 @@ _TRANSPOSES, _FLIPS_ROWS, _FLIPS_COLUMNS = np.array(DIHEDRAL, dtype=bool).T
 
 
 class Task(NamedTuple):
-    """Pairs of input and output, 2-D arrays of colours 0..9; the output of a test pair is None if it is not known."""
+    """Pairs of input and output, which are 2-D arrays of colours 0..9.
+
+    The output of a test pair is None if it is not known."""
 
     name: str
     train: list[tuple[np.ndarray, np.ndarray]]
@@ -39,10 +42,11 @@ class Task(NamedTuple):
 
 
 def read_tasks(path, solutions=None) -> list[Task]:
-    """Tasks of a challenges file, of a file with one task, or of a folder with one file per task (.json or .json.gz).
+    """Reads tasks from a challenges file, a file with one task, or a folder of such files (.json or .json.gz).
 
-    solutions: a file of the outputs of test pairs; by default the one beside `path` whose name has "solutions" in place
-    of "challenges", if there is one. Raises UserError, which names file and task, if the form is another."""
+    solutions: file with the outputs of test pairs; by default, a file beside `path` that has "solutions" in its name in
+    place of "challenges", if there is one. Raises UserError, which names the file and the task, for files of another
+    form."""
     path = Path(path)
     if path.is_dir():
         files = sorted([*path.glob("*.json"), *path.glob("*.json.gz")])
@@ -90,7 +94,7 @@ def _read_task(name, task, answers, where):
 
 
 def read_grid(rows, where: str) -> UInt8[np.ndarray, "h w"]:
-    """A grid given as a list of rows.
+    """Returns a grid that is given as a list of rows.
 
     Raises UserError, which names `where`, unless it is 1 to 30 rows of 1 to 30 colours 0..9."""
     is_list = isinstance(rows, list) and 1 <= len(rows) <= SIDE and all(isinstance(row, list) for row in rows)
@@ -105,8 +109,8 @@ def read_grid(rows, where: str) -> UInt8[np.ndarray, "h w"]:
 
 
 def frame(grid: UInt8[np.ndarray, "h w"], row: int = 0, column: int = 0) -> UInt8[np.ndarray, "l"]:
-    """The 900 tokens of a grid whose upper left cell is at (row, column)."""
-    tokens = np.zeros((SIDE + 1, SIDE + 1), np.uint8)  # one more, where a border may fall off
+    """Returns the 900 tokens of a framed grid, whose upper left cell is at (row, column)."""
+    tokens = np.zeros((SIDE + 1, SIDE + 1), np.uint8)  # one row and column more, for borders that are not on the board
     bottom, right = row + grid.shape[0], column + grid.shape[1]
     tokens[row:bottom, column:right] = grid + COLOUR
     tokens[bottom, column:right] = EOS
@@ -115,9 +119,10 @@ def frame(grid: UInt8[np.ndarray, "h w"], row: int = 0, column: int = 0) -> UInt
 
 
 def crop(tokens: UInt8[np.ndarray, "l"]) -> UInt8[np.ndarray, "h w"]:
-    """The largest rectangle of colours at the upper left corner, which of a framed grid is the grid; may be empty.
+    """Returns the largest rectangle of colours that starts at the upper left cell. It may be empty.
 
-    Of two equal areas, the one with fewer rows is taken."""
+    If the board holds a framed grid there, this is the grid. Of two equally large rectangles, the one with fewer rows
+    is returned."""
     board = tokens.reshape(SIDE, SIDE)
     is_colour = (board >= COLOUR) & (board < COLOUR + N_COLOURS)
     widths = np.minimum.accumulate(np.minimum.accumulate(is_colour, axis=1).sum(1))
@@ -127,7 +132,9 @@ def crop(tokens: UInt8[np.ndarray, "l"]) -> UInt8[np.ndarray, "h w"]:
 
 
 def at_corner(tokens: UInt8[np.ndarray, "l"]) -> UInt8[np.ndarray, "l"]:
-    """A framed grid at any place, as training has it, moved to the upper left; a board without colours as it is."""
+    """Moves a framed grid, which may be anywhere on the board, to the upper left.
+
+    A board without colours stays as it is."""
     board = tokens.reshape(SIDE, SIDE)
     is_colour = board >= COLOUR
     row, column = is_colour.any(1).argmax(), is_colour.any(0).argmax()
@@ -149,12 +156,12 @@ class Arc(PuzzleKind):
         return None if is_framed else "it is not one grid at the upper left with borders below and to its right"
 
     def augment(self, rng: np.random.Generator, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]):
-        """Random symmetry, colours and place. With puzzle ids, use `ArcSet.place` instead."""
+        """Draws a random symmetry, colours and place for each row. With puzzle ids, use `ArcSet.place` instead."""
         n = len(inputs)
         return place(inputs, labels, rng.integers(len(DIHEDRAL), size=n), _shuffled_colours(rng, n), rng)
 
     def orbits(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
-        """The least image of each pair of input and output; colours 1..9 are renamed in order of occurrence.
+        """Returns the least image of each pair of input and output; colours 1..9 are numbered in order of occurrence.
 
         In ARC-AGI-1 itself, 9 of the 419 test pairs of the evaluation set are images of training pairs, 7 of them of
         pairs of their own task."""
@@ -165,14 +172,18 @@ class Arc(PuzzleKind):
         ]
 
     def to_text(self, board: UInt8[np.ndarray, "l"], line_breaks: bool = True) -> str:
-        """The grid, one line of digits per row, wherever it is on the board; the whole board if there is no grid."""
+        """Returns the grid, which may be anywhere on the board, as one line of digits per row.
+
+        A board without a grid is returned as a whole."""
         grid = crop(at_corner(board))
         if not grid.size:
             return super().to_text(board, line_breaks)
         return ("\n" if line_breaks else "").join("".join(map(str, row)) for row in grid)
 
     def from_text(self, text: str) -> UInt8[np.ndarray, "l"]:
-        """Tokens of a grid given as lines of digits.  UserError unless it is 1..30 lines of 1..30 digits."""
+        """Returns the tokens of a grid given as lines of digits.
+
+        Raises UserError unless it is 1..30 lines of 1..30 digits."""
         rows = [[int(digit) if digit in "0123456789" else -1 for digit in line.strip()] for line in text.split()]
         return frame(read_grid(rows, "this board"))
 
@@ -181,7 +192,7 @@ class Arc(PuzzleKind):
 
 
 class Augmentation(NamedTuple):
-    """A symmetry of puzzles.DIHEDRAL, applied after colour c became colours[c]."""
+    """Replaces each colour c by colours[c], and then applies the symmetry puzzles.DIHEDRAL[transform]."""
 
     transform: int
     colours: tuple[int, ...]  # colours[0] is 0
@@ -197,14 +208,16 @@ IDENTITY = Augmentation(0, tuple(range(N_COLOURS)))
 
 
 def puzzle_name(task: str, augmentation: Augmentation) -> str:
-    """The name of a puzzle id, such as 007bbfb7|||t3|||0276489315; of the task as it is, the task's name."""
+    """Returns the name of the puzzle (task, augmentation), such as 007bbfb7|||t3|||0276489315.
+
+    Without augmentation, it is the name of the task."""
     if augmentation == IDENTITY:
         return task
     return SEPARATOR.join([task, f"t{augmentation.transform}", "".join(map(str, augmentation.colours))])
 
 
 def parse_puzzle_name(name: str) -> tuple[str, Augmentation]:
-    """(task, augmentation) of a puzzle name.  UserError if it is none."""
+    """Returns (task, augmentation) of a puzzle's name. Raises UserError for a text of another form."""
     if SEPARATOR not in name:
         return name, IDENTITY
     task, transform, colours = name.rsplit(SEPARATOR, 2) if name.count(SEPARATOR) >= 2 else (name, "", "")
@@ -216,9 +229,9 @@ def parse_puzzle_name(name: str) -> tuple[str, Augmentation]:
 
 
 def draw_augmentations(task: Task, n: int, rng: np.random.Generator) -> list[Augmentation]:
-    """Up to n augmentations that turn a task into different grids, none of them the task itself.
+    """Draws up to n augmentations that turn a task into n different tasks, none of them equal to the task itself.
 
-    Fewer if the task is so symmetric, or has so few colours, that TRIES * n draws do not give n."""
+    There are fewer if the task is so symmetric, or has so few colours, that TRIES * n draws do not give n."""
     grids = [grid for pair in (*task.train, *task.test) for grid in pair if grid is not None]
     patterns = [_pattern([dihedral(grid, number) for grid in grids]) for number in range(len(DIHEDRAL))]
     seen, found = {(patterns[0][0], bytes(patterns[0][1]))}, []
@@ -236,9 +249,10 @@ def draw_augmentations(task: Task, n: int, rng: np.random.Generator) -> list[Aug
 
 
 def _pattern(grids):
-    """(pattern, order): grids as bytes whose colours 1..9 are numbered as they occur, and the colours in that order.
+    """Returns (pattern, order) of grids.
 
-    Two images of grids are equal if and only if both their patterns and their colours in order are."""
+    pattern is the grids as bytes, with colours 1..9 numbered in order of occurrence. order has the colours in that
+    order. Two images of grids are equal if and only if they have equal patterns and equal orders."""
     cells = np.concatenate([grid.ravel() for grid in grids])
     colours, first = np.unique(cells[cells > 0], return_index=True)
     order = colours[first.argsort()]
@@ -248,7 +262,7 @@ def _pattern(grids):
 
 
 def _shuffled_colours(rng, n):
-    """(n, 10) permutations of colours that leave colour 0."""
+    """Returns (n, 10) random permutations of colours in which colour 0 stays."""
     colours = np.zeros((n, N_COLOURS), np.uint8)
     colours[:, 1:] = rng.random((n, N_COLOURS - 1)).argsort(1) + 1
     return colours
@@ -261,9 +275,10 @@ def place(
     colours: UInt8[np.ndarray, "n 10"],
     rng: np.random.Generator | None = None,
 ) -> tuple[UInt8[np.ndarray, "n l"], UInt8[np.ndarray, "n l"]]:
-    """(inputs, labels) under an augmentation per row. The grids are framed at the upper left before.
+    """Returns (inputs, labels) with an augmentation for each row.
 
-    Afterwards too, or, with rng, at a random place which input and label share. Labels without a target stay so."""
+    The framed grids must be at the upper left. They stay there; with rng, they move to a random place, the same for
+    input and label. A label without a target stays without one."""
     sizes = [np.where(_TRANSPOSES[transforms][:, None], size[:, ::-1], size) for size in map(_sizes, (inputs, labels))]
     room = SIDE - np.maximum(*sizes)
     offsets = np.zeros_like(room) if rng is None else rng.integers(room + 1)
@@ -272,7 +287,7 @@ def place(
 
 
 def _sizes(boards):
-    """(N, 2) heights and widths of grids at the upper left."""
+    """Returns the (N, 2) heights and widths of grids at the upper left."""
     boards = boards.reshape(-1, SIDE, SIDE) >= COLOUR
     return np.stack([np.minimum.accumulate(line, axis=1).sum(1) for line in (boards[:, :, 0], boards[:, 0])], axis=1)
 
@@ -298,9 +313,10 @@ def _place(boards, sizes, transforms, tables, offsets):
 class ArcSet:
     """The grids of tasks without augmentation, and a puzzle id for every task and each of its augmentations.
 
-    `train` has the training pairs of all tasks and the known test pairs of `train_tasks`; `test` has the test pairs of
-    `test_tasks`, without targets if the output is not known. `groups` are numbers of tasks. The ids of task t run from
-    first_ids[t], the task as it is, to first_ids[t + 1] - 1; `names[id]` is the name of an id."""
+    `train` has the training pairs of all tasks, and the test pairs of `train_tasks` whose output is known. `test` has
+    the test pairs of `test_tasks`; a pair whose output is not known has a label without targets. `groups` holds the
+    number of each row's task. `names[id]` is the name of an id. The ids of task t are range(first_ids[t], first_ids[t +
+    1]), and the first of them is the task without augmentation."""
 
     def __init__(
         self, train_tasks: Iterable[Task], test_tasks: Iterable[Task], n_augmentations: int = 1000, seed: int = 0
@@ -333,18 +349,19 @@ class ArcSet:
         return Grids(inputs, labels, self.first_ids[groups].astype(np.int32), groups, {})
 
     def draw_ids(self, rng: np.random.Generator, groups: np.ndarray) -> np.ndarray:
-        """A random puzzle id of the task of each row, (N,) int32."""
+        """Draws a random puzzle id for each row, among those of its task: (N,) int32."""
         return rng.integers(self.first_ids[groups], self.first_ids[groups + 1]).astype(np.int32)
 
     def place(self, grids: Grids, ids: np.ndarray, rng: np.random.Generator | None = None) -> Grids:
-        """Rows of `train` or `test` as the puzzles `ids` of their tasks; with rng, at random places, as in training.
+        """Returns rows of `train` or `test` with the augmentations that belong to `ids`, one id per row.
 
-        The authors leave one pair of each puzzle at the upper left; here every pair is moved."""
+        With rng, each pair moves to a random place, as in training. The authors' code leaves one pair of each puzzle at
+        the upper left; here every pair moves."""
         inputs, labels = place(grids.inputs, grids.labels, self.transforms[ids], self.colours[ids], rng)
         return grids._replace(inputs=inputs, labels=labels, puzzle_ids=np.asarray(ids, np.int32))
 
     def every_puzzle(self, grids: Grids) -> tuple[np.ndarray, np.ndarray]:
-        """(rows, ids): each row of `train` or `test` with each id of its task, in the order of ids."""
+        """Returns (rows, ids) in the order of ids: each row of `train` or `test`, once with each id of its task."""
         first_rows = np.searchsorted(grids.groups, np.arange(len(self.first_ids)))
         rows, ids = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for task, (first, end) in enumerate(zip(self.first_ids, self.first_ids[1:])):

@@ -1,7 +1,7 @@
-"""Voting over augmentations of ARC tasks: predictions are undone, counted, ranked and scored as pass@K.
+"""Voting over the augmentations of ARC tasks: counts predictions, ranks them, and scores them as pass@K.
 
-As in the authors' code for arXiv:2510.04871: equal grids are one candidate, and candidates are ranked by their count,
-then by the mean halting probability.
+The augmentation of each prediction is undone first. Then equal grids are one candidate. Candidates are ranked by their
+count, and at equal count by the mean halting probability, as in the authors' code for arXiv:2510.04871.
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ class Candidate(NamedTuple):
 
 
 class Votes:
-    """Predictions for test inputs, whatever augmentation each was made under."""
+    """Collects predictions for test inputs. Each may be made under any augmentation."""
 
     def __init__(self):
         self._votes = {}  # (task, input grid) -> {predicted grid -> (grid, count, sum of halting probabilities)}
@@ -37,16 +37,16 @@ class Votes:
         candidates[_key(grid)] = grid, count + 1, total + halt
 
     def ranked(self, task: str, grid: UInt8[np.ndarray, "h w"]) -> list[Candidate]:
-        """Candidates for the test input `grid` of a task, the best one first; empty without a prediction."""
+        """Returns the candidates for the test input `grid` of a task, the best one first; [] if there are none."""
         candidates = self._votes.get((task, _key(grid)), {}).values()
         found = [Candidate(grid, count, total / count) for grid, count, total in candidates]
         return sorted(found, key=lambda candidate: candidate[1:], reverse=True)
 
 
 def pass_at(votes: Votes, tasks: Iterable[Task], ks: Iterable[int] = PASS_KS) -> dict[int, float]:
-    """{K: mean over tasks of the share of test pairs whose output is among the first K candidates}.
+    """Returns {K: the mean over tasks of the share of test pairs whose output is among the first K candidates}.
 
-    Test pairs without a known output are left out, and tasks without any other."""
+    Test pairs whose output is not known are left out, and so are tasks that have only such pairs."""
     ranks = []  # per task, one entry per pair: the position of the right grid, or infinity
     for task in tasks:
         pairs = [pair for pair in task.test if pair[1] is not None]
@@ -61,9 +61,9 @@ def _rank(candidates, output):
 
 
 def submission(votes: Votes, tasks: Iterable[Task]) -> dict[str, list[dict[str, list[list[int]]]]]:
-    """The JSON form of ARC-AGI: for each test pair of each task, attempt_1 and attempt_2.
+    """Returns the JSON form of ARC-AGI: attempt_1 and attempt_2 for each test pair of each task.
 
-    With one candidate both attempts are equal; without any they are a black cell."""
+    If there is only one candidate, both attempts are equal. If there is none, they are a grid of one black cell."""
     result = {}
     for task in tasks:
         result[task.name] = []

@@ -1,10 +1,11 @@
 """Text classification with a language model of any family: zero-shot by the names of the labels, or fine-tuned.
 
 Data files have one example per line: `label ||| text` (.txt), columns separated by tabs (.tsv), or JSON objects
-(.jsonl); gzipped or not. A header line or the objects' keys name the columns (TEXT_NAMES, LABEL_NAMES). Without a
-header the label comes first; it may be missing. A file writes labels as names, such as -1, 0, 1; if a JSON list of
-names is given, their numbers from 0 are allowed too. A text may be empty. A text longer than the context keeps its end,
-because that is where a review gives its verdict.
+(.jsonl). They may be gzipped. A header line or the keys of the objects name the columns (TEXT_NAMES, LABEL_NAMES).
+Without a header, the label comes first; it may be missing. A label is a name, even if it looks like a number, such as
+-1. If a JSON list of names is given, a file may also write a label as the position of its name in that list, from 0. A
+text may be empty. Of a text that is longer than the context, the end is kept, because that is where a review gives its
+verdict.
 """
 
 import itertools
@@ -103,7 +104,7 @@ def find_label_names(path) -> list[str]:
 
 
 def spelling(path, names: list[str]) -> list[str]:
-    """Returns how a file writes each name: as its number if the file uses numbers, otherwise as the name itself."""
+    """Returns how a file writes each label: as a number if the file uses numbers, otherwise as the name."""
     own = {row.label for row in _read_rows(path, needs_labels=False)} - {None, *names}
     return [str(i) for i in range(len(names))] if own else names
 
@@ -266,7 +267,7 @@ class LlamaEmbeddingClassifier(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        """The original head of the language model."""
+        """Returns the original head of the language model."""
         return self._head[0]
 
 

@@ -2,8 +2,8 @@
 
 The run folder is like that of a language model: checkpoints `best` (on the dev set) and `last`, metrics.jsonl, and
 TensorBoard events. A checkpoint is the tuned language model, which can still generate text, plus
-`classifier.safetensors` and the label names in config.json. Kill a run at any point; after `--resume true` it ends with
-the same weights as an uninterrupted run.
+`classifier.safetensors` and the label names in config.json. A run may be killed at any point: resumed with
+`--resume true`, it ends with the same weights as an uninterrupted run.
 """
 
 import sys
@@ -31,7 +31,7 @@ from src.training.parallel import load_optimizer
 CLASSIFIER_FILE = "classifier.safetensors"
 ADAPTED = ["qkv", "out", "gate_up", "down"]  # the linear layers that get LoRA adapters
 COUNTERS = ("step", "best", "best_loss")
-SORTED = 16  # batches whose rows are sorted by length together, which keeps padding low
+SORTED = 16  # rows of so many batches are sorted by length together, which keeps padding low
 
 
 def load_classifier(folder, device="cpu") -> tuple[LlamaEmbeddingClassifier, object]:
@@ -166,7 +166,7 @@ class Finetuner:
     def _judge(self, log) -> bool:
         """Evaluates on the dev set. Returns whether this epoch is the best so far, by accuracy, then by loss.
 
-        Without a dev set every epoch is, so the last one is kept."""
+        Without a dev set, every epoch counts as the best one, so the last epoch is kept."""
         epoch = self.step // self.epoch_steps
         if not self.dev_set:
             return True

@@ -1,4 +1,6 @@
-"""Mazes in the authors' characters `# SGo`: wall, floor, start, goal, path. Rules, symmetries and a generator.
+"""Mazes: rules, symmetries and a generator.
+
+The characters are those of the authors' code for arXiv:2510.04871: `#` wall, space floor, S start, G goal, o path.
 
 The answer marks a shortest path from S to G with `o`. `Maze.verify` accepts every shortest path; the generator makes
 mazes with exactly one, so that each cell has one right answer. Files in .csv form are read by `puzzles.read_csv`.
@@ -15,12 +17,12 @@ from src.tasks.puzzles import DIHEDRAL, Grids, PuzzleKind, dihedral, first_quest
 
 WALL, FLOOR, START, GOAL, PATH = range(1, 6)  # tokens
 CHUNK = 1000  # mazes that are searched at once
-STARTS = 8  # tried in a maze before another maze is made
-MOST_MAZES = 200  # in a row without a path of the wanted length, after which the generator gives up
+STARTS = 8  # start cells that are tried in a maze before another maze is made
+MOST_MAZES = 200  # the generator gives up after so many mazes in a row without a path of the wanted length
 
 
 class Maze(PuzzleKind):
-    """Mazes of one size. Symmetries are the eight of a square, or the four of a rectangle."""
+    """Mazes of one size. A square maze has the eight symmetries of a square, any other maze the four of a rectangle."""
 
     def __init__(self, height: int = 30, width: int | None = None):
         width = height if width is None else width
@@ -65,11 +67,11 @@ class Maze(PuzzleKind):
         return "no path leads from S to G" if self._steps((board != WALL)[None], board[None])[0] < 0 else None
 
     def difficulty(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> dict[str, np.ndarray]:
-        """path: steps from S to G."""
+        """Returns {"path": steps from S to G}."""
         return {"path": (labels == PATH).sum(1) + 1}
 
     def _steps(self, is_open, boards) -> Int64[np.ndarray, "n"]:
-        """Fewest steps from S to G over open cells (N, L); -1 if there is no way, or no S."""
+        """Returns the fewest steps from S to G over open cells (N, L), or -1 if there is no way or no S."""
         parts = [np.zeros(0, np.int64)]
         for start in range(0, len(boards), CHUNK):
             rows = slice(start, start + CHUNK)
@@ -88,16 +90,18 @@ class Maze(PuzzleKind):
         return tuple(np.take_along_axis(board, chosen, 1) for board in (inputs, labels))
 
     def orbits(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
-        """The least of all images of the maze itself; the path is left out, as there may be several shortest ones."""
+        """Returns the least of the images of each maze under the symmetries.
+
+        The marked path is left out, because a maze may have several shortest paths."""
         mazes = np.where(labels == PATH, FLOOR, labels).astype(np.uint8).reshape(-1, self.height, self.width)
         images = [np.ascontiguousarray(dihedral(mazes, number)).reshape(len(mazes), -1) for number in self.transforms]
         return [min(image[row].tobytes() for image in images) for row in range(len(mazes))]
 
 
 def maze_of_file(path) -> Maze:
-    """The kind of the mazes in a .csv file, which are square, or have line breaks inside quotes.
+    """Returns the kind of the mazes in a .csv file, which must be square or have line breaks inside quotes.
 
-    Raises UserError if the first maze has neither."""
+    Raises UserError if the first maze is neither."""
     question = first_question(path)
     lines = question.strip("\r\n").splitlines()
     if len(lines) > 1:
@@ -109,7 +113,9 @@ def maze_of_file(path) -> Maze:
 
 
 def _steps(is_open, is_start, is_goal):
-    """(N,) fewest steps over open cells (N, H, W) from start to goal, all mazes at once; -1 if there is no way."""
+    """Returns (N,) fewest steps over open cells (N, H, W) from start to goal, or -1 if there is no way.
+
+    All mazes are searched at once."""
     n, height, width = is_open.shape
     steps, rows = np.full(n, -1), np.arange(n)
     free = np.pad(is_open, ((0, 0), (1, 1), (1, 1)))  # cells not yet reached; the border saves checks at the edges
@@ -120,7 +126,7 @@ def _steps(is_open, is_start, is_goal):
         arrived = (front[:, 1:-1, 1:-1] & is_goal).any((1, 2))
         steps[rows[arrived]] = step
         stays = front.any((1, 2)) & ~arrived
-        if stays.sum() < 0.8 * len(rows) or not stays.any():  # copying the rest costs more than a few idle mazes
+        if stays.sum() < 0.8 * len(rows) or not stays.any():  # copying costs more than a few idle mazes
             rows, free, front, is_goal = rows[stays], free[stays], front[stays], is_goal[stays]
         else:
             front[~stays] = False
@@ -139,11 +145,11 @@ def _steps(is_open, is_start, is_goal):
 
 
 def generate(height: int, width: int, n: int, path: tuple[int, int], seed: int, loops: float = 0.05) -> Grids:
-    """n mazes with one shortest path, of a number of steps in the range `path`, both ends included.
+    """Returns n mazes, each with exactly one shortest path. Its number of steps is in the range `path`, ends included.
 
-    A random spanning tree joins rooms at every second row and column; then each wall between two rooms is opened with
-    probability `loops`. Lengths that a maze offers are equally likely. Equal arguments give equal mazes. Raises
-    UserError if the range is impossible, or if no such path is found."""
+    A random spanning tree joins rooms at every second row and column. Then each wall between two rooms is opened with
+    probability `loops`. Of the allowed lengths that a maze has paths of, each is equally likely. Equal arguments give
+    equal mazes. Raises UserError if the range is impossible, or if no such path is found."""
     kind = Maze(height, width)
     low, high = path
     if n < 1:
@@ -176,7 +182,7 @@ def generate(height: int, width: int, n: int, path: tuple[int, int], seed: int, 
 
 
 def _carve(height, width, loops, rng):
-    """Open cells of a random maze, as a flat list of bools with a border of walls around it."""
+    """Returns the cells of a random maze as a flat list of bools, true if open, with a border of walls around it."""
     stride = width + 2
     is_open = [False] * (stride * (height + 2))
     # With an even side, one row or column beyond the last room is wall; it is sometimes the first, sometimes the last.
@@ -204,8 +210,9 @@ def _carve(height, width, loops, rng):
 
 
 def _find_route(is_open, stride, low, high, rng):
-    """Cells from a start to a goal on the only shortest path between them, low to high steps long; None if there is no
-    such path from a few random starts."""
+    """Returns the cells from a start to a goal that has only one shortest path, which is low to high steps long.
+
+    Returns None if there is no such path from a few random starts."""
     cells = [cell for cell, open_ in enumerate(is_open) if open_]
     start = rng.choice(cells)
     for _ in range(STARTS):
@@ -229,10 +236,11 @@ def _find_route(is_open, stride, low, high, rng):
 
 
 def _explore(is_open, stride, start):
-    """Three dicts by cell, in the order of distance: the distance from start, the number of shortest paths, and a
-    neighbour that is one step nearer."""
+    """Returns three dicts by cell, in which cells are in the order of their distance from start.
+
+    They hold the distance, the number of shortest paths, and a neighbour that is one step nearer to start."""
     distance, n_paths, parent, queue = {start: 0}, {start: 1}, {}, [start]
-    for cell in queue:  # which grows in the loop
+    for cell in queue:  # the loop appends to the queue
         for step in (-1, 1, -stride, stride):
             beside = cell + step
             if not is_open[beside]:

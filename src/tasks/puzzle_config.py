@@ -1,4 +1,4 @@
-"""The settings of train_puzzles.py: those of a training run and of a model, with defaults for puzzles."""
+"""The settings of train_puzzles.py: those of any training run and of any model, with other defaults."""
 
 import functools
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from src.training.train_config import RuntimeConfig, TrainConfig, flat_settings,
 
 
 def fixed(value):
-    """A setting that has one value for puzzles, and is no flag."""
+    """Returns the field of a setting that has only one value in a run on puzzles, and is therefore not a flag."""
     return field(init=False, default=value)
 
 
@@ -38,7 +38,7 @@ class PuzzleTrainConfig(TrainConfig):
         for number, stage in enumerate(self.curriculum.stages):
             for name in ("epochs", "seq_len", "batch_size", "dim", "d_ff"):
                 if getattr(stage, name) is not None:
-                    raise ValueError(f"curriculum.stages[{number}]: rows keep their puzzles, so leave {name} out")
+                    raise ValueError(f"curriculum.stages[{number}]: a run on puzzles cannot use {name}: leave it out")
 
 
 @dataclass
@@ -64,7 +64,7 @@ class PuzzleModelConfig(TRMConfig):
     pad_token_id: int | None = fixed(None)
 
 
-PuzzleTrainConfig.__doc__, PuzzleModelConfig.__doc__ = TrainConfig.__doc__, TRMConfig.__doc__  # texts of the flags
+PuzzleTrainConfig.__doc__, PuzzleModelConfig.__doc__ = TrainConfig.__doc__, TRMConfig.__doc__  # what --help shows
 
 
 class PuzzleSettings(NamedTuple):
@@ -76,12 +76,12 @@ class PuzzleSettings(NamedTuple):
     runtime: RuntimeConfig
 
     def flat(self) -> dict:
-        """All settings that are flags as {flag: value}, the content of config.yaml."""
+        """Returns all settings that are flags as {flag: value}, the content of config.yaml."""
         return flat_settings(self)
 
 
 def model_config(settings: PuzzleModelConfig, cells: int, vocab_size: int) -> TRMConfig:
-    """The settings of a model for boards of this size.  Widths that were not given follow from the size."""
+    """Returns the settings of a model for boards of this size. Widths that were not given follow from the size."""
     values = model_settings(settings)
     return TRMConfig(**values | {"max_seq_len": cells, "vocab_size": vocab_size, "pad_token_id": 0})
 

@@ -4,7 +4,7 @@
     draws = PuzzleDraws(kind, train, seed, augment=True)   an endless sequence of puzzles
     inputs, labels, puzzle_ids = draws.take(numbers)       some of these puzzles
 
-Puzzle number k depends on (seed, k) alone, its augmentation included, so that a run can resume at any number.
+Puzzle number k and its augmentation depend only on (seed, k), so a run can resume at any number.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from src.tasks import mazes, sudoku
 from src.tasks.puzzle_folder import kind_named, read_folder
 from src.tasks.puzzles import Grids, PuzzleKind, check_leak, read_csv, split_by_orbit
 
-BLOCK = 256  # puzzles that are augmented together; a part of the definition of the order, like a seed
+BLOCK = 256  # puzzles that are augmented together; another number gives other augmentations, as another seed does
 CLUES = {4: (4, 8), 6: (8, 20), 9: (24, 36)}  # size of a Sudoku -> default range of clues
-BINS = 4  # parts into which an evaluation divides a difficulty that has more than MOST_VALUES values
+BINS = 4  # a difficulty with more than MOST_VALUES values is reported in this many ranges
 MOST_VALUES = 8
 
 
@@ -39,18 +39,23 @@ class PuzzleConfig:
             .npy arrays in the form of the TRM authors; by default, puzzles are generated
         valid_paths: test puzzles, given like train_paths; by default, valid_share of the training puzzles; a folder of
             .npy arrays brings its own
-        valid_share: share of the puzzles that is held out for evaluation, by whole orbits: no test puzzle is a
-            training puzzle under a symmetry
+        valid_share: share of the puzzles that is held out for evaluation; it is chosen so that no symmetry turns a
+            test puzzle into a training puzzle
         n_puzzles: number of puzzles to generate, or to take from the start of the files; 0 = all of the files, or
             20,000 generated ones
-        low: fewest clues of a generated Sudoku, or steps of a generated maze's path; default depends on the size
-        high: most clues of a generated Sudoku, or steps of a generated maze's path; default depends on the size
-        difficulty: generated Sudokus: solvable by naked and hidden singles (singles), not so (guess), or both (any)
-        symmetries: of Sudokus, for augmentation and for the split: all, or only the relabelling of digits
+        low: fewest clues of a generated Sudoku, or fewest steps of the path in a generated maze; the default depends on
+            the size
+        high: most clues of a generated Sudoku, or most steps of the path in a generated maze; the default depends on
+            the size
+        difficulty: which Sudokus to generate: singles = those that naked and hidden singles solve, guess = those that
+            need more, any = both
+        symmetries: symmetries of Sudokus, for augmentation and for the split: all, or relabel = only the renaming of
+            digits
         augment: draw each training puzzle under a random symmetry
         data_seed: seed of the generator and of the split; `seed` only affects the training
-        explore: probability that a row may not halt before a number of supervision steps drawn from 2 to the most
-        eval_steps: supervision steps in evaluations; default those of the model
+        explore: probability that a training puzzle must take a random number of supervision steps, from 2 to
+            supervision_steps, before it may halt
+        eval_steps: supervision steps in evaluations; by default, those of the model
     """
 
     puzzle: str = "sudoku4"
@@ -82,11 +87,11 @@ class PuzzleConfig:
         if self.train_paths and (self.low or self.high):
             raise ValueError("low and high are for generated puzzles: leave them out, or leave out train_paths")
         if self.valid_paths and not self.train_paths:
-            raise ValueError("valid_paths without train_paths: give both, or none to generate puzzles")
+            raise ValueError("valid_paths without train_paths: give both, or neither to generate puzzles")
 
 
 class HeldOut:
-    """The puzzles of evaluations.  `len()` is their number."""
+    """The puzzles that evaluations solve.  `len()` is their number."""
 
     def __init__(self, grids: Grids):
         self.grids = grids
@@ -102,19 +107,21 @@ class PuzzleData(NamedTuple):
     kind: PuzzleKind
     train: Grids
     valid: Grids
-    names: list[str]  # of puzzle ids
+    names: list[str]  # names[i] is the name of puzzle id i
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
 def load_puzzles(config: PuzzleConfig) -> PuzzleData:
-    """The puzzles of a run.  Raises UserError for files that cannot be used, and for test puzzles in the training."""
+    """Returns the puzzles of a run.
+
+    Raises UserError if a file cannot be used, or if a test puzzle is in the orbit of a training puzzle."""
     kind, names = _with_symmetries(kind_named(config.puzzle), config.symmetries), ["<blank>"]
     folders = [path for path in config.train_paths if Path(path).is_dir()]
     if folders:
         if len(config.train_paths) > 1 or config.valid_paths:
-            raise UserError(f"--train_paths {folders[0]}: a folder of .npy arrays is used alone, and has its own test")
+            raise UserError(f"--train_paths {folders[0]}: a folder of arrays is used alone; give no other path")
         folder = read_folder(folders[0])
         kind, names = _with_symmetries(folder.kind, config.symmetries), folder.names
         train, valid = folder.train, folder.test
@@ -128,7 +135,8 @@ def load_puzzles(config: PuzzleConfig) -> PuzzleData:
             train, valid = split_by_orbit(kind, train, config.valid_share, config.data_seed)
     else:
         train, valid = split_by_orbit(kind, _generate(kind, config), config.valid_share, config.data_seed)
-    check_leak(kind, train, valid)
+    if folders or config.valid_paths:  # puzzles that were split by orbit cannot leak
+        check_leak(kind, train, valid)
     if not valid.difficulty:
         valid = valid._replace(difficulty=kind.difficulty(valid.inputs, valid.labels))
     return PuzzleData(kind, train, valid, names)
@@ -158,7 +166,9 @@ def _first(grids, n):
 
 
 def _join(parts: list[Grids]) -> Grids:
-    """The puzzles of several files, each row a group of its own; a difficulty that not all files have is left out."""
+    """Returns the puzzles of several files; each row is a group of its own.
+
+    A measure of difficulty is kept only if all files have it."""
     inputs, labels, ids = (np.concatenate([part[i] for part in parts]) for i in range(3))
     shared = set.intersection(*(set(part.difficulty) for part in parts))
     difficulty = {name: np.concatenate([part.difficulty[name] for part in parts]) for name in sorted(shared)}
@@ -166,7 +176,7 @@ def _join(parts: list[Grids]) -> Grids:
 
 
 def fingerprint(data: PuzzleData) -> dict:
-    """{part: digest of its boards}, which shows at a resume that the puzzles are still the same."""
+    """Returns {part: digest of its boards}, by which a resumed run sees whether the puzzles are still the same."""
     digests = {}
     for part, grids in (("train", data.train), ("valid", data.valid)):
         boards = b"".join(np.ascontiguousarray(array).tobytes() for array in grids[:4])
@@ -178,7 +188,7 @@ def fingerprint(data: PuzzleData) -> dict:
 
 
 class PuzzleForm:
-    """The form of a puzzle's board, in a checkpoint's puzzle.json.  It takes the place of a tokenizer."""
+    """The kind of puzzle of a model, which a checkpoint keeps in puzzle.json. It takes the place of a tokenizer."""
 
     pad_id = 0
 
@@ -194,7 +204,9 @@ class PuzzleForm:
 
 
 def read_form(folder) -> PuzzleForm:
-    """The form of a checkpoint's puzzle.  Raises UserError if the checkpoint is no puzzle model, or is broken."""
+    """Reads the kind of puzzle of a checkpoint.
+
+    Raises UserError if the checkpoint is not a puzzle model, or if the file is broken."""
     path = Path(folder) / PUZZLE_FILE
     if not path.is_file():
         raise UserError(f"{folder} is no puzzle model (no {PUZZLE_FILE}): train one with train_puzzles.py")
@@ -211,8 +223,8 @@ def read_form(folder) -> PuzzleForm:
 class PuzzleDraws:
     """An endless sequence of training puzzles, by number.
 
-    An epoch draws one row of each group, in random order. Puzzles are augmented in blocks of BLOCK, which is much
-    faster than one by one."""
+    An epoch takes one random row of each group, in random order. Puzzles are augmented in blocks of BLOCK, which is
+    much faster than one by one."""
 
     def __init__(self, kind: PuzzleKind, grids: Grids, seed: int, augment: bool):
         self.kind, self.grids, self.seed, self.augment = kind, grids, seed, augment
@@ -226,7 +238,7 @@ class PuzzleDraws:
         return len(self._first)
 
     def take(self, numbers: Int64[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(inputs (n, L), labels (n, L), puzzle ids (n,)) of the puzzles with these ascending numbers."""
+        """Returns (inputs (n, L), labels (n, L), puzzle ids (n,)) of the puzzles with these ascending numbers."""
         blocks, parts = numbers // BLOCK, []
         for block in np.unique(blocks).tolist():
             if block != self._block:
@@ -256,9 +268,10 @@ class PuzzleDraws:
 
 
 def difficulty_bins(difficulty: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """{name of a bin, such as clues_7 or rating_from_2.5: which rows are in it}, for reports by difficulty.
+    """Divides puzzles into bins by each measure of difficulty: {name of the bin: (N,) bool, whether a row is in it}.
 
-    Each of up to MOST_VALUES values is a bin; more of them are divided into BINS bins of about equal size."""
+    A measure with up to MOST_VALUES values has one bin per value, such as clues_7. Other measures have up to BINS bins
+    of about equal size, such as rating_from_2.5."""
     bins = {}
     for name, values in difficulty.items():
         values = values.astype(np.float64)

@@ -12,8 +12,10 @@ A puzzle is a board, or all pairs of an ARC task under one augmentation; a group
 """
 
 import json
+import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,28 +39,43 @@ MOST_TOKENS = 256  # a token is one byte
 class PuzzleFolder(NamedTuple):
     train: Grids
     test: Grids
-    names: list[str]  # of puzzle ids
+    names: list[str]  # names[i] is the name of puzzle id i
     kind: PuzzleKind
 
 
+class Family(NamedTuple):
+    """Kinds of puzzles that differ only in their size."""
+
+    make: Callable[..., PuzzleKind]  # makes a kind from the numbers in its name
+    pattern: str  # regular expression of the names; its groups are the numbers
+    square: str  # name of the kind whose board has `side` x `side` cells
+    examples: str  # names, for messages
+
+
+# every kind of puzzle that a flag or a folder can name
+FAMILIES = (
+    Family(Sudoku, f"sudoku({'|'.join(map(str, BOXES))})", "sudoku{side}", ", ".join(f"sudoku{n}" for n in BOXES)),
+    Family(Arc, "arc", "arc", "arc"),
+    Family(Maze, r"maze(\d{1,3})x(\d{1,3})", "maze{side}x{side}", "a maze such as maze30x30"),
+)
+KNOWN = ", ".join(family.examples for family in FAMILIES[:-1]) + f", or {FAMILIES[-1].examples}"
+
+
 def kind_named(name: str) -> PuzzleKind:
-    """The kind of a name: sudoku4, sudoku6, sudoku9, arc, or a maze such as maze30x30.  UserError for other names."""
-    if name == "arc":
-        return Arc()
-    if name in {f"sudoku{size}" for size in BOXES}:
-        return Sudoku(int(name.removeprefix("sudoku")))
-    if sides := re.fullmatch(r"maze(\d{1,3})x(\d{1,3})", name):
-        return Maze(int(sides[1]), int(sides[2]))
-    known = ", ".join(f"sudoku{size}" for size in BOXES)
-    raise UserError(f"puzzle kind {name!r} is not known: use {known}, arc, or a maze such as maze30x30")
+    """Returns the kind of puzzle with this name.  Raises UserError if no family of FAMILIES has it."""
+    for family in FAMILIES:
+        if numbers := re.fullmatch(family.pattern, name):
+            return family.make(*map(int, numbers.groups()))
+    raise UserError(f"puzzle kind {name!r} is not known: use {KNOWN}")
 
 
 def read_folder(folder, verify: bool = True) -> PuzzleFolder:
-    """Both splits of a folder. Arrays of bytes stay on disk, mapped; those of larger integers are read as bytes.
+    """Reads the training and test puzzles of a folder.
 
-    With verify, a board whose answer breaks the rules of its kind is named on stderr and left out. `difficulty` is
-    empty: `PuzzleKind.difficulty` measures it. Raises UserError, which names the file, if one is missing, is no array
-    of integers, does not fit the others, or holds a value out of range."""
+    Arrays of bytes stay on disk, memory-mapped; arrays of larger integers are copied into bytes. With verify, boards
+    whose answer breaks the rules are left out, and the first few are named on stderr. `difficulty` is empty, because
+    folders do not store it. Raises UserError, which names the file, if a file is missing, is not an array of integers,
+    does not fit the other files, or holds a value out of range."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one with train/, test/ and identifiers.json")
@@ -96,19 +113,20 @@ def _read_facts(path, n_names):
 
 
 def _kind_of(facts, path):
-    """The kind of puzzles: by its name if this module wrote the folder, else by length and vocabulary."""
+    """Returns the kind of puzzles in a folder: the one it names, else a square one with its cells and vocabulary.
+
+    Only folders that `write_folder` made name their kind."""
     if isinstance(facts.get("kind"), str):
-        kind = kind_named(facts["kind"])
+        kinds = [kind_named(facts["kind"])]
     else:
-        kinds = [*(Sudoku(size) for size in BOXES), Arc()]
-        side = max(2, round(facts["seq_len"] ** 0.5))
-        kinds.append(Maze(side))
-        shape = facts["seq_len"], facts["vocab_size"]
-        kind = next((each for each in kinds if (each.cells, each.vocab_size) == shape), None)
-    if kind is None or (kind.cells, kind.vocab_size) != (facts["seq_len"], facts["vocab_size"]):
-        size = f"{facts['seq_len']} cells and {facts['vocab_size']} tokens"
-        raise UserError(f"{path}: no kind of puzzle has {size}: use Sudoku of 4, 6, 9, a square maze or ARC")
-    return kind
+        side = max(2, math.isqrt(facts["seq_len"]))  # 1 is too small for any kind
+        names = [family.square.format(side=side) for family in FAMILIES]
+        kinds = [kind_named(name) for name, family in zip(names, FAMILIES) if re.fullmatch(family.pattern, name)]
+    for kind in kinds:
+        if (kind.cells, kind.vocab_size) == (facts["seq_len"], facts["vocab_size"]):
+            return kind
+    size = f"{facts['seq_len']} cells and {facts['vocab_size']} tokens"
+    raise UserError(f"{path}: no kind of puzzle has {size}: use {KNOWN}")
 
 
 def _read_split(folder, facts):
@@ -131,7 +149,8 @@ def _read_split(folder, facts):
         )
     first_puzzles = _read_indices(indices["group_indices"], len(ids), "puzzles of puzzle_indices")
     if ids.min() < 0 or ids.max() >= facts["num_puzzle_identifiers"]:
-        bounds = f"0 to {facts['num_puzzle_identifiers'] - 1}, num_puzzle_identifiers of dataset.json less one"
+        number = facts["num_puzzle_identifiers"]
+        bounds = f"0 to {number - 1}, because num_puzzle_identifiers in dataset.json is {number}"
         raise UserError(f"{paths['puzzle_identifiers']} holds ids from {ids.min()} to {ids.max()}, not from {bounds}")
     groups = np.repeat(np.arange(len(first_puzzles) - 1, dtype=np.int32), np.diff(first_puzzles))
     n_rows = np.diff(first_rows)
@@ -139,11 +158,11 @@ def _read_split(folder, facts):
 
 
 def _open(path, n_axes):
-    """An array of integers, mapped; unlike np.load, open_memmap never unpickles."""
+    """Returns a memory-mapped array of integers. open_memmap never unpickles, so a file cannot run code."""
     check_is_file(path, path)
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # a damaged header fails in the tokenizer, the parser or the system
+    except Exception as error:  # numpy parses the header as Python source, which can fail in many ways
         raise UserError(f"{path} cannot be read as an array of integers: {' '.join(str(error).split())}") from None
     if array.dtype.kind not in "iu" or array.ndim != n_axes:
         form = f"{array.ndim} axes of {array.dtype}"
@@ -152,7 +171,7 @@ def _open(path, n_axes):
 
 
 def _as_bytes(array, vocab_size, path):
-    """The same tokens as uint8, after a check of their range: the mapped array itself if it has bytes."""
+    """Returns tokens as uint8 after a check of their range. An array of bytes is returned as it is, still mapped."""
     tokens = array if array.dtype == np.uint8 else np.empty(array.shape, np.uint8)
     for start in range(0, len(array), CHUNK):
         chunk = array[start : start + CHUNK]
@@ -160,16 +179,15 @@ def _as_bytes(array, vocab_size, path):
         if is_wrong.any():
             row, cell = np.argwhere(is_wrong)[0]
             value = f"row {start + row}, cell {cell} is {chunk[row, cell]} (both count from 0)"
-            raise UserError(
-                f"{path}: {value}, not a token from 0 to {vocab_size - 1}, vocab_size of dataset.json less one"
-            )
+            bound = f"a token from 0 to {vocab_size - 1}, because vocab_size in dataset.json is {vocab_size}"
+            raise UserError(f"{path}: {value}; it must be {bound}")
         if tokens is not array:
             tokens[start : start + CHUNK] = chunk
     return tokens
 
 
 def _read_indices(path, end, of_what):
-    """Indices that ascend from 0 to `end`."""
+    """Returns an array of indices, which must ascend from 0 to `end`."""
     indices = np.array(_open(path, 1))
     if len(indices) < 2 or indices[0] != 0 or indices[-1] != end or (indices[1:] <= indices[:-1]).any():
         raise UserError(f"{path} does not ascend from 0 to {end}, the number of {of_what}: copy it again")
@@ -177,7 +195,7 @@ def _read_indices(path, end, of_what):
 
 
 def _without_wrong(kind, grids, folder):
-    """Grids without the boards whose answer breaks the rules, which are named on stderr."""
+    """Returns grids without the boards whose answer breaks the rules; the first few of these are named on stderr."""
     parts = [slice(start, start + CHUNK) for start in range(0, grids.n_rows, CHUNK)]
     is_right = np.concatenate([kind.are_right(grids.inputs[part], grids.labels[part]) for part in parts])
     wrong = np.flatnonzero(~is_right)
@@ -196,11 +214,11 @@ def _without_wrong(kind, grids, folder):
 
 
 def write_folder(folder, kind: PuzzleKind, train: Grids, test: Grids, names: list[str] | None = None):
-    """Write both splits so that the authors' code and `read_folder` can read them; an old folder is replaced.
+    """Write both splits in a form that the authors' code and `read_folder` can read. An old folder is replaced.
 
-    names: of puzzle ids, by default id 0 alone. Rows are sorted by group and puzzle id. A row without a puzzle id is a
-    puzzle of its own; rows of a group with the same id are one puzzle, as ARC has it. Raises UserError if `folder` is a
-    file, if there is nothing to write, or if there is no name for an id."""
+    names[i] is the name of puzzle id i; by default, there is only id 0. Rows are sorted by group and puzzle id. A row
+    with puzzle id 0 becomes a puzzle of its own. Rows of a group that share another id become one puzzle, as in ARC.
+    Raises UserError if `folder` is a file, if a split is empty, or if an id has no name."""
     names = [NO_ID] if names is None else names
     for split, grids in zip(SPLITS, (train, test)):
         if not grids.n_rows:
@@ -216,7 +234,7 @@ def write_folder(folder, kind: PuzzleKind, train: Grids, test: Grids, names: lis
 
 def _write_split(folder, kind, grids, n_names):
     order = np.lexsort((grids.puzzle_ids, grids.groups))
-    if (order != np.arange(len(order))).any():  # else mapped arrays need no copy
+    if (order != np.arange(len(order))).any():  # arrays that are sorted already stay mapped
         grids = grids.take(order)
     new_group = np.diff(grids.groups, prepend=grids.groups[0] - 1) != 0
     new_puzzle = new_group | (np.diff(grids.puzzle_ids, prepend=-1) != 0) | (grids.puzzle_ids == 0)

@@ -1,7 +1,7 @@
 """The rows of a training batch of puzzles: each keeps its own puzzle, state and number of supervision steps.
 
-A row works on one puzzle for several training steps. It halts if the halting head says that its answer is right, or
-after the most supervision steps. Then it takes a new puzzle and the initial state (arXiv:2510.04871, section 4).
+A row works on one puzzle for several training steps. It halts when the halting head says that its answer is right, or
+when it has taken all supervision steps. Then it gets a new puzzle and the initial state (arXiv:2510.04871, section 4).
 """
 
 import numpy as np
@@ -41,7 +41,7 @@ class PuzzleRows:
             shape = n_rows, model.config.prefix_tokens + cells, model.config.d_model
             self.y, self.z = (torch.zeros(shape, device=self.device) for _ in range(2))
         self.drawn = 0  # puzzles that this process has taken
-        self.counts = torch.zeros(3, dtype=torch.int64)  # since the last `figures`: rows that halted, right ones, steps
+        self.counts = torch.zeros(3, dtype=torch.int64)  # since `take_counts`: rows that halted, right ones, steps
 
     @property
     def epoch(self) -> int:

@@ -5,8 +5,6 @@ have halted take new puzzles. All else (schedule, log, checkpoints, guards, aver
 `src.trainer.Trainer`. The rows take the place of its data loader, so their state is saved like a loader's position.
 """
 
-import sys
-
 import numpy as np
 import torch
 
@@ -105,7 +103,7 @@ def _create(settings):
     choose_device(runtime.device)  # reports a wrong device now, not after minutes of data preparation
     data = load_puzzles(puzzle)
     corpus = fingerprint(data)
-    _check_unchanged(folder, corpus, config.allow_changed_corpus)
+    run_folder.check_corpus(folder, corpus, "puzzles", config.allow_changed_corpus)
     own = _config_for(wanted, data, puzzle)
     model = _model(config, own, data, newest)
     trainer = PuzzleTrainer(config, puzzle, model, data, runtime, own)
@@ -141,12 +139,3 @@ def _model(config, own, data, newest):
         size = f"{found.max_seq_len} cells and {found.vocab_size} tokens"
         raise UserError(f"--init_from {source} is a model for {size}, not for {data.kind.name}: choose another")
     return checkpoint.load_network(source, config=own)
-
-
-def _check_unchanged(folder, corpus, may_change):
-    """Raises UserError if the puzzles have changed since the run in this folder started, and may not."""
-    if changes := run_folder.corpus_changes(folder, corpus):
-        problem = f"the puzzles have changed since the run in {folder} started ({'; '.join(changes)})"
-        if not may_change:
-            raise UserError(f"{problem}: restore them, or continue by --allow_changed_corpus true")
-        print(problem, file=sys.stderr)

@@ -3,6 +3,10 @@
 A board of L = height * width cells is one row of tokens, read line by line. Token 0 is padding in inputs and "not a
 target" in labels. The token numbers are those of the authors' code for arXiv:2510.04871, so that data and weights can
 be exchanged with it.
+
+A symmetry turns a puzzle into another one that is solved in the same way: a maze can be mirrored, and the digits of a
+Sudoku can be renamed. The orbit of a puzzle is the set of all puzzles that symmetries make of it. A split must not put
+two puzzles of one orbit into different parts, because the test would then have training puzzles in another form.
 """
 
 import csv
@@ -21,12 +25,12 @@ from src.files.text import read_lines
 QUESTION_NAMES = ("question", "puzzle", "quizzes", "input")
 ANSWER_NAMES = ("answer", "solution", "solutions", "output")
 RATING_NAMES = ("rating", "difficulty")
-REPORTED = 3  # this many skipped puzzles of a file are named on stderr, the rest only counted
+REPORTED = 3  # so many skipped puzzles of a file are named on stderr; the others are only counted
 CHUNK = 10_000  # puzzles of a file that are parsed and verified at once
-MOST_CHARS = 100_000  # of a line; csv itself refuses fields of 131,072 characters
-UNKNOWN = 255  # stands for a character that is no symbol of a kind
-# The eight symmetries of a square, numbered as in the authors' code: whether to transpose first, then whether to
-# reverse the order of rows, and of columns. Numbers 1, 2, 3 are quarter turns to the left.
+MOST_CHARS = 100_000  # longest line that is read; the csv module itself refuses fields of 131,072 characters
+UNKNOWN = 255  # token of a character that is not a symbol of the kind
+# The eight symmetries of a square, numbered as in the authors' code. Each says whether to transpose the square, and
+# then whether to reverse the order of its rows and of its columns. Numbers 1, 2, 3 are quarter turns to the left.
 DIHEDRAL = ((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 1))
 
 
@@ -44,19 +48,19 @@ class Grids(NamedTuple):
         return len(self.inputs)
 
     def take(self, rows) -> "Grids":
-        """The puzzles at some row numbers, or where a boolean array is true."""
+        """Returns the puzzles at these row numbers, or those for which a boolean array is true."""
         arrays = (array[rows] for array in self[:4])
         return Grids(*arrays, {name: values[rows] for name, values in self.difficulty.items()})
 
 
 def make_grids(inputs, labels, difficulty: dict | None = None) -> Grids:
-    """Grids without puzzle ids, where every row is a group of its own."""
+    """Returns Grids without puzzle ids, in which each row is a group of its own."""
     n = len(inputs)
     return Grids(inputs, labels, np.zeros(n, np.int32), np.arange(n, dtype=np.int32), difficulty or {})
 
 
 def dihedral(grids: np.ndarray, number: int) -> np.ndarray:
-    """Grids (..., H, W) under a symmetry of DIHEDRAL, as a view."""
+    """Returns grids (..., H, W) under the symmetry DIHEDRAL[number], as a view."""
     is_transposed, flips_rows, flips_columns = DIHEDRAL[number]
     grids = grids.swapaxes(-1, -2) if is_transposed else grids
     return grids[..., :: -1 if flips_rows else 1, :: -1 if flips_columns else 1]
@@ -65,10 +69,11 @@ def dihedral(grids: np.ndarray, number: int) -> np.ndarray:
 class PuzzleKind:
     """One kind of puzzle: its board, its rules and its symmetries.
 
-    `symbols[token]` is the character of a token; `aliases` maps other characters that a text may use to symbols. A
-    subclass provides `verify`, `augment` and `orbits`, and faster versions of the rest where it has them."""
+    `symbols[token]` is the character of a token. `aliases` maps other characters that a text may have to symbols. A
+    subclass defines `verify`, `augment` and `orbits`, and faster versions of the other methods where that is worth
+    it."""
 
-    has_rules = True  # False if `verify` cannot tell a right answer from a wrong one
+    has_rules = True  # False if `verify` cannot decide whether an answer is right
     one_orbit_per_group = True  # False if the rows of a group are different puzzles, such as the pairs of an ARC task
 
     def __init__(self, name: str, height: int, width: int, symbols: str, aliases: dict[str, str] | None = None):
@@ -91,41 +96,41 @@ class PuzzleKind:
     # ---- rules ----
 
     def verify(self, board: UInt8[np.ndarray, "l"], answer: UInt8[np.ndarray, "l"]) -> str | None:
-        """What is wrong with an answer to a board by the rules, as a short phrase, or None if it is right."""
+        """Returns what is wrong with an answer by the rules, as a short phrase, or None if it is right."""
         raise NotImplementedError
 
     def are_right(self, inputs: UInt8[np.ndarray, "n l"], answers: UInt8[np.ndarray, "n l"]) -> Bool[np.ndarray, "n"]:
-        """Whether each answer is right by the rules: `verify` for many boards."""
+        """Returns whether each answer is right by the rules: the same as `verify`, for many boards."""
         return np.array([self.verify(*pair) is None for pair in zip(inputs, answers)], dtype=bool)
 
     def question_problem(self, board: UInt8[np.ndarray, "l"]) -> str | None:
-        """What is wrong with a question, such as "it has several solutions", or None if it can be solved."""
+        """Returns what is wrong with a question, such as "it has several solutions", or None if nothing is."""
         return None
 
     def difficulty(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> dict[str, np.ndarray]:
-        """Measured difficulty: name -> (N,) numbers."""
+        """Returns measures of difficulty, {name: (N,) numbers}."""
         return {}
 
     # ---- symmetries ----
 
     def augment(self, rng: np.random.Generator, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]):
-        """(inputs, labels) of the same shape, each board under a random symmetry of its own."""
+        """Returns (inputs, labels) of the same shape, in which each board is under a random symmetry of its own."""
         raise NotImplementedError
 
     def orbits(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
-        """A key per board that is equal for all boards which symmetries turn into each other."""
+        """Returns a key for each board. Boards in the same orbit have equal keys."""
         raise NotImplementedError
 
     # ---- text ----
 
     def to_text(self, board: UInt8[np.ndarray, "l"], line_breaks: bool = True) -> str:
-        """A board as characters, with a line break after each row of it unless line_breaks is false."""
+        """Returns a board as characters; with line_breaks, there is a line break between its rows."""
         text = "".join(self.symbols[token] for token in board)
         step = self.width if line_breaks else len(text)
         return "\n".join(text[start : start + step] for start in range(0, len(text), step))
 
     def from_text(self, text: str) -> UInt8[np.ndarray, "l"]:
-        """Tokens of a board given as characters, with or without line breaks.
+        """Returns the tokens of a board given as characters, with or without line breaks.
 
         Raises UserError for a wrong length or a wrong symbol."""
         cells = self.clean(text)
@@ -140,11 +145,13 @@ class PuzzleKind:
         return tokens
 
     def clean(self, text: str) -> str:
-        """A text without characters that are no cells."""
+        """Returns a text without the characters that are not cells, such as line breaks."""
         return text.replace("\r", "").replace("\n", "")
 
     def parse(self, texts: Sequence[str]) -> tuple[UInt8[np.ndarray, "n l"], Bool[np.ndarray, "n"]]:
-        """(tokens, is_board) of many texts. The tokens of a text that is no board are 0; `from_text` has the reason."""
+        """Returns (tokens, is_board) of many texts.
+
+        If a text is no board, its tokens are 0; `from_text` says what is wrong with it."""
         texts = [self.clean(text) for text in texts]
         is_board = np.array([len(text) == self.cells for text in texts], dtype=bool)
         tokens = np.zeros((len(texts), self.cells), np.uint8)
@@ -161,9 +168,10 @@ class PuzzleKind:
 
 
 def split_by_orbit(kind: PuzzleKind, grids: Grids, share: float, seed: int) -> tuple[Grids, Grids]:
-    """(train, test), where test has about `share` of the rows and whole orbits only; rows of a group stay together.
+    """Divides puzzles into (train, test), where test has about `share` of the rows.
 
-    Raises UserError if share is not between 0 and 1, or if all rows are one orbit."""
+    Rows of one orbit stay together, and so do rows of one group. Raises UserError if share is not between 0 and 1, or
+    if nothing can be held out because all rows are connected in this way."""
     if not 0 < share < 1:
         raise UserError(f"share is {share}: set it between 0 and 1")
     numbers = {}
@@ -175,7 +183,7 @@ def split_by_orbit(kind: PuzzleKind, grids: Grids, share: float, seed: int) -> t
         raise UserError(f"all {grids.n_rows} {kind.name} puzzles are one orbit: nothing can be held out, add others")
     goal, chosen, n_test = share * grids.n_rows, [], 0
     order = np.random.default_rng(seed).permutation(len(sizes))
-    for number in order[:-1]:  # one class is left for training
+    for number in order[:-1]:  # never the last one, so that some puzzles are left for training
         if abs(n_test + sizes[number] - goal) < abs(n_test - goal):
             chosen.append(number)
             n_test += sizes[number]
@@ -184,7 +192,10 @@ def split_by_orbit(kind: PuzzleKind, grids: Grids, share: float, seed: int) -> t
 
 
 def _joined(*partitions):
-    """(N,) labels, equal for rows that are connected by any chain of equal numbers in any of the partitions."""
+    """Returns (N,) labels that join several partitions of N rows; each partition numbers the part of each row.
+
+    Two rows get the same label if they are in the same part of some partition, or if a chain of such pairs connects
+    them."""
     labels = np.arange(len(partitions[0]))
     while True:
         before = labels
@@ -197,9 +208,10 @@ def _joined(*partitions):
 
 
 def find_leaks(kind: PuzzleKind, train: Grids, test: Grids) -> dict[int, int]:
-    """{test row: a training row} for each test grid that is a training grid under a symmetry of the kind.
+    """Returns {test row: a training row in the same orbit} for the test grids that have one.
 
-    Of a training group whose rows are augmentations of one puzzle, only the first row is looked at."""
+    If the rows of a training group are augmentations of one puzzle, only the first of them is compared, because all are
+    in the same orbit."""
     rows = np.unique(train.groups, return_index=True)[1] if kind.one_orbit_per_group else np.arange(train.n_rows)
     known = {}
     for row, key in zip(rows.tolist(), kind.orbits(train.inputs[rows], train.labels[rows])):
@@ -208,7 +220,7 @@ def find_leaks(kind: PuzzleKind, train: Grids, test: Grids) -> dict[int, int]:
 
 
 def check_leak(kind: PuzzleKind, train: Grids, test: Grids):
-    """Raises UserError if a test grid is a training grid under a symmetry of the kind; see `find_leaks`."""
+    """Raises UserError if a test grid is in the orbit of a training grid; see `find_leaks`."""
     if leaks := find_leaks(kind, train, test):
         first = next(iter(leaks))
         counts = f"{len(leaks)} of {test.n_rows} test grids are training grids under a symmetry of {kind.name}"
@@ -227,11 +239,11 @@ class _Record(NamedTuple):
 
 
 def read_csv(kind: PuzzleKind, path) -> Grids:
-    """The puzzles of a .csv or .csv.gz file whose header names a question and an answer column, each answer verified.
+    """Returns the puzzles of a .csv or .csv.gz file. Its header must name a question and an answer column.
 
-    `difficulty` has what the kind measures, and the file's rating if it has one. A puzzle that is malformed or whose
-    answer is wrong is skipped; the first few are named on stderr, all are counted. Raises UserError if the header lacks
-    a column, if the file cannot be read to its end, or if no puzzle is left."""
+    `difficulty` has what the kind measures, and the file's rating if it has one. A puzzle is skipped if it is malformed
+    or if its answer breaks the rules. The first few of these are named on stderr, and their number is printed. Raises
+    UserError if the header lacks a column, if the file cannot be read to its end, or if no puzzle is left."""
     records, reasons, parts, total = iter(_records(path)), [], [], 0
     while chunk := list(itertools.islice(records, CHUNK)):
         total += len(chunk)
@@ -254,7 +266,7 @@ def read_csv(kind: PuzzleKind, path) -> Grids:
 
 
 def _read_chunk(kind, chunk, reasons):
-    """(inputs, labels, is_good) of some records; adds the reasons for bad ones to `reasons`, up to REPORTED."""
+    """Returns (inputs, labels, is_good) of records. Adds reasons for bad ones to `reasons`, up to REPORTED."""
     inputs, has_question = kind.parse([record.question for record in chunk])
     labels, has_answer = kind.parse([record.answer for record in chunk])
     is_good = has_question & has_answer
@@ -279,7 +291,7 @@ def _reason(kind, text):
 
 
 def first_question(path) -> str:
-    """The question of the first puzzle of a .csv file, whose length says how large the boards are."""
+    """Returns the question of the first puzzle in a .csv file; its length shows how large the boards are."""
     record = next(iter(_records(path)), None)
     if record is None:
         raise UserError(f"{path} holds no puzzle below its header: add lines")
@@ -287,7 +299,7 @@ def first_question(path) -> str:
 
 
 def _records(path) -> Iterable[_Record]:
-    """The lines of a file below its header, except blank ones."""
+    """Yields the lines of a file below its header, except blank ones."""
     lines = ("too long\n" if line is None else line for _, line in read_lines(path, MOST_CHARS))
     rows = csv.reader(lines)
     try:
@@ -302,7 +314,7 @@ def _records(path) -> Iterable[_Record]:
                 number = math.nan if rating is None else _number(row[rating])
                 yield _Record(rows.line_num, row[question], row[answer], number)
     except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: {error}: mend the line") from None
+        raise UserError(f"{path}, line {rows.line_num}: {error}: correct the line") from None
 
 
 def _column(header, names):

@@ -15,19 +15,20 @@ from src.tasks import sudoku_solver as solver
 from src.tasks.puzzles import Grids, PuzzleKind, make_grids
 from src.tasks.sudoku_solver import BLANK, BOXES
 
-FEWEST_CLUES = {4: 4, 6: 8, 9: 17}  # with one solution; each is the known minimum
+FEWEST_CLUES = {4: 4, 6: 8, 9: 17}  # size -> the fewest clues with which a puzzle can have one solution
 DIFFICULTIES = ("any", "singles", "guess")
 BATCH = 10_000  # boards that are generated, or verified, at once
-MOST_BATCHES = 30  # in a row without a good puzzle, after which the generator gives up
-ORBIT_CHUNK = 500  # solutions whose symmetries are compared at once; bounds the memory
+MOST_BATCHES = 30  # the generator gives up after so many batches in a row without a good puzzle
+ORBIT_CHUNK = 500  # solutions whose symmetries are compared at once, to limit memory
 
 
 class Sudoku(PuzzleKind):
-    """Sudoku of a size of BOXES: `.` is a blank, also written 0 or _.
+    """Sudoku of one of the sizes in BOXES. In texts, a blank is `.`, `0` or `_`.
 
-    symmetries: "all" are relabelling of digits, permutation of bands, of stacks, of rows in a band and of columns in a
-    stack, and, if the boxes are square, transposition; "relabel" is relabelling alone. Augmentation and orbits use the
-    same group, so that no augmentation of a training grid is a test grid of another orbit."""
+    A band is a row of boxes, and a stack is a column of boxes. symmetries: "relabel" is only the renaming of digits.
+    "all" adds the exchange of bands, of stacks, of rows inside a band and of columns inside a stack, and the
+    transposition of the board if its boxes are square. Augmentation and orbits use the same symmetries. So if a split
+    is by orbit, no augmentation of a training grid is a test grid."""
 
     def __init__(self, size: int = 9, symmetries: str = "all"):
         if size not in BOXES:
@@ -69,7 +70,7 @@ class Sudoku(PuzzleKind):
         return {0: "it has no solution", 1: None}.get(int(count), "it has several solutions")
 
     def _conflict(self, board):
-        """A digit that is twice in a row, column or box of a board."""
+        """Returns which digit a row, column or box of a board has twice, as a phrase, or None."""
         for number, unit in enumerate(solver.layout(self.size).units):
             digits, counts = np.unique(board[unit][board[unit] > BLANK], return_counts=True)
             if (counts > 1).any():
@@ -81,7 +82,7 @@ class Sudoku(PuzzleKind):
         return f"row {cell // self.size + 1}, column {cell % self.size + 1}"
 
     def difficulty(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> dict[str, np.ndarray]:
-        """clues, rounds and guess, as `sudoku_solver.rate` measures them."""
+        """Returns clues, rounds and guess, as `sudoku_solver.rate` measures them."""
         return solver.rate(self.size, inputs)
 
     # ---- symmetries ----
@@ -102,10 +103,10 @@ class Sudoku(PuzzleKind):
         return tuple(np.take_along_axis(tokens, board.astype(np.int64), 1) for board in boards)
 
     def orbits(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
-        """The canonical form of each solution: the lexicographically least board that the symmetries reach, 0 for the
-        first digit. It is exact for every size: keys are equal if and only if a symmetry relates the solutions.
+        """Returns the canonical form of each solution: the lexicographically least board in its orbit.
 
-        Raises UserError if a board is no solution."""
+        Digits count from 0 in it. The clues of a question do not matter. Keys are equal if and only if a symmetry turns
+        one solution into the other. Raises UserError if a board of `labels` is not a solution."""
         answers, index = np.unique(labels, axis=0, return_inverse=True)
         is_solution = self.are_right(np.full_like(answers, BLANK), answers)
         if not is_solution.all():
@@ -121,12 +122,12 @@ class Sudoku(PuzzleKind):
 
 
 def _shuffles(rng, n, length):
-    """(n, length) random permutations."""
+    """Returns (n, length) random permutations."""
     return rng.random((n, length)).argsort(1)
 
 
 def _line_order(rng, n, size, per_band):
-    """(n, size) random orders of rows, or of columns, that keep bands together."""
+    """Returns (n, size) random orders of rows, or of columns, in which the lines of a band stay together."""
     bands = _shuffles(rng, n, size // per_band)
     inner = _shuffles(rng, n * (size // per_band), per_band).reshape(n, -1, per_band)
     return (bands[:, :, None] * per_band + inner).reshape(n, size)
@@ -134,15 +135,19 @@ def _line_order(rng, n, size, per_band):
 
 # ---- canonical forms ------------------------------------------------------------------------------------------------
 #
-# Relabelling can turn any row into 0, 1, 2, ..., so that is the first row of a least board. The second row then follows
-# from a permutation s: the second row has in column j the digit that the first row has in column s[j]. Reordering the
-# columns by p turns s into p^-1 s p. A table holds, for each s, the least second row and all orders p that reach it.
-# The few (pair of rows, p) left are tried: sorting the other rows gives a board, and the least one is the answer.
+# The canonical form of a solution is the least of all boards that symmetries make of it, compared row by row.
+#
+# 1. Any row can become the first row, and renaming the digits makes it 0, 1, 2, ..., which is the least possible row.
+# 2. A row of the same band becomes the second row. It follows from a permutation s: in column j it has the digit that
+#    the first row has in column s[j]. To reorder the columns by p changes s to p^-1 s p, and with it the second row.
+#    The table of `_second_rows` has, for each s, the least second row and all orders p that lead to it.
+# 3. Only few choices of (two rows, p) give the least second row. For each of them, the other rows are sorted. The least
+#    of the boards that result is the canonical form.
 
 
 @cache
 def _column_orders(size: int) -> np.ndarray:
-    """(P, size): all orders of columns that keep stacks together; P is 8, 72 or 1296."""
+    """Returns (P, size): all orders of columns that keep stacks together. P is 8, 72 or 1296."""
     width = BOXES[size][1]
     inner = list(permutations(range(width)))
     stacks = permutations(range(size // width))
@@ -157,19 +162,19 @@ def _column_orders(size: int) -> np.ndarray:
 
 @cache
 def _row_pairs(size: int) -> np.ndarray:
-    """(R, 2): all ordered pairs of rows in one band."""
+    """Returns (R, 2): all ordered pairs of rows in one band."""
     height = BOXES[size][0]
     return np.array([(a, b) for a, b in permutations(range(size), 2) if a // height == b // height])
 
 
 def _relabelled(grids, first_rows):
-    """Grids (N, n, n) with the digits of first_rows (N, n) renamed to 0, 1, 2, ..."""
+    """Returns grids (N, n, n) with their digits renamed, so that first_rows (N, n) become 0, 1, 2, ..."""
     names = first_rows.argsort(1).astype(np.uint8)
     return np.take_along_axis(names, grids.reshape(len(grids), -1).astype(np.int64), 1).reshape(grids.shape)
 
 
 def _canonical(size, grids):
-    """The canonical form of each of N solutions, digits from 0, as bytes."""
+    """Returns the canonical forms of N solutions with digits from 0, as bytes. The comment above explains the steps."""
     height, width = BOXES[size]
     pairs, (codes, best, starts, orders) = _row_pairs(size), _second_rows(size)
     views = (grids, grids.transpose(0, 2, 1))[: 1 + (height == width)]
@@ -185,7 +190,7 @@ def _canonical(size, grids):
     owner, pair = np.repeat(owner, repeats), np.repeat(pair, repeats)
     boards = np.take_along_axis(grids[owner, pair // len(pairs)], order[:, None], 2)
     boards = _relabelled(boards, boards[np.arange(len(boards)), pairs[pair % len(pairs), 0]])
-    column = boards[:, :, 0].astype(np.int64)  # its digits differ, so they sort rows and bands
+    column = boards[:, :, 0].astype(np.int64)  # its digits differ, so they give the order of rows and bands
     bands = column.reshape(len(boards), -1, height).min(2)
     rows = (np.repeat(bands, height, axis=1) * size + column).argsort(1)
     boards = np.take_along_axis(boards, rows[:, :, None], 1)
@@ -196,17 +201,20 @@ def _canonical(size, grids):
 
 
 def _powers(size):
-    """Weights that turn a row of digits into a number with the same order."""
+    """Returns weights (size,). The product of a row of digits with them is a number, in the same order as the rows."""
     return size ** np.arange(size - 1, -1, -1)
 
 
 @cache
 def _second_rows(size: int) -> tuple[np.ndarray, ...]:
-    """(codes, best, starts, orders): for the i-th permutation s, in the order of its code, best[i] is the code of the
-    least p^-1 s p, and orders[starts[i] : starts[i + 1]] are all p that reach it."""
+    """Returns (codes, best, starts, orders), the table of second rows.
+
+    codes[i] is the i-th permutation s as a number, in ascending order. best[i] is the least number of p^-1 s p over all
+    orders p, and orders[starts[i] : starts[i + 1]] are the orders p that reach it."""
     width, powers, columns = BOXES[size][1], _powers(size), _column_orders(size)
     shifts = np.array(list(permutations(range(size))))
-    shifts = shifts[(shifts // width != np.arange(size) // width).all(1)]  # a digit is once in a box
+    # a digit occurs once in a box, so s[j] is in another stack than j
+    shifts = shifts[(shifts // width != np.arange(size) // width).all(1)]
     ranks, best, hits = columns.argsort(1), [], []
     for start in range(0, len(shifts), ORBIT_CHUNK):
         images = shifts[start : start + ORBIT_CHUNK][:, columns]  # (D, P, n): s p
@@ -222,11 +230,12 @@ def _second_rows(size: int) -> tuple[np.ndarray, ...]:
 
 
 def generate(size: int, n: int, clues: tuple[int, int], seed: int, difficulty: str = "any") -> Grids:
-    """n puzzles with one solution and a number of clues in the range `clues`, both ends included.
+    """Returns n puzzles with one solution, whose number of clues is in the range `clues`, both ends included.
 
-    difficulty: "singles" are solved by naked and hidden singles, "guess" are not, "any" may be either. Clues are taken
-    away from a random solution in random order as long as the puzzle stays so. Equal arguments give equal puzzles.
-    Raises UserError if the range is impossible, or if no such puzzle is found."""
+    difficulty: "singles" are puzzles that naked and hidden singles solve, "guess" are all others, "any" are both. To
+    make a puzzle, clues are removed from a random solution in random order, as long as there is still one solution (and
+    singles still solve it, if asked for). Equal arguments give equal puzzles. Raises UserError if the range is
+    impossible, or if no such puzzle is found."""
     kind = Sudoku(size)
     low, high = clues
     if difficulty not in DIFFICULTIES:
@@ -240,7 +249,8 @@ def generate(size: int, n: int, clues: tuple[int, int], seed: int, difficulty: s
         )
     rng, parts, found, tried, without = np.random.default_rng((seed, size)), [], 0, 0, 0
     while found < n:
-        batch = math.ceil((n - found) / max(0.01, found / tried if tried else 1))  # by the share that was good so far
+        # as many as are needed if the share of good puzzles stays as it was so far
+        batch = math.ceil((n - found) / max(0.01, found / tried if tried else 1))
         solutions = random_solutions(size, min(BATCH, batch), rng)
         boards = _take_clues(size, solutions, rng, low, high, difficulty == "singles")
         ratings = solver.rate(size, boards)
@@ -259,7 +269,7 @@ def generate(size: int, n: int, clues: tuple[int, int], seed: int, difficulty: s
 
 
 def random_solutions(size: int, n: int, rng: np.random.Generator) -> UInt8[np.ndarray, "n c"]:
-    """n filled boards. Of size 4 each of the 288 is equally likely; larger ones are not drawn uniformly."""
+    """Returns n filled boards. Of size 4, all 288 are equally likely; larger ones are not drawn uniformly."""
     empty = np.full((1, size * size), BLANK, np.uint8)
     if size == 4:
         return solver.all_solutions(4, empty[0])[rng.integers(288, size=n)]
@@ -268,18 +278,21 @@ def random_solutions(size: int, n: int, rng: np.random.Generator) -> UInt8[np.nd
     while masks.shape[1]:
         result = solver.propagate(size, masks)
         done.append(solver.boards_of(result.masks[:, result.is_solved]))
-        masks = np.where(result.is_wrong, full, result.masks)[:, ~result.is_solved]  # a dead end starts again
+        # a board that has no solution starts again from an empty one
+        masks = np.where(result.is_wrong, full, result.masks)[:, ~result.is_solved]
         counts = solver.COUNT[masks]
         cell = np.where(counts > 1, counts + rng.random(counts.shape), 99).argmin(0)
         here = (cell, np.arange(masks.shape[1]))
         choice = (rng.random(masks.shape[1]) * counts[here]).astype(np.int64)
         masks[here] = np.uint16(1) << solver.NTH[masks[here], choice].astype(np.uint16)
-    return rng.permutation(np.concatenate(done))  # in the order of search, easy ones would come first
+    return rng.permutation(np.concatenate(done))  # the search finishes easy boards first, so they are mixed
 
 
 def _take_clues(size, solutions, rng, low, high, singles):
-    """Solutions with clues taken away: a number from low to high is drawn for each and reached, or else each clue that
-    is left is needed."""
+    """Returns boards made from solutions by removing clues.
+
+    For each board, a goal from low to high is drawn. Removing stops when this many clues are left, or when no further
+    clue can be removed."""
     boards, n = solutions.copy(), len(solutions)
     order, goals = _shuffles(rng, n, size * size), rng.integers(low, high + 1, n)
     for step in range(size * size):
@@ -292,7 +305,7 @@ def _take_clues(size, solutions, rng, low, high, singles):
         masks = solver.candidates(size, trial)
         if singles:
             stays = solver.propagate(size, masks).is_solved
-        else:  # the solution is the only one if no other digit fits the cell
+        else:  # the solution stays the only one if no solution has another digit in this cell
             masks[here[::-1]] ^= np.uint16(1) << (solutions[rows][here] - 2).astype(np.uint16)
             stays = np.ones(len(rows), bool)
             stays[solver.search(size, masks, 1)[0]] = False

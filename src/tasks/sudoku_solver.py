@@ -2,6 +2,9 @@
 
 The candidates of a cell are the bits of a uint16: bit d stands for digit d + 1. Arrays of candidates are (cells, N),
 with the boards last, because numpy is fastest along the last axis. Boards are tokens: 1 = blank, 2 = digit 1, etc.
+
+A naked single is a cell with one candidate left. A hidden single is a digit with one possible cell left in a unit,
+which is a row, column or box.
 """
 
 from functools import cache
@@ -30,7 +33,7 @@ class Layout(NamedTuple):
 
 @cache
 def layout(size: int) -> Layout:
-    """The layout of a size of BOXES."""
+    """Returns the layout of a board of one of the sizes in BOXES."""
     box_rows, box_columns = BOXES[size]
     row, column = np.divmod(np.arange(size * size), size)
     box = row // box_rows * (size // box_columns) + column // box_columns
@@ -40,13 +43,13 @@ def layout(size: int) -> Layout:
 
 
 def candidates(size: int, boards: UInt8[np.ndarray, "n c"]) -> UInt16[np.ndarray, "c n"]:
-    """Masks of boards: one bit in a cell that is filled, all bits in a blank one."""
+    """Returns the masks of boards: a filled cell has one bit, a blank cell has all bits."""
     bits = np.array([layout(size).full] * 2 + [1 << digit for digit in range(size)], np.uint16)
     return bits[np.ascontiguousarray(boards.T)]
 
 
 def boards_of(masks: UInt16[np.ndarray, "c n"]) -> UInt8[np.ndarray, "n c"]:
-    """Boards of masks; a cell with several candidates is blank."""
+    """Returns the boards of masks. A cell with several candidates is blank."""
     return np.where(_IS_SINGLE[masks], NTH[masks, 0] + 2, BLANK).astype(np.uint8).T.copy()
 
 
@@ -55,8 +58,8 @@ class Propagated(NamedTuple):
 
     masks: UInt16[np.ndarray, "c n"]
     is_solved: Bool[np.ndarray, "n"]
-    is_wrong: Bool[np.ndarray, "n"]  # contradictory: there is no solution
-    rounds: Int64[np.ndarray, "n"]  # rounds that placed a digit, all singles of a board in one round at once
+    is_wrong: Bool[np.ndarray, "n"]  # the candidates contradict each other, so there is no solution
+    rounds: Int64[np.ndarray, "n"]  # number of rounds that placed a digit; one round places all singles of a board
 
 
 def propagate(size: int, masks: UInt16[np.ndarray, "c n"]) -> Propagated:
@@ -79,8 +82,10 @@ def propagate(size: int, masks: UInt16[np.ndarray, "c n"]) -> Propagated:
 
 
 def _one_round(size, masks):
-    """(masks, is_wrong) after one round: filled cells exclude their digits from their units, then a digit with one
-    place left in a unit is placed there."""
+    """Returns (masks, is_wrong) after one round.
+
+    First, the digits of filled cells are removed from the other cells of their units. Then a digit with one possible
+    cell in a unit is placed there."""
     units, units_of, full = layout(size)
     placed = np.where(_IS_SINGLE[masks], masks, 0).astype(np.uint16)
     used, twice = _once_and_twice(units, placed)
@@ -88,16 +93,16 @@ def _one_round(size, masks):
     excluded = used[units_of[:, 0]] | used[units_of[:, 1]] | used[units_of[:, 2]]
     masks = np.where(placed, masks, masks & ~excluded)
     once, twice = _once_and_twice(units, masks)
-    is_wrong |= (once != full).any(0)  # a digit without a place
+    is_wrong |= (once != full).any(0)  # a digit has no cell left
     only = once & ~twice
     hidden = masks & (only[units_of[:, 0]] | only[units_of[:, 1]] | only[units_of[:, 2]])
-    is_wrong |= (COUNT[hidden] > 1).any(0)  # two digits that need one cell
+    is_wrong |= (COUNT[hidden] > 1).any(0)  # two digits need the same cell
     masks = np.where(hidden, hidden, masks)
     return masks, is_wrong | (masks == 0).any(0)
 
 
 def _once_and_twice(units, masks):
-    """Bits that occur at least once, and at least twice, among the cells of each unit: two (u, N) arrays."""
+    """Returns the bits that occur at least once, and at least twice, in the cells of each unit: two (u, N) arrays."""
     once = masks[units[:, 0]]
     twice = np.zeros_like(once)
     for cell in range(1, units.shape[1]):
@@ -110,10 +115,11 @@ def _once_and_twice(units, masks):
 def search(
     size: int, masks: UInt16[np.ndarray, "c n"], most: int
 ) -> tuple[Int64[np.ndarray, "s"], UInt8[np.ndarray, "s c"]]:
-    """(owners, solutions): solutions of N boards, all of them or at least `most` per board, in no particular order.
+    """Returns (owners, solutions): solutions[i] solves board owners[i]. They are in no particular order.
 
-    Depth first: a stack of boards, of which the topmost, about CHUNK, are worked on at once. Of the two branches of a
-    board, the guess comes before its negation."""
+    Each board has at least `most` solutions here, or all that it has. The search is depth first. It keeps a stack of
+    boards, and works on about CHUNK boards at its top at once. A board is split into a guess and its opposite, and the
+    guess is searched first."""
     owners, solutions = [np.zeros(0, np.int64)], [np.zeros((0, size * size), np.uint8)]
     found = np.zeros(masks.shape[1], np.int64)
     for start in range(0, masks.shape[1], CHUNK):
@@ -135,7 +141,9 @@ def search(
 
 
 def _branch(masks):
-    """Two halves of boards: the lowest candidate of the cell with the fewest candidates, and all others there."""
+    """Splits each board at the cell with the fewest candidates.
+
+    Returns (guess, other): the boards with the lowest candidate there, and the boards with all others there."""
     counts = COUNT[masks]
     cell = np.where(counts > 1, counts, 10).argmin(0)
     here = (cell, np.arange(masks.shape[1]))
@@ -147,7 +155,7 @@ def _branch(masks):
 
 
 def _merge(stack):
-    """Join the two topmost entries of a stack if they are small, because a call for few boards costs as much."""
+    """Join the two topmost entries of a stack if they are small, because a call for few boards is hardly faster."""
     while len(stack) > 1 and len(stack[-1][0]) + len(stack[-2][0]) <= CHUNK:
         rows, masks = stack.pop()
         below, masks_below = stack.pop()
@@ -155,13 +163,13 @@ def _merge(stack):
 
 
 def count_solutions(size: int, boards: UInt8[np.ndarray, "n c"], most: int = 2) -> Int64[np.ndarray, "n"]:
-    """Number of solutions of each board; counting stops at `most`."""
+    """Returns the number of solutions of each board, at most `most`, at which counting stops."""
     owners, _ = search(size, candidates(size, boards), most)
     return np.minimum(np.bincount(owners, minlength=len(boards)), most)
 
 
 def solve(size: int, boards: UInt8[np.ndarray, "n c"]) -> UInt8[np.ndarray, "n c"]:
-    """A solution of each board; a row of zeros if there is none."""
+    """Returns a solution of each board, or a row of zeros if there is none."""
     owners, solutions = search(size, candidates(size, boards), 1)
     solved = np.zeros_like(boards)
     solved[owners] = solutions
@@ -169,14 +177,16 @@ def solve(size: int, boards: UInt8[np.ndarray, "n c"]) -> UInt8[np.ndarray, "n c
 
 
 def all_solutions(size: int, board: UInt8[np.ndarray, "c"]) -> UInt8[np.ndarray, "s c"]:
-    """Every solution of a board, in lexicographic order: 288 for an empty board of size 4."""
+    """Returns every solution of a board, in lexicographic order. An empty board of size 4 has 288."""
     _, solutions = search(size, candidates(size, board[None]), np.iinfo(np.int64).max)
     return solutions[np.lexsort(solutions.T[::-1])]
 
 
 def rate(size: int, boards: UInt8[np.ndarray, "n c"]) -> dict[str, np.ndarray]:
-    """Measured difficulty: number of clues; rounds of naked and hidden singles until the board is solved or no single
-    is left; and guess, true if singles alone do not solve it."""
+    """Returns measures of difficulty.
+
+    clues is the number of clues. rounds is the number of rounds of naked and hidden singles until the board is solved,
+    or until there is no single left. guess is true if singles alone do not solve the board."""
     rounds, guess = [], []
     for start in range(0, len(boards), CHUNK):
         result = propagate(size, candidates(size, boards[start : start + CHUNK]))

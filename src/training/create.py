@@ -1,7 +1,6 @@
 """Builds the model and the trainer of a run from its settings."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import psutil
@@ -44,9 +43,10 @@ def create_trainer(settings: Settings) -> Trainer:
 
 
 def open_run(settings):
-    """Check the run folder of these settings, and lock it if a run has started there.
+    """Check whether a run with these settings may start or continue in its folder, and lock the folder of an old run.
 
-    Returns (folder, newest checkpoint as (folder, state) or None, lock or None), which are arguments of `begin`."""
+    Returns (folder, newest checkpoint as (folder, state), lock). The last two are None if no run has started there.
+    These three are the last arguments of `begin`."""
     config = settings.train
     folder, newest, lock = Path(config.save_dir), None, None
     run_folder.check_writable(folder)
@@ -59,9 +59,9 @@ def open_run(settings):
 
 
 def begin(trainer: Trainer, settings, corpus: dict, folder: Path, newest, lock) -> Trainer:
-    """Write the folder of a new run, or restore the newest checkpoint of one that continues.  Returns the trainer.
+    """Write the folder of a new run, or load the newest checkpoint into the trainer of a resumed run.
 
-    corpus: what `run_folder.keep_corpus` writes."""
+    corpus: fingerprints of the data, for `run_folder.keep_corpus`. The other arguments come from `open_run`."""
     trainer.lock = lock
     if trainer.is_main and not newest:
         trainer.lock = run_folder.start(folder, settings.flat(), lock)
@@ -112,17 +112,11 @@ def _create_trainer(settings):
 
 
 def _look_at_text(folder, files, newest, may_change):
-    """Returns (fingerprints {part: files} of the run's text, its changes since the run started).
+    """Returns ({part: fingerprints of its files}, phrases for what has changed since the run started).
 
-    Raises UserError if the text has changed and `may_change` is false."""
+    Raises UserError if the text has changed and may_change is false."""
     corpora, valid_files = files
     names = ["train"] if len(corpora) == 1 else [f"train {number}" for number in range(1, len(corpora) + 1)]
     corpus = dict(zip((*names, "valid"), map(fingerprint_files, (*corpora, valid_files))))
     now = corpus | ({"tokenizer": read_tokenizer(str(newest[0])).fingerprint} if newest else {})
-    changes = run_folder.corpus_changes(folder, now)
-    if changes and not may_change:
-        problem = f"the text has changed since the run in {folder} started ({'; '.join(changes)})"
-        raise UserError(f"{problem}: restore it, or continue with the changed text by --allow_changed_corpus true")
-    if changes:
-        print(f"the run continues with changed text: {'; '.join(changes)}", file=sys.stderr)
-    return corpus, changes
+    return corpus, run_folder.check_corpus(folder, now, "text", may_change)

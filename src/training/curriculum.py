@@ -113,7 +113,9 @@ class CurriculumScheduler:
         return {"starts": self.starts}
 
     def load_state_dict(self, state: dict):
-        """Only checks: the stages follow from the settings.  Raises UserError if they start at other steps now."""
+        """Check that the stages start at the same steps as in the saved run. Raises UserError if they do not.
+
+        There is nothing to load, because the stages follow from the settings."""
         if state["starts"] != self.starts:
             starts = f"the curriculum's stages started at steps {state['starts']}, but now at {self.starts}"
             raise UserError(f"{starts}: resume with the same stages and training text")
@@ -138,7 +140,7 @@ def _next_stage(before: Stage, change: CurriculumStage, windows) -> Stage:
     if (dim, change.d_ff or model.d_ff) != (model.d_model, model.d_ff):
         model = grown_config(model, dim, change.d_ff)
     depth = {name: getattr(change, name) or getattr(model, name) for name in DEPTH}
-    has_default = replace(model, grad_deep_steps=None) == model  # then it follows the new deep_steps
+    has_default = replace(model, grad_deep_steps=None) == model  # a default grad_deep_steps follows the new deep_steps
     model = replace(model, **depth, grad_deep_steps=None if has_default else model.grad_deep_steps)
     seq_len, batch_size = change.seq_len or before.seq_len, change.batch_size or before.batch_size
     if seq_len > model.max_seq_len:
@@ -158,9 +160,10 @@ def set_depth(model: TRMModel, config: TRMConfig):
 
 
 def grown_config(config: TRMConfig, dim: int, d_ff: int | None = None) -> TRMConfig:
-    """Returns the model's config at width `dim`: it has more heads, of the same size and in groups of the same size.
+    """Returns the config of this model at width `dim`.
 
-    By default d_ff grows in proportion, rounded up to a multiple of 64. Raises ValueError for an impossible width."""
+    The wider model has more heads. They have the same size, and the same number of query heads share a key/value head.
+    By default, d_ff grows in proportion, rounded up to a multiple of 64. Raises ValueError for an impossible width."""
     if dim < config.d_model:
         raise ValueError(f"dim {dim} is less than the current width {config.d_model}: a width can only grow")
     if not config.norm_gain:
@@ -237,9 +240,9 @@ def grow_average(average: dict[str, Tensor], old: TRMModel, new: TRMModel) -> di
 def place(name: str, tensor: Tensor, target: Tensor, old: TRMConfig, new: TRMConfig, power: int = 1):
     """Copy `tensor`, which belongs to the old model's weight `name`, into `target`, which has the new model's shape.
 
-    A fused weight has several parts (queries, keys, values; gate, up; x, y, z): each old part goes to the start of its
-    new part. It is multiplied by factor ** power, where factor keeps the output the same; power is 1 for weights and -1
-    for gradients."""
+    A fused weight has several parts, such as queries, keys and values. Each old part is copied to the start of its new
+    part, multiplied by factor ** power. The factor is the one that keeps the output of the model the same. power is 1
+    for weights, -1 for gradients, and -2 for squared gradients."""
     axis, sizes = _parts(name, old, tensor)
     _, new_sizes = _parts(name, new, target)
     shrink, kind = math.sqrt(old.d_model / new.d_model), _kind(name)

@@ -57,7 +57,8 @@ def _record(line: bytes) -> dict | None:
 def read_series(folder: str | Path, *names: str) -> dict[str, np.ndarray]:
     """Returns {name: (N, 2) array of steps and values}, ordered by step.
 
-    If a step was logged twice, its last line counts; null is left out. Needs 16 bytes of memory per value."""
+    If a step was logged twice, its last line counts. A value of null is left out. Needs 16 bytes of memory per
+    value."""
     columns = {name: array("d") for name in names}
     for record, _ in scan_metrics(folder):
         for name in names:
@@ -73,7 +74,9 @@ def _once(points):
 
 
 def read_settings(folder: str | Path) -> dict:
-    """Returns the settings in a run's config.yaml, those of a section as `section.name`; {} without such a file."""
+    """Returns {name: value} of the settings in a run's config.yaml, or {} if there is no such file.
+
+    A setting in a section is named `section.name`."""
     path = Path(folder) / "config.yaml"
     return dict(_flat(read_yaml(path))) if path.exists() else {}
 
@@ -174,7 +177,9 @@ def draw_judged(axes, points: np.ndarray, color: str) -> np.ndarray:
 
 
 def set_limits(axes, curves: list[np.ndarray], start: float = 0.03):
-    """Set axis limits that leave out the steep start: the first 3 % of each run may lie above the frame."""
+    """Set axis limits that show the curves after their steep start.
+
+    start: this fraction of each run, at its beginning, may lie above the frame."""
     curves = [curve for curve in curves if len(curve)]
     last = max(curve[-1, 0] for curve in curves)
     late = np.concatenate([curve[curve[:, 0] >= start * curve[-1, 0], 1] for curve in curves])
@@ -206,9 +211,9 @@ def label_ends(axes, labels: list[tuple], lines: int = 1):
 def plot_learning_curve(folder: str | Path, title: str = "") -> Path | None:
     """Draw folder/learning_curve.png from folder/metrics.jsonl; returns its path, or None if nothing is logged yet.
 
-    Shows losses (nats per token; for training the cross-entropy without the halting loss, raw and smoothed), bits per
-    byte (of puzzles: exact accuracy), learning rate and gradient norm over optimizer steps. A step that a resumed run
-    logged again counts once."""
+    The picture has four plots over optimizer steps: the loss in nats per token, bits per byte (in runs on puzzles:
+    exact accuracy), the learning rate, and the gradient norm. The training loss is the cross-entropy without the
+    halting loss, drawn raw and smoothed. A step that a resumed run logged again counts once."""
     names = "ce_loss loss valid_loss bits_per_byte valid_bits_per_byte lr grad_norm tokens elapsed_s".split()
     series = read_series(folder, *names, *EXACT)
     train_loss = series["ce_loss"] if len(series["ce_loss"]) else series["loss"]
@@ -229,7 +234,7 @@ def plot_learning_curve(folder: str | Path, title: str = "") -> Path | None:
 
 
 def _effort(series) -> str:
-    """Steps, tokens and time of the run so far, such as "2,000 steps,  1.54M tokens,  6.1 min"."""
+    """Returns the steps, tokens and time of the run so far, such as "2,000 steps,  1.54M tokens,  6.1 min"."""
     parts = [f"{max(points[-1, 0] for points in series.values() if len(points)):,.0f} steps"]
     if len(series["tokens"]):
         parts.append(f"{format_params(series['tokens'][-1, 1])} tokens")
@@ -260,7 +265,10 @@ def _draw_losses(axes, name, train, valid):
 
 
 def _draw_exact(axes, train, valid, first):
-    """Draw the share of puzzles that are right as a whole: rows in training, held-out ones after all steps and one."""
+    """Draw exact accuracy, the share of puzzles whose cells are all right, as three curves.
+
+    train: of the training puzzles that ended since the line before. valid: of the held-out puzzles, after the last
+    supervision step. first: of the held-out puzzles, after the first supervision step."""
     style_axes(axes, "exact accuracy")
     axes.tick_params(labelbottom=False)
     labels = []
@@ -273,9 +281,9 @@ def _draw_exact(axes, train, valid, first):
 
 
 def draw_small(axes, name: str, curves: list[tuple], noisy: bool = False, xlabel: str = "optimizer step"):
-    """Draw a small plot of curves, each (points, colour), from zero up.
+    """Draw a small plot of several curves, each (points, colour), with a y axis that starts at zero.
 
-    The start of noisy curves, which is often far larger than the rest, may lie above the frame."""
+    Noisy curves often start far above their other values. That start may lie above the frame."""
     style_axes(axes, name)
     axes.locator_params(axis="y", nbins=3)
     axes.set_xlabel(xlabel, fontsize=9, color="#555555")

@@ -25,27 +25,33 @@ from src.training.train_config import MonitoringConfig
 warn = logging.getLogger(__name__).warning
 
 REPEAT_S = 60.0  # seconds before the same kind of warning may be repeated
-LONGEST_REPEAT_S = 3600.0  # that time doubles up to this, so that a week of high load does not fill the screen
+LONGEST_REPEAT_S = 3600.0  # each warning doubles that time, up to this: a week of high load should not fill the screen
 DRAWING_SHARE = 0.01  # largest share of the run's time that may be spent on drawing its learning curve
-MEDIAN_OF, JUDGED_AFTER = 50, 10  # batches; the first few are always slow (compilation, cold caches)
+MEDIAN_OF, JUDGED_AFTER = 50, 10  # batches in the median; batches before any is judged, as the first are always slow
 SLOW_FROM_S = 1.0  # seconds; shorter batches are never reported, however short the others are
 SAMPLES_FILE = "samples.txt"
 SYSTEM_FIGURES = {"cpu_percent", "memory_percent", "rss_gib", "gpu_memory_percent", "gpu_memory_gib", "batch_s"}
 
 
 class TRMTrainingLogger(contextlib.AbstractContextManager):
-    """Writes metrics.jsonl, TensorBoard events and a Weights & Biases run.  Only the main process should have one.
+    """Writes metrics.jsonl, TensorBoard events and a Weights & Biases run. Only the main process should have one.
 
-    A line of metrics.jsonl is {"step", "time" (UTC, ISO 8601), the figures passed to `log`, the monitor's figures}; a
-    value that is not finite becomes null. Training lines have epoch, tokens, loss, ce_loss, act_loss (nats per token),
-    bits_per_byte, recursion_depth (mean visits per token), grad_norm, skipped, lr, tokens_per_s and elapsed_s.
-    Evaluations have valid_*, and the last one, on all validation text, final_valid_*. A run on puzzles has
-    exact_accuracy and steps_per_puzzle in place of bits_per_byte, and the figures of `puzzle_eval.figures_of`. Lines
-    are written immediately, so that a kill loses at most the line that it interrupts.
+    Each call of `log` writes one line of metrics.jsonl, a JSON object with "step", "time" (UTC, ISO 8601), the figures
+    passed to `log`, and those of the monitor. A figure that is not finite is written as null. There are two kinds of
+    lines:
 
-    resume_step=n continues a log: what was logged after step n is removed first, so that each step appears once.
-    Raises UserError if the folder cannot be made. Any other problem with a log loses lines and prints a warning, but
-    does not stop the run."""
+    - Training lines have epoch, tokens, loss, ce_loss and act_loss (nats per token), bits_per_byte, recursion_depth
+      (mean visits per token), grad_norm, skipped, lr, tokens_per_s and elapsed_s.
+    - Evaluation lines have figures whose names start with valid_. The last evaluation uses all validation text, and its
+      names start with final_valid_.
+
+    A run on puzzles has exact_accuracy and steps_per_puzzle in place of bits_per_byte, and its evaluations have the
+    figures of `puzzle_eval.figures_of`. Lines are written immediately, so a kill loses at most the line that it
+    interrupts.
+
+    resume_step=n continues a log: what was logged after step n is removed first, so that each step appears once. Raises
+    UserError if the folder cannot be made. Any other problem with a log loses lines and prints a warning, but does not
+    stop the run."""
 
     def __init__(
         self,
@@ -80,7 +86,7 @@ class TRMTrainingLogger(contextlib.AbstractContextManager):
             output.log(int(step), now, figures)
 
     def sample(self, text: str) -> None:
-        """Append a text to samples.txt.  It must begin with `step N: `, by which a resumed run finds later steps."""
+        """Append a text to samples.txt.  It must start with `step N: `, so that a resume can remove later texts."""
         try:
             with open(self.folder / SAMPLES_FILE, "a", encoding="utf-8") as file:
                 file.write(f"=== {text}\n")
@@ -96,7 +102,7 @@ class TRMTrainingLogger(contextlib.AbstractContextManager):
         start = time.monotonic()
         try:
             plot_learning_curve(self.folder, title)
-        except Exception as error:  # no failure of a picture is worth stopping the run
+        except Exception as error:  # a picture that fails must not stop the run
             warn("the learning curve was not drawn: %s", error)
         self._drawn = time.monotonic()
         self._cost = self._drawn - start
@@ -111,7 +117,7 @@ class TRMTrainingLogger(contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def _spared():
-    """Turn an error while opening one file of the log into a warning; the run continues without that file."""
+    """Within this context, an error is only a warning: the run continues without the file of the log."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -134,7 +140,7 @@ def _tag(name) -> str:
 
 
 class _Appended:
-    """An unbuffered file that grows by whole records.  A record that could be written only partly is removed again."""
+    """An unbuffered file to which whole records are added. What was written of an incomplete record is removed."""
 
     def __init__(self, path: Path):
         self._path, self._file, self._warned = path, path.open("ab", buffering=0), False
@@ -264,13 +270,13 @@ class ResourceMonitor(contextlib.AbstractContextManager):
         self._cuda = device if device is not None and device.type == "cuda" else None
         self.figures: dict[str, float] = {}
         self._process, self._times, self._slowest, self._began = psutil.Process(), deque(maxlen=MEDIAN_OF), 0.0, None
-        self._silence = {}  # kind of warning: (when it may come again, seconds of silence then)
+        self._silence = {}  # kind of warning: (time from which it may come again, seconds of silence after that)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="ResourceMonitor", daemon=True)
         self._thread.start()
 
     def _watch(self):
-        psutil.cpu_percent()  # it reports the use since the last call in this thread, so this first call starts it
+        psutil.cpu_percent()  # reports the use since the previous call in this thread; this first call only starts it
         while not self._stop.wait(self._every):
             self.sample()
 

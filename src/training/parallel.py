@@ -1,8 +1,8 @@
 """One run in several processes: starting them, agreeing on numbers, and sharding parameters.
 
 accelerate joins the processes and averages their gradients (DDP). Sharding (FSDP2) applies torch's `fully_shard` to the
-whole model as one group: a forward call then gathers the parameters once for all visits. It also works on CPUs, where
-accelerate's own FSDP plugin silently copies the parameters instead.
+whole model as one group. A forward call therefore gathers the parameters once, although it applies the same weights
+many times. This also works on CPUs, where accelerate's own FSDP plugin silently copies the parameters instead.
 """
 
 import contextlib
@@ -46,7 +46,8 @@ def start_accelerator(config, runtime) -> tuple[Accelerator, Choice]:
     is_fp16 = precision.value == "fp16"
     if is_fp16 and config.optimizer == "muon":
         raise UserError("--optimizer muon has no loss scaling for fp16: choose --precision fp32, or adamw")
-    # with act_target `stable`, supervision step 0 has no halting loss: an update right after it lacks q_head's gradient
+    # with act_target `stable`, the first supervision step has no halting loss; in an update right after it, the halting
+    # head (q_head) has no gradient, and DDP must expect that
     unused = config.optimizer_step == "supervision"
     ddp = DistributedDataParallelKwargs(find_unused_parameters=unused)
     # fp16 needs accelerate's loss scaler; bf16 needs only autocast, which the trainer enters itself
@@ -88,16 +89,15 @@ def shard(model: torch.nn.Module, device: torch.device, world: int):
     from torch.distributed.device_mesh import init_device_mesh  # imported late: FSDP takes a second
     from torch.distributed.fsdp import fully_shard
 
-    warnings.filterwarnings(
-        "ignore", "FSDP2-wrapped module"
-    )  # about views: ours is the carry, which is never written to
+    # the warning is about outputs that are views; the only one is the carry (y and z), which nothing writes to
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     fully_shard(model, mesh=init_device_mesh(device.type, (world,)))
 
 
 def reshard(model: torch.nn.Module):
     """Free the gathered parameters that a sharded model keeps after a forward pass.
 
-    Call this before changing its parameters: the gathered copies would not follow."""
+    Call this before the parameters change, because the gathered copies would keep the old values."""
     if hasattr(model, "reshard"):
         model.reshard()
 
@@ -150,7 +150,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
 
 @contextlib.contextmanager
 def gradient_sync(accelerator, model: torch.nn.Module, syncs: bool):
-    """Whether backward passes within this context exchange gradients, or only accumulate them in this process."""
+    """Within this context, backward passes exchange gradients if `syncs`; otherwise each process only adds up its
+    own."""
     if hasattr(model, "set_requires_gradient_sync"):  # sharded by fully_shard
         model.set_requires_gradient_sync(syncs)
         yield

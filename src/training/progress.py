@@ -17,7 +17,7 @@ def progress_bar(batches=None, **options) -> tqdm:
 
 
 class Window:
-    """Sums over the training steps since the last line of the log, which reports their means.
+    """Sums of losses and visits over the training steps since the last line of the log. The next line has their means.
 
     It is saved in checkpoints, so that a resumed run writes the same log."""
 
@@ -48,7 +48,7 @@ class Window:
         return {"losses": accelerator.reduce(self.losses), **counts}
 
     def load_state_dict(self, state: dict, is_main: bool):
-        """Only the main process restores the losses, because the saved ones are already the sum of all processes."""
+        """Restore a state. Only the main process restores the losses, because they are the sum over all processes."""
         if is_main:
             self.losses.copy_(state["losses"])
         self.steps, self.good, self.visits = state["steps"], state["good"], state["visits"]
@@ -70,14 +70,15 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self):
-        """Time within this context does not count as training time."""
+        """Within this context, time does not count as training time."""
         before = time.monotonic()
         yield
         self.began += time.monotonic() - before
 
     @contextlib.contextmanager
     def compiling(self, stage, step: int, bar: tqdm, say):
-        """Wrap a training step.  The first step of a stage compiles: print that, and start the window after it."""
+        """Wrap a training step. The first step of a stage compiles: print this, and start the window after that
+        step."""
         if not self.compiles or self.compiled is stage:
             yield
             return

@@ -1,8 +1,8 @@
 """Run folders: config.yaml, `step_NNNNNNNN/` checkpoints, the links `last` and `best`, and a lock for one process.
 
-A run folder can be moved or copied, because nothing in it refers to its own place. In a copy, folders may take the
-place of the links. If the system has no symbolic links (Windows, for most users), `last` and `best` are files that hold
-the name of the checkpoint.
+A run folder can be moved or copied, with or without its links, because every file in it is looked up relative to the
+folder. On systems without symbolic links (Windows, for most users), `last` and `best` are text files with the name of
+the checkpoint.
 """
 
 import json
@@ -22,7 +22,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# settings that may differ between a run and its continuation
+# a resumed run may change these settings
 _FREE_ON_RESUME = {
     *("save_dir", "resume", "max_minutes", "eval_every", "eval_batches", "save_every", "log_every", "keep_checkpoints"),
     *("device", "precision", "compile", "shard", "num_workers", "num_proc", "cache_dir", "grad_accum", "max_skipped"),
@@ -51,7 +51,7 @@ def start(folder: Path, settings: dict, lock: "RunLock | None" = None) -> "RunLo
 
 
 def _write(path: Path, text: str):
-    """Write a file atomically: a crash leaves the old file or the new one, never half of it."""
+    """Write a file atomically: after a crash, the file is either the old one or the new one."""
     beside = path.with_name(f".{path.name}.writing")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
@@ -90,7 +90,7 @@ def check_resume(folder: Path, settings: dict, resume: bool):
     if not resume:
         raise UserError(f"save_dir {folder} holds a run: continue it with --resume true, or choose another folder")
     before, free = settings_of(folder), set(_FREE_ON_RESUME)
-    if (folder / CORPUS).exists():  # text may move: `corpus_changes` compares its content
+    if (folder / CORPUS).exists():  # the files may have moved: `corpus_changes` compares their content
         free |= {"train_paths", "valid_paths"}
     for name, new in settings.items():
         old = before.get(name)
@@ -102,28 +102,43 @@ def check_resume(folder: Path, settings: dict, resume: bool):
 
 
 def corpus_changes(folder: Path, corpus: dict) -> list[str]:
-    """Returns what has changed in the text of a run since `keep_corpus` wrote corpus.json: a phrase for each change.
+    """Compares a run's data with its corpus.json. Returns each change as a phrase, such as `tokenizer changed`.
 
-    Returns [] if nothing has changed, or if there is no corpus.json. corpus: as in `keep_corpus`."""
+    corpus: the data as it is now, in the form that `keep_corpus` takes. Returns [] if the run has no corpus.json.
+    Raises UserError if that file is broken."""
     path = folder / CORPUS
     before = read_json(path) if path.exists() else {}
     try:
         return [change for part, now in corpus.items() for change in _changes(part, before.get(part, now), now)]
     except (AttributeError, TypeError, IndexError):
-        raise UserError(f"{path} is broken: delete it to accept the text as it is now") from None
+        raise UserError(f"{path} is broken: delete it to accept the data as it is now") from None
+
+
+def check_corpus(folder: Path, corpus: dict, what: str, may_change: bool) -> list[str]:
+    """Print the changes that `corpus_changes` finds on stderr, and return them.
+
+    what: "text" or "puzzles", for the message. Raises UserError if there are changes and may_change is false."""
+    changes = corpus_changes(folder, corpus)
+    if changes and not may_change:
+        problem = f"the {what} changed after the run in {folder} started ({'; '.join(changes)})"
+        advice = f"restore the old {what}, or continue with the changed {what} by --allow_changed_corpus true"
+        raise UserError(f"{problem}: {advice}")
+    if changes:
+        print(f"the run continues with changed {what}: {'; '.join(changes)}", file=sys.stderr)
+    return changes
 
 
 def keep_corpus(folder: Path, corpus: dict):
-    """Record in corpus.json which text a run uses.
+    """Write corpus.json, which records what a run was trained on.
 
-    corpus: {part of the text: its files as [(name, size in bytes, digest), ...], or a fingerprint}."""
+    corpus: {part: the files of the part as [(name, bytes, digest), ...], or one fingerprint as a string}."""
     _write(folder / CORPUS, json.dumps(corpus) + "\n")
 
 
 def _changes(part, before, now):
     """Returns a phrase for each change in one part of the corpus, such as `train files changed: b.jsonl`."""
     if not isinstance(now, list) or not isinstance(before, list):  # a fingerprint, such as the tokenizer's
-        return [f"the {part} has changed"] if before != now else []
+        return [f"{part} changed"] if before != now else []
     old = list(dict.fromkeys(tuple(file) for file in before))
     new = list(dict.fromkeys(tuple(file) for file in now))
     only_old = {file[0] for file in set(old) - set(new)}
@@ -171,9 +186,10 @@ def newest_whole(folder: Path):
 
 
 class RunLock:
-    """Locks a run folder until `release` or the end of the process.  Raises UserError if another process holds it.
+    """Locks a run folder until `release` or the end of the process. Raises UserError if another process holds it.
 
-    Uses lockf, not flock: data-loading child processes do not inherit the lock, so they cannot keep it."""
+    It uses lockf rather than flock, because child processes do not inherit a lockf lock. A loading process that
+    outlives its run therefore does not keep the folder locked."""
 
     def __init__(self, folder: Path):
         try:
@@ -189,7 +205,7 @@ class RunLock:
 
                 self.held = FileLock(folder / ".lock.held", timeout=0)
                 self.held.acquire()
-        except (BlockingIOError, PermissionError, TimeoutError):  # held; the exception depends on the system
+        except (BlockingIOError, PermissionError, TimeoutError):  # another process has the lock
             self.file.seek(0)
             holder = self.file.read().strip() or "unknown"
             problem = f"save_dir {folder} is in use by another run (process {holder})"
@@ -235,9 +251,9 @@ def point(link, target_name: str):
     beside.unlink(missing_ok=True)
     try:
         beside.symlink_to(target_name, target_is_directory=True)
-    except (OSError, NotImplementedError):  # no symbolic links on this system or disk: see `follow`
+    except (OSError, NotImplementedError):  # there are no symbolic links here: `follow` reads this file
         beside.write_text(f"{target_name}\n", encoding="utf-8")
-    if link.is_dir() and not link.is_symlink():  # the run folder was copied with links followed
+    if link.is_dir() and not link.is_symlink():  # a copy of the run folder may have a real folder in place of the link
         _, aside = folders.recover(link)
         link.rename(aside)
         os.replace(beside, link)

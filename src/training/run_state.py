@@ -44,7 +44,7 @@ def restore(trainer, folder: Path, state: dict):
         trainer.ema.updates = state["ema_updates"]
     if trainer.accelerator.scaler is not None and state["scaler"] is not None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    # only now: if a stage with a larger width starts at this step, the checkpoint still has the smaller model
+    # after the weights: if a wider stage starts at this step, the checkpoint still holds the narrower model
     trainer.enter_stage()
     # with more processes than before, the extra ones take the last saved position
     trainer.loader.load_state_dict(state["loaders"][min(trainer.rank, len(state["loaders"]) - 1)])

@@ -12,7 +12,7 @@ from src.data.corpus import MAX_DOC_MB
 from src.files.text import is_text
 from src.model_config import TRMConfig, model_settings
 
-MOST_ROWS = 2**20  # rows in a batch: catches a mistyped batch_size before it fills the memory
+MOST_ROWS = 2**20  # rows in a batch; a mistyped batch_size over this is refused before it fills the memory
 
 
 @dataclass
@@ -20,8 +20,8 @@ class RuntimeConfig:
     """The device to run on and the precision of matrix products.
 
     Args:
-        device: auto (CUDA if present, else MPS, else CPU), cpu, cuda, cuda:N or mps; training refuses cuda:N, so choose
-            its GPU with CUDA_VISIBLE_DEVICES
+        device: auto (CUDA if present, else MPS, else CPU), cpu, cuda, cuda:N or mps; training refuses cuda:N, so set
+            CUDA_VISIBLE_DEVICES to choose its GPU
         precision: precision of matrix products; weights stay fp32. auto = bf16 if the hardware supports it, fp16 on
             older GPUs, else fp32
     """
@@ -195,7 +195,7 @@ class TrainConfig:
         sample_depth: draw deep_steps at random for each batch, between 1 and the model's value, so that the model
             learns to answer at every depth
         recursion_from: fraction of the run, from 0 to 1, after which the full recursion starts; before that, the model
-            runs only one cycle and one supervision step, which is cheaper
+            takes only one cycle (deep_steps 1) and one supervision step, which is cheaper
         lr: peak learning rate; lower it if the loss diverges
         min_lr_ratio: final learning rate of the cosine and linear schedules, as a fraction of lr
         warmup_steps: steps over which the learning rate rises linearly from 0 to lr; raise it if the loss diverges
@@ -213,7 +213,8 @@ class TrainConfig:
         keep_checkpoints: number of newest checkpoints to keep; the best one is always kept as well
         sample_prompt: start of the sample text that each evaluation generates; empty = only the BOS token
         sample_tokens: length of the sample text in tokens; 0 = no sample
-        compile: use torch.compile; by default if it works here and the run is estimated to last over two minutes
+        compile: use torch.compile; by default, it is used if it works here and the run is estimated to last over two
+            minutes
         shard: shard parameters, gradients and optimizer state over the processes (FSDP); by default each process holds
             all of them (DDP)
         curriculum: A curriculum: stages of the run, given as a section `curriculum` of the --config file
@@ -354,6 +355,6 @@ def model_of_source(parsed, model=TRMConfig) -> dict:
     values = run_folder.settings_of(Path(parsed.save_dir))
     if not values:
         source = checkpoint.load_config(parsed.init_from)
-        # unlike the sizes, a grad_deep_steps that was never set explicitly must follow a new deep_steps
+        # to_dict has a number even if grad_deep_steps was not set; then it must be None, to follow a new deep_steps
         values = source.to_dict() | {"grad_deep_steps": model_settings(source)["grad_deep_steps"]}
     return {f.name: values[f.name] for f in dataclasses.fields(model) if f.init and f.name in values}

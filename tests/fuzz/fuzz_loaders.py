@@ -1,7 +1,7 @@
 """The fuzzer's loaders: how to make valid files of each kind, and how to load and use them.
 
-`make` of a loader writes the seeds, one folder each. `files` says which of their files to break, and how. `use` loads
-such a folder and runs something cheap with the result, which must work as well.
+A seed is a folder with valid files. `make` of a loader writes the seeds, `files` says which of their files to break and
+how, and `use` loads a folder and runs something cheap with the result, which must work as well.
 """
 
 import json

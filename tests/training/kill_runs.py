@@ -1,9 +1,10 @@
 """Runs that are killed repeatedly: python kill_runs.py SPEC.
 
-SPEC is a JSON file of [{"settings", "kills", "longest", "draws"}].
+SPEC is a JSON file with a list of runs, each {"settings": {...}, "kills": number of kills, "longest": most seconds
+before a kill, "draws": whether the run draws its learning curve}.
 
 Each run is a forked child, because a fork starts fast. It gets SIGKILL at random moments after its first checkpoint,
-and each new child resumes. Prints, for each run, how many kills came while it was writing a checkpoint."""
+and the next child resumes it. Prints, for each run, how many kills came while it was writing a checkpoint."""
 
 import json
 import os

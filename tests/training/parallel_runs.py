@@ -1,7 +1,8 @@
 """Several training runs, one after the other, in the processes of torchrun: python -m torch.distributed.run ... SPEC.
 
-SPEC is a JSON file of [{"settings": {...}, "stop": {"rank": r, "step": s, "signal": name}}, ...]. Each rank writes to
-SPEC.rank, for each run: whether parameters are sharded, how many numbers it holds, and the step at which it ended."""
+SPEC is a JSON file of [{"settings": {...}, "stop": {"rank": r, "step": s, "signal": name}}, ...]. With "stop", rank r
+sends the signal to itself at step s. Each rank writes a file SPEC.rank, which has for each run whether the parameters
+are sharded, how many numbers this rank holds, and the step at which the run ended."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Stages: schedule, settings file, depth change of a model.  Width: same output, same gradient, new weights train."""
+"""Curriculum stages, and models that grow wider: the output and the gradient stay the same, and new weights learn."""
 
 import dataclasses
 import math

@@ -142,7 +142,7 @@ class TestText:
         (files / "b.jsonl").unlink()
         again = settings | {"resume": True, "save_every": 3, "eval_every": 2}
         said = "train files added: c.jsonl; train files removed: b.jsonl; train files changed: a.jsonl"
-        with pytest.raises(UserError, match=rf"\({said}\): restore it, or .*--allow_changed_corpus true"):
+        with pytest.raises(UserError, match=rf"\({said}\): restore the old text, or .*--allow_changed_corpus true"):
             make(**again)
         trainer = make(**again, allow_changed_corpus=True)
         assert f"the run continues with changed text: {said}" in capsys.readouterr().err
@@ -177,7 +177,7 @@ class TestText:
         """The checkpoint's tokenizer was replaced by another one of the same size."""
         folder = stopped(make, train_paths=[str(files)])
         keep_corpus(folder, {"tokenizer": "that of another"})
-        with pytest.raises(UserError, match="the tokenizer has changed"):
+        with pytest.raises(UserError, match="tokenizer changed"):
             make(train_paths=[str(files)], resume=True, save_every=3, eval_every=2)
 
     def test_what_is_told(self, tmp_path):
