@@ -108,7 +108,9 @@ class SequenceRMSNorm(RMSNorm):
     """RMSNorm over the positions of a sequence, separately for each channel.  (B, L, D) -> (B, L, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+        # not by transposing twice: the next linear layer would get a transposed input (see MLPMixer1D)
+        x = x.to(self.weight.dtype).contiguous()
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps) * self.weight[:, None]
 
 
 def rotary_table(
@@ -272,7 +274,8 @@ class MLPMixer1D(nn.Module):
         self.mlp = SwiGLU(seq_len, hidden)
 
     def forward(self, x: Float[Tensor, "b t d"], ctx: Context, slot: int) -> Float[Tensor, "b t d"]:
-        return self.mlp(x.transpose(1, 2)).transpose(1, 2)
+        # contiguous: for a transposed input, torch multiplies row by row, each with a copy of the weights
+        return self.mlp(x.transpose(1, 2).contiguous()).transpose(1, 2)
 
 
 @torch.no_grad()

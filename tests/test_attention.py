@@ -161,3 +161,37 @@ def test_under_gradient_checkpointing():
     plain = torch.autograd.grad(ours(*args), args, grad)
     again = torch.autograd.grad(checkpoint(ours, *args, use_reentrant=False), args, grad)
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+# --- short rows without a causal mask, in bf16 ---
+
+
+def full(q, k, v):
+    return attention(q, k, v, None, False, 0.0)
+
+
+def torchs_full(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize("size", [1.0, 3.0])
+@pytest.mark.parametrize("T", [2, 81, module.SHORT])
+def test_short_rows_are_as_good_as_torchs(T, size):
+    args = inputs(T, size=size)
+    exact = run(torchs_full, *args, torch.float32)
+    mine, torch_bf16 = run(full, *args, torch.bfloat16), run(torchs_full, *args, torch.bfloat16)
+    for name, a, b, c in zip(("out", "grad_q", "grad_k", "grad_v"), mine, torch_bf16, exact):
+        error, usual = (((x - c).norm() / c.norm()).item() for x in (a, b))
+        assert error <= 1.5 * usual + 1e-4, f"{name}: relative error {error:.4f}, torch's own bf16 {usual:.4f}"
+
+
+def test_only_short_rows_of_equal_heads_are_products(monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "_by_products", lambda q, k, v: calls.append(q.shape[2]) or torch.zeros_like(q))
+    for T, heads in ((16, (4, 4)), (module.SHORT + 1, (4, 4)), (16, (4, 2)), (1, (4, 4))):
+        full(*inputs(T, heads)[:3])
+    q, k, v, _ = inputs(16)
+    full(q.float(), k.float(), v.float())
+    attention(q, k, v, torch.ones(16, 16, dtype=torch.bool), False, 0.0)
+    attention(q, k, v, None, False, 0.1)
+    assert calls == [16]

@@ -16,6 +16,7 @@ import bench_data  # noqa: E402
 import bench_engine  # noqa: E402
 import bench_generate  # noqa: E402
 import bench_memory  # noqa: E402
+import bench_puzzles  # noqa: E402
 import bench_train  # noqa: E402
 import common  # noqa: E402
 
@@ -397,3 +398,27 @@ def test_rules_read_answers_at_the_depths_they_name():
     assert rules["halt"] == {"exact": 1.0, "visits": 2.25} and rules["fixed"] == {"exact": 1.0, "visits": 3.0}
     joined = depth.Run.join([depth.Run(has_answer, is_right, {"halt": halt})] * 3).figures()
     assert joined["by_visit"] == figures["by_visit"] and joined["rules"]["halt"] == rules["halt"]
+
+
+# --- bench_puzzles ----------------------------------------------------------------------------------------------------
+
+
+def test_bench_puzzles_without_a_peer(capsys):
+    assert bench_puzzles.main(["--quick", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    facts = json.loads(out.splitlines()[-1])
+    assert "no --peer" in err and facts["benchmark"] == "puzzles" and facts["peer"] is None
+    assert [(row["mixer"], row["task"]) for row in facts["rows"]] == [("mlp", "train"), ("mlp", "evaluate")]
+    assert all(row["seconds"]["eager"] > 0 and row["ratios"] == {} for row in facts["rows"])
+
+
+def test_bench_puzzles_needs_a_checkout_of_the_authors_code(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench_puzzles.main(["--quick", "--peer", str(tmp_path)])
+    assert stopped.value.code == 2 and "no checkout" in capsys.readouterr().err
+
+
+def test_bench_puzzles_has_the_hidden_widths_of_the_authors_code():
+    args = bench_puzzles.PuzzleBench()
+    mixer, plain = (bench_puzzles.model_config(args, name) for name in ("mlp", "attention"))
+    assert (mixer.d_ff, mixer.mixer_ff, plain.d_ff, plain.positions) == (512, 256, 512, "rope")

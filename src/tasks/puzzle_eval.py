@@ -28,12 +28,13 @@ def answer(model: TRMModel, grids: Grids, rows: np.ndarray, steps: int | None, p
     was_training, device = model.training, model.embed.weight.device
     model.eval()
     parts = []
-    with torch.compiler.set_stance("force_eager"):  # shapes and modes differ from training: not worth compiling
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            batch = [torch.from_numpy(array[part].astype(np.int64)).to(device) for array in grids[:3]]
-            with autocast(device, precision):
-                parts.append((part, *_solve(model, *batch, steps)))
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        batch = [torch.from_numpy(array[part].astype(np.int64)).to(device) for array in grids[:3]]
+        # a compiled model has one shape; compiling it again for the last, smaller batch would take longer than it saves
+        stance = "default" if len(part) == batch_size else "force_eager"
+        with torch.compiler.set_stance(stance), autocast(device, precision):
+            parts.append((part, *_solve(model, *batch, steps)))
     model.train(was_training)
     rows, is_exact, cells, halts, loss = zip(*parts, strict=True)
     halts = None if halts[0] is None else np.concatenate(halts, 1)
@@ -49,11 +50,10 @@ def _solve(model, inputs, labels, puzzle_ids, steps):
         out = model(inputs, targets, supervision_steps=1, carry=carry, return_steps=True, puzzle_ids=puzzle_ids)
         carry = Carry(out.carry.y, out.carry.z, 0) if is_trm else None
         is_right = (out.logits.argmax(-1) == labels) | (labels == 0)
-        n_wrong = (~is_right).sum(-1).cpu().numpy()
-        halts = None if out.halt_logits is None else (out.halt_logits > 0).cpu().numpy()
-        found.append((n_wrong, halts))
-    n_wrong = np.concatenate([n_wrong for n_wrong, _ in found])
-    halts = None if found[0][1] is None else np.concatenate([halts for _, halts in found])
+        found.append(((~is_right).sum(-1), None if out.halt_logits is None else out.halt_logits > 0))
+    # only now to the CPU: a GPU then gets all steps without waiting
+    n_wrong = torch.cat([n_wrong for n_wrong, _ in found]).cpu().numpy()
+    halts = None if found[0][1] is None else torch.cat([halts for _, halts in found]).cpu().numpy()
     n_cells = np.maximum(1, (labels != 0).sum(-1).cpu().numpy())
     return n_wrong == 0, 1 - n_wrong / n_cells, halts, np.full(len(inputs), out.ce_loss.item())
 

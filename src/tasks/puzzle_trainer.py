@@ -78,7 +78,8 @@ class PuzzleTrainer(Trainer):
         chosen = np.sort(np.random.default_rng(self.puzzle.data_seed).permutation(grids.n_rows)[:n])
         with self.averaged_weights():
             steps, mine = self.puzzle.eval_steps, chosen[self.rank :: self.world]
-            answers = puzzle_eval.answer(self.raw, grids, mine, steps, self.precision, size) if len(mine) else None
+            rows = size // (self.world * self.config.grad_accum)  # as in training: a compiled model has this shape
+            answers = puzzle_eval.answer(self.raw, grids, mine, steps, self.precision, rows) if len(mine) else None
         return puzzle_eval.figures_of(grids, [each for each in self.agreement.gather(answers) if each is not None])
 
     def score(self, figures: dict) -> float:
