@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, with other ways for bf16 on a CPU, where PyTorch's is slow: for causal, for short rows."""
+"""Scaled dot-product attention, with other ways for bf16 on a CPU where PyTorch's is slow."""
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
 
 
 def _by_products(q, k, v):
-    """Attention to all positions by two batched matrix products.  Keeps all scores in memory, so it is for short rows."""
+    """Attention to all positions by two batched matrix products.  Keeps all scores: for short rows."""
     B, H, T, E = q.shape
     q, k, v = (t.reshape(B * H, -1, E) for t in (q, k, v))
     scores = torch.bmm(q.float(), k.float().transpose(1, 2)) * E**-0.5  # fp32: exp would amplify rounding

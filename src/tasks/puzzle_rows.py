@@ -82,8 +82,9 @@ class PuzzleRows:
         if self.y is not None:
             self.y, self.z = y.to(self.y.dtype), z.to(self.z.dtype)
         self.steps += 1
-        self.is_done = (halts.cpu() & (self.steps >= self.least)) | (self.steps >= self.model.config.train_steps)
-        counts = self.is_done, self.is_done & is_right.cpu(), self.is_done * self.steps
+        halts, is_right = torch.stack((halts, is_right)).cpu()  # one copy: a GPU waits once
+        self.is_done = (halts & (self.steps >= self.least)) | (self.steps >= self.model.config.train_steps)
+        counts = self.is_done, self.is_done & is_right, self.is_done * self.steps
         self.counts = self.counts + torch.stack([count.sum() for count in counts])
 
     def take_counts(self) -> list[int]:
