@@ -79,7 +79,7 @@ class SolveConfig:
     halt_threshold: float = 0.5
     steps: int | None = None
     starts: int = 1
-    start_noise: float = 1.0
+    start_noise: float = 0.1
     votes: int = 1
     seed: int = 0
     batch_size: int = 256

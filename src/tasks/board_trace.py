@@ -128,7 +128,7 @@ def board_text(kind: PuzzleKind, board: UInt8[np.ndarray, "l"]) -> str:
     """A board for people: a Sudoku with spaces and with lines between its boxes, others as `to_text` has them."""
     if not isinstance(kind, Sudoku):
         return kind.to_text(board)
-    return "\n".join(line.rstrip() for line in _lines(kind, [f"{kind.symbols[token]} " for token in board]))
+    return "\n".join(line[:-1] for line in _lines(kind, [f"{kind.symbols[token]} " for token in board]))
 
 
 def _lines(kind, cells):
