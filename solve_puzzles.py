@@ -1,9 +1,9 @@
 """Solve puzzles with a model that train_puzzles.py trained: Sudoku, mazes, ARC.
 
-    python solve_puzzles.py runs/sudoku4 --board 1..4..3..1..4..2                 # `.` or 0 is a blank
+    python solve_puzzles.py runs/sudoku4 --board 3....2....4..1..                 # `.` or 0 is a blank
     python solve_puzzles.py runs/sudoku4 --board - < boards.txt                   # one per line
-    python solve_puzzles.py runs/sudoku4 --board 1..4..3..1..4..2 --trace         # the board after each step
-    python solve_puzzles.py runs/sudoku4 --board 1..4..3..1..4..2 --trace runs/board.png   # the same as a picture
+    python solve_puzzles.py runs/sudoku4 --board 3....2....4..1.. --trace         # the board after each step
+    python solve_puzzles.py runs/sudoku4 --board 3....2....4..1.. --trace runs/board.png   # the same as a picture
     python solve_puzzles.py runs/sudoku4 --generate 1000 --low 4 --high 6         # how many of 1,000 new puzzles?
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --output runs/solutions.csv --exit halt
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --steps 64            # more steps than in training
@@ -53,7 +53,8 @@ class SolveConfig:
         steps: most supervision steps; default as many as in training; more are allowed
         starts: solve each board from this many first states y and z, the model's own and others with noise added, and
             take the answer with the highest halting logit; needs a halting head
-        start_noise: standard deviation of that noise, per element of y and z (whose elements are about 1 in size)
+        start_noise: standard deviation of that noise, per element of y and z, whose own elements are about 1 in size;
+            on 4 x 4 Sudoku, 0.1 and 0.2 helped most, and 0.5 and more did harm
         votes: solve each board under this many different symmetries of its kind, the board as it is among them, undo
             them, and take the most frequent answer, then the one with the highest mean halting probability
         seed: seed of the noise and of the symmetries

@@ -72,11 +72,11 @@ def summary(kind: PuzzleKind, grids: Grids, parts: list[Solved]) -> list[str]:
     judged = ~np.isnan(is_exact[-1])
     speed = f"mean steps {steps.mean():.2f}, {len(steps) / max(seconds, 1e-9):,.1f} boards/s"
     if not judged.any():
-        return [f"{len(steps):,} boards of {kind.name}, whose answers are not known: {speed}"]
+        return [f"{_count(len(steps))} of {kind.name}, whose answers are not known: {speed}"]
     known, halts = grids.take(judged), None if halts is None else halts[:, judged]
     rows, is_exact, cells = np.arange(known.n_rows), is_exact[:, judged], cells[:, judged]
     figures = figures_of(known, [Answers(rows, is_exact, cells, halts, np.full(len(rows), np.nan))])
-    line = f"{len(rows):,} boards of {kind.name}: exact {figures['valid_exact_accuracy']:.4f}"
+    line = f"{_count(len(rows))} of {kind.name}: exact {figures['valid_exact_accuracy']:.4f}"
     if not np.isnan(cells[-1]).all():
         line += f", cells {np.nanmean(cells[-1]):.4f}"
     line += f", halting {figures['valid_halt_accuracy']:.4f}" if halts is not None else ""
@@ -90,8 +90,12 @@ def summary(kind: PuzzleKind, grids: Grids, parts: list[Solved]) -> list[str]:
         exact = [figures[f"valid_exact_{name}"] for name in own.values()]
         lines += _table(prefix, [name.replace("_", " ") for name in own], [bins[own[n]].sum() for n in own], exact)
     if len(rows) < len(steps):
-        lines.append(f"{len(steps) - len(rows)} more boards are not judged: neither rules nor an answer are known")
+        lines.append(f"not judged, because no answer is known: {_count(len(steps) - len(rows))}")
     return lines
+
+
+def _count(n):
+    return f"{n:,} board{'s' * (n != 1)}"
 
 
 def _deepened(values, deepest):

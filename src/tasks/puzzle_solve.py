@@ -24,7 +24,8 @@ from src.model import Carry, TRMModel
 from src.runtime import autocast, mix_seed
 from src.tasks.puzzles import PuzzleKind, Symmetries
 
-ROUNDS = 50  # times that symmetries are drawn until enough of them differ
+IDLE = 8  # draws of symmetries in a row without a new one, after which a kind is taken to have no others
+LEAST = 64  # symmetries in a draw; with IDLE, missing one of few is as good as impossible
 
 
 # ---- the steps of a model -------------------------------------------------------------------------------------------
@@ -234,12 +235,14 @@ def _symmetries_of(kind, numbers, effort) -> Symmetries | None:
 def _draw_different(kind, n, rng) -> Symmetries:
     """n different symmetries, the identity first.  UserError if the kind does not have so many."""
     cells, tokens = np.arange(kind.cells)[None], np.arange(kind.vocab_size, dtype=np.uint8)[None]
-    for _ in range(ROUNDS):
-        drawn = kind.draw_symmetries(rng, 2 * n)
+    idle = 0
+    while idle < IDLE:
+        drawn, before = kind.draw_symmetries(rng, max(LEAST, 2 * n)), len(cells)
         cells, tokens = np.concatenate([cells, drawn.cells]), np.concatenate([tokens, drawn.tokens])
         _, first = np.unique(np.concatenate([cells, tokens], axis=1), axis=0, return_index=True)
         first.sort()
         cells, tokens = cells[first[:n]], tokens[first[:n]]
         if len(cells) == n:
             return Symmetries(cells, tokens)
+        idle = idle + 1 if len(cells) == before else 0
     raise UserError(f"--votes is {n}, but {kind.name} has only {len(cells)} symmetries: set it to {len(cells)} or less")

@@ -275,7 +275,7 @@ def drawn(kind, n, seed) -> Symmetries:
     """The symmetries that `attempts` draws, found by trying: the identity, then the first different ones."""
     rng, found = np.random.default_rng(seed), [(np.arange(kind.cells), np.arange(kind.vocab_size, dtype=np.uint8))]
     while len(found) < n:
-        more = kind.draw_symmetries(rng, 2 * n)
+        more = kind.draw_symmetries(rng, max(64, 2 * n))
         for cells, tokens in zip(*more):
             if not any(np.array_equal(cells, c) and np.array_equal(tokens, t) for c, t in found):
                 found.append((cells, tokens))
