@@ -10,7 +10,7 @@ from src.errors import UserError
 from src.model import Carry, TRMConfig, TRMModel, TRMOutput
 from src.tasks.arc import Arc
 from src.tasks.mazes import Maze
-from src.tasks.puzzle_eval import solve
+from src.tasks.puzzle_eval import Answers, Solved, solve
 from src.tasks.puzzle_input import generated_boards
 from src.tasks.puzzle_report import summary
 from src.tasks.puzzle_solve import Attempt, Effort, attempts, run_steps
@@ -263,6 +263,28 @@ class TestVotes:
         assert np.array_equal(attempt.answers, grids.inputs)
         assert attempt.halt == pytest.approx([expit([1.0, 2.0, 3.0, 4.0]).mean()] * 3, abs=1e-6)
 
+    def test_the_certainty_is_that_of_a_vote_for_the_answer(self):
+        """Cell by cell, of the vote with the highest halting logit among those for the answer that was chosen."""
+        kind, model = Sudoku(4, "all"), make_model()
+        attempt = last(model, kind, GRIDS.inputs[:1], IDS[:1], Effort(votes=3))
+        symmetries = drawn(kind, 3, seed=(0, 0))
+        with torch.no_grad():
+            images = symmetries.apply(np.repeat(GRIDS.inputs[:1], 3, axis=0))
+            out = model(torch.from_numpy(images.astype(np.int64)))
+        answers = symmetries.undo(out.logits.argmax(-1).numpy().astype(np.uint8))
+        certainty = symmetries.undo_cells(out.logits.softmax(-1).amax(-1).numpy())
+        agree = np.flatnonzero((answers == attempt.answers[0]).all(1))
+        best = agree[out.halt_logits.numpy()[agree].argmax()]
+        assert attempt.certainty[0] == pytest.approx(certainty[best], abs=1e-4)
+        assert np.ptp(certainty[best]) > 0.1  # so that an exchange of cells would be seen
+
+    def test_boards_have_symmetries_of_their_own(self):
+        kind = Sudoku(4, "all")
+        oracle = Oracle(kind, lambda board, copy: (board, 0.0), 4)
+        last(oracle, kind, np.repeat(GRIDS.inputs[:1], 2, axis=0), IDS[:2], Effort(votes=4))
+        one, other = np.split(oracle.seen[0], 2)
+        assert np.array_equal(one[0], other[0]) and (one[1:] != other[1:]).any(1).all()
+
     def test_one_vote_is_the_board_as_it_is(self):
         model = make_model()
         one, many = (last(model, SUDOKU, GRIDS.inputs, IDS, Effort(votes=n)) for n in (1, 5))
@@ -316,6 +338,19 @@ class TestRefusals:
     def test_as_many_votes_as_symmetries(self):
         Effort(votes=24).check(make_model(), SUDOKU)
         Effort(votes=8).check(make_model(), Maze(5))
+
+
+def test_the_table_of_steps_counts_boards_that_have_stopped():
+    """Two parts of two boards; the first stops after two steps, the second after three."""
+    last_attempts = [Attempt(GRIDS.labels[:2], np.ones((2, 16), np.float32), None, np.full(2, n)) for n in (2.0, 3.0)]
+    exact = [np.array([[0, 0], [1, 1]]), np.array([[0, 0], [1, 0], [0, 1]])]
+    parts = [
+        Solved(Answers(np.arange(2) + 2 * i, is_exact * 1.0, is_exact * 1.0, is_exact == 1, None), attempt, 0.5)
+        for i, (is_exact, attempt) in enumerate(zip(exact, last_attempts))
+    ]
+    lines = summary(SUDOKU, GRIDS.take(slice(4)), parts)
+    assert lines[0] == "4 boards of sudoku4: exact 0.7500, cells 0.7500, halting 1.0000, mean steps 2.50, 4.0 boards/s"
+    assert lines[2].split() == ["exact", "0.000", "0.750", "0.750"]
 
 
 def test_figures_after_early_stopping():
