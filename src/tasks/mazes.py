@@ -153,7 +153,7 @@ def _steps(is_open, is_start, is_goal):
 
 
 def _shortest(board):
-    """Returns (cells between S and G on a shortest path of a board (H, W), 2 if there are several such paths, else 1)."""
+    """Returns (cells between S and G on a shortest path of a board (H, W), 2 if there are several paths, else 1)."""
     stride = board.shape[1] + 2
     tokens = np.pad(board, 1, constant_values=WALL).ravel()
     start, goal = (int((tokens == token).argmax()) for token in (START, GOAL))
