@@ -10,12 +10,13 @@
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --starts 8            # the best of eight noisy starts
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --votes 8             # a vote over eight symmetric boards
 
-stdout gets the solutions: a single board with its lines, several boards one per line; with --output they go to a .csv
-file instead. Messages go to stderr: for up to 20 boards, whether each answer is right by the rules, the supervision
-steps and the seconds; for several boards, also a summary with exact accuracy by step and by difficulty. A puzzle of a
-file that is no board, or that has no solution, is named and skipped.
+stdout gets the solutions, one per line; a terminal gets a single board as a grid. With --output, they go to a .csv
+file instead. Messages go to stderr: for up to 20 boards, whether each answer is right by the rules, its supervision
+steps and its seconds; for several boards, also tables of exact accuracy by step and by difficulty. If a puzzle in a
+file is no board or has no solution, it is named and skipped.
 """
 
+import io
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,29 +37,29 @@ class SolveConfig:
     Args:
         checkpoint: checkpoint folder of a puzzle model, or run folder (its best checkpoint is used); the flag name may
             be left out
-        board: one or more boards as text, line by line from the top; - reads them from stdin, one per line or with a
-            blank line between them. A maze is written with # for walls, spaces, S and G
-        paths: .csv or .csv.gz files with a column question and, if known, answer; folders of .npy arrays in the form
-            of the TRM authors, of which the test part is solved; for ARC also .json files
-        generate: number of puzzles to generate. With another data_seed than the training they are other draws, but
-            small boards may come again: there are only 288 grids of 4 x 4
+        board: one or more boards as text, row by row; - reads them from stdin, one per line, or on several lines each
+            with a blank line between them. A maze has # for walls, spaces for the floor, S and G
+        paths: .csv or .csv.gz files with the columns question and, if it is known, answer; folders of .npy arrays in
+            the form of the TRM authors' code (their test part is solved); for ARC also .json files
+        generate: number of puzzles to generate. With another data_seed than that of the training, most are new. Small
+            boards repeat, however: there are only 288 grids of 4 x 4
         low: fewest clues of a generated Sudoku, or steps of a generated maze's path; default depends on the size
         high: most clues of a generated Sudoku, or steps of a generated maze's path; default depends on the size
         difficulty: generated Sudokus: solvable by naked and hidden singles (singles), not so (guess), or both (any)
         data_seed: seed of the generator; training uses 0 by default
         limit: solve the first boards only, this many; 0 = all of them
         exit: fixed = every board takes all supervision steps; halt = a board stops when the halting head says that its
-            answer is right, and later steps cost less
-        halt_threshold: halting probability from which an answer is taken to be right
-        steps: most supervision steps; default as many as in training; more are allowed
-        starts: solve each board from this many first states y and z, the model's own and others with noise added, and
-            take the answer with the highest halting logit; needs a halting head
+            answer is right, which saves the rest of its computation
+        halt_threshold: the halting head calls an answer right if its probability exceeds this
+        steps: most supervision steps; default as many as in training; it may be more
+        starts: solve each board this many times, first from the model's own first state (y, z), then from states with
+            noise added, and take the answer with the highest halting logit; needs a halting head
         start_noise: standard deviation of that noise, per element of y and z, whose own elements are about 1 in size;
             on 4 x 4 Sudoku, 0.1 and 0.2 helped most, and 0.5 and more did harm
-        votes: solve each board under this many different symmetries of its kind, the board as it is among them, undo
-            them, and take the most frequent answer, then the one with the highest mean halting probability
+        votes: solve each board under this many different symmetries of its kind (one is the board as it is), undo them,
+            and take the most frequent answer; of equally frequent ones, that with the highest mean halting probability
         seed: seed of the noise and of the symmetries
-        batch_size: boards, with their starts and votes, that are solved at once
+        batch_size: boards that are solved at once; each start and each vote counts as a board
         output: .csv file for the solutions, with the columns question, answer, right, steps and halting
         trace: show the first board after each supervision step. Without a value, or with -, it is printed on stderr;
             with a file name (.png, .gif, .pdf, .svg) it is drawn, with its data in a .json beside it; .json alone
@@ -120,7 +121,7 @@ from src.tasks.puzzles import Grids, PuzzleKind
 
 
 def load(config: SolveConfig):
-    """(model, kind of its puzzles, precision).  Raises UserError if there is no puzzle model."""
+    """Returns (model, kind of its puzzles, precision). Raises UserError if there is no puzzle model."""
     if not Path(config.checkpoint).exists():
         advice = "train one with train_puzzles.py (`make puzzles` writes runs/sudoku4), and give its folder"
         if len(config.checkpoint) >= 16 and "/" not in config.checkpoint:
@@ -132,12 +133,14 @@ def load(config: SolveConfig):
 
 
 def boards_of(config: SolveConfig, kind: PuzzleKind) -> Grids:
-    """The boards to solve."""
+    """Returns the boards to solve."""
     if config.board:
         texts = config.board
         if texts == ["-"]:
             if sys.stdin.isatty():
                 print("boards, one per line (end with Ctrl-D):", file=sys.stderr)
+            if isinstance(sys.stdin, io.TextIOWrapper):  # invalid UTF-8 is then a wrong symbol of a board
+                sys.stdin.reconfigure(encoding="utf-8", errors="replace")
             texts = split_boards(kind, sys.stdin.read())
         grids = typed_boards(kind, texts)
     elif config.paths:
@@ -150,12 +153,12 @@ def boards_of(config: SolveConfig, kind: PuzzleKind) -> Grids:
 
 def main(argv=None):
     config = parse_args(argv)
-    outputs = [config.output, config.trace if isinstance(config.trace, str) and config.trace != "-" else None]
-    check_distinct(outputs, config.paths)
+    traces = trace_files(config.trace)
+    check_distinct([config.output, *traces], config.paths)
     if config.output is not None:
         check_writable(config.output)
-    if outputs[1] is not None:
-        check_trace_path(outputs[1])
+    if traces:
+        check_trace_path(config.trace)
     model, kind, precision = load(config)
     names = ("steps", "halt_threshold", "votes", "starts", "start_noise", "seed", "batch_size")
     effort = Effort(**{name: getattr(config, name) for name in names}, halts=config.exit == "halt", precision=precision)
@@ -175,16 +178,24 @@ def main(argv=None):
     show(trace, config.trace)
 
 
+def trace_files(where: bool | str) -> list[Path]:
+    """Returns the files that --trace writes: its data, and a picture of it unless only data are wanted."""
+    if isinstance(where, bool) or where == "-":
+        return []
+    data = Path(where).with_suffix(".json")
+    return [data] if data == Path(where) else [data, Path(where)]
+
+
 def show(trace: BoardTrace | None, where: bool | str):
     """Print a trace on stderr, or write it to files."""
-    if where in (True, "-"):
+    files = trace_files(where)
+    if files:
+        write_trace(trace, files[0])
+        for picture in files[1:]:
+            draw_trace(trace, picture)
+        print(f"trace: {' and '.join(map(str, reversed(files)))}", file=sys.stderr)
+    elif trace is not None:
         print_trace(trace, sys.stderr)
-    elif where:
-        data = Path(where).with_suffix(".json")
-        write_trace(trace, data)
-        if data != Path(where):
-            draw_trace(trace, where)
-        print(f"trace: {where}" + (f" and {data}" if data != Path(where) else ""), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -236,6 +236,11 @@ class TestMistakes:
             (["--board", BOARD, "--trace", "b.doc"], "--trace b.doc: name a file that ends in .png"),
             (["--board", BOARD, "--output", "none/s.csv"], "cannot write none/s.csv"),
             (["--paths", "s.csv", "--output", "s.csv"], "s.csv is also read"),
+            (["--paths", "s.json", "--trace", "s.png"], "s.json is also read"),
+            (
+                ["--board", BOARD, "--trace", "s.json", "--output", "s.json"],
+                "s.json is also read, or written by another",
+            ),
         ],
     )
     def test_boards_and_flags(self, solver, call, tmp_path, monkeypatch, words, message):

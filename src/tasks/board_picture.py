@@ -83,7 +83,7 @@ def _animation(trace) -> bytes:
 
 
 def draw_steps(trace: BoardTrace, numbers: list[int], is_frame: bool = False):
-    """Draws the steps with these numbers (from 0) side by side.  Returns the Figure."""
+    """Draws the steps with these numbers (from 0) side by side. Returns the Figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -155,7 +155,7 @@ def _draw_halt(axes, halt, x, bottom, width):
 
 
 def _colours(trace, number):
-    """(L, 3) colours of the cells."""
+    """Returns the colours of the cells, (L, 3)."""
     kind, tokens = trace.kind, trace.answers[number]
     p = np.array(trace.steps[number]["probability"])
     chance = 1 / (kind.vocab_size - 1)
@@ -197,7 +197,7 @@ def _centre(cell, trace, corner, layout):
 
 
 def _draw_digits(axes, trace, number, corner, layout):
-    """Draws the digits as shapes: text objects would take ten times as long."""
+    """Draws the digits as shapes, which is several times as fast as text objects."""
     from matplotlib.collections import PathCollection
     from matplotlib.transforms import Affine2D
 
@@ -213,7 +213,7 @@ def _draw_digits(axes, trace, number, corner, layout):
 
 @cache
 def _glyph(symbol, is_bold):
-    """The outline of a symbol at font size 1; (0, 0) is the middle of its width and of the height of digits."""
+    """Returns the outline of a symbol at font size 1. (0, 0) is the middle of its width and of a digit's height."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
     from matplotlib.transforms import Affine2D

@@ -46,7 +46,7 @@ class BoardTrace:
         self.answers, self.steps = [], []
 
     def add(self, attempt: Attempt):
-        """Append a step: the first board of an attempt."""
+        """Appends a step: that of the first board of an attempt."""
         answer, before = attempt.answers[0], self.answers[-1:] or attempt.answers[:1]
         verdict = judge(self.kind, make_grids(self.inputs[None], self.labels[None]), answer[None])[0]
         is_right, wrong = None if np.isnan(verdict) else bool(verdict), None
@@ -71,12 +71,12 @@ class BoardTrace:
         return self.inputs > BLANK if isinstance(self.kind, Sudoku) else np.zeros(len(self.inputs), bool)
 
     def shown(self) -> list[int]:
-        """Numbers (from 0) of the steps to show: all, or, of many, the first, the last and some between."""
+        """Returns the numbers (from 0) of the steps to show: all, or MOST_SHOWN of them, evenly spaced."""
         n = len(self.steps)
         return np.unique(np.linspace(0, n - 1, min(n, MOST_SHOWN)).round().astype(int)).tolist()
 
     def summary(self) -> str:
-        """Such as "right from step 4 of 8 on"."""
+        """Returns a phrase such as "right from step 4 of 8 on"."""
         verdicts, n = [step["right"] for step in self.steps], len(self.steps)
         of_all = f"{n} step{'s' * (n > 1)}"
         if verdicts[-1] is None:
@@ -88,7 +88,7 @@ class BoardTrace:
 
 
 def verdict_of(step: dict) -> str:
-    """Such as "right", "3 wrong", or, if the answer is not known, an empty text."""
+    """Returns "right", "3 wrong" (cells) or "wrong", or an empty text if the answer is not known."""
     if step["right"] or step["wrong"] is None:
         return {True: "right", False: "wrong", None: ""}[step["right"]]
     return f"{len(step['wrong'])} wrong" if step["wrong"] else "wrong"
@@ -98,7 +98,7 @@ def verdict_of(step: dict) -> str:
 
 
 def check_trace_path(path: str):
-    """Raises UserError if a trace cannot be written there.  Checked before a model is loaded."""
+    """Raises UserError if a trace cannot be written to this path. Scripts call it before they load a model."""
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--trace {path}: name a file that ends in {', '.join(FORMATS)}, or - for the terminal")
@@ -120,19 +120,19 @@ def write_trace(trace: BoardTrace, path):
 
 
 def has_colour(stream) -> bool:
-    """Whether to write colours: the stream is a terminal that has them, and NO_COLOR is not set (no-color.org)."""
+    """Returns whether the stream is a terminal with colours and NO_COLOR is not set (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def board_text(kind: PuzzleKind, board: UInt8[np.ndarray, "l"]) -> str:
-    """A board for people: a Sudoku with spaces and with lines between its boxes, others as `to_text` has them."""
+    """Returns a board to print: a Sudoku with spaces, and with lines between its boxes; others as `to_text`."""
     if not isinstance(kind, Sudoku):
         return kind.to_text(board)
     return "\n".join(line[:-1] for line in _lines(kind, [f"{kind.symbols[token]} " for token in board]))
 
 
 def _lines(kind, cells):
-    """The lines of a board whose cells are texts of two columns."""
+    """Returns the lines of a board whose cells are texts two columns wide."""
     rows = [cells[start : start + kind.width] for start in range(0, len(cells), kind.width)]
     if not isinstance(kind, Sudoku):
         return ["".join(row) for row in rows]
@@ -174,7 +174,7 @@ def print_trace(trace: BoardTrace, stream=None, colour: bool | None = None):
 
 
 def _panel(trace, number, colour):
-    """(width, lines) of one step: its number, the board, its halting probability and verdict."""
+    """Returns (width, lines) of one step: its number, the board, its halting probability and verdict."""
     kind, step, clues = trace.kind, trace.steps[number], trace.is_clue
     changed, wrong = set(step["changed"]), set(step["wrong"] or ())
     cells = []

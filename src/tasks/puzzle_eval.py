@@ -87,7 +87,7 @@ def describe(figures: dict) -> str:
 
 
 def shown_steps(n, most=16):
-    """Numbers of all of n steps, or, if they are more than `most`, the powers of two and the last."""
+    """Returns the numbers 1 to n, or, if n is more than `most`, only the powers of two and n."""
     return [step for step in range(1, n + 1) if n <= most or step & (step - 1) == 0 or step == n]
 
 
@@ -123,9 +123,9 @@ def solve(model: TRMModel, kind: PuzzleKind, grids: Grids, effort: Effort, watch
 
 
 def judge(kind: PuzzleKind, grids: Grids, answers: np.ndarray) -> np.ndarray:
-    """(N,) 1.0 for a right answer, 0.0 for a wrong one: by the rules, or by the labels if the rules are not known.
+    """Returns (N,) numbers: 1.0 for a right answer, 0.0 for a wrong one, NaN if that is not known.
 
-    NaN if neither is known."""
+    The rules of the kind decide, or, for a kind without known rules, the labels."""
     if kind.has_rules:
         return kind.are_right(grids.inputs, answers).astype(np.float64)
     is_right = ((answers == grids.labels) | (grids.labels == 0)).all(1)

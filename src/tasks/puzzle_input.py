@@ -14,10 +14,11 @@ from src.tasks.puzzles import Grids, PuzzleKind, make_grids, read_csv
 
 
 def typed_boards(kind: PuzzleKind, texts: list[str]) -> Grids:
-    """Boards given as texts. The labels are the only right answer, or 0 if there are several, or if it is not known.
+    """Returns boards given as texts. The label is the right answer, or zeros if there are several or if the kind has no
+    known rules.
 
-    Warns on stderr of a question that has several answers. Raises UserError for a text that is no board, and for a
-    question that has no answer."""
+    Prints a line on stderr for a question with several answers. Raises UserError if a text is no board, or if a
+    question has no answer."""
     inputs = np.array([_typed(kind, text, _name(number, texts)) for number, text in enumerate(texts)], np.uint8)
     if not kind.has_rules:
         return make_grids(inputs, np.zeros_like(inputs))
@@ -44,9 +45,9 @@ def _typed(kind, text, name):
 
 
 def split_boards(kind: PuzzleKind, text: str) -> list[str]:
-    """The boards in a text, such as that of stdin: one per line, or over several lines with a blank line between.
+    """Returns the boards in a text: one per line, or each on several lines, with a blank line between boards.
 
-    The lines between the boxes of a Sudoku are left out."""
+    Lines that separate the boxes of a Sudoku are ignored. Raises UserError if there is no board."""
     text = text.replace("\r\n", "\n")
     if "|" not in kind.symbols:
         text = re.sub(r"^[-+ ]{3,}\n|\|", "", text, flags=re.M)
@@ -61,10 +62,10 @@ def split_boards(kind: PuzzleKind, text: str) -> list[str]:
 
 
 def read_boards(kind: PuzzleKind, paths: list[str]) -> Grids:
-    """The boards of .csv and .csv.gz files, whose answers may be missing, of the test part of folders of .npy arrays,
-    or, for ARC, of .json files. A bad puzzle is named on stderr and skipped.
+    """Returns the boards of files: .csv and .csv.gz, folders of .npy arrays (their test part), and, for ARC, .json.
 
-    Raises UserError if a path cannot be read, or has puzzles of another kind."""
+    A bad puzzle is named on stderr and skipped. Raises UserError if a path cannot be read, or if a folder has puzzles
+    of another kind."""
     parts = []
     for path in paths:
         if Path(path).is_dir() and (Path(path) / "identifiers.json").exists():
@@ -82,14 +83,14 @@ def read_boards(kind: PuzzleKind, paths: list[str]) -> Grids:
 
 
 def _test_pairs(path) -> Grids:
-    """The test pairs of the ARC tasks of a .json file, or of a folder of them. Labels are 0 if no output is known."""
+    """Returns the test pairs of the ARC tasks in a .json file or in a folder. Labels are 0 if no output is known."""
     pairs = [pair for task in read_tasks(path) for pair in task.test]
     inputs = np.array([frame(grid) for grid, _ in pairs])
     return make_grids(inputs, np.array([np.zeros_like(inputs[0]) if out is None else frame(out) for _, out in pairs]))
 
 
 def generated_boards(kind: PuzzleKind, n: int, **options) -> Grids:
-    """n boards of the generator that training uses.  options: low, high, difficulty and data_seed of PuzzleConfig."""
+    """Returns n generated boards. options: low, high, difficulty and data_seed, as in PuzzleConfig."""
     try:
         return generate(kind, PuzzleConfig(puzzle=kind.name, n_puzzles=n, **options))
     except ValueError as error:

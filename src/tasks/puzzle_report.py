@@ -12,7 +12,7 @@ from src.tasks.puzzles import Grids, PuzzleKind
 
 
 class Writer:
-    """Writes the solutions of the parts as they come: to a .csv file, or to stdout."""
+    """Writes the solutions of each part at once: to a .csv file, or to stdout if no path is given."""
 
     def __init__(self, path: str | None, kind: PuzzleKind, grids: Grids):
         self.path, self.kind, self.grids, self.file = path, kind, grids, None
@@ -47,7 +47,7 @@ class Writer:
 
 
 def describe(kind: PuzzleKind, grids: Grids, part: Solved) -> list[str]:
-    """A line for each board of a part: right or what is wrong, steps, halting probability, seconds."""
+    """Returns a line for each board of a part: right or what is wrong, steps, halting probability, seconds."""
     lines = []
     for i, row in enumerate(part.answers.rows):
         is_right = part.answers.is_exact[-1, i]
@@ -62,7 +62,7 @@ def describe(kind: PuzzleKind, grids: Grids, part: Solved) -> list[str]:
 
 
 def summary(kind: PuzzleKind, grids: Grids, parts: list[Solved]) -> list[str]:
-    """Lines with the figures of all boards, then tables of exact accuracy by step and by difficulty."""
+    """Returns a line with the figures of all boards, then tables of exact accuracy by step and by difficulty."""
     deepest = max(len(part.answers.is_exact) for part in parts)
     is_exact, cells = (np.concatenate([_deepened(part.answers[i], deepest) for part in parts], 1) for i in (1, 2))
     halts = None
@@ -99,7 +99,7 @@ def _count(n):
 
 
 def _deepened(values, deepest):
-    """Values (S, N) for `deepest` steps: after the last step of a part, its answers stay."""
+    """Returns values (S, N) for `deepest` steps. After the last step of a part, its answers stay the same."""
     return np.concatenate([values, np.repeat(values[-1:], deepest - len(values), axis=0)])
 
 

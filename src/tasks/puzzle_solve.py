@@ -3,10 +3,11 @@
     for step in run_steps(model, inputs): ...                      the model's own outputs after each supervision step
     for attempt in attempts(model, kind, inputs, ids, effort): ... the answers chosen among several copies of a board
 
-A board is solved in `votes * starts` copies. A vote is the board under a symmetry of its kind; a start is a copy whose
-first state has noise. Of the starts, the answer with the highest halting logit counts (arXiv:2605.19943 has this kind
-of search). The votes are undone and counted as in the authors' code for arXiv:2510.04871: equal answers are one
-candidate, and the candidates are ranked by their count, then by their mean halting probability.
+A board is solved in `votes * starts` copies. A vote is the board under a symmetry of its kind. A start is a copy of a
+vote whose first state has noise. Of the starts of a vote, the one with the highest halting logit is taken
+(arXiv:2605.19943 searches in this way). Then the symmetries are undone, and the votes are counted as in the authors'
+code for arXiv:2510.04871: equal answers are one candidate, and candidates are ranked by their count, then by their mean
+halting probability.
 """
 
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ from src.model import Carry, TRMModel
 from src.runtime import autocast, mix_seed
 from src.tasks.puzzles import PuzzleKind, Symmetries
 
-IDLE = 8  # draws of symmetries in a row without a new one, after which a kind is taken to have no others
-LEAST = 64  # symmetries in a draw; with IDLE, missing one of few is as good as impossible
+LEAST = 64  # symmetries that are drawn at once
+IDLE = 8  # after so many draws without a new symmetry, there is no other: missing one of 8 has a chance of 1e-29
 
 
 # ---- the steps of a model -------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ class Step(NamedTuple):
 
     @property
     def certainty(self) -> Float32[Tensor, "r l"]:
-        """Probability of the chosen token of each cell."""
+        """The probability of the chosen token in each cell."""
         return self.logits.float().softmax(-1).amax(-1)
 
 
@@ -63,8 +64,8 @@ def run_steps(
 ) -> Iterator[Step]:
     """Runs a model in eval mode on a batch and yields each step, one by one, so that memory does not grow.
 
-    steps: supervision steps of trm, by default as many as in training. noise: added to the first y and z. A row whose
-    halting logit exceeds halt_logit leaves the batch, and the rows that are left cost less (trm only)."""
+    steps: supervision steps of trm; default as many as in training. noise: added to the first y and z (trm only).
+    A row whose halting logit exceeds halt_logit leaves the batch, so that later steps compute fewer rows (trm only)."""
     config, device = model.config, model.embed.weight.device
     is_trm = config.recursion == "trm"
     rows, carry = torch.arange(len(inputs), device=device), None
@@ -146,10 +147,11 @@ def attempts(
     effort: Effort,
     first: int = 0,
 ) -> Iterator[Attempt]:
-    """The answers to N boards after each step, until every copy has stopped.
+    """Yields the answers to N boards after each step, until every copy has stopped.
 
-    The batches of a board's copies run side by side. The random numbers of a board depend on (seed, its number) alone;
-    the first board has the number `first`. The first copy is the board as it is, without noise."""
+    If the copies are more than a batch, all batches take a step before any takes the next one. `first` is the number of
+    the first board; the random numbers for a board depend only on the seed and its number. The first copy of a board is
+    the board as it is, without noise."""
     n, (votes, starts) = len(inputs), (effort.votes, effort.starts)
     symmetries = _symmetries_of(kind, range(first, first + n), effort)
     boards = np.repeat(inputs, votes, axis=0)
@@ -167,7 +169,7 @@ def attempts(
 
 
 def _run(model, boards, ids, effort, first):
-    """run_steps of some copies. `first` is the number of the first one, counted over all boards."""
+    """Returns the steps of some copies. `first` is the number of the first of them among the copies of all boards."""
     device = model.embed.weight.device
     batch = [torch.from_numpy(array.astype(np.int64)).to(device) for array in (boards, ids)]
     noise = None
@@ -200,7 +202,7 @@ class _Copies:
         self.steps[rows] += 1
 
     def best_starts(self, starts) -> Attempt:
-        """For each vote, the answer of the start with the highest halting logit."""
+        """Returns, for each vote, the answer of the start with the highest halting logit."""
         chosen, steps = np.arange(0, len(self.steps), starts), self.steps.reshape(-1, starts).mean(1)
         if starts > 1:
             chosen = chosen + self.halts.reshape(-1, starts).argmax(1)
@@ -209,7 +211,7 @@ class _Copies:
 
 
 def _elect(ballots: Attempt, votes: int, symmetries: Symmetries) -> Attempt:
-    """The answer of each board by its votes, which are undone before they are counted."""
+    """Returns the answer of each board with the most votes, after the symmetries are undone."""
     answers, certainty = symmetries.undo(ballots.answers), symmetries.undo_cells(ballots.certainty)
     halts = np.zeros(len(answers), np.float32) if ballots.halt is None else ballots.halt
     chosen, means = [], []
@@ -225,7 +227,7 @@ def _elect(ballots: Attempt, votes: int, symmetries: Symmetries) -> Attempt:
 
 
 def _symmetries_of(kind, numbers, effort) -> Symmetries | None:
-    """The symmetries of all votes of the boards with these numbers, the identity first; None for one vote."""
+    """Returns the symmetries of all votes for the boards with these numbers, or None if there is one vote per board."""
     if effort.votes == 1:
         return None
     drawn = [_draw_different(kind, effort.votes, np.random.default_rng((effort.seed, number))) for number in numbers]
@@ -233,7 +235,7 @@ def _symmetries_of(kind, numbers, effort) -> Symmetries | None:
 
 
 def _draw_different(kind, n, rng) -> Symmetries:
-    """n different symmetries, the identity first.  UserError if the kind does not have so many."""
+    """Returns n different symmetries, the identity first. Raises UserError if the kind does not have so many."""
     cells, tokens = np.arange(kind.cells)[None], np.arange(kind.vocab_size, dtype=np.uint8)[None]
     idle = 0
     while idle < IDLE:
