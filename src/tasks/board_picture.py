@@ -22,7 +22,7 @@ from src.training.curves import AMBER, BLUE, GREEN, GREY, INK, ORANGE, PINK
 WIDEST, NARROWEST, MARGIN, GAP = 12.4, 7.2, 0.3, 0.38  # of a picture, around it, between panels
 HEAD, NAME, STRIP, PAD = 0.76, 0.28, 0.42, 0.12  # title and legend; above and below a board; between rows of panels
 SIDE = {4: 0.42, 6: 0.36, 9: 0.29}  # of a cell of a Sudoku
-LARGEST_BOARD, LARGEST_CELL = 3.2, 0.29  # of the others
+LARGEST_BOARD, LARGEST_CELL = 2.64, 0.29  # of the others
 SURE, CLUE, UNSURE, TRACK = "#8fc7ea", "#e4e4e4", "#d9d9d9", "#e9e9e9"
 MAZE = {WALL: "#3b3f46", FLOOR: "#fbfaf6", START: GREEN, GOAL: PINK, PATH: BLUE}
 # the ten colours of ARC's own pages
