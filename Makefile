@@ -33,9 +33,10 @@ demo: $(CORE)  ## train a small model on Python's standard library and generate 
 	$(VENV) train_trm_lm.py --config configs/demo.yaml --save_dir runs/demo
 	$(VENV) generate.py runs/demo --prompt "def main(" "class Reader:" --max_new_tokens 150 --seed 1
 
-puzzles: $(CORE)  ## train a solver of 4 x 4 Sudoku that improves from step to step (about 5 minutes)
+puzzles: $(CORE)  ## train a solver of 4 x 4 Sudoku that improves from step to step, draw how it solves one (about 5 minutes)
 	rm -rf runs/sudoku4
 	$(VENV) train_puzzles.py --config configs/sudoku4.yaml
+	$(VENV) solve_puzzles.py runs/sudoku4 --board 3....2....4..1.. --trace runs/sudoku4/board.png
 
 depth: $(CORE)  ## train a loop on carries of 4 columns and run it on 28, beside plain transformers (about 5 minutes)
 	$(VENV) experiments/depth.py

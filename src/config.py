@@ -336,8 +336,8 @@ def _normalise(argv, fields, positional):
                 raise UserError(f"{name} needs one or more values")
             out.append(_list_flag(name[2:], values))
         elif field is not None and field.type in (bool, bool | None, bool | str) and not is_assigned:
-            following = words[0] if words else "-"
-            is_word = field.type == bool | str and following[:1] != "-"
+            following = words[0] if words else "--"
+            is_word = field.type == bool | str and (following[:1] != "-" or following == "-")
             has_value = is_word or following.lower() in ("true", "false", "yes", "no")
             out.append(f"{name}={words.popleft() if has_value else 'true'}")
         else:  # the value is the next word, even if it looks like a flag

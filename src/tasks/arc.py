@@ -145,6 +145,7 @@ class Arc(PuzzleKind):
     """ARC grids. The rule of a task is not known, so `verify` only checks that an answer is one framed grid."""
 
     has_rules = False
+    has_symmetries = False  # a symmetry of a task has a puzzle id of its own, which a model must have learned
     one_orbit_per_group = False
 
     def __init__(self):

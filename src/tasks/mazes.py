@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
 from src.errors import UserError
-from src.tasks.puzzles import DIHEDRAL, Grids, PuzzleKind, dihedral, first_question, make_grids
+from src.tasks.puzzles import DIHEDRAL, Grids, PuzzleKind, Symmetries, dihedral, first_question, make_grids
 
 WALL, FLOOR, START, GOAL, PATH = range(1, 6)  # tokens
 CHUNK = 1000  # mazes that are searched at once
@@ -67,8 +67,19 @@ class Maze(PuzzleKind):
         return "no path leads from S to G" if self._steps((board != WALL)[None], board[None])[0] < 0 else None
 
     def difficulty(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> dict[str, np.ndarray]:
-        """Returns {"path": steps from S to G}."""
-        return {"path": (labels == PATH).sum(1) + 1}
+        """Returns {"path": steps from S to G}, those of the shortest path if the labels of a board are 0."""
+        path, is_open = (labels == PATH).sum(1) + 1, ~labels.any(1)
+        path[is_open] = self._steps(inputs[is_open] != WALL, inputs[is_open])
+        return {"path": path}
+
+    def solve(self, inputs: UInt8[np.ndarray, "n l"]) -> tuple[UInt8[np.ndarray, "n l"], Int64[np.ndarray, "n"]]:
+        answers, counts = np.zeros_like(inputs), np.zeros(len(inputs), np.int64)
+        for row, board in enumerate(inputs):
+            if self.question_problem(board) is None:
+                path, counts[row] = _shortest(board.reshape(self.height, self.width))
+                answers[row] = board
+                answers[row, path] = PATH
+        return answers, counts
 
     def _steps(self, is_open, boards) -> Int64[np.ndarray, "n"]:
         """Returns the fewest steps from S to G over open cells (N, L), or -1 if there is no way or no S."""
@@ -83,11 +94,11 @@ class Maze(PuzzleKind):
 
     # ---- symmetries ----
 
-    def augment(self, rng: np.random.Generator, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]):
+    def draw_symmetries(self, rng: np.random.Generator, n: int) -> Symmetries:
         cells = np.arange(self.cells).reshape(self.height, self.width)
         orders = np.stack([dihedral(cells, number).ravel() for number in self.transforms])
-        chosen = orders[rng.integers(len(orders), size=len(inputs))]
-        return tuple(np.take_along_axis(board, chosen, 1) for board in (inputs, labels))
+        chosen = orders[rng.integers(len(orders), size=n)]
+        return Symmetries(chosen, np.broadcast_to(np.arange(self.vocab_size, dtype=np.uint8), (n, self.vocab_size)))
 
     def orbits(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
         """Returns the least of the images of each maze under the symmetries.
@@ -139,6 +150,19 @@ def _steps(is_open, is_start, is_goal):
         front = spread & free
         step += 1
     return steps
+
+
+def _shortest(board):
+    """Returns (cells between S and G on a shortest path of a board (H, W), 2 if there are several paths, else 1)."""
+    stride = board.shape[1] + 2
+    tokens = np.pad(board, 1, constant_values=WALL).ravel()
+    start, goal = (int((tokens == token).argmax()) for token in (START, GOAL))
+    _, n_paths, parent = _explore((tokens != WALL).tolist(), stride, start)
+    path, cell = [], parent[goal]
+    while cell != start:
+        path.append((cell // stride - 1) * board.shape[1] + cell % stride - 1)
+        cell = parent[cell]
+    return path, min(n_paths[goal], 2)
 
 
 # ---- generator ------------------------------------------------------------------------------------------------------

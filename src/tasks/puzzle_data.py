@@ -128,13 +128,13 @@ def load_puzzles(config: PuzzleConfig) -> PuzzleData:
         if config.n_puzzles:
             train = train.take(slice(config.n_puzzles))
     elif config.train_paths:
-        train = _first(_join([read_csv(kind, path) for path in config.train_paths]), config.n_puzzles)
+        train = _first(join([read_csv(kind, path) for path in config.train_paths]), config.n_puzzles)
         if config.valid_paths:
-            valid = _join([read_csv(kind, path) for path in config.valid_paths])
+            valid = join([read_csv(kind, path) for path in config.valid_paths])
         else:
             train, valid = split_by_orbit(kind, train, config.valid_share, config.data_seed)
     else:
-        train, valid = split_by_orbit(kind, _generate(kind, config), config.valid_share, config.data_seed)
+        train, valid = split_by_orbit(kind, generate(kind, config), config.valid_share, config.data_seed)
     if folders or config.valid_paths:  # puzzles that were split by orbit cannot leak
         check_leak(kind, train, valid)
     if not valid.difficulty:
@@ -148,7 +148,8 @@ def _with_symmetries(kind, symmetries):
     return kind
 
 
-def _generate(kind, config) -> Grids:
+def generate(kind: PuzzleKind, config: PuzzleConfig) -> Grids:
+    """Returns generated puzzles, as a config without paths asks for. Raises UserError if the kind has no generator."""
     n = config.n_puzzles or 20_000
     if isinstance(kind, sudoku.Sudoku):
         low, high = (
@@ -165,7 +166,7 @@ def _first(grids, n):
     return grids.take(slice(n)) if n else grids
 
 
-def _join(parts: list[Grids]) -> Grids:
+def join(parts: list[Grids]) -> Grids:
     """Returns the puzzles of several files; each row is a group of its own.
 
     A measure of difficulty is kept only if all files have it."""

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Int32, Int64, UInt8
 
 from src.errors import UserError, few, one_line
 from src.files.text import read_lines
@@ -66,14 +66,35 @@ def dihedral(grids: np.ndarray, number: int) -> np.ndarray:
     return grids[..., :: -1 if flips_rows else 1, :: -1 if flips_columns else 1]
 
 
+class Symmetries(NamedTuple):
+    """N symmetries, one per board: a permutation of the cells, then one of the tokens."""
+
+    cells: Int64[np.ndarray, "n l"]  # cell of the image -> cell of the board
+    tokens: UInt8[np.ndarray, "n v"]  # token of the board -> token of the image
+
+    def apply(self, boards: UInt8[np.ndarray, "n l"]) -> UInt8[np.ndarray, "n l"]:
+        moved = np.take_along_axis(boards, self.cells, 1)
+        return np.take_along_axis(self.tokens, moved.astype(np.int64), 1)
+
+    def undo(self, images: UInt8[np.ndarray, "n l"]) -> UInt8[np.ndarray, "n l"]:
+        """Returns the boards that `apply` turns into these images."""
+        tokens = self.tokens.argsort(1).astype(np.uint8)
+        return self.undo_cells(np.take_along_axis(tokens, images.astype(np.int64), 1))
+
+    def undo_cells(self, values: np.ndarray) -> np.ndarray:
+        """Returns values (N, L) of the images' cells, such as probabilities, in the order of the boards' cells."""
+        return np.take_along_axis(values, self.cells.argsort(1), 1)
+
+
 class PuzzleKind:
     """One kind of puzzle: its board, its rules and its symmetries.
 
     `symbols[token]` is the character of a token. `aliases` maps other characters that a text may have to symbols. A
-    subclass defines `verify`, `augment` and `orbits`, and faster versions of the other methods where that is worth
-    it."""
+    subclass defines `verify`, `solve`, `draw_symmetries` and `orbits`, and faster versions of the other methods where
+    that is worth it."""
 
     has_rules = True  # False if `verify` cannot decide whether an answer is right
+    has_symmetries = True  # False if a board alone does not show which symmetries keep its answer right
     one_orbit_per_group = True  # False if the rows of a group are different puzzles, such as the pairs of an ARC task
 
     def __init__(self, name: str, height: int, width: int, symbols: str, aliases: dict[str, str] | None = None):
@@ -107,15 +128,26 @@ class PuzzleKind:
         """Returns what is wrong with a question, such as "it has several solutions", or None if nothing is."""
         return None
 
+    def solve(self, inputs: UInt8[np.ndarray, "n l"]) -> tuple[UInt8[np.ndarray, "n l"], Int64[np.ndarray, "n"]]:
+        """Returns (answers, counts): a right answer to each question, and 0, 1 or 2 for none, one or several of them.
+
+        The answer to a question without any is a row of zeros."""
+        raise NotImplementedError
+
     def difficulty(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> dict[str, np.ndarray]:
         """Returns measures of difficulty, {name: (N,) numbers}."""
         return {}
 
     # ---- symmetries ----
 
+    def draw_symmetries(self, rng: np.random.Generator, n: int) -> Symmetries:
+        """Returns n random symmetries."""
+        raise NotImplementedError
+
     def augment(self, rng: np.random.Generator, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]):
         """Returns (inputs, labels) of the same shape, in which each board is under a random symmetry of its own."""
-        raise NotImplementedError
+        symmetries = self.draw_symmetries(rng, len(inputs))
+        return symmetries.apply(inputs), symmetries.apply(labels)
 
     def orbits(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
         """Returns a key for each board. Boards in the same orbit have equal keys."""
@@ -238,16 +270,18 @@ class _Record(NamedTuple):
     rating: float
 
 
-def read_csv(kind: PuzzleKind, path) -> Grids:
+def read_csv(kind: PuzzleKind, path, needs_answers: bool = True) -> Grids:
     """Returns the puzzles of a .csv or .csv.gz file. Its header must name a question and an answer column.
 
     `difficulty` has what the kind measures, and the file's rating if it has one. A puzzle is skipped if it is malformed
-    or if its answer breaks the rules. The first few of these are named on stderr, and their number is printed. Raises
-    UserError if the header lacks a column, if the file cannot be read to its end, or if no puzzle is left."""
-    records, reasons, parts, total = iter(_records(path)), [], [], 0
+    or if its answer breaks the rules. The first few of these are named on stderr, and their number is printed. Without
+    needs_answers, the answer column or single answers may be missing. If such a question has one right answer, that is
+    its label. If it has several, its cells are no targets. If it has none, it is skipped. Raises UserError if the
+    header lacks a column, if the file cannot be read to its end, or if no puzzle is left."""
+    records, reasons, parts, total = iter(_records(path, needs_answers)), [], [], 0
     while chunk := list(itertools.islice(records, CHUNK)):
         total += len(chunk)
-        inputs, labels, is_good = _read_chunk(kind, chunk, reasons)
+        inputs, labels, is_good = _read_chunk(kind, chunk, reasons, needs_answers)
         ratings = np.array([record.rating for record in chunk])[is_good]
         parts.append((inputs[is_good], labels[is_good], ratings))
     if not total:
@@ -265,15 +299,24 @@ def read_csv(kind: PuzzleKind, path) -> Grids:
     return make_grids(inputs, labels, difficulty)
 
 
-def _read_chunk(kind, chunk, reasons):
+def _read_chunk(kind, chunk, reasons, needs_answers):
     """Returns (inputs, labels, is_good) of records. Adds reasons for bad ones to `reasons`, up to REPORTED."""
     inputs, has_question = kind.parse([record.question for record in chunk])
     labels, has_answer = kind.parse([record.answer for record in chunk])
+    is_open = has_question & [not needs_answers and not record.answer.strip() for record in chunk]
     is_good = has_question & has_answer
     is_good[is_good] = kind.are_right(inputs[is_good], labels[is_good])
+    if kind.has_rules and is_open.any():
+        labels[is_open], counts = kind.solve(inputs[is_open])
+        labels[np.flatnonzero(is_open)[counts != 1]] = 0
+        is_good[is_open] = counts > 0
+    else:
+        is_good |= is_open
     for row in np.flatnonzero(~is_good)[: REPORTED - len(reasons)]:
         if not has_question[row]:
             reason = f"question: {_reason(kind, chunk[row].question)}"
+        elif is_open[row]:
+            reason = f"question: {kind.question_problem(inputs[row])}"
         elif not has_answer[row]:
             reason = f"answer: {_reason(kind, chunk[row].answer)}"
         else:
@@ -292,27 +335,28 @@ def _reason(kind, text):
 
 def first_question(path) -> str:
     """Returns the question of the first puzzle in a .csv file; its length shows how large the boards are."""
-    record = next(iter(_records(path)), None)
+    record = next(iter(_records(path, True)), None)
     if record is None:
         raise UserError(f"{path} holds no puzzle below its header: add lines")
     return record.question
 
 
-def _records(path) -> Iterable[_Record]:
-    """Yields the lines of a file below its header, except blank ones."""
+def _records(path, needs_answers) -> Iterable[_Record]:
+    """Yields the lines of a file below its header, except blank ones. A missing answer is an empty text."""
     lines = ("too long\n" if line is None else line for _, line in read_lines(path, MOST_CHARS))
     rows = csv.reader(lines)
     try:
         header = [name.strip().lower() for name in next(rows, [])]
         question, answer, rating = (_column(header, names) for names in (QUESTION_NAMES, ANSWER_NAMES, RATING_NAMES))
-        if question is None or answer is None:
-            names = f"{'/'.join(QUESTION_NAMES)} and {'/'.join(ANSWER_NAMES)}"
-            raise UserError(one_line(f"{path}: the header {','.join(header)!r} must name two columns: {names}"))
+        if question is None or (answer is None and needs_answers):
+            names = "two columns: " * needs_answers + "/".join(QUESTION_NAMES)
+            names += f" and {'/'.join(ANSWER_NAMES)}" if needs_answers else " for a column"
+            raise UserError(one_line(f"{path}: the header {','.join(header)!r} must name {names}"))
         for row in rows:
             if row:
                 row += [""] * (len(header) - len(row))
                 number = math.nan if rating is None else _number(row[rating])
-                yield _Record(rows.line_num, row[question], row[answer], number)
+                yield _Record(rows.line_num, row[question], "" if answer is None else row[answer], number)
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: {error}: correct the line") from None
 

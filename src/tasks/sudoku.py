@@ -8,11 +8,11 @@ from functools import cache
 from itertools import permutations, product
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Int64, UInt8
 
 from src.errors import UserError
 from src.tasks import sudoku_solver as solver
-from src.tasks.puzzles import Grids, PuzzleKind, make_grids
+from src.tasks.puzzles import Grids, PuzzleKind, Symmetries, make_grids
 from src.tasks.sudoku_solver import BLANK, BOXES
 
 FEWEST_CLUES = {4: 4, 6: 8, 9: 17}  # size -> the fewest clues with which a puzzle can have one solution
@@ -69,6 +69,12 @@ class Sudoku(PuzzleKind):
         count = solver.count_solutions(self.size, board[None])[0]
         return {0: "it has no solution", 1: None}.get(int(count), "it has several solutions")
 
+    def solve(self, inputs: UInt8[np.ndarray, "n l"]) -> tuple[UInt8[np.ndarray, "n l"], Int64[np.ndarray, "n"]]:
+        owners, solutions = solver.search(self.size, solver.candidates(self.size, inputs), 2)
+        answers = np.zeros_like(inputs)
+        answers[owners] = solutions
+        return answers, np.minimum(np.bincount(owners, minlength=len(inputs)), 2)
+
     def _conflict(self, board):
         """Returns which digit a row, column or box of a board has twice, as a phrase, or None."""
         for number, unit in enumerate(solver.layout(self.size).units):
@@ -87,8 +93,8 @@ class Sudoku(PuzzleKind):
 
     # ---- symmetries ----
 
-    def augment(self, rng: np.random.Generator, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]):
-        n, size = len(inputs), self.size
+    def draw_symmetries(self, rng: np.random.Generator, n: int) -> Symmetries:
+        size = self.size
         tokens = np.concatenate([np.tile([0, BLANK], (n, 1)), _shuffles(rng, n, size) + 2], axis=1).astype(np.uint8)
         cells = np.broadcast_to(np.arange(size * size), (n, size * size))
         if self.symmetries == "all":
@@ -99,8 +105,7 @@ class Sudoku(PuzzleKind):
                 is_transposed = rng.random(n) < 0.5
                 cells[is_transposed] = cells[is_transposed].transpose(0, 2, 1)
             cells = cells.reshape(n, -1)
-        boards = (np.take_along_axis(board, cells, 1) for board in (inputs, labels))
-        return tuple(np.take_along_axis(tokens, board.astype(np.int64), 1) for board in boards)
+        return Symmetries(cells, tokens)
 
     def orbits(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
         """Returns the canonical form of each solution: the lexicographically least board in its orbit.

@@ -185,3 +185,22 @@ def test_a_maze_with_line_breaks_inside_quotes_has_its_own_width(tmp_path):
     path.write_text("question,answer\n")
     with pytest.raises(UserError, match="holds no puzzle"):
         maze_of_file(path)
+
+
+def test_shortest_paths_are_found_and_counted():
+    kind = Maze(3)
+    closed = "S# " + "## " + "  G"
+    boards = np.array([kind.from_text(text) for text in (ROUND, TWO, closed, "G  " + "###" + "   ")])
+    answers, counts = kind.solve(boards)
+    assert counts.tolist() == [1, 2, 0, 0]
+    assert kind.are_right(boards[:2], answers[:2]).all() and not answers[2:].any()
+    grids = generate(9, 7, 30, (1, 20), seed=4, loops=0.3)
+    answers, counts = Maze(9, 7).solve(grids.inputs)
+    assert np.array_equal(answers, grids.labels) and (counts == 1).all()
+
+
+def test_difficulty_is_measured_without_an_answer():
+    grids = generate(9, 7, 30, (1, 20), seed=4)
+    labels = grids.labels.copy()
+    labels[::2] = 0
+    assert np.array_equal(Maze(9, 7).difficulty(grids.inputs, labels)["path"], grids.difficulty["path"])

@@ -223,3 +223,23 @@ def test_a_file_of_generated_puzzles_is_read_back(tmp_path):
     again = read_csv(kind, csv_file(tmp_path / "a.csv", "question,answer", *rows))
     assert (again.inputs == grids.inputs).all() and (again.labels == grids.labels).all()
     assert all((again.difficulty[name] == values).all() for name, values in grids.difficulty.items())
+
+
+def test_a_file_without_answers(tmp_path, capsys):
+    """The only right answer takes the place of one that is missing; there is none if there are several."""
+    several = "3....24..1......"
+    lines = ["question,answer", f"{QUESTION},", f"{several},", f"33{'.' * 14},", f"{QUESTION},{ANSWER}", f"{several},x"]
+    grids = read_csv(Sudoku(4), csv_file(tmp_path / "a.csv", *lines), needs_answers=False)
+    texts = [Sudoku(4).to_text(label, line_breaks=False) for label in grids.labels]
+    assert texts == [ANSWER, "?" * 16, ANSWER]
+    err = capsys.readouterr().err
+    assert "skipped line 4, question: row 1 has 3 twice" in err and "skipped line 6, answer: " in err
+    assert "2 of 5 puzzles skipped" in err
+    alone = read_csv(Sudoku(4), csv_file(tmp_path / "b.csv", "id,puzzle", f"7,{QUESTION}"), needs_answers=False)
+    assert np.array_equal(alone.labels, grids.labels[:1])
+    with pytest.raises(UserError, match="must name question/puzzle/quizzes/input for a column"):
+        read_csv(Sudoku(4), csv_file(tmp_path / "c.csv", "id,text", f"7,{QUESTION}"), needs_answers=False)
+    with pytest.raises(UserError, match="must name two columns: question/"):
+        read_csv(Sudoku(4), tmp_path / "b.csv")
+    with pytest.raises(UserError, match="line 2, answer: a sudoku4 board has 16 cells"):
+        read_csv(Sudoku(4), csv_file(tmp_path / "d.csv", "question,answer", f"{QUESTION},"))

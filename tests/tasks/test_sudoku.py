@@ -234,3 +234,15 @@ def test_leaks_among_real_puzzles_are_named():
     moved = make_grids(*kind.augment(np.random.default_rng(0), *train[:2]))
     with pytest.raises(UserError, match="test rows 0, 1, 2 and 497 more; row 0 is training row 0;"):
         check_leak(kind, train, moved)
+
+
+@pytest.mark.parametrize("size", [4, 6, 9])
+def test_the_only_answer_is_found_and_answers_are_counted(size):
+    kind, grids = Sudoku(size), generate(size, 20, (size * size // 2, size * size - 1), seed=3)
+    answers, counts = kind.solve(grids.inputs)
+    assert np.array_equal(answers, grids.labels) and (counts == 1).all()
+    wrong, empty = grids.inputs[:1].copy(), np.full((1, size * size), BLANK, np.uint8)
+    first, second = np.flatnonzero(wrong[0] == BLANK)[0], grids.labels[0]
+    wrong[0, first] = second[first] % size + 2  # another digit than that of the answer
+    answers, counts = kind.solve(np.concatenate([wrong, empty]))
+    assert counts.tolist() == [0, 2] and not answers[0].any() and kind.are_right(empty, answers[1:]).all()

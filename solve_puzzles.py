@@ -1,0 +1,202 @@
+"""Solve puzzles with a model that train_puzzles.py trained: Sudoku, mazes, ARC.
+
+    python solve_puzzles.py runs/sudoku4 --board 3....2....4..1..                 # `.` or 0 is a blank
+    python solve_puzzles.py runs/sudoku4 --board - < boards.txt                   # one per line
+    python solve_puzzles.py runs/sudoku4 --board 3....2....4..1.. --trace         # the board after each step
+    python solve_puzzles.py runs/sudoku4 --board 3....2....4..1.. --trace runs/board.png   # the same as a picture
+    python solve_puzzles.py runs/sudoku4 --generate 1000 --low 4 --high 6         # how many of 1,000 new puzzles?
+    python solve_puzzles.py runs/sudoku --paths test.csv.gz --output runs/solutions.csv --exit halt
+    python solve_puzzles.py runs/sudoku --paths test.csv.gz --steps 64            # more steps than in training
+    python solve_puzzles.py runs/sudoku --paths test.csv.gz --starts 8            # the best of eight noisy starts
+    python solve_puzzles.py runs/sudoku --paths test.csv.gz --votes 8             # a vote over eight symmetric boards
+
+stdout gets the solutions, one per line; a terminal gets a single board as a grid. With --output, they go to a .csv
+file instead. Messages go to stderr: for up to 20 boards, whether each answer is right by the rules, its supervision
+steps and its seconds; for several boards, also tables of exact accuracy by step and by difficulty. If a puzzle in a
+file is no board or has no solution, it is named and skipped.
+"""
+
+import io
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from src.config import before_torch, check_distinct, check_writable, parse_flags, run
+from src.errors import UserError
+
+__all__ = ["main", "parse_args"]
+
+NAMED = 20  # up to this many boards, each gets a line of its own on stderr
+
+
+@dataclass
+class SolveConfig:
+    """What to solve, and how much computation each board gets.
+
+    Args:
+        checkpoint: checkpoint folder of a puzzle model, or run folder (its best checkpoint is used); the flag name may
+            be left out
+        board: one or more boards as text, row by row; - reads them from stdin, one per line, or on several lines each
+            with a blank line between them. A maze has # for walls, spaces for the floor, S and G
+        paths: .csv or .csv.gz files with the columns question and, if it is known, answer; folders of .npy arrays in
+            the form of the TRM authors' code (their test part is solved); for ARC also .json files
+        generate: number of puzzles to generate. With another data_seed than that of the training, most are new. Small
+            boards repeat, however: there are only 288 grids of 4 x 4
+        low: fewest clues of a generated Sudoku, or steps of a generated maze's path; default depends on the size
+        high: most clues of a generated Sudoku, or steps of a generated maze's path; default depends on the size
+        difficulty: generated Sudokus: solvable by naked and hidden singles (singles), not so (guess), or both (any)
+        data_seed: seed of the generator; training uses 0 by default
+        limit: solve the first boards only, this many; 0 = all of them
+        exit: fixed = every board takes all supervision steps; halt = a board stops when the halting head says that its
+            answer is right, which saves the rest of its computation
+        halt_threshold: the halting head calls an answer right if its probability exceeds this
+        steps: most supervision steps; default as many as in training; it may be more
+        starts: solve each board this many times, first from the model's own first state (y, z), then from states with
+            noise added, and take the answer with the highest halting logit; needs a halting head
+        start_noise: standard deviation of that noise, per element of y and z, whose own elements are about 1 in size;
+            on 4 x 4 Sudoku, 0.1 and 0.2 helped most, and 0.5 and more did harm
+        votes: solve each board under this many different symmetries of its kind (one is the board as it is), undo them,
+            and take the most frequent answer; of equally frequent ones, that with the highest mean halting probability
+        seed: seed of the noise and of the symmetries
+        batch_size: boards that are solved at once; each start and each vote counts as a board
+        output: .csv file for the solutions, with the columns question, answer, right, steps and halting
+        trace: show the first board after each supervision step. Without a value, or with -, it is printed on stderr;
+            with a file name (.png, .gif, .pdf, .svg) it is drawn, with its data in a .json beside it; .json alone
+            writes the data only
+        device: device to run on: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
+        precision: number format of the matrix products
+    """
+
+    checkpoint: str = "checkpoints/sudoku"
+    board: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    generate: int = 0
+    low: int | None = None
+    high: int | None = None
+    difficulty: Literal["any", "singles", "guess"] = "any"
+    data_seed: int = 1
+    limit: int = 0
+    exit: Literal["fixed", "halt"] = "fixed"
+    halt_threshold: float = 0.5
+    steps: int | None = None
+    starts: int = 1
+    start_noise: float = 0.1
+    votes: int = 1
+    seed: int = 0
+    batch_size: int = 256
+    output: str | None = None
+    trace: bool | str = False
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+
+    def __post_init__(self):
+        if (len(self.board) > 0) + (len(self.paths) > 0) + (self.generate != 0) != 1:
+            raise ValueError("give boards to solve by one of --board, --paths and --generate")
+        bounds = {"generate": (0, 10**7), "limit": (0, 2**62), "starts": (1, 10_000), "votes": (1, 10_000)}
+        bounds |= {"batch_size": (1, 2**20), "seed": (0, 2**62), "start_noise": (0, 1e6), "halt_threshold": (0, 1)}
+        bounds |= {"steps": (1, 100_000)} if self.steps is not None else {}
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}: set it from {low:,} to {high:,}")
+        if not self.generate and (self.low or self.high or self.difficulty != "any"):
+            raise ValueError("low, high and difficulty are for --generate: leave them out")
+
+
+@before_torch
+def parse_args(argv=None) -> SolveConfig:
+    return parse_flags(__doc__, SolveConfig, argv=argv, positional="checkpoint")[0]
+
+
+from src.checkpoint import load_network, resolve
+from src.runtime import choose_device, choose_precision
+from src.tasks.board_picture import draw_trace
+from src.tasks.board_trace import BoardTrace, check_trace_path, print_trace, write_trace
+from src.tasks.puzzle_data import read_form
+from src.tasks.puzzle_eval import solve
+from src.tasks.puzzle_input import check_ids, generated_boards, read_boards, split_boards, typed_boards
+from src.tasks.puzzle_report import Writer, describe, summary
+from src.tasks.puzzle_solve import Effort
+from src.tasks.puzzles import Grids, PuzzleKind
+
+
+def load(config: SolveConfig):
+    """Returns (model, kind of its puzzles, precision). Raises UserError if there is no puzzle model."""
+    if not Path(config.checkpoint).exists():
+        advice = "train one with train_puzzles.py (`make puzzles` writes runs/sudoku4), and give its folder"
+        if len(config.checkpoint) >= 16 and "/" not in config.checkpoint:
+            advice += f"; or did you mean --board {config.checkpoint}?"
+        raise UserError(f"no checkpoint folder at {config.checkpoint}: {advice}")
+    folder, device = resolve(config.checkpoint), choose_device(config.device)
+    kind = read_form(folder).kind
+    return load_network(folder, device), kind, choose_precision(config.precision, device).value
+
+
+def boards_of(config: SolveConfig, kind: PuzzleKind) -> Grids:
+    """Returns the boards to solve."""
+    if config.board:
+        texts = config.board
+        if texts == ["-"]:
+            if sys.stdin.isatty():
+                print("boards, one per line (end with Ctrl-D):", file=sys.stderr)
+            if isinstance(sys.stdin, io.TextIOWrapper):  # invalid UTF-8 is then a wrong symbol of a board
+                sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+            texts = split_boards(kind, sys.stdin.read())
+        grids = typed_boards(kind, texts)
+    elif config.paths:
+        grids = read_boards(kind, config.paths)
+    else:
+        names = ("low", "high", "difficulty", "data_seed")
+        grids = generated_boards(kind, config.generate, **{name: getattr(config, name) for name in names})
+    return grids.take(slice(config.limit)) if config.limit else grids
+
+
+def main(argv=None):
+    config = parse_args(argv)
+    traces = trace_files(config.trace)
+    check_distinct([config.output, *traces], config.paths)
+    if config.output is not None:
+        check_writable(config.output)
+    if traces:
+        check_trace_path(config.trace)
+    model, kind, precision = load(config)
+    names = ("steps", "halt_threshold", "votes", "starts", "start_noise", "seed", "batch_size")
+    effort = Effort(**{name: getattr(config, name) for name in names}, halts=config.exit == "halt", precision=precision)
+    effort.check(model, kind)
+    grids = boards_of(config, kind)
+    check_ids(model.config, kind, grids)
+    trace = BoardTrace(kind, grids.inputs[0], grids.labels[0]) if config.trace else None
+    parts = []
+    with Writer(config.output, kind, grids) as writer:
+        for part in solve(model, kind, grids, effort, trace and trace.add):
+            writer.write(part)
+            if grids.n_rows <= NAMED:
+                print("\n".join(describe(kind, grids, part)), file=sys.stderr)
+            parts.append(part)
+    if grids.n_rows > 1:
+        print("\n".join(summary(kind, grids, parts)), file=sys.stderr)
+    show(trace, config.trace)
+
+
+def trace_files(where: bool | str) -> list[Path]:
+    """Returns the files that --trace writes: its data, and a picture of it unless only data are wanted."""
+    if isinstance(where, bool) or where == "-":
+        return []
+    data = Path(where).with_suffix(".json")
+    return [data] if data == Path(where) else [data, Path(where)]
+
+
+def show(trace: BoardTrace | None, where: bool | str):
+    """Print a trace on stderr, or write it to files."""
+    files = trace_files(where)
+    if files:
+        write_trace(trace, files[0])
+        for picture in files[1:]:
+            draw_trace(trace, picture)
+        print(f"trace: {' and '.join(map(str, reversed(files)))}", file=sys.stderr)
+    elif trace is not None:
+        print_trace(trace, sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
