@@ -69,6 +69,14 @@ def kind_named(name: str) -> PuzzleKind:
     raise UserError(f"puzzle kind {name!r} is not known: use {KNOWN}")
 
 
+def kind_of_size(cells: int, vocab_size: int) -> PuzzleKind | None:
+    """Returns the kind with a square board of this many cells and with this vocabulary, or None if there is none."""
+    side = max(2, math.isqrt(cells))  # 1 is too small for any kind
+    names = [family.square.format(side=side) for family in FAMILIES]
+    kinds = [kind_named(name) for name, family in zip(names, FAMILIES) if re.fullmatch(family.pattern, name)]
+    return next((kind for kind in kinds if (kind.cells, kind.vocab_size) == (cells, vocab_size)), None)
+
+
 def read_folder(folder, verify: bool = True) -> PuzzleFolder:
     """Reads the training and test puzzles of a folder.
 
@@ -119,11 +127,9 @@ def _kind_of(facts, path):
     if isinstance(facts.get("kind"), str):
         kinds = [kind_named(facts["kind"])]
     else:
-        side = max(2, math.isqrt(facts["seq_len"]))  # 1 is too small for any kind
-        names = [family.square.format(side=side) for family in FAMILIES]
-        kinds = [kind_named(name) for name, family in zip(names, FAMILIES) if re.fullmatch(family.pattern, name)]
+        kinds = [kind_of_size(facts["seq_len"], facts["vocab_size"])]
     for kind in kinds:
-        if (kind.cells, kind.vocab_size) == (facts["seq_len"], facts["vocab_size"]):
+        if kind is not None and (kind.cells, kind.vocab_size) == (facts["seq_len"], facts["vocab_size"]):
             return kind
     size = f"{facts['seq_len']} cells and {facts['vocab_size']} tokens"
     raise UserError(f"{path}: no kind of puzzle has {size}: use {KNOWN}")
