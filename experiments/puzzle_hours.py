@@ -28,7 +28,7 @@ from experiments.scale_plan import activation_bytes, clock, table  # noqa: E402
 from src.config import parse_flags, run  # noqa: E402
 from src.errors import UserError  # noqa: E402
 from src.metrics import count_parameters, flops_per_token, format_params  # noqa: E402
-from src.model import TRMModel  # noqa: E402
+from src.model import TRMConfig, TRMModel  # noqa: E402
 from src.runtime import GIB  # noqa: E402
 from src.tasks.puzzle_config import PuzzleSettings, model_config  # noqa: E402
 from src.tasks.puzzle_folder import kind_named  # noqa: E402
@@ -66,36 +66,45 @@ def parse_args(argv=None) -> tuple[HoursPlan, PuzzleSettings]:
     return plan, settings
 
 
-def make_plan(plan: HoursPlan, settings: PuzzleSettings) -> dict:
-    """All figures, in FLOPs, hours and bytes; its keys are those of the JSON line."""
-    train, kind = settings.train, kind_named(settings.puzzle.puzzle)
-    config = model_config(settings.model, kind.cells, kind.vocab_size)
-    with torch.device("meta"):
-        model = TRMModel(config)
-    parameters = count_parameters(model)["total"]
-    table_size = model.puzzle_embed.weight.numel() if config.puzzle_ids else 0
-    flops = flops_per_token(config).train / config.train_steps * kind.cells * train.batch_size
-    speed = plan.devices * plan.peak_tflops * 1e12 * plan.utilisation
+def plan_time(plan: HoursPlan, settings: PuzzleSettings, config: TRMConfig) -> dict:
+    """FLOPs of a step, and the time of a step and of the run."""
+    train = settings.train
+    flops = flops_per_token(config).train / config.train_steps * config.max_seq_len * train.batch_size
+    seconds = flops / (plan.devices * plan.peak_tflops * 1e12 * plan.utilisation)
+    hours = seconds * train.max_steps / 3600
+    return {"step_flops": flops, "steps": train.max_steps, "step_s": seconds, "hours": hours}
+
+
+def plan_memory(plan: HoursPlan, settings: PuzzleSettings, config: TRMConfig, sizes: dict) -> dict:
+    """{what: bytes} of one device."""
+    train, parameters = settings.train, sizes["parameters"]
     rows = train.batch_size // plan.devices
-    state = 2 * 4 * rows * config.positions_per_row * config.d_model if config.recursion == "trm" else 0
     precision = "bf16" if settings.runtime.precision == "auto" else settings.runtime.precision
+    is_trm = config.recursion == "trm"
     memory = {
         "weights, gradients, average": (8 + 4 * bool(train.ema_decay)) * parameters,
-        "AdamW's moments": 8 * (parameters - table_size),
-        "states y and z of the rows": state,
+        "AdamW's moments": 8 * (parameters - sizes["puzzle_embedding_parameters"]),
+        "states y and z of the rows": 2 * 4 * rows * config.positions_per_row * config.d_model * is_trm,
         "activations": activation_bytes(config, rows // train.grad_accum, precision),
     }
-    return {
-        "puzzle": kind.name,
-        "plan": vars(plan),
-        "parameters": parameters,
-        "puzzle_embedding_parameters": table_size,
-        "step_flops": flops,
-        "steps": train.max_steps,
-        "step_s": flops / speed,
-        "hours": flops * train.max_steps / speed / 3600,
-        "memory": memory | {"sum": sum(memory.values())},
-    }
+    return memory | {"sum": sum(memory.values())}
+
+
+def config_of(settings: PuzzleSettings) -> TRMConfig:
+    """The settings of the model for the boards of these settings."""
+    kind = kind_named(settings.puzzle.puzzle)
+    return model_config(settings.model, kind.cells, kind.vocab_size)
+
+
+def make_plan(plan: HoursPlan, settings: PuzzleSettings) -> dict:
+    """All figures, in FLOPs, hours and bytes; its keys are those of the JSON line."""
+    config = config_of(settings)
+    with torch.device("meta"):
+        model = TRMModel(config)
+    sizes = {"parameters": count_parameters(model)["total"]}
+    sizes["puzzle_embedding_parameters"] = model.puzzle_embed.weight.numel() if config.puzzle_ids else 0
+    facts = {"puzzle": settings.puzzle.puzzle, "plan": vars(plan)} | sizes | plan_time(plan, settings, config)
+    return facts | {"memory": plan_memory(plan, settings, config, sizes)}
 
 
 def show(plan: HoursPlan, settings: PuzzleSettings, facts: dict):
