@@ -192,7 +192,7 @@ def test_three_steps_and_a_resume(start, tmp_path, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_hundred_steps_and_a_resume(start, tmp_path, name):
     """All visits and steps of the recipe."""
-    folder = run_and_resume(start, name, 100)
+    folder = run_and_resume(start, name, 100, "--batch_size", "2", "--n_heads", "1")
     model = load_network(folder)
     assert (model.config.deep_steps, model.config.supervision_steps) == (3, 16)
     records = [record for record in read_metrics(folder.parent) if "loss" in record]

@@ -160,8 +160,8 @@ def _settings_of(path, hints: Hints) -> dict:
     theirs = {"n_heads": "num_heads", "deep_steps": "H_cycles", "latent_steps": "L_cycles"}
     theirs |= {"supervision_steps": "halt_max_steps", "prefix_tokens": "puzzle_emb_len"}
     told = {theirs[name]: value for name, value in hints.given().items() if name in theirs}
-    cells = {"seq_len": settings["seq_len"]} if "seq_len" in settings else {}
-    return {"arch": arch | told} | cells
+    data = {name: settings[name] for name in ("seq_len", "num_puzzle_identifiers") if name in settings}
+    return {"arch": arch | told} | data
 
 
 # ---- weights and settings -------------------------------------------------------------------------------------------
@@ -186,8 +186,12 @@ def read_official(tensors: dict[str, Tensor], path, settings: dict | None = None
     settings = _settings_of(path, NO_HINTS) if settings is None else settings
     config = _config(tensors, settings, path)
     weights = {_our_name(name, path): tensor for name, tensor in tensors.items()}
-    for name in ("q_head.weight", "q_head.bias"):
+    for name, shape in (("q_head.weight", (2, config.d_model)), ("q_head.bias", (2,))):
         if name in weights:
+            if weights[name].shape != shape:
+                raise UserError(
+                    f"{path}: {name} has shape {list(weights[name].shape)}, not {list(shape)}: copy it again"
+                )
             weights[name] = weights[name][:1]
     _check_shapes(config, weights, path)
     if "pos_embed.weight" in weights:
@@ -223,8 +227,9 @@ def write_official(config: TRMConfig, weights: dict[str, Tensor], where) -> tupl
         # their embedding has the factor sqrt(1/2) beside sqrt(D)
         embed = "model.inner.embed_tokens.embedding_weight"
         theirs[embed] = theirs[embed] * (config.embed_scale / math.sqrt(config.d_model / 2))
-    settings = {"arch": _their_settings(config), "seq_len": config.max_seq_len, "vocab_size": config.vocab_size}
-    return theirs, settings
+    data = {"seq_len": config.max_seq_len, "vocab_size": config.vocab_size}
+    data["num_puzzle_identifiers"] = max(1, config.puzzle_ids)
+    return theirs, {"arch": _their_settings(config)} | data
 
 
 def _config(tensors, settings, path) -> TRMConfig:
@@ -236,6 +241,7 @@ def _config(tensors, settings, path) -> TRMConfig:
         if name not in tensors or tensors[name].ndim != 2 or not tensors[name].numel():
             raise UserError(f"{path} is no TRM of the authors' code: {name!r} is missing, or no matrix")
     (vocab_size, dim), (_, d_ff) = (tensors[name].shape for name in tables[:2])
+    _check_told(tensors, settings, path)
     heads, cycles, latent = (_whole(arch, name, path) for name in ("num_heads", "H_cycles", "L_cycles"))
     mixer, puzzles = tensors.get("L_level.layers.0.mlp_t.down_proj.weight"), tensors.get("puzzle_emb.weights")
     learned = tensors.get("embed_pos.embedding_weight")
@@ -258,6 +264,25 @@ def _config(tensors, settings, path) -> TRMConfig:
     if puzzles is not None:
         values |= {"puzzle_ids": len(puzzles), "puzzle_dim": puzzles.shape[1]}
     return build(TRMConfig, values, where=f"{path}: ")
+
+
+def _check_told(tensors, settings, path):
+    """Raises UserError if settings that the weights tell too say something else, as after a weight was lost."""
+    arch, found = settings.get("arch", settings), {}
+    found["hidden_size"] = tensors["embed_tokens.embedding_weight"].shape[1]
+    found["mlp_t"] = "L_level.layers.0.mlp_t.down_proj.weight" in tensors
+    if arch.get("pos_encodings") in ("rope", "learned"):
+        found["pos_encodings"] = "learned" if "embed_pos.embedding_weight" in tensors else "rope"
+    puzzles = tensors.get("puzzle_emb.weights")
+    found["puzzle_emb_ndim"] = 0 if puzzles is None else puzzles.shape[1]
+    for name, value in found.items():
+        if arch.get(name, value) != value:
+            raise UserError(
+                f"{path}: {name} is {arch[name]!r} in {CONFIG}, but the weights have {value!r}: copy both again"
+            )
+    ids = settings.get("num_puzzle_identifiers", 0 if puzzles is None else len(puzzles))
+    if puzzles is not None and ids != len(puzzles):
+        raise UserError(f"{path}: {CONFIG} has {ids!r} puzzle identifiers, the weights {len(puzzles)}: copy both again")
 
 
 def _whole(arch, name, path, default=None, least=1) -> int:

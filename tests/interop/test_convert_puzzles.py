@@ -209,7 +209,11 @@ class TestMistakes:
             (remove("num_heads"), [], "'num_heads' is missing: it should be in the all_config.yaml"),
             (remove("lm_head.weight"), [], "lm_head.weight is missing"),
             (remove(f"{QKV}"), [], "attn.qkv.weight is missing"),
-            (lambda s, w: w.update({"model.inner.lm_head.bias": torch.zeros(11)}), [], "lm_head.bias is not a weight of TRM"),
+            (
+                lambda s, w: w.update({"model.inner.lm_head.bias": torch.zeros(11)}),
+                [],
+                "lm_head.bias is not a weight of TRM",
+            ),
             (lambda s, w: w.update({f"model.inner.{QKV}": torch.zeros(3, 16)}), [], r"shape \[3, 16\].*\[48, 16\]"),
             (
                 lambda s, w: w.update({"model.inner.H_init": torch.zeros(16, dtype=torch.int32)}),
