@@ -163,7 +163,7 @@ class Arc(PuzzleKind):
         return place(inputs, labels, rng.integers(len(DIHEDRAL), size=n), _shuffled_colours(rng, n), rng)
 
     def move(self, rng: np.random.Generator, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]):
-        """Moves each pair to a random place, wherever it was. The authors' code moves it once, when it writes the folder."""
+        """Moves each pair to a random place, wherever it was. The authors' code moves it once, when it writes them."""
         inputs, labels = (np.array([at_corner(board) for board in boards]) for boards in (inputs, labels))
         colours = np.tile(np.arange(N_COLOURS, dtype=np.uint8), (len(inputs), 1))
         return place(inputs, labels, np.zeros(len(inputs), np.int64), colours, rng)

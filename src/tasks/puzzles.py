@@ -118,7 +118,7 @@ class PuzzleKind:
         raise NotImplementedError
 
     def move(self, rng: np.random.Generator, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]):
-        """Returns (inputs, labels) under a random change that keeps the meaning of their puzzle ids; by default none."""
+        """Returns (inputs, labels) under a random change after which their puzzle ids stay right; by default none."""
         return inputs, labels
 
     def orbits(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:

@@ -137,7 +137,7 @@ class Sudoku(PuzzleKind):
 
 
 def _cycle_types(grids, per_band):
-    """Returns (N, pairs): one number for the cycle type of each pair of rows, sorted; those within a band come first."""
+    """Returns (N, pairs): a number for the cycle type of each pair of rows, sorted; pairs within a band come first."""
     n, size = grids.shape[:2]
     first, second = np.triu_indices(size, 1)
     step = np.zeros((n, len(first), size), np.uint8)  # digit of the first row -> digit of the second row
