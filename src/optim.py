@@ -11,15 +11,18 @@ from torch.optim import Optimizer
 from src.runtime import DTYPES, choose_precision
 
 
-def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float, betas) -> list[Optimizer]:
+def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float, betas, puzzle=None) -> list[Optimizer]:
     """Returns [AdamW], or [AdamW, Muon]: Muon for the matrices inside blocks, AdamW for the rest (arXiv:2502.16982).
 
-    Weight decay applies to matrices only, not to gains, biases and embeddings."""
-    matrices, head, others = [], [], []
+    Weight decay applies to matrices only, not to gains, biases and embeddings. puzzle: (learning rate, weight decay) of
+    a last optimizer, SparseSignSGD, for the embeddings of puzzle identifiers; None: AdamW trains them too."""
+    matrices, head, others, tables = [], [], [], []
     for path, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if p.ndim == 2 and not path.startswith(("embed", "pos_embed", "puzzle_embed", "head", "q_head")):
+        if puzzle is not None and path == "puzzle_embed.weight":
+            tables.append(p)
+        elif p.ndim == 2 and not path.startswith(("embed", "pos_embed", "puzzle_embed", "head", "q_head")):
             matrices.append(p)
         elif path == "head.weight":  # a tied head is the embedding, which is in `others`
             head.append(p)
@@ -32,6 +35,8 @@ def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float,
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)]
     if name == "muon":
         optimizers.append(Muon(matrices, lr, weight_decay))
+    if tables:
+        optimizers.append(SparseSignSGD(tables, *puzzle))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]  # the schedule sets lr = peak_lr * factor at every step
@@ -66,6 +71,33 @@ class Muon(torch.optim.Muon):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     # an orthogonal update has RMS 1 / sqrt(max(shape)); 0.2 is the usual RMS of AdamW's update
                     p.add_(update, alpha=-0.2 * group["lr"] * max(shape) ** 0.5)
+        return loss
+
+
+class SparseSignSGD(Optimizer):
+    """Sign-SGD with decoupled weight decay for a table of which a batch reads a few rows. It keeps no state.
+
+        row = row (1 - lr weight_decay) - lr sign(gradient of the row),  for each row that the batch has read
+
+    As in the authors' code of TRM for the embeddings of puzzle identifiers (arXiv:2510.04871): AdamW's moments of a row
+    would decay in the many steps that do not read it. Here a row counts as read if its gradient is not 0 everywhere."""
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0):
+        if not (lr >= 0 and weight_decay >= 0):
+            raise ValueError("lr and weight_decay must be 0 or more: correct them")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update the rows that have a gradient; returns the loss from `closure` if one is given."""
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    rows = (p.grad != 0).any(-1).nonzero().squeeze(-1)
+                    decayed = p[rows] * (1 - group["lr"] * group["weight_decay"])
+                    p[rows] = decayed - group["lr"] * p.grad[rows].sign()
         return loss
 
 

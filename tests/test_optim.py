@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from src.optim import EMA, AdamW, Muon, learning_rate_factor, make_optimizers, newton_schulz
+from src.optim import EMA, AdamW, Muon, SparseSignSGD, learning_rate_factor, make_optimizers, newton_schulz
 
 SHAPES = [
     {"recursion": "trm", "gate": True, "injection": "concat", "positions": "learned", "qk_norm": True},
@@ -280,3 +280,42 @@ class TestAdamW:
     def test_refuses(self, unchecked, wrong):
         with pytest.raises(ValueError, match="correct them|choose textbook"):
             AdamW([torch.zeros(1, requires_grad=True)], **wrong)
+
+
+class TestSparseSignSGD:
+    def test_rows_with_a_gradient_by_hand(self):
+        """row (1 - lr decay) - lr sign(g): lr 0.5, decay 0.2. Rows 0 and 3 have no gradient and stay as they are."""
+        p = torch.tensor([[1.0, 2.0], [4.0, -3.0], [0.0, 8.0], [5.0, 5.0]], requires_grad=True)
+        p.grad = torch.tensor([[0.0, 0.0], [7.0, -1e-20], [0.0, 0.3], [0.0, -0.0]])
+        SparseSignSGD([p], lr=0.5, weight_decay=0.2).step()
+        expected = [[1, 2], [4 * 0.9 - 0.5, -3 * 0.9 + 0.5], [0, 8 * 0.9 - 0.5], [5, 5]]
+        torch.testing.assert_close(p.detach(), torch.tensor(expected, dtype=torch.float32))
+
+    def test_only_the_sign_of_the_sum_over_a_batch_counts(self):
+        """Row 2 is read three times, and its gradients 1, 1, -5 sum to -3."""
+        table = torch.nn.Embedding(4, 1)
+        before = table.weight.detach().clone()
+        (table(torch.tensor([2, 2, 2, 1])).squeeze() * torch.tensor([1.0, 1.0, -5.0, 0.1])).sum().backward()
+        SparseSignSGD(table.parameters(), lr=0.25).step()
+        assert (table.weight.detach() - before).squeeze().tolist() == pytest.approx([0, -0.25, 0.25, 0])
+
+    def test_it_has_no_state_and_no_gradient_changes_nothing(self):
+        p = torch.ones(3, 2, requires_grad=True)
+        optimizer = SparseSignSGD([p], lr=0.1, weight_decay=0.5)
+        assert optimizer.step(lambda: 7.0) == 7.0 and p.detach().eq(1).all() and optimizer.state_dict()["state"] == {}
+
+    @pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"lr": 1.0, "weight_decay": -0.1}], ids=str)
+    def test_refuses(self, wrong):
+        with pytest.raises(ValueError, match="must be 0 or more"):
+            SparseSignSGD([torch.zeros(1, 1, requires_grad=True)], **wrong)
+
+    @pytest.mark.parametrize("name", ["adamw", "muon"])
+    def test_it_takes_the_embeddings_of_puzzles(self, tiny, name):
+        model = tiny(causal=False, prefix_tokens=2, puzzle_ids=5)
+        optimizers = make_optimizers(model, name, 1e-3, 0.1, (0.9, 0.95), puzzle=(1e-2, 0.3))
+        assert [type(o) for o in optimizers] == [torch.optim.AdamW] + [Muon] * (name == "muon") + [SparseSignSGD]
+        (group,) = optimizers[-1].param_groups
+        assert group["params"] == [model.puzzle_embed.weight]
+        assert (group["lr"], group["peak_lr"], group["weight_decay"]) == (1e-2, 1e-2, 0.3)
+        others = [p for o in optimizers[:-1] for g in o.param_groups for p in g["params"]]
+        assert len(others) == len([*model.parameters()]) - 1 and all(p is not group["params"][0] for p in others)

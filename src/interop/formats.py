@@ -7,6 +7,10 @@
 | hf         | a Llama folder of Hugging Face (`src/interop/hf_llama.py`)                  | yes  | yes     | plain    |
 | llama2c    | llama2.c's legacy .bin and tokenizer, or its .pt (`src/interop/llama2c.py`) | yes  | .bin    | plain    |
 | gguf       | a GGUF of Llama architecture (`src/interop/gguf_reader.py`)                 | yes  | no      | plain    |
+| trm        | a state dict of the TRM authors' code (`src/interop/trm_official.py`)       | yes  | yes     | trm      |
+
+The formats checkpoint, hub and trm also hold models that solve puzzles. Such a model has the form of its puzzle
+(`PuzzleForm`) in place of a tokenizer.
 
 No code from a source file is executed: sources are safetensors, plain arrays, or .pt files, which are loaded with
 torch.load(weights_only=True).
@@ -25,6 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from src.checkpoint import check_fit, load_config, read_info, read_weights, resolve, save_checkpoint
+from src.data.tokenizer_json import PUZZLE_FILE
 from src.errors import UserError
 from src.files.text import read_object
 from src.interop.gguf_reader import MAGIC, read_gguf, read_gguf_ends, read_gguf_tokenizer
@@ -32,7 +37,9 @@ from src.interop.hf_llama import read_ends, read_hf, write_hf
 from src.interop.llama import check_plain
 from src.interop.llama2c import for_run_c, is_bin, read_bin, read_pt, tokenizer_file, write_bin
 from src.interop.model_card import model_card
+from src.interop.trm_official import CONFIG, NO_HINTS, Hints, holds_official, load_official, write_files
 from src.model import TRMConfig, TRMModel
+from src.tasks.puzzle_data import PuzzleForm, read_form
 from src.tokenizer import read_tokenizer
 
 
@@ -42,7 +49,7 @@ class Source(NamedTuple):
     path: Path
     config: TRMConfig
     weights: dict[str, Tensor]  # with this project's names, in the dtype of the source
-    tokenizer: Any
+    tokenizer: Any  # of a puzzle model: its PuzzleForm
     info: dict  # license, training figures and so on, for config.json and the model card
 
 
@@ -50,8 +57,8 @@ class Format(NamedTuple):
     """The name of a source format and the functions that read it."""
 
     name: str
-    read: Callable  # path -> (config, weights, info)
-    read_tokenizer: Callable  # path -> tokenizer
+    read: Callable | None  # path -> (config, weights, info); None: `load_official` reads all at once
+    read_tokenizer: Callable | None  # path -> tokenizer
     # path, tokenizer -> arguments of tokenizer.set_ends; None if read_tokenizer has already set them
     read_ends: Callable | None
 
@@ -74,18 +81,23 @@ def _read_tokenizer_beside(path):
     return read_tokenizer(tokenizer_file(path))
 
 
+def _tokenizer_of_checkpoint(path):
+    """Reads the tokenizer of a checkpoint, or the form of its puzzle."""
+    folder = resolve(path)
+    return read_form(folder) if (folder / PUZZLE_FILE).is_file() else read_tokenizer(folder)
+
+
 def _ends_with_bos(path, tokenizer) -> dict:
     return {"ends": [tokenizer.bos_id]}  # run.c stops at BOS
 
 
 FORMATS = {
-    "checkpoint": Format(
-        "a checkpoint of this project", _read_checkpoint, lambda path: read_tokenizer(resolve(path)), None
-    ),
+    "checkpoint": Format("a checkpoint of this project", _read_checkpoint, _tokenizer_of_checkpoint, None),
     "hf": Format("a Llama folder of Hugging Face", read_hf, read_tokenizer, read_ends),
     "gguf": Format("a GGUF", read_gguf, read_gguf_tokenizer, read_gguf_ends),
     "pt": Format("a .pt checkpoint of llama2.c", read_pt, _read_tokenizer_beside, _ends_with_bos),
     "bin": Format("a legacy .bin of llama2.c", read_bin, _read_tokenizer_beside, _ends_with_bos),
+    "trm": Format("a checkpoint of the TRM authors' code", None, None, None),
 }
 SPARE_ROWS = 128  # with a separate tokenizer file, this many unused embedding rows mean that it is the wrong file
 
@@ -100,22 +112,34 @@ def recognize(path) -> Format:
         return FORMATS["hf" if is_hf else "checkpoint"]
     try:
         with open(path, "rb") as file:
-            start = file.read(28)
+            start = file.read(28)  # the header of a .bin, the longest one
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    if holds_official(path, start):
+        return FORMATS["trm"]
     for kind, is_it in (("gguf", start[:4] == MAGIC), ("pt", start[:4] == b"PK\x03\x04"), ("bin", is_bin(start))):
         if is_it:
             return FORMATS[kind]
     raise UserError(f"{path} is none of the known formats: {', '.join(format.name for format in FORMATS.values())}")
 
 
-def read_source(path, tokenizer=None) -> Source:
+def read_source(path, tokenizer=None, hints: Hints = NO_HINTS) -> Source:
     """Reads a model of any supported format. Its tokenizer comes from the file `tokenizer`, by default from the source.
 
-    Raises UserError if a part is missing or broken, if the model is not a Llama, or if the parts do not match."""
+    hints: settings that a checkpoint of the TRM authors' code may lack. Raises UserError if a part is missing or
+    broken, if the model is of no supported kind, or if the parts do not match."""
     path, source = Path(path), recognize(path)
-    config, weights, info = source.read(path)
-    own = read_tokenizer(tokenizer) if tokenizer is not None else source.read_tokenizer(path)
+    if hints.given() and source is not FORMATS["trm"]:
+        flag = next(iter(hints.given()))
+        raise UserError(f"--{flag} is for {FORMATS['trm'].name}, and {path} is {source.name}: leave it out")
+    if source is FORMATS["trm"]:
+        config, weights, own = load_official(path, hints)
+        info = {}
+    else:
+        config, weights, info = source.read(path)
+        own = read_tokenizer(tokenizer) if tokenizer is not None else source.read_tokenizer(path)
+    if tokenizer is not None and not config.causal:
+        raise UserError(f"--tokenizer: {path} is a puzzle model, which has no tokenizer: leave it out")
     if source.read_ends is not None:
         own.set_ends(**source.read_ends(path, own))
     spare, is_ours = config.vocab_size - own.vocab_size, source is FORMATS["checkpoint"]
@@ -143,11 +167,13 @@ def _without_spare_rows(path, config, weights, tokens):
 
 
 def write(source: Source, dest, to: str = "checkpoint"):
-    """Writes a model in the format `to` (checkpoint, hub, hf or llama2c). A failure leaves nothing behind at `dest`.
+    """Writes a model in the format `to` (checkpoint, hub, hf, llama2c or trm). A failure leaves nothing behind.
 
     Raises UserError if `dest` exists, or if the format cannot represent the model."""
     dest = Path(dest)
-    outputs = [dest, tokenizer_file(dest)] if to == "llama2c" else [dest]
+    outputs = [dest]
+    if to in ("llama2c", "trm"):
+        outputs.append(tokenizer_file(dest) if to == "llama2c" else dest.with_name(CONFIG))
     for path in outputs:
         check_free(path)
     if to in ("hf", "llama2c"):
@@ -183,6 +209,8 @@ def _write(source, path, to):
         tokenizer_file(path).write_bytes(tokens)
         for sentence in differences:
             print(sentence, file=sys.stderr)
+    elif to == "trm":
+        write_files(path, config, weights, source.path)
     elif to == "hf":
         write_hf(path, config, weights, tokenizer)
     else:
@@ -190,4 +218,5 @@ def _write(source, path, to):
             model = TRMModel(config)
         save_checkpoint(path, model, tokenizer, info=info, weights=weights)
     if to in ("hub", "hf"):
-        (path / "README.md").write_text(model_card(path.name, config, info, to), encoding="utf-8")
+        puzzle = tokenizer.kind.name if isinstance(tokenizer, PuzzleForm) else None
+        (path / "README.md").write_text(model_card(path.name, config, info, to, puzzle), encoding="utf-8")

@@ -21,8 +21,10 @@ NAMES = {  # row titles, with units, for the entries of info in config.json
 }
 
 
-def model_card(name: str, config: TRMConfig, info: dict, to: str) -> str:
-    """Returns the model card: the Hub's metadata, then Markdown. `info` is that of config.json; `to` is hub or hf."""
+def model_card(name: str, config: TRMConfig, info: dict, to: str, puzzle: str | None = None) -> str:
+    """Returns the model card: the Hub's metadata, then Markdown. `info` is that of config.json; `to` is hub or hf.
+
+    puzzle: the kind of puzzle that the model solves; None for a language model."""
     from huggingface_hub import ModelCardData  # imported here because it takes a second
 
     c = config
@@ -35,8 +37,8 @@ def model_card(name: str, config: TRMConfig, info: dict, to: str) -> str:
     )
     family = FAMILY[c.recursion].format(n_layers=c.n_layers, visits=c.visits_per_step * c.train_steps)
     rows = "".join(f"| {what} | {value} |\n" for what, value in (_figures(c) | _measured(info)).items())
-    template = Path(__file__).with_name("templates") / f"{to}.md"
-    parts = {"metadata": metadata.to_yaml(), "name": name, "family": family, "rows": rows}
+    template = Path(__file__).with_name("templates") / f"{'puzzle' if puzzle else to}.md"
+    parts = {"metadata": metadata.to_yaml(), "name": name, "family": family, "rows": rows, "puzzle": puzzle}
     return Template(template.read_text(encoding="utf-8")).substitute(parts)
 
 
@@ -44,13 +46,18 @@ def _figures(c) -> dict:
     """Returns the rows that follow from the settings of the model."""
     with torch.device("meta"):
         parameters = count_parameters(TRMModel(c))
-    return {
+    rows = {
         "parameters": f"{parameters['total']:,}",
         "of which embedding": f"{parameters['embedding']:,}",
         "effective depth in blocks": effective_depth(c).total,
         "placement of RMSNorm, positions": f"{c.norm}, {c.positions}",
         "model width, query heads, key/value heads": f"{c.d_model}, {c.n_heads}, {c.n_kv_heads}",
         "vocabulary": f"{c.vocab_size:,}",
+    }
+    if not c.causal:
+        flops = format_params(flops_per_token(c).decode * c.max_seq_len)
+        return rows | {"cells of a puzzle": f"{c.max_seq_len:,}", "FLOPs of a solution": flops}
+    return rows | {
         "context in tokens": f"{c.max_seq_len:,}",
         "FLOPs per token, decoding at full context": format_params(flops_per_token(c).decode),
         "key/value cache in bytes per token, fp32": f"{cache_bytes_per_token(c, 4):,}",

@@ -157,9 +157,17 @@ class Arc(PuzzleKind):
         return None if is_framed else "it is not one grid at the upper left with borders below and to its right"
 
     def augment(self, rng: np.random.Generator, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]):
-        """Draws a random symmetry, colours and place for each row. With puzzle ids, use `ArcSet.place` instead."""
+        """Draws a random symmetry, colours and place for each row, whose grids are at the upper left before.
+
+        For rows with puzzle ids, use `move`."""
         n = len(inputs)
         return place(inputs, labels, rng.integers(len(DIHEDRAL), size=n), _shuffled_colours(rng, n), rng)
+
+    def move(self, rng: np.random.Generator, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]):
+        """Moves each pair to a random place, wherever it was. The authors' code moves it once, when it writes them."""
+        inputs, labels = (np.array([at_corner(board) for board in boards]) for boards in (inputs, labels))
+        colours = np.tile(np.arange(N_COLOURS, dtype=np.uint8), (len(inputs), 1))
+        return place(inputs, labels, np.zeros(len(inputs), np.int64), colours, rng)
 
     def orbits(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
         """Returns the least image of each pair of input and output; colours 1..9 are numbered in order of occurrence.

@@ -9,6 +9,7 @@ Puzzle number k and its augmentation depend only on (seed, k), so a run can resu
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -21,8 +22,9 @@ from src.errors import UserError
 from src.files.text import read_object
 from src.tasks import mazes, sudoku
 from src.tasks.puzzle_folder import kind_named, read_folder
-from src.tasks.puzzles import Grids, PuzzleKind, check_leak, read_csv, split_by_orbit
+from src.tasks.puzzles import Grids, PuzzleKind, check_leak, find_leaks, read_csv, split_by_orbit
 
+CHUNK = 100_000  # rows that are read at once
 BLOCK = 256  # puzzles that are augmented together; another number gives other augmentations, as another seed does
 CLUES = {4: (4, 8), 6: (8, 20), 9: (24, 36)}  # size of a Sudoku -> default range of clues
 BINS = 4  # a difficulty with more than MOST_VALUES values is reported in this many ranges
@@ -51,7 +53,11 @@ class PuzzleConfig:
             need more, any = both
         symmetries: symmetries of Sudokus, for augmentation and for the split: all, or relabel = only the renaming of
             digits
-        augment: draw each training puzzle under a random symmetry
+        augment: draw each training puzzle under a random symmetry; grids of ARC with puzzle identifiers are moved to a
+            random place instead
+        puzzle_lr: peak learning rate of the embeddings of puzzle identifiers, which are trained by sign-SGD; by
+            default, lr
+        puzzle_weight_decay: weight decay of these embeddings; by default, weight_decay
         data_seed: seed of the generator and of the split; `seed` only affects the training
         explore: probability that a training puzzle must take a random number of supervision steps, from 2 to
             supervision_steps, before it may halt
@@ -68,6 +74,8 @@ class PuzzleConfig:
     difficulty: Literal["any", "singles", "guess"] = "any"
     symmetries: Literal["all", "relabel"] = "all"
     augment: bool = True
+    puzzle_lr: float | None = None
+    puzzle_weight_decay: float | None = None
     data_seed: int = 0
     explore: float = 0.1
     eval_steps: int | None = None
@@ -78,6 +86,10 @@ class PuzzleConfig:
             raise ValueError(f"valid_share is {self.valid_share}: set it between 0 and 1")
         if not 0 <= self.explore <= 1:
             raise ValueError(f"explore is {self.explore}: set it from 0 to 1")
+        if self.puzzle_lr is not None and not 0 < self.puzzle_lr < 1e3:
+            raise ValueError(f"puzzle_lr is {self.puzzle_lr}: set it above 0, or leave it out")
+        if self.puzzle_weight_decay is not None and not 0 <= self.puzzle_weight_decay < 1e3:
+            raise ValueError(f"puzzle_weight_decay is {self.puzzle_weight_decay}: set it to 0 or more, or leave it out")
         for name in ("n_puzzles", "data_seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 0 or more")
@@ -136,10 +148,32 @@ def load_puzzles(config: PuzzleConfig) -> PuzzleData:
     else:
         train, valid = split_by_orbit(kind, generate(kind, config), config.valid_share, config.data_seed)
     if folders or config.valid_paths:  # puzzles that were split by orbit cannot leak
-        check_leak(kind, train, valid)
+        if kind.has_rules:
+            check_leak(kind, train, valid)
+        else:
+            valid = _without_leaks(kind, train, valid)
     if not valid.difficulty:
         valid = valid._replace(difficulty=kind.difficulty(valid.inputs, valid.labels))
     return PuzzleData(kind, train, valid, names)
+
+
+def _without_leaks(kind, train, valid):
+    """Test grids without the tasks (groups) of which a grid is a training grid under a symmetry; ARC itself has some.
+
+    Raises UserError if none are left."""
+    leaks = find_leaks(kind, train, valid)
+    if not leaks:
+        return valid
+    is_good = ~np.isin(valid.groups, valid.groups[list(leaks)])
+    if not is_good.any():
+        check_leak(kind, train, valid)
+    n_groups = len(np.unique(valid.groups[~is_good]))
+    print(
+        f"{len(leaks)} test grids are training grids under a symmetry of {kind.name}: evaluations leave out the "
+        f"{n_groups} tasks that have them",
+        file=sys.stderr,
+    )
+    return valid.take(is_good)
 
 
 def _with_symmetries(kind, symmetries):
@@ -180,8 +214,11 @@ def fingerprint(data: PuzzleData) -> dict:
     """Returns {part: digest of its boards}, by which a resumed run sees whether the puzzles are still the same."""
     digests = {}
     for part, grids in (("train", data.train), ("valid", data.valid)):
-        boards = b"".join(np.ascontiguousarray(array).tobytes() for array in grids[:4])
-        digests[part] = hashlib.blake2b(boards, digest_size=16).hexdigest()
+        digest = hashlib.blake2b(digest_size=16)
+        for array in grids[:4]:
+            for start in range(0, len(array), CHUNK):  # a mapped file is never in memory as a whole
+                digest.update(np.ascontiguousarray(array[start : start + CHUNK]))
+        digests[part] = digest.hexdigest()
     return digests
 
 
@@ -224,19 +261,36 @@ def read_form(folder) -> PuzzleForm:
 class PuzzleDraws:
     """An endless sequence of training puzzles, by number.
 
-    An epoch takes one random row of each group, in random order. Puzzles are augmented in blocks of BLOCK, which is
-    much faster than one by one."""
+    An epoch takes one random row of each group, in random order. If puzzles have several rows, as the pairs of an ARC
+    task, it takes one random puzzle of each group, and all its rows in turn. Rows are augmented in blocks of BLOCK,
+    which is much faster than one by one. Rows with a puzzle id are only moved, because each augmentation has an id of
+    its own."""
 
     def __init__(self, kind: PuzzleKind, grids: Grids, seed: int, augment: bool):
         self.kind, self.grids, self.seed, self.augment = kind, grids, seed, augment
-        self._order = np.argsort(grids.groups, kind="stable")
-        _, self._first, self._counts = np.unique(grids.groups[self._order], return_index=True, return_counts=True)
+        self._order = np.lexsort((grids.puzzle_ids, grids.groups))
+        groups, ids = grids.groups[self._order], grids.puzzle_ids[self._order]
+        _, self._first, self._counts = np.unique(groups, return_index=True, return_counts=True)
+        self._has_ids = bool(len(ids)) and int(ids.max()) > 0
+        starts_group = np.diff(groups, prepend=-1) != 0
+        starts_puzzle = starts_group | (np.diff(ids, prepend=-1) != 0) | (ids == 0)
+        self._rows = np.flatnonzero(starts_puzzle)  # first row of each puzzle, in self._order
+        self._sizes = np.diff(self._rows, append=len(groups))
+        self._puzzles = np.flatnonzero(starts_group[self._rows])  # first puzzle of each group
+        self._n_puzzles = np.diff(self._puzzles, append=len(self._rows))
+        # an epoch always has the same length: a group has as many rows as its largest puzzle
+        self._slots = np.maximum.reduceat(self._sizes, self._puzzles)
         self._block, self._boards = None, None
-        self._epoch, self._permutation = None, None
+        self._epoch, self._drawn = None, None
 
     @property
     def n_groups(self) -> int:
         return len(self._first)
+
+    @property
+    def epoch_size(self) -> int:
+        """Rows of an epoch."""
+        return int(self._slots.sum())
 
     def take(self, numbers: Int64[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns (inputs (n, L), labels (n, L), puzzle ids (n,)) of the puzzles with these ascending numbers."""
@@ -250,19 +304,33 @@ class PuzzleDraws:
 
     def _draw(self, block):
         rng = np.random.default_rng((self.seed, block))
-        groups = np.array([self._group(number) for number in range(block * BLOCK, (block + 1) * BLOCK)])
-        rows = self._order[self._first[groups] + (rng.random(BLOCK) * self._counts[groups]).astype(np.int64)]
+        drawn = np.array([self._of_epoch(number) for number in range(block * BLOCK, (block + 1) * BLOCK)])
+        if self.epoch_size == self.n_groups:  # one row per puzzle: a group was drawn
+            rows = self._order[self._first[drawn] + (rng.random(BLOCK) * self._counts[drawn]).astype(np.int64)]
+        else:
+            rows = self._order[drawn]
         inputs, labels = self.grids.inputs[rows], self.grids.labels[rows]
         if self.augment:
-            inputs, labels = self.kind.augment(rng, inputs, labels)
+            change = self.kind.move if self._has_ids else self.kind.augment
+            inputs, labels = change(rng, inputs, labels)
         return inputs, labels, self.grids.puzzle_ids[rows]
 
-    def _group(self, number):
-        epoch, position = divmod(number, self.n_groups)
+    def _of_epoch(self, number):
+        """The group (or, if puzzles have several rows, the row) with this number."""
+        epoch, position = divmod(number, self.epoch_size)
         if epoch != self._epoch:
-            self._epoch = epoch
-            self._permutation = np.random.default_rng((self.seed, epoch, 1)).permutation(self.n_groups)
-        return self._permutation[position]
+            rng = np.random.default_rng((self.seed, epoch, 1))
+            self._epoch, self._drawn = epoch, rng.permutation(self.n_groups)
+            if self.epoch_size > self.n_groups:
+                self._drawn = self._rows_of_puzzles(rng, self._drawn)
+        return self._drawn[position]
+
+    def _rows_of_puzzles(self, rng, groups):
+        """All rows of one random puzzle of each of these groups."""
+        puzzles = self._puzzles[groups] + (rng.random(len(groups)) * self._n_puzzles[groups]).astype(np.int64)
+        slots = self._slots[groups]
+        puzzles, within = np.repeat(puzzles, slots), np.arange(slots.sum()) - np.repeat(slots.cumsum() - slots, slots)
+        return self._rows[puzzles] + within % self._sizes[puzzles]
 
 
 # ---- difficulty -----------------------------------------------------------------------------------------------------

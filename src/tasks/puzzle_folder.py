@@ -8,7 +8,11 @@
                         all__puzzle_indices.npy   (P + 1,) first row of each puzzle, and N
                         all__group_indices.npy    (G + 1,) first puzzle of each group, and P
 
-A puzzle is a board, or all pairs of an ARC task under one augmentation; a group is a puzzle and its augmentations.
+A puzzle is a board, or all pairs of an ARC task under one augmentation; a group is a puzzle and its augmentations. A
+folder of ARC tasks also has FOLDER/test_puzzles.json, the tasks of the test as they are, against which votes over the
+augmentations are scored (src/tasks/arc_votes.py).
+
+    write_arc_folder("data/arc1", ["arc-agi_training_challenges.json"], ["arc-agi_evaluation_challenges.json"])
 """
 
 import json
@@ -24,15 +28,17 @@ import numpy as np
 from src.errors import UserError
 from src.files.folders import replacing
 from src.files.text import check_is_file, read_json, read_object
-from src.tasks.arc import NO_ID, Arc
+from src.tasks.arc import NO_ID, Arc, ArcSet, read_tasks
 from src.tasks.mazes import Maze
 from src.tasks.puzzles import REPORTED, Grids, PuzzleKind
 from src.tasks.sudoku import Sudoku
 from src.tasks.sudoku_solver import BOXES
 
 SPLITS = ("train", "test")
-OWN = {*SPLITS, "identifiers.json"}  # what `write_folder` writes in a folder
+TASKS = "test_puzzles.json"
+OWN = {*SPLITS, "identifiers.json", TASKS}  # what `write_folder` writes in a folder
 CHUNK = 100_000  # rows that are checked at once, so that a mapped file is never in memory as a whole
+PLACED = 2_000  # ARC pairs that are augmented at once; each takes some 20 KB meanwhile
 MOST_TOKENS = 256  # a token is one byte
 
 
@@ -67,6 +73,14 @@ def kind_named(name: str) -> PuzzleKind:
         if numbers := re.fullmatch(family.pattern, name):
             return family.make(*map(int, numbers.groups()))
     raise UserError(f"puzzle kind {name!r} is not known: use {KNOWN}")
+
+
+def kind_of_size(cells: int, vocab_size: int) -> PuzzleKind | None:
+    """Returns the kind with a square board of this many cells and with this vocabulary, or None if there is none."""
+    side = max(2, math.isqrt(cells))  # 1 is too small for any kind
+    names = [family.square.format(side=side) for family in FAMILIES]
+    kinds = [kind_named(name) for name, family in zip(names, FAMILIES) if re.fullmatch(family.pattern, name)]
+    return next((kind for kind in kinds if (kind.cells, kind.vocab_size) == (cells, vocab_size)), None)
 
 
 def read_folder(folder, verify: bool = True) -> PuzzleFolder:
@@ -119,11 +133,9 @@ def _kind_of(facts, path):
     if isinstance(facts.get("kind"), str):
         kinds = [kind_named(facts["kind"])]
     else:
-        side = max(2, math.isqrt(facts["seq_len"]))  # 1 is too small for any kind
-        names = [family.square.format(side=side) for family in FAMILIES]
-        kinds = [kind_named(name) for name, family in zip(names, FAMILIES) if re.fullmatch(family.pattern, name)]
+        kinds = [kind_of_size(facts["seq_len"], facts["vocab_size"])]
     for kind in kinds:
-        if (kind.cells, kind.vocab_size) == (facts["seq_len"], facts["vocab_size"]):
+        if kind is not None and (kind.cells, kind.vocab_size) == (facts["seq_len"], facts["vocab_size"]):
             return kind
     size = f"{facts['seq_len']} cells and {facts['vocab_size']} tokens"
     raise UserError(f"{path}: no kind of puzzle has {size}: use {KNOWN}")
@@ -213,12 +225,15 @@ def _without_wrong(kind, grids, folder):
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_folder(folder, kind: PuzzleKind, train: Grids, test: Grids, names: list[str] | None = None):
+def write_folder(
+    folder, kind: PuzzleKind, train: Grids, test: Grids, names: list[str] | None = None, tasks: dict | None = None
+):
     """Write both splits in a form that the authors' code and `read_folder` can read. An old folder is replaced.
 
     names[i] is the name of puzzle id i; by default, there is only id 0. Rows are sorted by group and puzzle id. A row
     with puzzle id 0 becomes a puzzle of its own. Rows of a group that share another id become one puzzle, as in ARC.
-    Raises UserError if `folder` is a file, if a split is empty, or if an id has no name."""
+    tasks: content of test_puzzles.json. Raises UserError if `folder` is a file, if a split is empty, or if an id has no
+    name."""
     names = [NO_ID] if names is None else names
     for split, grids in zip(SPLITS, (train, test)):
         if not grids.n_rows:
@@ -230,6 +245,42 @@ def write_folder(folder, kind: PuzzleKind, train: Grids, test: Grids, names: lis
             (new / split).mkdir()
             _write_split(new / split, kind, grids, len(names))
         (new / "identifiers.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+        if tasks is not None:
+            (new / TASKS).write_text(json.dumps(tasks), encoding="utf-8")
+
+
+def write_arc_folder(folder, train_paths, test_paths, n_augmentations: int = 1000, seed: int = 0) -> ArcSet:
+    """Write ARC tasks with all their augmentations, each with a puzzle id of its own; returns the tasks and ids.
+
+    Paths are those of `read_tasks`. Training has the training pairs of all tasks and the known test pairs of the
+    training tasks. All grids are at the upper left; training moves them. Takes 1.8 KB of memory and of disk per pair
+    and augmentation. Raises UserError as `read_tasks` and `write_folder` do."""
+    train_tasks, test_tasks = (
+        [task for path in paths for task in read_tasks(path)] for paths in (train_paths, test_paths)
+    )
+    data = ArcSet(train_tasks, test_tasks, n_augmentations, seed)
+    tasks = {}
+    for task in test_tasks:
+        parts = {"train": task.train, "test": task.test}
+        tasks[task.name] = {name: [_as_json(*pair) for pair in pairs] for name, pairs in parts.items()}
+    write_folder(folder, Arc(), _augmented(data, data.train), _augmented(data, data.test), data.names, tasks)
+    return data
+
+
+def _as_json(grid, output):
+    return {"input": grid.tolist()} | ({} if output is None else {"output": output.tolist()})
+
+
+def _augmented(data, grids) -> Grids:
+    """Each row of `grids` with each puzzle id of its task."""
+    rows, ids = data.every_puzzle(grids)
+    boards = [np.empty((len(rows), array.shape[1]), np.uint8) for array in grids[:2]]
+    for start in range(0, len(rows), PLACED):
+        part = slice(start, start + PLACED)
+        placed = data.place(grids.take(rows[part]), ids[part])
+        for board, new in zip(boards, placed[:2], strict=True):
+            board[part] = new
+    return Grids(*boards, ids.astype(np.int32), grids.groups[rows], {})
 
 
 def _write_split(folder, kind, grids, n_names):

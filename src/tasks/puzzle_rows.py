@@ -45,7 +45,7 @@ class PuzzleRows:
 
     @property
     def epoch(self) -> int:
-        return self.drawn * self.world // self.draws.n_groups
+        return self.drawn * self.world // self.draws.epoch_size
 
     def __iter__(self):
         return self

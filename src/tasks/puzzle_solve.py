@@ -81,7 +81,9 @@ def run_steps(
         if not is_trm:
             return
         carry = Carry(out.carry.y, out.carry.z, 0)
-        stays = torch.ones_like(rows, dtype=torch.bool) if halts[-1] is None else ~(halts[-1] > halt_logit)
+        if halts[-1] is None or halt_logit == inf:  # no row can leave: a GPU need not be asked
+            continue
+        stays = ~(halts[-1] > halt_logit)
         if not stays.all():
             batch = (rows, inputs, carry.y, carry.z, puzzle_ids, targets)
             rows, inputs, y, z, puzzle_ids, targets = (None if each is None else each[stays] for each in batch)

@@ -13,6 +13,7 @@ from src.errors import UserError
 from src.losses import IGNORE
 from src.metrics import describe_model
 from src.model import Carry, TRMConfig
+from src.optim import make_optimizers
 from src.runtime import autocast, choose_device, keep_freed_memory
 from src.tasks import puzzle_eval
 from src.tasks.puzzle_config import PuzzleSettings, model_config
@@ -35,6 +36,13 @@ class PuzzleTrainer(Trainer):
 
     def train_flops(self, model: TRMConfig) -> float:
         return super().train_flops(model) / model.train_steps  # a step of training is one supervision step
+
+    def _make_optimizers(self, model):
+        c, puzzle = self.config, None
+        if model.config.puzzle_ids:
+            lr, decay = self.puzzle.puzzle_lr, self.puzzle.puzzle_weight_decay
+            puzzle = c.lr if lr is None else lr, c.weight_decay if decay is None else decay
+        return make_optimizers(model, c.optimizer, c.lr, c.weight_decay, (0.9, c.beta2), puzzle)
 
     def new_loader(self, stage):
         rows = stage.batch_size // self.world

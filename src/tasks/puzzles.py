@@ -149,9 +149,19 @@ class PuzzleKind:
         symmetries = self.draw_symmetries(rng, len(inputs))
         return symmetries.apply(inputs), symmetries.apply(labels)
 
+    def move(self, rng: np.random.Generator, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]):
+        """Returns (inputs, labels) under a random change after which their puzzle ids stay right; by default none."""
+        return inputs, labels
+
     def orbits(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
         """Returns a key for each board. Boards in the same orbit have equal keys."""
         raise NotImplementedError
+
+    def invariants(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
+        """Returns a value for each board that is equal within an orbit, and faster to compute than `orbits`.
+
+        Several orbits may have the same value. By default, all have."""
+        return [b""] * len(inputs)
 
     # ---- text ----
 
@@ -243,12 +253,30 @@ def find_leaks(kind: PuzzleKind, train: Grids, test: Grids) -> dict[int, int]:
     """Returns {test row: a training row in the same orbit} for the test grids that have one.
 
     If the rows of a training group are augmentations of one puzzle, only the first of them is compared, because all are
-    in the same orbit."""
-    rows = np.unique(train.groups, return_index=True)[1] if kind.one_orbit_per_group else np.arange(train.n_rows)
+    in the same orbit. If a group has several pairs, only those of its lowest puzzle id are compared, in the test too,
+    because the other ids are augmentations."""
+    if kind.one_orbit_per_group:
+        rows, asked = np.unique(train.groups, return_index=True)[1], np.arange(test.n_rows)
+    else:
+        rows, asked = _first_puzzles(train), _first_puzzles(test)
+    # orbits of millions of boards would take hours, so only boards whose invariants meet are compared
+    values = [kind.invariants(grids.inputs[some], grids.labels[some]) for grids, some in ((train, rows), (test, asked))]
+    both = set(values[0]) & set(values[1])
+    rows, asked = (some[[value in both for value in own]] for some, own in zip((rows, asked), values))
+    if not both:
+        return {}
     known = {}
     for row, key in zip(rows.tolist(), kind.orbits(train.inputs[rows], train.labels[rows])):
         known.setdefault(key, row)
-    return {row: known[key] for row, key in enumerate(kind.orbits(test.inputs, test.labels)) if key in known}
+    keys = kind.orbits(test.inputs[asked], test.labels[asked])
+    return {row: known[key] for row, key in zip(asked.tolist(), keys) if key in known}
+
+
+def _first_puzzles(grids):
+    """Returns the rows of each group that have its lowest puzzle id."""
+    lowest = np.full(grids.groups.max(initial=0) + 1, np.iinfo(np.int32).max)
+    np.minimum.at(lowest, grids.groups, grids.puzzle_ids)
+    return np.flatnonzero(grids.puzzle_ids == lowest[grids.groups])
 
 
 def check_leak(kind: PuzzleKind, train: Grids, test: Grids):

@@ -19,6 +19,7 @@ FEWEST_CLUES = {4: 4, 6: 8, 9: 17}  # size -> the fewest clues with which a puzz
 DIFFICULTIES = ("any", "singles", "guess")
 BATCH = 10_000  # boards that are generated, or verified, at once
 MOST_BATCHES = 30  # the generator gives up after so many batches in a row without a good puzzle
+INVARIANT_CHUNK = 2_000  # boards whose invariants are computed at once
 ORBIT_CHUNK = 500  # solutions whose symmetries are compared at once, to limit memory
 
 
@@ -124,6 +125,34 @@ class Sudoku(PuzzleKind):
             chunks = (grids[start : start + ORBIT_CHUNK] for start in range(0, len(grids), ORBIT_CHUNK))
             keys = [key for chunk in chunks for key in _canonical(self.size, chunk)]
         return [keys[i] for i in index.ravel()]
+
+    def invariants(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> list[bytes]:
+        """Returns the cycle types of the permutations that turn a row of the solution into another, and of columns.
+
+        Much faster than `orbits`. Relabelling conjugates a permutation, so its cycle type stays."""
+        if self.symmetries == "relabel":
+            return super().invariants(inputs, labels)
+        found = []
+        for start in range(0, len(labels), INVARIANT_CHUNK):
+            grids = labels[start : start + INVARIANT_CHUNK].reshape(-1, self.size, self.size) - 2
+            turned = grids.swapaxes(1, 2)
+            sides = (_cycle_types(each, lines) for each, lines in zip((grids, turned), BOXES[self.size]))
+            found += [b"".join(sorted(map(bytes, pair))) for pair in zip(*sides)]
+        return found
+
+
+def _cycle_types(grids, per_band):
+    """Returns (N, pairs): a number for the cycle type of each pair of rows, sorted; pairs within a band come first."""
+    n, size = grids.shape[:2]
+    first, second = np.triu_indices(size, 1)
+    step = np.zeros((n, len(first), size), np.uint8)  # digit of the first row -> digit of the second row
+    np.put_along_axis(step, grids[:, first].astype(np.int64), grids[:, second], 2)
+    digits, power, types = np.arange(size), step, np.zeros((n, len(first)), np.int64)
+    for _ in range(size):
+        types = types * (size + 1) + (power == digits).sum(2)  # fixed points of all powers decide the cycle type
+        power = np.take_along_axis(step, power.astype(np.int64), 2)
+    is_within = first // per_band == second // per_band
+    return np.concatenate([np.sort(types[:, is_within]), np.sort(types[:, ~is_within])], 1)
 
 
 def _shuffles(rng, n, length):

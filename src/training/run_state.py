@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from src import checkpoint
+from src.errors import UserError
 from src.training import parallel
 
 COUNTERS = ("step", "elapsed", "best", "skipped")
@@ -35,6 +36,8 @@ def restore(trainer, folder: Path, state: dict):
     trainer.curriculum.load_state_dict(state["curriculum"])
     weights = folder / "model.safetensors"
     checkpoint.load_weights(trainer.raw, checkpoint.read_weights(weights), weights)
+    if len(state["optimizers"]) != len(trainer.optimizers):
+        raise UserError(f"{folder} is of a version with other optimizers: start from its weights with --init_from")
     for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
         parallel.load_optimizer(optimizer, saved["state"])
     if trainer.ema is not None:

@@ -66,8 +66,12 @@ def use_source(path, tokenizer=None):
     source = read_source(path, tokenizer)
     model = TRMModel(source.config)
     load_weights(model, source.weights, path)
-    try_model(model.eval(), source.tokenizer.vocab_size)
-    try_tokenizer(source.tokenizer)
+    if source.config.causal:
+        try_model(model.eval(), source.tokenizer.vocab_size)
+        try_tokenizer(source.tokenizer)
+    elif source.config.max_seq_len <= 1000:  # all_config.yaml may name a maze too large for this machine
+        with torch.no_grad():
+            model.eval()(torch.ones(1, source.config.max_seq_len, dtype=torch.int64), supervision_steps=1)
     json.dumps(source.info, allow_nan=False)
 
 
@@ -176,6 +180,14 @@ LOADERS = {
     "tokenizer.bin": Loader(seeds.make_tokenizer_bin, {"tok.bin": "bytes"}, lambda f: use_tokenizer(f / "tok.bin")),
     "llama2c .bin": Loader(seeds.make_llama2c_bin, {"model.bin": "bin"}, lambda f: use_source(f / "model.bin", "byte")),
     "llama2c .pt": Loader(seeds.make_llama2c_pt, {"model.pt": "pt"}, lambda f: use_source(f / "model.pt", "byte")),
+    "trm authors .pt": Loader(
+        seeds.make_trm_authors, {"model.pt": "pt", "all_config.yaml": "yaml"}, lambda f: use_source(f / "model.pt")
+    ),
+    "trm authors safetensors": Loader(
+        seeds.make_trm_authors,
+        {"model.safetensors": "safetensors", "all_config.yaml": "yaml"},
+        lambda f: use_source(f / "model.safetensors"),
+    ),
     "hf": Loader(seeds.make_hf, {"config.json": "json", "model.safetensors": "safetensors"}, use_source),
     "hf shards": Loader(
         seeds.make_hf_shards, {"model.safetensors.index.json": "json", "a.safetensors": "safetensors"}, use_source

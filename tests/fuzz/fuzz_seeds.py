@@ -156,6 +156,25 @@ def make_llama2c_pt(folder):
     torch.save(state, folder / "0" / "model.pt")
 
 
+def make_trm_authors(folder):
+    """Weights of the TRM authors' code, as .pt and as .safetensors, for several puzzles."""
+    from safetensors.torch import save_file
+
+    from src.checkpoint import own_state
+    from src.interop.trm_official import write_files
+
+    base = {"d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 256, "causal": False, "norm_gain": False}
+    base |= {"vocab_size": 6, "max_seq_len": 16, "latent_steps": 1, "deep_steps": 1, "embed_scale": 4.0}
+    mixing = {"mixer": "mlp", "mixer_ff": 256, "positions": "none", "prefix_tokens": 2, "puzzle_ids": 3}
+    learned = {"vocab_size": 11, "max_seq_len": 81, "positions": "learned", "embed_scale": 8**0.5}
+    for number, settings in enumerate((base, base | mixing, base | learned)):
+        seed = folder / str(number)
+        seed.mkdir()
+        model = lively(settings)
+        write_files(seed / "model.pt", model.config, own_state(model), "")
+        save_file(torch.load(seed / "model.pt", weights_only=True), seed / "model.safetensors")
+
+
 def make_hf(folder):
     from src.checkpoint import own_state
     from src.interop.hf_llama import write_hf

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FUZZ = Path(__file__).with_name("fuzz.py")
-LOADERS = 18
+LOADERS = 20
 
 
 def fuzz(*words):

@@ -120,5 +120,8 @@ def test_models_that_their_code_cannot_hold(tiny):
         with pytest.raises(UserError, match=message):
             write_official(model.config, model.state_dict(), "runs/x")
     model = tiny(causal=False, embed_scale=4.0)
+    with pytest.raises(UserError, match="hidden width 24"):
+        write_official(model.config, model.state_dict(), "runs/x")
+    model = tiny(causal=False, embed_scale=4.0, d_ff=256)
     with pytest.raises(UserError, match="is not 1"):
         write_official(model.config, model.state_dict(), "runs/x")

@@ -405,3 +405,24 @@ def test_the_real_test_pairs_that_are_images_of_training_pairs_are_named():
 
 def test_read_grid_makes_bytes():
     assert read_grid([[1, 2], [3, 9]], "x").dtype == np.uint8
+
+
+def test_moving_keeps_the_grids_and_their_distance():
+    """From any place to any place; input and output move together, and colours and symmetry stay."""
+    rng = np.random.default_rng(0)
+    grids = [(random_grid(rng, 4, 7), random_grid(rng, 9, 2)) for _ in range(40)]
+    boards = [np.array([frame(pair[side], 3, 5) for pair in grids]) for side in (0, 1)]
+    inputs, labels = Arc().move(np.random.default_rng(1), *boards)
+    places = set()
+    for (one, other), board, label in zip(grids, inputs, labels):
+        at = np.argwhere(board.reshape(30, 30) >= 2).min(0).tolist()
+        assert np.array_equal(frame(one, *at), board) and np.array_equal(frame(other, *at), label)
+        places.add(tuple(at))
+    rows, columns = zip(*places)
+    assert len(places) > 30 and max(rows) <= 30 - 9 and max(columns) <= 30 - 7
+
+
+def test_moving_without_a_target():
+    board = frame(grid("12"), 4, 4)[None]
+    inputs, labels = Arc().move(np.random.default_rng(0), board, np.zeros_like(board))
+    assert (crop(arc.at_corner(inputs[0])) == grid("12")).all() and not labels.any()

@@ -1,5 +1,7 @@
 """Training data of puzzles: settings, sources, splits, the order of draws, and difficulty bins."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -14,8 +16,8 @@ from src.tasks.puzzle_data import (
     load_puzzles,
     read_form,
 )
-from src.tasks.puzzle_folder import write_folder
-from src.tasks.puzzles import find_leaks, make_grids
+from src.tasks.puzzle_folder import write_arc_folder, write_folder
+from src.tasks.puzzles import Grids, find_leaks, make_grids
 from src.tasks.sudoku import Sudoku, generate
 
 
@@ -82,6 +84,8 @@ class TestSources:
         ({"explore": 1.5}, "explore is 1.5"),
         ({"n_puzzles": -1}, "n_puzzles is -1"),
         ({"eval_steps": 0}, "eval_steps is 0"),
+        ({"puzzle_lr": 0.0}, "puzzle_lr is 0.0"),
+        ({"puzzle_weight_decay": -1.0}, "puzzle_weight_decay is -1.0"),
         ({"train_paths": ["a.csv"], "low": 5}, "low and high are for generated puzzles"),
         ({"valid_paths": ["a.csv"]}, "valid_paths without train_paths"),
     ],
@@ -163,3 +167,93 @@ def test_rows_of_files_keep_what_all_files_have(grids, tmp_path):
     rated.write_text(f"question,answer,rating\n{question},{answer},3.5\n")
     data = load_puzzles(PuzzleConfig(train_paths=[path, str(rated)]))
     assert set(data.train.difficulty) == {"clues", "rounds", "guess"}
+
+
+class TestDrawsOfPairs:
+    """Two tasks: task 0 has the ids 1 and 2 with 3 pairs each, task 1 the ids 3, 4 and 5 with 2 pairs each."""
+
+    @pytest.fixture
+    def tasks(self):
+        ids = np.array([1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5], np.int32)
+        groups = np.array([0] * 6 + [1] * 6, np.int32)
+        boards = np.arange(12, dtype=np.uint8)[:, None] * np.ones(4, np.uint8)
+        order = np.array([7, 0, 3, 11, 5, 1, 9, 4, 10, 6, 2, 8])  # the rows of a puzzle need not stand together
+        return Grids(boards, boards, ids, groups, {}).take(order)
+
+    def test_an_epoch_has_all_pairs_of_one_augmentation_of_each_task(self, tasks):
+        draws = PuzzleDraws(Still(), tasks, 0, augment=True)
+        assert (draws.n_groups, draws.epoch_size) == (2, 5)
+        rows, _, ids = draws.take(np.arange(5 * 200))
+        seen = set()
+        for epoch in range(200):
+            part = slice(5 * epoch, 5 * epoch + 5)
+            drawn = sorted(zip(ids[part].tolist(), rows[part, 0].tolist()))
+            first, second = drawn[0][0], drawn[-1][0]
+            assert drawn == [(first, 3 * first - 3 + i) for i in range(3)] + [
+                (second, 2 * second + i) for i in range(2)
+            ]
+            seen.add((first, second))
+        assert len(seen) == 6
+
+    def test_a_pair_depends_on_its_number_alone(self, tasks):
+        whole = PuzzleDraws(Still(), tasks, 5, augment=True).take(np.arange(700))
+        for part in (np.arange(300, 700), np.arange(3, 9), np.arange(0, 700, 13)):
+            again = PuzzleDraws(Still(), tasks, 5, augment=True).take(part)
+            assert all(np.array_equal(a, b[part]) for a, b in zip(again, whole, strict=True))
+        assert (PuzzleDraws(Still(), tasks, 6, augment=True).take(np.arange(700))[2] != whole[2]).any()
+
+    def test_a_shorter_puzzle_of_a_group_repeats_its_rows(self, tasks):
+        tasks = tasks.take(tasks.inputs[:, 0] != 2)  # id 1 keeps two of three pairs
+        rows, _, ids = PuzzleDraws(Still(), tasks, 0, augment=False).take(np.arange(5 * 50))
+        assert sorted(set(rows[ids == 1, 0].tolist())) == [0, 1]
+        counts = np.bincount(rows[ids == 1, 0])
+        assert counts[0] == 2 * counts[1]
+
+
+class Still(Sudoku):
+    """Its boards may be moved, but not augmented."""
+
+    def __init__(self):
+        super().__init__(4)
+
+    def augment(self, rng, inputs, labels):
+        raise AssertionError("a puzzle with an id must keep its colours and symmetry")
+
+
+class TestArcFolders:
+    """The training of task b has the test pair of task c under a symmetry and other colours."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        def write(name, **tasks):
+            def pairs(rows):
+                return [{"input": i, "output": o} for i, o in rows]
+
+            content = {task: {"train": pairs(rows[:-1]), "test": pairs(rows[-1:])} for task, rows in tasks.items()}
+            (tmp_path / name).write_text(json.dumps(content))
+            return tmp_path / name
+
+        a = [([[1, 2]], [[2]]), ([[3, 1]], [[1]]), ([[4, 5]], [[5]])]
+        b = [([[1, 2, 3], [0, 0, 4]], [[7]]), ([[1, 1, 1]], [[3, 4, 5]])]
+        c = [([[6, 6], [0, 5]], [[1, 1]]), ([[9], [9], [9]], [[5], [4], [3]])]
+        d = [([[6, 0], [0, 5]], [[1, 2]]), ([[1], [2], [2], [8]], [[4]])]
+        train = write("train.json", a=a, b=[*b, ([[8, 8, 0]], [[8]])])
+        return write_arc_folder, [tmp_path / "npy", [train], [write("test.json", c=c, d=d)]]
+
+    def test_tasks_that_leak_are_left_out_of_evaluations(self, folder, capsys):
+        write, arguments = folder
+        write(*arguments, n_augmentations=4)
+        data = load_puzzles(PuzzleConfig(puzzle="arc", train_paths=[str(arguments[0])]))
+        assert {name.split("|||")[0] for name in (data.names[i] for i in data.valid.puzzle_ids)} == {"d"}
+        assert "1 test grids are training grids under a symmetry of arc: evaluations leave out the 1 tasks" in (
+            capsys.readouterr().err
+        )
+        assert data.valid.n_rows == 5 and data.train.n_rows == 5 * (3 + 3 + 1 + 1)
+
+    def test_nothing_left(self, folder, tmp_path):
+        write, (folder, train, test) = folder
+        content = json.loads(test[0].read_text())
+        test[0].write_text(json.dumps({"c": content["c"]}))
+        write(folder, train, test, n_augmentations=2)
+        with pytest.raises(UserError, match="test grids are training grids under a symmetry of arc"):
+            load_puzzles(PuzzleConfig(puzzle="arc", train_paths=[str(folder)]))

@@ -8,10 +8,10 @@ import pytest
 
 from src.errors import UserError
 from src.tasks import puzzle_folder
-from src.tasks.arc import ArcSet, Task
+from src.tasks.arc import ArcSet, Task, crop, parse_puzzle_name, read_tasks
 from src.tasks.mazes import Maze
 from src.tasks.mazes import generate as generate_mazes
-from src.tasks.puzzle_folder import kind_named, read_folder, write_folder
+from src.tasks.puzzle_folder import kind_named, kind_of_size, read_folder, write_arc_folder, write_folder
 from src.tasks.sudoku import Sudoku, generate
 
 
@@ -278,3 +278,43 @@ def test_kinds_have_names():
     for name in ("sudoku", "sudoku5", "maze", "maze3", "maze1x9", "arc2", ""):
         with pytest.raises(UserError):
             kind_named(name)
+
+
+def test_arc_tasks_with_all_their_augmentations(tmp_path):
+    """Each id of a task has all its pairs; undoing the augmentation of an id gives the pairs back."""
+    rng = np.random.default_rng(0)
+
+    def pairs(n):
+        return [{"input": rng.integers(10, size=(3, 2)).tolist(), "output": [[1, 2]]} for _ in range(n)]
+
+    content = {"a": {"train": pairs(3), "test": pairs(1)}, "b": {"train": pairs(2), "test": pairs(2)}}
+    del content["b"]["test"][1]["output"]
+    for name in content:
+        (tmp_path / f"{name}.json").write_text(json.dumps({name: content[name]}))
+    data = write_arc_folder(tmp_path / "npy", [tmp_path / "a.json"], [tmp_path / "b.json"], n_augmentations=7, seed=1)
+    folder = read_folder(tmp_path / "npy")
+    assert folder.kind.name == "arc" and folder.names == data.names and len(folder.names) == 1 + 8 + 8
+    assert (folder.train.n_rows, folder.test.n_rows) == (8 * 4 + 8 * 2, 8 * 2)
+    for split, parts in ((folder.train, {"a": ("train", "test"), "b": ("train",)}), (folder.test, {"b": ("test",)})):
+        assert np.bincount(split.puzzle_ids, minlength=17).tolist() == [0] + [
+            sum(len(content[task][part]) for part in parts.get(task, ())) for task in "aaaaaaaabbbbbbbb"
+        ]
+        for row in range(split.n_rows):
+            task, augmentation = parse_puzzle_name(folder.names[split.puzzle_ids[row]])
+            found = augmentation.undo(crop(split.inputs[row])).tolist()
+            (own,) = [p for part in parts[task] for p in content[task][part] if p["input"] == found]
+            if "output" in own:
+                assert augmentation.undo(crop(split.labels[row])).tolist() == own["output"]
+            else:
+                assert not split.labels[row].any()
+    assert json.loads((tmp_path / "npy" / "test_puzzles.json").read_text()) == {"b": content["b"]}
+    (task,) = read_tasks(tmp_path / "npy" / "test_puzzles.json")
+    assert task.name == "b" and task.test[1][1] is None
+
+
+def test_kinds_by_their_size():
+    sizes = [(16, 6), (36, 8), (81, 11), (900, 12), (900, 6), (81, 6), (81, 12), (30, 6), (10**9, 6)]
+    kinds = [kind_of_size(*size) for size in sizes]
+    assert [kind and kind.name for kind in kinds] == [
+        *("sudoku4", "sudoku6", "sudoku9", "arc", "maze30x30", "maze9x9", None, None, None)
+    ]

@@ -16,6 +16,7 @@ from src.checkpoint import load_network, load_state, read_info
 from src.errors import UserError
 from src.losses import IGNORE
 from src.model import Carry
+from src.optim import make_optimizers
 from src.tasks.puzzle_data import HeldOut, PuzzleDraws, load_puzzles, read_form
 from src.tasks.puzzle_rows import PuzzleRows
 from src.tasks.puzzle_trainer import create_puzzle_trainer
@@ -289,3 +290,28 @@ def test_two_processes(make, tmp_path):
         assert two[0][name] == pytest.approx(read_metrics(one.folder)[0][name], rel=1e-4)
     judged = [[r["valid_loss"] for r in records if "valid_loss" in r] for records in (two, read_metrics(one.folder))]
     assert judged[0] == pytest.approx(judged[1], rel=1e-2)
+
+
+class TestPuzzleEmbeddings:
+    def test_sign_sgd_with_rates_of_its_own(self, make):
+        """Warm-up over two steps: the first learning rate is half the peak. The embedding starts at 0."""
+        trainer = make(prefix_tokens=2, puzzle_ids=3, puzzle_lr=0.5, puzzle_weight_decay=0.0, ema_decay=0.0, lr=1e-3)
+        trainer.enter_stage()
+        trainer.train_step(next(trainer.loader))
+        table = trainer.raw.puzzle_embed.weight.detach()
+        assert (table[0].abs() == 0.25).all() and not table[1:].any()
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        assert [group["lr"] for group in groups] == [0.0005] * (len(groups) - 1) + [0.25]
+
+    def test_defaults_follow_the_rest(self, make):
+        trainer = make(prefix_tokens=2, puzzle_ids=3, lr=0.003, weight_decay=0.7)
+        (group,) = trainer.optimizers[-1].param_groups
+        assert (group["peak_lr"], group["weight_decay"]) == (0.003, 0.7)
+        assert len(make("registers", prefix_tokens=2).optimizers) == len(trainer.optimizers) - 1
+
+    def test_a_run_of_a_version_without_it_is_refused(self, make, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr("src.tasks.puzzle_trainer.make_optimizers", lambda *args: make_optimizers(*args[:-1]))
+            make(prefix_tokens=2, puzzle_ids=3, max_steps=2).train()
+        with pytest.raises(UserError, match="of a version with other optimizers: start from its weights"):
+            make(prefix_tokens=2, puzzle_ids=3, max_steps=2, resume=True)

@@ -243,3 +243,15 @@ def test_a_file_without_answers(tmp_path, capsys):
         read_csv(Sudoku(4), tmp_path / "b.csv")
     with pytest.raises(UserError, match="line 2, answer: a sudoku4 board has 16 cells"):
         read_csv(Sudoku(4), csv_file(tmp_path / "d.csv", "question,answer", f"{QUESTION},"))
+
+
+def test_leaks_of_groups_of_pairs(monkeypatch):
+    """Ids 2 and 4 are augmentations of ids 1 and 3: only pairs of the lowest id of a group are compared."""
+    monkeypatch.setattr(Letters, "one_orbit_per_group", False)
+    train = letters("aa", "ab", "bb", "ba", groups=[0] * 4)._replace(puzzle_ids=np.array([1, 1, 2, 2], np.int32))
+    test = letters("ab", "ba", groups=[0] * 2)._replace(puzzle_ids=np.array([3, 4], np.int32))
+    assert find_leaks(Letters(), train, test) == {0: 1}
+    monkeypatch.setattr(Letters, "invariants", lambda self, inputs, labels: [bytes(sorted(row)) for row in inputs])
+    assert find_leaks(Letters(), train, test) == {0: 1}
+    monkeypatch.setattr(Letters, "invariants", lambda self, inputs, labels: [bytes([len(inputs)]) for _ in inputs])
+    assert find_leaks(Letters(), train, test.take(np.array([0]))) == {}  # as if no orbit could be the same

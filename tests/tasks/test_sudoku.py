@@ -246,3 +246,21 @@ def test_the_only_answer_is_found_and_answers_are_counted(size):
     wrong[0, first] = second[first] % size + 2  # another digit than that of the answer
     answers, counts = kind.solve(np.concatenate([wrong, empty]))
     assert counts.tolist() == [0, 2] and not answers[0].any() and kind.are_right(empty, answers[1:]).all()
+
+
+@pytest.mark.parametrize("size", [4, 6, 9])
+def test_invariants_are_equal_within_an_orbit(size):
+    kind, grids = Sudoku(size), generate(size, 60, {4: (4, 8), 6: (8, 20), 9: (30, 36)}[size], seed=3)
+    values = kind.invariants(*grids[:2])
+    for seed in range(5):
+        assert kind.invariants(*kind.augment(np.random.default_rng(seed), *grids[:2])) == values
+    orbits = kind.orbits(*grids[:2])
+    assert len(set(values)) <= len(set(orbits)) and len(set(values)) > {4: 1, 6: 15, 9: 55}[size]
+
+
+def test_invariants_by_hand():
+    """Rows 0 1 2 3 / 2 3 0 1 / 1 0 3 2 / 3 2 1 0: all permutations between rows are two swaps, between columns too."""
+    board = np.array([[0, 1, 2, 3], [2, 3, 0, 1], [1, 0, 3, 2], [3, 2, 1, 0]], np.uint8).reshape(1, 16) + 2
+    (value,) = Sudoku(4).invariants(board, board)
+    two_swaps = 0 * 125 + 4 * 25 + 0 * 5 + 4  # fixed points of the powers 1, 2, 3, 4
+    assert np.frombuffer(value, np.int64).tolist() == [two_swaps] * 12
