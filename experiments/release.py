@@ -3,26 +3,35 @@
     python experiments/release.py runs/stdlib checkpoints/stdlib
     python experiments/release.py runs/wiki checkpoints/wiki --valid_paths wiki/validation_0.jsonl.gz
 
-Writes the second folder as a checkpoint that load_model can open, and prints the size of each file. Then it compares
-the losses of both checkpoints on the first validation batches. If they differ by more than 0.001 nats per token, the
-exit code is 1.
+    python experiments/release.py runs/sudoku9 checkpoints/sudoku
+
+Writes the second folder as a checkpoint, and prints the size of each file. Then it compares the losses of both
+checkpoints on the first validation batches. If they differ by more than 0.001 nats per token, the exit code is 1. Of a
+puzzle model, it compares the share of the run's held-out puzzles that are solved; it may differ by 0.001, too.
 """
 
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src when run as a script
 
-from src.checkpoint import load_model, resolve, save_checkpoint  # noqa: E402
+from src.checkpoint import load_model, load_network, resolve, save_checkpoint  # noqa: E402
 from src.config import parse_flags, run  # noqa: E402
+from src.data.tokenizer_json import PUZZLE_FILE  # noqa: E402
 from src.dataset import DataConfig, create_dataloader, prepare_data  # noqa: E402
 from src.errors import UserError
 from src.evaluation.evaluation import evaluate  # noqa: E402
+from src.files.plain_yaml import read_yaml  # noqa: E402
+from src.tasks.puzzle_data import PuzzleConfig, load_puzzles, read_form  # noqa: E402
+from src.tasks.puzzle_eval import answer, figures_of  # noqa: E402
 
-LARGEST_CHANGE = 0.001  # nats per token
+LARGEST_CHANGE = 0.001  # nats per token, or share of the puzzles
+PUZZLES = 2000  # held-out puzzles that are compared
 
 
 @dataclass
@@ -59,7 +68,9 @@ def release(run_folder, output) -> Path:
         raise UserError(f"{output} has files but no checkpoint: choose another folder")
     if output.resolve() == source.resolve():
         raise UserError(f"{output} is the checkpoint itself: choose another folder")
-    model, tokenizer = load_model(source)  # the averaged weights, if the run has them
+    # the averaged weights, if the run has them
+    is_puzzle = (source / PUZZLE_FILE).is_file()
+    model, tokenizer = (load_network(source), read_form(source)) if is_puzzle else load_model(source)
     info = json.loads((source / "config.json").read_text(encoding="utf-8")).get("info")
     save_checkpoint(output, model.half(), tokenizer, info=info)
     return source
@@ -78,6 +89,17 @@ def losses(folders, args: ReleaseConfig) -> list[float]:
     return found
 
 
+def shares_solved(folders, settings: dict) -> list[float]:
+    """Returns the share of the held-out puzzles that each checkpoint solves.  settings: those of the run."""
+    names = {field.name for field in fields(PuzzleConfig)}
+    valid = load_puzzles(PuzzleConfig(**{name: settings[name] for name in names & settings.keys()})).valid
+    rows, found = np.arange(min(PUZZLES, valid.n_rows)), []
+    for folder in folders:
+        answers = answer(load_network(folder), valid, rows, None, "fp32", 256)
+        found.append(figures_of(valid, [answers])["valid_exact_accuracy"])
+    return found
+
+
 def main(argv=None) -> int:
     args = parse_args(argv)
     output = Path(args.folders[1])
@@ -86,9 +108,14 @@ def main(argv=None) -> int:
     for name, size in sizes.items():
         print(f"{name:20}{size:>12,} bytes")
     print(f"{'total':20}{sum(sizes.values()):>12,} bytes")
-    before, after = losses((source, output), args)
+    is_puzzle = (output / PUZZLE_FILE).is_file()
+    if is_puzzle:
+        before, after = shares_solved((source, output), read_yaml(source.parent / "config.yaml"))
+    else:
+        before, after = losses((source, output), args)
     is_equal = math.isclose(before, after, rel_tol=0, abs_tol=LARGEST_CHANGE)
-    print(f"validation loss {before:.5f} before, {after:.5f} in fp16: {'equal enough' if is_equal else 'CHANGED'}")
+    figure = "share of held-out puzzles solved" if is_puzzle else "validation loss"
+    print(f"{figure} {before:.5f} before, {after:.5f} in fp16: {'equal enough' if is_equal else 'CHANGED'}")
     return 0 if is_equal else 1
 
 
