@@ -9,6 +9,7 @@
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --steps 64            # more steps than in training
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --starts 8            # the best of eight noisy starts
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --votes 8             # a vote over eight symmetric boards
+    python solve_puzzles.py runs/sudoku --paths test.csv.gz --curve runs/curve.png   # accuracy by steps
 
 stdout gets the solutions, one per line; a terminal gets a single board as a grid. With --output, they go to a .csv
 file instead. Messages go to stderr: for up to 20 boards, whether each answer is right by the rules, its supervision
@@ -64,6 +65,8 @@ class SolveConfig:
         trace: show the first board after each supervision step. Without a value, or with -, it is printed on stderr;
             with a file name (.png, .gif, .pdf, .svg) it is drawn, with its data in a .json beside it; .json alone
             writes the data only
+        curve: picture (.png) of exact accuracy against mean supervision steps, for fixed numbers of steps, for the
+            halting head at many thresholds, and for two references; its figures are printed on stderr
         device: device to run on: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
         precision: number format of the matrix products
     """
@@ -87,6 +90,7 @@ class SolveConfig:
     batch_size: int = 256
     output: str | None = None
     trace: bool | str = False
+    curve: str | None = None
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
 
@@ -101,6 +105,8 @@ class SolveConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it from {low:,} to {high:,}")
         if not self.generate and (self.low or self.high or self.difficulty != "any"):
             raise ValueError("low, high and difficulty are for --generate: leave them out")
+        if self.curve is not None and self.exit != "fixed":
+            raise ValueError("curve compares the stopping rules itself: leave out exit")
 
 
 @before_torch
@@ -112,6 +118,7 @@ from src.checkpoint import load_network, resolve
 from src.runtime import choose_device, choose_precision
 from src.tasks.board_picture import draw_trace
 from src.tasks.board_trace import BoardTrace, check_trace_path, print_trace, write_trace
+from src.tasks.puzzle_curve import curve_of, draw, report
 from src.tasks.puzzle_data import read_form
 from src.tasks.puzzle_eval import solve
 from src.tasks.puzzle_input import check_ids, generated_boards, read_boards, split_boards, typed_boards
@@ -154,9 +161,9 @@ def boards_of(config: SolveConfig, kind: PuzzleKind) -> Grids:
 def main(argv=None):
     config = parse_args(argv)
     traces = trace_files(config.trace)
-    check_distinct([config.output, *traces], config.paths)
-    if config.output is not None:
-        check_writable(config.output)
+    check_distinct([config.output, config.curve, *traces], config.paths)
+    for path in filter(None, (config.output, config.curve)):
+        check_writable(path)
     if traces:
         check_trace_path(config.trace)
     model, kind, precision = load(config)
@@ -165,6 +172,8 @@ def main(argv=None):
     effort.check(model, kind)
     grids = boards_of(config, kind)
     check_ids(model.config, kind, grids)
+    if config.curve is not None and model.config.recursion_steps == 1:
+        raise UserError("the model has a single step, so there is no curve: leave out --curve")
     trace = BoardTrace(kind, grids.inputs[0], grids.labels[0]) if config.trace else None
     parts = []
     with Writer(config.output, kind, grids) as writer:
@@ -176,6 +185,10 @@ def main(argv=None):
     if grids.n_rows > 1:
         print("\n".join(summary(kind, grids, parts)), file=sys.stderr)
     show(trace, config.trace)
+    if config.curve is not None:
+        points, trained = curve_of(parts), min(model.config.recursion_steps, len(parts[0].answers.is_exact))
+        print(report(points, trained), file=sys.stderr)
+        draw(points, trained, config.curve, f"{kind.name}: {grids.n_rows:,} boards, {config.checkpoint}")
 
 
 def trace_files(where: bool | str) -> list[Path]:

@@ -7,7 +7,8 @@
 
 Writes the second folder as a checkpoint, and prints the size of each file. Then it compares the losses of both
 checkpoints on the first validation batches. If they differ by more than 0.001 nats per token, the exit code is 1. Of a
-puzzle model, it compares the share of the run's held-out puzzles that are solved; it may differ by 0.001, too.
+puzzle model, it compares the share of the run's held-out puzzles that are solved. This may differ by 0.005, because
+many steps in sequence make rounding grow.
 """
 
 import json
@@ -30,7 +31,8 @@ from src.files.plain_yaml import read_yaml  # noqa: E402
 from src.tasks.puzzle_data import PuzzleConfig, load_puzzles, read_form  # noqa: E402
 from src.tasks.puzzle_eval import answer, figures_of  # noqa: E402
 
-LARGEST_CHANGE = 0.001  # nats per token, or share of the puzzles
+LARGEST_CHANGE = 0.001  # nats per token
+LARGEST_CHANGE_SOLVED = 0.005  # share of the puzzles
 PUZZLES = 2000  # held-out puzzles that are compared
 
 
@@ -113,7 +115,8 @@ def main(argv=None) -> int:
         before, after = shares_solved((source, output), read_yaml(source.parent / "config.yaml"))
     else:
         before, after = losses((source, output), args)
-    is_equal = math.isclose(before, after, rel_tol=0, abs_tol=LARGEST_CHANGE)
+    most = LARGEST_CHANGE_SOLVED if is_puzzle else LARGEST_CHANGE
+    is_equal = math.isclose(before, after, rel_tol=0, abs_tol=most)
     figure = "share of held-out puzzles solved" if is_puzzle else "validation loss"
     print(f"{figure} {before:.5f} before, {after:.5f} in fp16: {'equal enough' if is_equal else 'CHANGED'}")
     return 0 if is_equal else 1

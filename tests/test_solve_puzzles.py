@@ -290,6 +290,20 @@ class TestMistakes:
             call(folder, "--paths", tmp_path / "npy")
 
 
+def test_the_curve_compares_stopping_rules(solver, home, call, tmp_path):
+    picture = tmp_path / "curve.png"
+    err = call(solver, "--generate", 40, "--low", 10, "--high", 15, "--steps", 6, "--curve", picture).err
+    assert picture.stat().st_size > 10_000
+    full = float(err.split("exact accuracy after all 3 steps: ")[1].split()[0])
+    assert f"| fixed | 3 | 3.00 | {full:.4f} | 0% |" in err and "| fixed | 4 | 4.00 |" in err
+    assert "| halt | 0.5 |" in err and "| random | 0.5 |" in err and "| oracle | 6 |" in err
+    with pytest.raises(UserError, match="leave out exit"):
+        call(solver, "--generate", 4, "--exit", "halt", "--curve", picture)
+    plain = save_model(home / "plain_curve", recursion="none")
+    with pytest.raises(UserError, match="leave out --curve"):
+        call(plain, "--generate", 4, "--curve", picture)
+
+
 def test_as_a_script(solver, tmp_path):
     code, out, err = run_script("solve_puzzles.py", solver, "--board", "-", "--trace", "-", stdin=f"{BOARD}\n")
     assert code == 0 and len(out.split()) == 1 and "board 1: " in err and "\033" not in err

@@ -1,13 +1,13 @@
 """Exact accuracy against the mean number of supervision steps: when to stop, compared over stopping rules.
 
-All rules are compared on the same answers: those of N boards after each of S steps.
+All rules are compared on the same answers: those of N boards after each of S steps, which `solve_puzzles.py --curve`
+collects.
 
     fixed    every board stops after the same number of steps
     halt     a board stops after the first step whose halting probability is over a threshold
     random   the numbers of steps of `halt`, shuffled among the boards: the same mean, without the head's knowledge
     oracle   a board stops after the first step from which on it stays right; a board that never gets right stops
              after its first step. No rule: a bound, which needs the solution
-    starts   several attempts from noisy initial states; the answer with the highest halting probability is taken
 """
 
 from typing import NamedTuple
@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from src.errors import UserError
+from src.tasks.puzzle_eval import Solved
 from src.training.curves import (
     BLUE,
     GREEN,
@@ -30,7 +32,7 @@ from src.training.curves import (
 
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 RULES = {"fixed": "fixed steps", "halt": "halting head", "random": "random, same mean", "oracle": "oracle"}
-COLORS = {"fixed": ORANGE, "halt": BLUE, "random": GREY, "oracle": GREEN, "starts": INK}
+COLORS = {"fixed": ORANGE, "halt": BLUE, "random": GREY, "oracle": GREEN}
 SHUFFLES = 20  # of random, averaged
 
 
@@ -39,7 +41,7 @@ class Point(NamedTuple):
 
     rule: str
     setting: float  # steps, threshold or number of starts
-    steps: float  # mean supervision steps per board, all starts together
+    steps: float  # mean supervision steps per board
     exact: float  # fraction of the boards whose answer is right
 
 
@@ -54,6 +56,20 @@ def oracle_stops(is_exact: Bool[np.ndarray, "s n"]) -> Int[np.ndarray, "n"]:
     wrong = ~is_exact[::-1]  # the last step first
     tail = np.where(wrong.any(0), wrong.argmax(0), len(is_exact))  # right steps at the end
     return np.where(tail > 0, len(is_exact) - tail, 0)
+
+
+def curve_of(parts: list[Solved]) -> list[Point]:
+    """The points of boards that were solved part by part, all with a fixed number of steps.
+
+    Boards whose answer is not known are left out. Raises UserError if no answer is known."""
+    is_exact = np.concatenate([part.answers.is_exact for part in parts], 1)
+    known = ~np.isnan(is_exact[-1])
+    if not known.any():
+        raise UserError("--curve needs boards whose answer is known: give a file with answers")
+    halting = None
+    if parts[0].halting is not None:
+        halting = np.concatenate([part.halting for part in parts], 1)[:, known]
+    return curve(is_exact[:, known] == 1, halting)
 
 
 def curve(is_exact: Bool[np.ndarray, "s n"], halts: Float[np.ndarray, "s n"] | None, seed: int = 0) -> list[Point]:
@@ -81,14 +97,6 @@ def cheapest(points: list[Point], rule: str, exact: float) -> Point | None:
     """The point of a rule with the fewest mean steps among those at least as accurate, or None."""
     good = [point for point in points if point.rule == rule and point.exact >= exact]
     return min(good, key=lambda point: point.steps, default=None)
-
-
-def best_of_starts(
-    is_exact: Bool[np.ndarray, "k n"], halts: Float[np.ndarray, "k n"], counts=(1, 2, 4, 8, 16, 32)
-) -> dict[int, float]:
-    """{number of starts: exact accuracy of the answer with the highest halting probability among that many}."""
-    chosen = {k: halts[:k].argmax(0) for k in counts if k <= len(halts)}
-    return {k: float(is_exact[rows, np.arange(len(rows))].mean()) for k, rows in chosen.items()}
 
 
 def report(points: list[Point], trained: int) -> str:
@@ -126,7 +134,7 @@ def draw(points: list[Point], trained: int, path, title: str = "", remark: str =
         line = sorted((point.steps, point.exact) for point in points if point.rule == rule)
         if line:
             axes.plot(*zip(*line), "o-", color=color, markersize=4, linewidth=1.6)
-            labels.append((line[-1][1], RULES.get(rule, "noisy starts"), color))
+            labels.append((line[-1][1], RULES[rule], color))
     full = next(point for point in points if (point.rule, point.setting) == ("fixed", trained))
     axes.plot(full.steps, full.exact, "s", color=INK, markersize=6, zorder=5)
     place = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": INK}

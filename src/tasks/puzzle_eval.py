@@ -101,6 +101,7 @@ class Solved(NamedTuple):
     """A part of the boards, solved: n boards, S steps."""
 
     answers: Answers  # is_exact: whether the answer is right, as `judge` says
+    halting: np.ndarray | None  # (S, n) halting probabilities; None without a halting head
     last: Attempt
     seconds: float
 
@@ -115,14 +116,14 @@ def solve(model: TRMModel, kind: PuzzleKind, grids: Grids, effort: Effort, watch
         for attempt in attempts(model, kind, part.inputs, part.puzzle_ids, effort, start):
             n_right = ((attempt.answers == part.labels) & (part.labels != 0)).sum(1)
             cells = np.where(n_cells, n_right / np.maximum(1, n_cells), np.nan)
-            halts = None if attempt.halt is None else attempt.halt > effort.halt_threshold
-            found.append((judge(kind, part, attempt.answers), cells, halts))
+            found.append((judge(kind, part, attempt.answers), cells, attempt.halt))
             if watch is not None and start == 0:
                 watch(attempt)
-        is_exact, cells, halts = zip(*found, strict=True)
-        halts = None if halts[0] is None else np.stack(halts)
+        is_exact, cells, halting = zip(*found, strict=True)
+        halting = None if halting[0] is None else np.stack(halting)
+        halts = None if halting is None else halting > effort.halt_threshold
         answers = Answers(rows, np.stack(is_exact), np.stack(cells), halts, np.full(len(rows), np.nan))
-        yield Solved(answers, attempt, time.perf_counter() - began)
+        yield Solved(answers, halting, attempt, time.perf_counter() - began)
 
 
 def judge(kind: PuzzleKind, grids: Grids, answers: np.ndarray) -> np.ndarray:

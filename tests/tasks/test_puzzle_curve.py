@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from src.tasks.puzzle_curve import best_of_starts, cheapest, curve, draw, oracle_stops, report, stops_of
+from src.tasks.puzzle_curve import cheapest, curve, draw, oracle_stops, report, stops_of
 
 #                     board: 0      1      2      3
 IS_EXACT = np.array(
@@ -43,12 +43,6 @@ def test_random_has_the_mean_of_halt_and_not_its_knowledge():
     assert random.exact == pytest.approx((need[:, None] <= need).mean(), abs=0.03)
     assert cheapest(points, "halt", 1.0).steps < cheapest(points, "fixed", 1.0).steps == 8
     assert cheapest(points, "random", 1.0) is None or cheapest(points, "random", 1.0).steps == 8
-
-
-def test_the_likeliest_of_several_starts_is_taken():
-    is_exact = np.array([[False, True, False], [True, False, False], [True, True, True]])
-    halts = np.array([[0.5, 0.5, 0.5], [0.6, 0.4, 0.9], [0.1, 0.9, 0.8]])
-    assert best_of_starts(is_exact, halts) == {1: pytest.approx(1 / 3), 2: pytest.approx(2 / 3)}
 
 
 def test_the_report_and_the_picture(tmp_path):
