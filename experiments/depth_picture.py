@@ -68,17 +68,18 @@ def draw_heat(records: list[dict], heat):
     edges = np.concatenate(([tested[0] - 0.5], middles, [tested[-1] + 0.5 * max(1, tested[-1] - middles[-1])]))
     style_axes(heat, f"{family}: the loop by visits")
     heat.grid(False)
+    heat.yaxis.get_major_locator().set_params(integer=True)
     colours = LinearSegmentedColormap.from_list("exact", ("#ffffff", "#d3e6f2", SKY, BLUE))
     mesh = heat.pcolormesh(np.arange(0.5, most + 1), edges, by_visit, cmap=colours, vmin=0, vmax=1, rasterized=True)
     width, height = recipe["most_visits"] * (2 if recipe["tail"] else 1), recipe["trained"] + 0.5 - edges[0]
     heat.add_patch(Rectangle((0.5, edges[0]), width, height, fill=False, ec=INK, lw=1.4, zorder=4))
     beside = {"textcoords": "offset points", "fontsize": 9, "fontweight": "bold"}
     heat.annotate("trained", (width + 0.5, edges[0]), (5, 4), color="white", **beside)
-    rule = next(iter(name for name in loops[0]["tests"][0]["rules"] if name.startswith(("halt", "kl"))))
+    rule = recipe["main_rule"]
     visits = np.mean([[t["rules"][rule]["visits"] for t in in_order(r)] for r in loops], axis=0)
     heat.plot(visits, tested, color=ORANGE, linewidth=1.8, marker="o", markersize=3.5, zorder=5)
     halo = [withStroke(linewidth=3, foreground="white", alpha=0.7)]
-    text = "mean visits with\nthe halting head" if rule == "halt" else "mean visits until\nnothing changes"
+    text = "mean visits with\nthe halting head" if rule == "halt" else "mean visits with\nthe KL rule"
     heat.annotate(text, (visits[-1], tested[-1]), (8, -4), color=ORANGE, va="top", path_effects=halo, **beside)
     heat.set(xlim=(0.5, most + 0.5), ylim=(edges[0], edges[-1]))
     label(heat, "visits", STEPS[family])
@@ -90,7 +91,7 @@ def draw_models(records: list[dict], axes):
     recipe = records[0]["recipe"]
     style_axes(axes, f"{records[0]['family']}: all models")
     axes.axvspan(0.5, recipe["trained"] + 0.5, color="#f0f0f0", zorder=0)
-    axes.annotate("trained", (recipe["trained"] + 0.5, 0), (4, 3), textcoords="offset points", fontsize=9)
+    axes.annotate("trained", (0.6, 0.04), rotation=90, fontsize=9)
     ends = []
     for model, color in (("loop", BLUE), ("plain_1", GREEN), ("plain_deep", ORANGE)):
         seeds = [r for r in records if r["model"] == model]

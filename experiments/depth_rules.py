@@ -51,19 +51,18 @@ class Run(NamedTuple):
         is_right = np.concatenate([run.is_right for run in runs], axis=1)
         return cls(np.concatenate([run.has_answer for run in runs]), is_right, adaptive, runs[0].by_row)
 
-    def figures(self) -> dict:
+    def figures(self, main_rule: str) -> dict:
         """Exact rows after each visit (all tokens run on), and exact rows and mean visits per answer of each rule.
 
-        The first adaptive rule gives the means of `fixed` and `random`."""
+        `fixed` and `random` get the mean visits of main_rule, one of the adaptive rules."""
         most, answers = len(self.is_right), self.has_answer
         by_visit = [exact(right) for right in self.is_right]
         rules = {"full": {"exact": by_visit[-1], "visits": float(most)}}
         for name, (right, depths) in self.adaptive.items():
             rules[name] = {"exact": exact(right), "visits": float(depths[answers].mean())}
-        first = next(iter(self.adaptive))
-        fixed = min(most, int(np.ceil(rules[first]["visits"])))
+        fixed = min(most, int(np.ceil(rules[main_rule]["visits"])))
         rules["fixed"] = {"exact": by_visit[fixed - 1], "visits": float(fixed)}
-        shuffled, rng = self.adaptive[first][1].copy(), np.random.default_rng(SHUFFLE_SEED)
+        shuffled, rng = self.adaptive[main_rule][1].copy(), np.random.default_rng(SHUFFLE_SEED)
         if self.by_row:
             shuffled = rng.permutation(shuffled)
         else:

@@ -385,7 +385,7 @@ def test_depth(tmp_path, capsys):
         assert abs(loop["parameters"] - plain["parameters"]) <= 17 < deep["parameters"] - plain["parameters"]  # q_head
         assert [test["difficulty"] for test in loop["tests"]] == [1, 2, 4, "mixed"]
         for test in loop["tests"]:
-            rules, first = test["rules"], "kl 0.001" if family == "regions" else "halt"
+            rules, first = test["rules"], loop["recipe"]["main_rule"]
             assert len(test["by_visit"]) == 6 and rules["full"] == {"exact": test["exact"], "visits": 6.0}
             assert 0 <= rules["fixed"]["visits"] - rules[first]["visits"] < 1
             if family != "regions":  # rows of regions have different numbers of answers
@@ -435,12 +435,12 @@ def test_rules_read_answers_at_the_depths_they_name():
     is_right[:2, 0, 2] = is_right[0, 1, 2] = False
     is_right[0, 0, 1], is_right[1, 0, 1] = True, False  # right, wrong, then right to the end
     halt = np.ones((2, 3), dtype=bool), np.array([[1, 3, 3], [1, 1, 2]])
-    figures = depth_rules.Run(has_answer, is_right, {"halt": halt}).figures()
+    figures = depth_rules.Run(has_answer, is_right, {"halt": halt}).figures("halt")
     assert figures["by_visit"] == [0, 0.5, 1, 1] and figures["enough_visits"] == 3
     rules = figures["rules"]
     assert rules["oracle"] == {"exact": 1.0, "visits": (3 + 3 + 1 + 2) / 4}
     assert rules["halt"] == {"exact": 1.0, "visits": 2.25} and rules["fixed"] == {"exact": 1.0, "visits": 3.0}
-    joined = depth_rules.Run.join([depth_rules.Run(has_answer, is_right, {"halt": halt})] * 3).figures()
+    joined = depth_rules.Run.join([depth_rules.Run(has_answer, is_right, {"halt": halt})] * 3).figures("halt")
     assert joined["by_visit"] == figures["by_visit"] and joined["rules"]["halt"] == rules["halt"]
 
 

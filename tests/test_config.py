@@ -350,13 +350,11 @@ def test_a_class_of_ones_own():
             paths: files
             twice: read them two times
             limit: documents
-            pages: pages of each
         """
 
-        paths: list[str] = dataclasses.field(default_factory=list)
+        paths: list[str] | None = None
         twice: bool = False
         limit: int | None = None
-        pages: list[int] | None = None
 
         def __post_init__(self):
             if self.limit == 0:
@@ -367,7 +365,6 @@ def test_a_class_of_ones_own():
 
     assert of("a", "b", "--limit", "3", "c") == Paths(["a", "b", "c"], False, 3)
     assert of("--paths", "a", "--twice") == Paths(["a"], True)
-    assert of("--pages", "1", "2") == Paths(pages=[1, 2])
     with pytest.raises(UserError, match="limit is 0"):
         of("--limit", "0")
 
