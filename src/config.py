@@ -308,8 +308,9 @@ def _flags(cls, start=""):
 
 
 def _is_list(field):
-    """Whether the flag takes several words.  A list of dataclasses does not: it is given as JSON."""
-    return typing.get_origin(field.type) is list and not dataclasses.is_dataclass(typing.get_args(field.type)[0])
+    """Whether the flag takes several words: a list, or a list or None. A list of dataclasses is given as JSON."""
+    kinds = [kind for kind in (field.type, *typing.get_args(field.type)) if typing.get_origin(kind) is list]
+    return any(not dataclasses.is_dataclass(typing.get_args(kind)[0]) for kind in kinds)
 
 
 def _normalise(argv, fields, positional):

@@ -217,7 +217,11 @@ def test_rounds_alternate():
         (shakespeare, ["--table", "--output", "nowhere.jsonl"], "nowhere.jsonl"),
         (depth, ["--max_visits", "0"], "max_visits is 0"),
         (depth, ["--least_visits", "9"], "least_visits 9"),
-        (depth, ["--tested", "32"], "a run of 32"),
+        (depth, ["--family", "puzzles"], "family is puzzles: choose from carries"),
+        (depth, ["--models", "deep"], "models is deep"),
+        (depth, ["--family", "regions", "--trained", "99"], "regions of size 8 with 99 steps"),
+        (depth, ["--draw", "--output", "nowhere"], "nowhere"),
+        (depth, ["--tested", "32"], "carries of size 32 with 32 steps"),
         (release, ["one"], "two folders"),
         (release, ["nowhere", "out"], "nowhere"),
     ],
@@ -361,57 +365,6 @@ def test_classifications_are_kept_and_tabled(finished_run, tmp_path, capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [row[:2] for row in rows] == [[t, o] for t in ("cfimdb", "sst") for o in ("finetune", "prompt")]
     assert f"{(runs[1]['accuracy'] + runs[2]['accuracy']) / 2:.4f}" in rows[2]
-
-
-# --- experiments/depth.py ---------------------------------------------------------------------------------------------
-
-
-def test_depth(tmp_path, capsys):
-    assert depth.main(["--quick", "--processes", "1", "--output", str(tmp_path / "out")]) == 0
-    facts = last_json(capsys)
-    assert [(r["model"], r["seed"]) for r in facts["runs"]] == [(name, 0) for name in depth.MODELS]
-    assert len((tmp_path / "out" / "runs.jsonl").read_text().splitlines()) == 3
-    assert (tmp_path / "out" / "heat_map.png").read_bytes().startswith(b"\x89PNG")
-    loop, plain, deep = facts["runs"]
-    assert abs(loop["parameters"] - plain["parameters"]) <= 17 < deep["parameters"] - plain["parameters"]  # q_head
-    assert [test["difficulty"] for test in loop["tests"]] == [1, 2, 4, "mixed"]
-    for test in loop["tests"]:
-        assert len(test["by_visit"]) == 6 and test["rules"]["full"] == {"exact": test["exact"], "visits": 6.0}
-        assert test["rules"]["random"]["visits"] == pytest.approx(test["rules"]["halt"]["visits"])
-        assert 0 <= test["rules"]["fixed"]["visits"] - test["rules"]["halt"]["visits"] < 1
-        assert test["rules"]["oracle"]["exact"] >= test["exact"]
-
-
-def test_plain_models_get_the_flops_of_the_loop():
-    settings = depth.DepthConfig(tail=0.2)
-    spent = {}
-    for name in depth.MODELS:
-        config = depth.model_config(settings, name)
-        if name == "loop":
-            rng = np.random.default_rng(0)
-            visits = [depth.draw_visits(settings, rng) for _ in range(4000)]
-            assert set(visits) == set(range(1, 17)) and 0.17 < np.mean(np.array(visits) > 8) < 0.23
-            per_step = np.mean([depth.training_flops(config, number) for number in visits])
-        else:
-            per_step = depth.training_flops(config)
-        spent[name] = depth.steps_of(settings, name) * per_step
-    assert all(flops == pytest.approx(spent["loop"], rel=0.03) for flops in spent.values())
-
-
-def test_rules_read_answers_at_the_depths_they_name():
-    """Two rows of two answers; the last answer of each is right from visit 3 and from visit 2 on, with a lapse."""
-    has_answer = np.array([[False, True, True]] * 2)
-    is_right = np.ones((4, 2, 3), dtype=bool)
-    is_right[:2, 0, 2] = is_right[0, 1, 2] = False
-    is_right[0, 0, 1], is_right[1, 0, 1] = True, False  # right, wrong, then right to the end
-    halt = np.ones((2, 3), dtype=bool), np.array([[1, 3, 3], [1, 1, 2]])
-    figures = depth.Run(has_answer, is_right, {"halt": halt}).figures()
-    assert figures["by_visit"] == [0, 0.5, 1, 1] and figures["enough_visits"] == 3
-    rules = figures["rules"]
-    assert rules["oracle"] == {"exact": 1.0, "visits": (3 + 3 + 1 + 2) / 4}
-    assert rules["halt"] == {"exact": 1.0, "visits": 2.25} and rules["fixed"] == {"exact": 1.0, "visits": 3.0}
-    joined = depth.Run.join([depth.Run(has_answer, is_right, {"halt": halt})] * 3).figures()
-    assert joined["by_visit"] == figures["by_visit"] and joined["rules"]["halt"] == rules["halt"]
 
 
 # --- bench_puzzles ----------------------------------------------------------------------------------------------------

@@ -352,7 +352,7 @@ def test_a_class_of_ones_own():
             limit: documents
         """
 
-        paths: list[str] = dataclasses.field(default_factory=list)
+        paths: list[str] | None = None
         twice: bool = False
         limit: int | None = None
 

@@ -5,9 +5,9 @@ import pytest
 
 from src.errors import UserError
 from src.losses import IGNORE
-from src.tasks.algorithms import Carries, Chains
+from src.tasks.algorithms import Carries, Chains, Regions, Words
 
-FAMILIES = [Carries(), Carries(5), Chains(), Chains(6, 3)]
+FAMILIES = [Carries(), Carries(5), Words(), Words(4), Regions(), Regions(4), Chains(), Chains(6)]
 
 
 def name(family):
@@ -45,7 +45,7 @@ def test_a_seed_gives_the_same_instances(family):
     assert not np.array_equal(one.inputs, other.inputs)
 
 
-@pytest.mark.parametrize("small", [Carries(2), Chains(3)], ids=name)
+@pytest.mark.parametrize("small", [Carries(2), Words(2), Chains(4)], ids=name)
 def test_no_answer_depends_on_later_tokens(small):
     """The first tokens of an instance decide their own answers: a causal model can solve the task."""
     seen = {}
@@ -66,8 +66,22 @@ def test_impossible_difficulties(family):
 def test_impossible_sizes():
     with pytest.raises(UserError, match="1 columns"):
         Carries(1)
-    with pytest.raises(UserError, match="3 roots"):
-        Chains(3, 3)
+    with pytest.raises(UserError, match="1 columns"):
+        Words(1)
+    with pytest.raises(UserError, match="size 3"):
+        Regions(3)
+    with pytest.raises(UserError, match="3 nodes"):
+        Chains(3)
+
+
+@pytest.mark.parametrize("family", [Carries(), Words(), Regions(), Chains()], ids=name)
+def test_length_and_alphabet_do_not_depend_on_the_difficulty(family):
+    """Tokens of hard instances are as in easy ones: no token is new, and none becomes rare."""
+    easy, hard = (family.generate(400, d, d, rng(7)).inputs for d in (2, 12))
+    assert easy.shape == hard.shape and set(np.unique(easy)) == set(np.unique(hard))
+    if family.name == "regions":  # words and carries have longer runs, so fewer tokens that begin one
+        share = [(inputs == family.wall).mean() for inputs in (easy, hard)]
+        assert share == pytest.approx([share[0]] * 2, abs=0.08)
 
 
 # ---- carries ----
@@ -107,25 +121,98 @@ def test_half_of_the_carries_are_ones():
     assert set(deciding) == set(range(19)) - {9}
 
 
+# ---- words ----
+
+
+def test_words_by_hand():
+    """Permutation 1 swaps the last two of three objects, 2 the first two; the order of two swaps matters."""
+    task = Words(4)
+    swap_last, swap_first = task.permutations.index((0, 2, 1)), task.permutations.index((1, 0, 2))
+    inputs = np.array([[task.bos, 6 + swap_last, swap_first, 6 + swap_first, swap_last]])
+    places = [(0, 2, 1), (1, 2, 0), (1, 0, 2), (2, 0, 1)]  # of the objects 0, 1, 2 after each column
+    answers = [IGNORE, *(task.permutations.index(place) for place in places)]
+    assert task.verify(inputs, np.array([answers])).all()
+    answers[2], answers[4] = answers[4], answers[2]
+    assert task.verify(inputs, np.array([answers]))[0].tolist() == [True, True, False, True, False]
+
+
+def test_products_of_words_are_a_group_that_does_not_commute():
+    products = Words().products
+    assert all(len(set(line)) == 6 for table in (products, products.T) for line in table.tolist())
+    assert not np.array_equal(products, products.T)
+    assert np.array_equal(products[products[2, 3], 4], products[2, products[3, 4]])
+    assert np.array_equal(products[0], np.arange(6)) and np.array_equal(
+        products[:, 0], np.arange(6)
+    )  # 0 changes nothing
+
+
+def test_the_difficulty_of_words_is_the_number_of_products_in_the_longest():
+    batch = Words().generate(200, 1, 31, rng(8))
+    for tokens, difficulty in zip(batch.inputs[:, 1:], batch.difficulty):
+        assert tokens[0] >= 6
+        assert max(map(len, "".join("b" if token >= 6 else "c" for token in tokens).split("b"))) == difficulty
+    answers = batch.targets[:, 1:]
+    assert all(0.13 < (answers == number).mean() < 0.2 for number in range(6))
+
+
+# ---- regions ----
+
+
+def test_regions_by_hand():
+    """S: start, #: wall, .: open. The open cells on the right are cut off, though they follow in reading order."""
+    task = Regions(4)
+    rows = ["S.#.", "#.##", "..#.", "##.."]
+    token = {"#": task.wall, ".": task.open, "S": task.start}
+    inputs = np.array([[token[cell] for row in rows for cell in row + "#"]])
+    reached = ["11 0", " 1  ", "11 0", "  00"]
+    answers = np.array([[{"1": 1, "0": 0, " ": IGNORE}[cell] for row in reached for cell in row + " "]])
+    assert task.verify(inputs, answers).all()
+    assert not task.verify(inputs, np.where(answers == 0, 1, answers)).all()
+    assert not task.verify(inputs, np.where(answers == 1, 0, answers)).all()
+
+
+def test_the_difficulty_of_regions_is_the_distance_to_the_farthest_cell():
+    task = Regions()
+    batch = task.generate(60, 1, task.hardest, rng(9))
+    assert (batch.targets == 0).any(1).mean() > 0.8  # nearly every grid has cells that cannot be reached
+    for tokens, targets, difficulty in zip(batch.inputs, batch.targets, batch.difficulty):
+        grid = tokens.reshape(task.size, task.size + 1)
+        assert (grid[:, -1] == task.wall).all() and (grid == task.start).sum() == 1
+        distance = {tuple(map(int, np.argwhere(grid == task.start)[0])): 0}
+        for row, column in (queue := list(distance)):  # breadth first; the queue grows
+            for cell in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)):
+                is_inside = 0 <= cell[0] < task.size and 0 <= cell[1] < task.size
+                if is_inside and grid[cell] != task.wall and cell not in distance:
+                    distance[cell] = distance[row, column] + 1
+                    queue.append(cell)
+        assert max(distance.values()) == difficulty
+        assert set(map(tuple, np.argwhere(targets.reshape(grid.shape) == 1).tolist())) == set(distance)
+
+
 # ---- chains ----
 
 
 def test_chains_by_hand():
-    """0 is a root, 1 leads to 0, 3 to 1; 2 is a root."""
-    edges = [(0, 0), (1, 0), (2, 2), (3, 1)]
-    inputs = np.array([[child * 4 + parent for child, parent in edges]])
-    assert Chains(4).verify(inputs, np.array([[0, 0, 2, 0]])).all()
-    assert Chains(4).verify(inputs, np.array([[0, 0, 2, 1]]))[0].tolist() == [True, True, True, False]
+    """Node 0 is a root of colour 3, node 1 one of colour 1; node 2 leads to 0, node 3 to 2, node 4 to 1."""
+    inputs = np.array([[3, 1, Chains.colours + 1, Chains.colours, Chains.colours + 2]])
+    assert Chains(5).verify(inputs, np.array([[3, 1, 3, 3, 1]])).all()
+    assert Chains(5).verify(inputs, np.array([[3, 1, 3, 1, 3]]))[0].tolist() == [True, True, True, False, False]
 
 
 def test_the_difficulty_of_chains_is_the_most_steps_to_a_root():
     task = Chains()
-    batch = task.generate(100, 1, task.hardest, rng(6))
-    for edges, difficulty in zip(batch.inputs.tolist(), batch.difficulty):
-        parent, steps = {}, {}
-        for child, above in (divmod(edge, task.nodes) for edge in edges):
-            assert above == child or above in parent, "a parent comes before its children"
-            parent[child] = above
-            steps[child] = 0 if above == child else steps[above] + 1
-        assert max(steps.values()) == difficulty and len(parent) == task.nodes
-        assert sum(child == above for child, above in parent.items()) == task.roots
+    batch = task.generate(200, 1, task.hardest, rng(6))
+    for tokens, difficulty in zip(batch.inputs.tolist(), batch.difficulty):
+        steps = []
+        for node, token in enumerate(tokens):
+            distance = max(0, token - task.colours + 1)
+            assert distance <= node, "a parent comes before its children"
+            steps.append(steps[node - distance] + 1 if distance else 0)
+        assert max(steps) == difficulty
+    assert all(0.2 < (batch.targets == colour).mean() < 0.3 for colour in range(task.colours))
+
+
+def test_chains_of_all_difficulties_point_equally_far():
+    """Up to twice the usual training, the tokens have the same shares; only the longest paths need short steps."""
+    easy, hard = (np.bincount(Chains().generate(500, d, d, rng(10)).inputs.ravel(), minlength=12) for d in (4, 6))
+    assert np.abs(easy - hard).max() < 0.02 * easy.sum()
