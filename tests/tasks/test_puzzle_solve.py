@@ -345,7 +345,7 @@ def test_the_table_of_steps_counts_boards_that_have_stopped():
     last_attempts = [Attempt(GRIDS.labels[:2], np.ones((2, 16), np.float32), None, np.full(2, n)) for n in (2.0, 3.0)]
     exact = [np.array([[0, 0], [1, 1]]), np.array([[0, 0], [1, 0], [0, 1]])]
     parts = [
-        Solved(Answers(np.arange(2) + 2 * i, is_exact * 1.0, is_exact * 1.0, is_exact == 1, None), attempt, 0.5)
+        Solved(Answers(np.arange(2) + 2 * i, is_exact * 1.0, is_exact * 1.0, is_exact == 1, None), None, attempt, 0.5)
         for i, (is_exact, attempt) in enumerate(zip(exact, last_attempts))
     ]
     lines = summary(SUDOKU, GRIDS.take(slice(4)), parts)
