@@ -1,0 +1,64 @@
+"""experiments/puzzles.py: the arms of the comparison, its table, and a whole comparison of tiny runs."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments import puzzles  # noqa: E402
+from src.errors import UserError  # noqa: E402
+from src.metrics import flops_per_token  # noqa: E402
+from src.model import TRMConfig  # noqa: E402
+
+RECIPE = {"n_layers": 2, "latent_steps": 2, "deep_steps": 1, "supervision_steps": 4, "d_model": 16, "n_heads": 2}
+
+
+def config_of(arm):
+    return TRMConfig(
+        **RECIPE | puzzles.arm_flags(arm, RECIPE, 2), vocab_size=6, max_seq_len=16, causal=False, halting=False
+    )
+
+
+def test_plain_arms_have_the_parameters_or_the_flops_of_the_recipe():
+    trm, one = config_of("trm"), config_of("trm-1")
+    assert one.supervision_steps == 1 and one.n_layers == trm.n_layers
+    assert config_of("plain-params").n_layers == trm.n_layers and config_of("plain-params").recursion == "none"
+    update, answer = config_of("plain-flops"), config_of("plain-deep")
+    assert (update.n_layers, answer.n_layers, config_of("loop").deep_steps) == (6, 24, 6)
+    assert flops_per_token(one).train == flops_per_token(update).train
+    assert flops_per_token(trm).decode == flops_per_token(answer).decode
+
+
+def test_the_table_has_every_seed():
+    record = {"arm": "trm", "changes": {"lr": 0.004}, "cells": 1.0, "updates": 100, "seconds": 9.0, "is_sweep": False}
+    records = [record | {"seed": seed, "exact": 0.5 + 0.1 * seed, "by_step": [0.25, 0.5]} for seed in (1, 0)]
+    assert puzzles.table(records).splitlines()[2] == "| trm | 0.004 | 100 | 0.250 | 0.550 ± 0.071 | 0.500, 0.600 |"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--arms", "llama"], "choose from trm"),
+        (["--jobs", "0"], "jobs is 0"),
+        (["--minutes", "0"], "minutes is 0"),
+        (["--recipe", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_mistakes(words, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        puzzles.main([*words, "--output", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_a_comparison_continues_where_it_stopped(tmp_path, capsys):
+    small = "--d_model=16 --n_heads=2 --n_puzzles=60 --batch_size=8 --compile=false --eval_every=100000".split()
+    words = ["--recipe", "configs/sudoku4.yaml", "--minutes", "0.05", "--lrs", "0.004", "--arms", "trm", "plain-params"]
+    words += ["--output", str(tmp_path), *(f"--overrides={word}" for word in small)]
+    puzzles.main([*words, "--seeds", "0"])
+    puzzles.main([*words, "--seeds", "0", "1"])
+    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [(r["arm"], r["seed"]) for r in records[:2]] == [("trm", 0), ("plain-params", 0)] and len(records) == 4
+    assert len(records[0]["by_step"]) == 8 and len(records[1]["by_step"]) == 1
+    assert "| plain-params | 0.004 |" in capsys.readouterr().out
