@@ -2,8 +2,9 @@
 
 A recursion step is a supervision step of the trm family or a visit of the loop; a plain transformer has one. After each
 step, the rule decides for each token, from the outputs of that token alone, whether it stops. A stopped token keeps its
-answer. Tokens that continue attend to the keys and values of its last step, which `KVCache` copies to later steps. So
-the depth of a token does not depend on other rows, nor on whether the text is processed at once or token by token.
+answer. Tokens that continue attend to the keys and values of the stopped token's last step; `KVCache` copies them to
+later steps. So the depth of a token does not depend on other rows, nor on whether the text is processed at once or
+token by token.
 
 This file has the decision and the count of steps. `TRMModel._forward_under_rule` runs the recursion.
 """
@@ -54,7 +55,7 @@ class Leaving:
     def stop(self, stops: Bool[Tensor, "b t"]) -> bool:
         """Stops each token for which the rule has held for `patience` steps in a row.
 
-        stops: for which tokens it holds after this step. Returns True if all tokens have stopped."""
+        stops: the tokens for which the rule holds after this step. Returns True if all tokens have stopped."""
         self.in_a_row = torch.where(stops, self.in_a_row + 1, 0)
         stops = self.padding | (self.in_a_row >= self.patience)
         stops = stops if self.stopped is None else self.stopped | stops

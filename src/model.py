@@ -121,7 +121,7 @@ class TRMModel(nn.Module):
         if steps < 1 or (cache is not None and done + steps > c.train_steps):
             most = f" and, with a cache, {c.train_steps - done} at most" if cache is not None else ""
             raise ValueError(f"supervision_steps is {steps}: set it to 1 or more{most}")
-        # the loop has one supervision step, but an answer after each of its visits
+        # `step` counts recursion steps: the loop has one supervision step, but an answer after each of its visits
         per_step = c.visits_per_step // visits_per_recursion_step(c)
         first, end = done * per_step, (done + steps) * per_step
         weights = loss_weights(c, end, first)
@@ -164,7 +164,7 @@ class TRMModel(nn.Module):
         for step in range(depth):
             is_last = step == depth - 1
             before, logits_before = carry, logits
-            carry = self._inference_cycle(x, before, ctx)
+            carry = self._inference_step(x, before, ctx)
             carry = carry._replace(y=tokens.keep(before.y, carry.y), z=tokens.keep(before.z, carry.z))
             tokens.count()
             if rule.adapts or return_steps or is_last:  # a fixed depth needs the answer of its last step only
@@ -191,7 +191,7 @@ class TRMModel(nn.Module):
         return TRMOutput(None, None, None, logits, halt, carry._replace(steps=tokens.steps))
 
     @torch.no_grad()
-    def _inference_cycle(self, x, carry: Carry, ctx) -> Carry:
+    def _inference_step(self, x, carry: Carry, ctx) -> Carry:
         """Runs one recursion step without gradient. Here carry.steps counts recursion steps."""
         y, z = self.recursion_step(x, carry.y, carry.z, ctx, carry.steps)
         return Carry(y, z, carry.steps + 1)
