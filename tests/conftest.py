@@ -6,7 +6,9 @@ import random
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; tiny tensors are faster with one thread
+# Before torch, and whatever the user has set: for tiny tensors, threads cost more time than they save. Some tests fork,
+# and a forked child hangs if GNU OpenMP has started several threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jaxtyping  # noqa: E402
