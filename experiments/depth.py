@@ -55,7 +55,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src whe
 
 from experiments.depth_picture import draw  # noqa: E402
 from experiments.depth_rules import Run, exact, right_answers  # noqa: E402
-from experiments.records import given, keep, overrides  # noqa: E402
+from experiments.records import given, keep, overrides, records_of  # noqa: E402
 from src.config import parse_flags, run  # noqa: E402
 from src.errors import UserError  # noqa: E402
 from src.metrics import flops_per_token  # noqa: E402
@@ -392,7 +392,7 @@ def read_runs(settings: DepthConfig) -> list[dict]:
     """Returns the chosen families, models and seeds in runs.jsonl.  Raises UserError if it has none of them."""
     path, last = Path(settings.output) / "runs.jsonl", {}
     try:
-        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        for record in records_of(path):
             key = record["family"], record["model"], record["seed"]
             is_chosen = key[0] in settings.family and key[1] in settings.models and key[2] in settings.seeds
             if is_chosen and not record["settings"]["sweep"]:

@@ -26,22 +26,24 @@ and prints a table with the exact accuracy on all held-out puzzles of every seed
 it does only the runs that are missing.
 """
 
-import json
 import os
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src when run as a script
 
-from experiments.records import keep  # noqa: E402
+from experiments.records import keep, records_of  # noqa: E402
 from src.config import parse_flags, run  # noqa: E402
 from src.errors import UserError  # noqa: E402
-from src.files.plain_yaml import read_yaml  # noqa: E402
+from src.model_config import TRMConfig  # noqa: E402
+from src.tasks.puzzle_config import read_settings  # noqa: E402
+from src.training.curves import scan_metrics  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ("trm", "trm-1", "loop", "plain-params", "plain-flops", "plain-deep")
@@ -104,25 +106,24 @@ class Job(NamedTuple):
     is_sweep: bool
 
 
-def arm_flags(arm: str, recipe: dict, loop_steps: int) -> dict:
-    """Returns {setting: value}, which turns the recipe into an arm."""
-    layers, steps = recipe.get("n_layers", 1), recipe.get("supervision_steps", 8)
-    visits = recipe.get("deep_steps", 1) * (recipe.get("latent_steps", 2) + 1)  # of one supervision step
+def arm_flags(arm: str, model: TRMConfig, loop_steps: int) -> dict:
+    """Returns {setting: value}, which turns the recipe into an arm. model: the settings of the recipe's model."""
+    layers, visits = model.n_layers, model.visits_per_step
     return {
         "trm": {},
         "trm-1": {"supervision_steps": 1},
         "loop": {"recursion": "loop", "deep_steps": loop_steps * visits},
         "plain-params": {"recursion": "none"},
         "plain-flops": {"recursion": "none", "n_layers": layers * visits},
-        "plain-deep": {"recursion": "none", "n_layers": layers * visits * steps},
+        "plain-deep": {"recursion": "none", "n_layers": layers * visits * model.supervision_steps},
     }[arm]
 
 
-def train(config: ArmsConfig, recipe: dict, job: Job) -> dict:
+def train(config: ArmsConfig, model: TRMConfig, job: Job) -> dict:
     """Do one run, and return its record.  Raises UserError with the run's last message if it fails."""
     kind = "sweep" if job.is_sweep else "run"
     folder = Path(config.output) / f"{kind}_{job.arm}_lr{job.lr:g}_seed{job.seed}"
-    flags = arm_flags(job.arm, recipe, config.loop_steps) | {
+    flags = arm_flags(job.arm, model, config.loop_steps) | {
         **{"save_dir": folder, "seed": job.seed, "lr": job.lr, "device": config.device},
         "max_minutes": config.sweep_minutes if job.is_sweep else config.minutes,
         "max_steps": 10**7,
@@ -130,10 +131,9 @@ def train(config: ArmsConfig, recipe: dict, job: Job) -> dict:
     if job.is_sweep:
         flags["data_seed"] = config.sweep_data_seed
     words = [f"--{name}={value}" for name, value in flags.items()] + config.overrides
-    command = [sys.executable, "train_puzzles.py", "--config", str(Path(config.recipe).resolve()), *words]
+    command = [sys.executable, ROOT / "train_puzzles.py", "--config", config.recipe, *words]
     done = subprocess.run(
         command,
-        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": str(config.threads)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -141,19 +141,18 @@ def train(config: ArmsConfig, recipe: dict, job: Job) -> dict:
     )
     if done.returncode:
         raise UserError(f"the run in {folder} failed: {done.stderr.strip().splitlines()[-1]}")
-    return record_of(folder, job, recipe)
+    return record_of(folder, job)
 
 
-def record_of(folder: Path, job: Job, recipe: dict) -> dict:
+def record_of(folder: Path, job: Job) -> dict:
     """Returns the result of a finished run, {arm, changes, seed, exact, by_step, ...}, from its metrics.jsonl."""
     figures = {}
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        figures |= json.loads(line)
+    for record, _ in scan_metrics(folder):
+        figures |= record
     prefix = "final_valid" if "final_valid_exact_accuracy" in figures else "valid"
     by_step = {name: figures[name] for name in figures if name.startswith(f"{prefix}_exact_step_")}
     return {
         **{"arm": job.arm, "changes": {"lr": job.lr}, "seed": job.seed, "is_sweep": job.is_sweep},
-        "puzzle": recipe.get("puzzle"),
         "exact": figures[f"{prefix}_exact_accuracy"],
         "cells": figures[f"{prefix}_cell_accuracy"],
         "by_step": list(by_step.values()),
@@ -162,14 +161,16 @@ def record_of(folder: Path, job: Job, recipe: dict) -> dict:
     }
 
 
-def do_all(config: ArmsConfig, recipe: dict, jobs: list[Job]) -> list[dict]:
+def do_all(config: ArmsConfig, model: TRMConfig, jobs: list[Job]) -> list[dict]:
     """Returns the records of runs. Runs that runs.jsonl does not have yet are done first, `jobs` at a time."""
     output = Path(config.output) / "runs.jsonl"
-    lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
-    known = {_job_of(record): record for record in map(json.loads, lines)}
+    try:
+        known = {_job_of(record): record for record in (records_of(output) if output.exists() else [])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{output} is not a file of runs of this script ({error}): choose another output") from None
     with ThreadPoolExecutor(config.jobs) as pool:
         missing = [job for job in jobs if job not in known]
-        for done in as_completed([pool.submit(train, config, recipe, job) for job in missing]):
+        for done in as_completed([pool.submit(train, config, model, job) for job in missing]):
             record = done.result()
             keep(output, record)
             known[_job_of(record)] = record
@@ -183,13 +184,12 @@ def _job_of(record: dict) -> Job:
     return Job(record["arm"], record["changes"]["lr"], record["seed"], record["is_sweep"])
 
 
-def best_rates(config: ArmsConfig, recipe: dict) -> dict[str, float]:
+def best_rates(config: ArmsConfig, model: TRMConfig) -> dict[str, float]:
     """Returns {arm: the learning rate with the highest exact accuracy in the sweep}."""
     if len(config.lrs) == 1:
         return dict.fromkeys(config.arms, config.lrs[0])
     jobs = [Job(arm, lr, 0, True) for arm in config.arms for lr in config.lrs]
-    records = do_all(config, recipe, jobs)
-    key = lambda record: (record["exact"], record["cells"])  # noqa: E731
+    records, key = do_all(config, model, jobs), itemgetter("exact", "cells")
     best = {arm: max((r for r in records if r["arm"] == arm), key=key) for arm in config.arms}
     return {arm: record["changes"]["lr"] for arm, record in best.items()}
 
@@ -211,12 +211,12 @@ def table(records: list[dict]) -> str:
 
 def main(argv=None):
     (config,) = parse_flags(__doc__, ArmsConfig, argv=argv)
-    recipe = read_yaml(config.recipe)
-    if recipe.get("recursion", "trm") != "trm":
-        raise UserError(f"{config.recipe} is a recipe of recursion {recipe['recursion']}: choose one of trm")
-    rates = best_rates(config, recipe)
+    model = read_settings(["--config", config.recipe]).model
+    if model.recursion != "trm":
+        raise UserError(f"{config.recipe} is a recipe of recursion {model.recursion}: choose one of trm")
+    rates = best_rates(config, model)
     jobs = [Job(arm, rates[arm], seed, False) for seed in config.seeds for arm in config.arms]
-    print(table(do_all(config, recipe, jobs)))
+    print(table(do_all(config, model, jobs)))
 
 
 if __name__ == "__main__":

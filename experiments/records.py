@@ -14,6 +14,11 @@ def keep(output, record: dict) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def records_of(output) -> list[dict]:
+    """Returns the runs in a file, in the order in which they were appended."""
+    return [json.loads(line) for line in Path(output).read_text(encoding="utf-8").splitlines()]
+
+
 def by_seed(output, *kind: str, name: str) -> dict[tuple, list[dict]]:
     """Groups the runs in a file by what was run. Returns {key: records, one per seed}.
 
@@ -22,8 +27,7 @@ def by_seed(output, *kind: str, name: str) -> dict[tuple, list[dict]]:
     Raises UserError if the file is not a file of runs."""
     runs = {}
     try:
-        for line in Path(output).read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for record in records_of(output):
             changes = " ".join(f"{k}={v}" for k, v in record["changes"].items())
             key = (*(record[part] for part in kind), f"{record[name]} {changes}".strip())
             runs.setdefault(key, {})[record["seed"]] = record

@@ -2,7 +2,6 @@
 
     python experiments/release.py runs/stdlib checkpoints/stdlib
     python experiments/release.py runs/wiki checkpoints/wiki --valid_paths wiki/validation_0.jsonl.gz
-
     python experiments/release.py runs/sudoku9 checkpoints/sudoku
 
 Writes the second folder as a checkpoint, and prints the size of each file. Then it compares the losses of both
@@ -29,7 +28,7 @@ from src.errors import UserError
 from src.evaluation.evaluation import evaluate  # noqa: E402
 from src.files.plain_yaml import read_yaml  # noqa: E402
 from src.tasks.puzzle_data import PuzzleConfig, load_puzzles, read_form  # noqa: E402
-from src.tasks.puzzle_eval import answer, figures_of  # noqa: E402
+from src.tasks.puzzle_eval import answer  # noqa: E402
 
 LARGEST_CHANGE = 0.001  # nats per token
 LARGEST_CHANGE_SOLVED = 0.005  # share of the puzzles
@@ -70,8 +69,8 @@ def release(run_folder, output) -> Path:
         raise UserError(f"{output} has files but no checkpoint: choose another folder")
     if output.resolve() == source.resolve():
         raise UserError(f"{output} is the checkpoint itself: choose another folder")
-    # the averaged weights, if the run has them
     is_puzzle = (source / PUZZLE_FILE).is_file()
+    # with the averaged weights, if the run has them
     model, tokenizer = (load_network(source), read_form(source)) if is_puzzle else load_model(source)
     info = json.loads((source / "config.json").read_text(encoding="utf-8")).get("info")
     save_checkpoint(output, model.half(), tokenizer, info=info)
@@ -98,7 +97,7 @@ def shares_solved(folders, settings: dict) -> list[float]:
     rows, found = np.arange(min(PUZZLES, valid.n_rows)), []
     for folder in folders:
         answers = answer(load_network(folder), valid, rows, None, "fp32", 256)
-        found.append(figures_of(valid, [answers])["valid_exact_accuracy"])
+        found.append(float(answers.is_exact[-1].mean()))
     return found
 
 

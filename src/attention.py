@@ -6,7 +6,7 @@ from torch import Tensor
 
 MOST_SCORES = 2**27  # B * H * T * T, the largest number of scores held at once in the backward pass
 SHORT = (
-    128  # T, up to which batched products are faster than the flash kernel without a causal mask (a 9 x 9 board: 81)
+    128  # up to this T (a 9 x 9 board has 81), batched products without a causal mask are faster than the flash kernel
 )
 
 
@@ -44,11 +44,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
     """softmax(q k^T / sqrt(E)) v.  q (B, H, T, E); k, v (B, K, S, E) with H a multiple of K -> (B, H, T, E).
 
     mask: True where a query may attend.  is_causal: without a mask, each query attends to its own and earlier keys."""
-    if _is_slow_in_torch(q, k, mask, is_causal, dropout):
+    is_plain = mask is None and not dropout and q.dtype == k.dtype == torch.bfloat16 and q.device.type == "cpu"
+    if is_plain and is_causal and _is_slow_in_torch(q, k):
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
         return _CausalCPU.apply(q, k, v)
-    if _is_short(q, k, mask, is_causal, dropout):
+    if is_plain and not is_causal and _is_short(q, k):
         return _by_products(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -61,12 +62,10 @@ def _by_products(q, k, v):
     return torch.bmm(scores.softmax(-1).to(v.dtype), v).view(B, H, T, E)
 
 
-def _is_short(q, k, mask, is_causal, dropout) -> bool:
-    is_plain = not is_causal and mask is None and not dropout and q.dtype == k.dtype == torch.bfloat16
-    return is_plain and q.shape[:2] == k.shape[:2] and 1 < q.shape[2] == k.shape[2] <= SHORT and q.device.type == "cpu"
+def _is_short(q, k) -> bool:
+    return q.shape[:2] == k.shape[:2] and 1 < q.shape[2] == k.shape[2] <= SHORT
 
 
-def _is_slow_in_torch(q, k, mask, is_causal, dropout) -> bool:
-    is_plain = is_causal and mask is None and not dropout and q.dtype == k.dtype == torch.bfloat16
+def _is_slow_in_torch(q, k) -> bool:
     is_square = q.shape[2] == k.shape[2] and q.shape[0] * q.shape[1] * q.shape[2] ** 2 <= MOST_SCORES
-    return is_plain and is_square and q.device.type == "cpu" and torch.is_grad_enabled()
+    return is_square and torch.is_grad_enabled()

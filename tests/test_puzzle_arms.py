@@ -12,13 +12,12 @@ from src.errors import UserError  # noqa: E402
 from src.metrics import flops_per_token  # noqa: E402
 from src.model import TRMConfig  # noqa: E402
 
-RECIPE = {"n_layers": 2, "latent_steps": 2, "deep_steps": 1, "supervision_steps": 4, "d_model": 16, "n_heads": 2}
+SIZE = {"vocab_size": 6, "max_seq_len": 16, "causal": False, "halting": False}
+RECIPE = SIZE | {"n_layers": 2, "latent_steps": 2, "deep_steps": 1, "supervision_steps": 4, "d_model": 16, "n_heads": 2}
 
 
 def config_of(arm):
-    return TRMConfig(
-        **RECIPE | puzzles.arm_flags(arm, RECIPE, 2), vocab_size=6, max_seq_len=16, causal=False, halting=False
-    )
+    return TRMConfig(**RECIPE | puzzles.arm_flags(arm, TRMConfig(**RECIPE), 2))
 
 
 def test_plain_arms_have_the_parameters_or_the_flops_of_the_recipe():

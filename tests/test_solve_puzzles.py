@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from scripts import run_script
+from trainers import puzzle_model
 
 import solve_puzzles
 from src.checkpoint import save_checkpoint
 from src.errors import UserError
-from src.model import TRMConfig, TRMModel
 from src.tasks.puzzle_data import PuzzleForm
 from src.tasks.puzzle_folder import kind_named, write_folder
 from src.tasks.puzzle_input import generated_boards
@@ -22,22 +22,11 @@ from src.tasks.puzzle_input import generated_boards
 BOARD = "3....2....4..1.."
 SOLVED = "3412123423414123"
 SEVERAL = "3....24..1......"
-SMALL = {"d_model": 16, "n_heads": 2, "n_layers": 1, "latent_steps": 1, "deep_steps": 1, "supervision_steps": 3}
 
 
 def save_model(folder, name="sudoku4", **changes):
     kind = kind_named(name)
-    torch.manual_seed(0)
-    size = {"max_seq_len": kind.cells, "vocab_size": kind.vocab_size, "pad_token_id": 0, "positions": "learned"}
-    model = TRMModel(TRMConfig(**(SMALL | size | {"causal": False} | changes)))
-    with torch.no_grad():  # so that answers and halting logits differ from board to board and from step to step
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                weight.mul_(3)
-        if model.q_head is not None:  # whose weights start at 0
-            model.q_head.weight.normal_(std=0.5)
-            model.q_head.bias.zero_()
-    save_checkpoint(folder, model, PuzzleForm(kind))
+    save_checkpoint(folder, puzzle_model(kind, **{"supervision_steps": 3} | changes), PuzzleForm(kind))
     return str(folder)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from src.checkpoint import load_state
+from src.model import TRMConfig, TRMModel
 from src.tasks.puzzle_config import PuzzleSettings
 from src.training.create import create_trainer
 from src.training.curves import scan_metrics
@@ -29,6 +30,22 @@ TINY_PUZZLES = {
 def trainer_of(values):
     """A Trainer with the settings {name: value}; all others have their defaults."""
     return create_trainer(_settings(Settings, values))
+
+
+def puzzle_model(kind, seed=0, **changes) -> TRMModel:
+    """A model of random weights whose answers and halting logits differ from board to board and from step to step."""
+    torch.manual_seed(seed)
+    settings = {"d_model": 16, "n_heads": 2, "n_layers": 1, "latent_steps": 1, "deep_steps": 1, "supervision_steps": 5}
+    settings |= {"max_seq_len": kind.cells, "vocab_size": kind.vocab_size, "pad_token_id": 0}
+    model = TRMModel(TRMConfig(**(settings | {"causal": False, "positions": "learned"} | changes)))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.mul_(3)
+        if model.q_head is not None:  # whose weights start at 0
+            model.q_head.weight.normal_(std=0.5)
+            model.q_head.bias.zero_()
+    return model.eval()
 
 
 def puzzle_settings(values) -> PuzzleSettings:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from src.errors import UserError
-from src.tasks.puzzle_eval import Solved
+from src.tasks.puzzle_eval import Solved, shown_steps
 from src.training.curves import (
     BLUE,
     GREEN,
@@ -40,7 +40,7 @@ class Point(NamedTuple):
     """One setting of a rule: its cost and its accuracy."""
 
     rule: str
-    setting: float  # steps, threshold or number of starts
+    setting: float  # steps (of oracle: the most), or threshold
     steps: float  # mean supervision steps per board
     exact: float  # fraction of the boards whose answer is right
 
@@ -53,8 +53,7 @@ def stops_of(halts: Float[np.ndarray, "s n"], threshold: float) -> Int[np.ndarra
 
 def oracle_stops(is_exact: Bool[np.ndarray, "s n"]) -> Int[np.ndarray, "n"]:
     """The first step (from 0) from which on each board is right; 0 if it is wrong after the last step."""
-    wrong = ~is_exact[::-1]  # the last step first
-    tail = np.where(wrong.any(0), wrong.argmax(0), len(is_exact))  # right steps at the end
+    tail = np.cumprod(is_exact[::-1], axis=0).sum(0)  # right steps at the end
     return np.where(tail > 0, len(is_exact) - tail, 0)
 
 
@@ -99,14 +98,19 @@ def cheapest(points: list[Point], rule: str, exact: float) -> Point | None:
     return min(good, key=lambda point: point.steps, default=None)
 
 
+def full_point(points: list[Point], trained: int) -> Point:
+    """The point of the number of steps that the model was trained with."""
+    return next(point for point in points if (point.rule, point.setting) == ("fixed", trained))
+
+
 def report(points: list[Point], trained: int) -> str:
     """The curve as Markdown: the exact accuracy of each rule, and the steps that it needs for that of all steps."""
-    full = next(point for point in points if (point.rule, point.setting) == ("fixed", trained))
+    full = full_point(points, trained)
+    shown = {*shown_steps(sum(point.rule == "fixed" for point in points), most=0), trained}
     lines = [f"exact accuracy after all {trained} steps: {full.exact:.4f}", ""]
     lines += ["| rule | setting | mean steps | exact | steps saved |", "|---|---|---|---|---|"]
     for point in points:
-        is_power = point.rule != "fixed" or int(point.setting) & (int(point.setting) - 1) == 0
-        if is_power or point.setting == trained:
+        if point.rule != "fixed" or point.setting in shown:
             saved = 1 - point.steps / trained
             lines.append(f"| {point.rule} | {point.setting:g} | {point.steps:.2f} | {point.exact:.4f} | {saved:.0%} |")
     lines.append("")
@@ -135,7 +139,7 @@ def draw(points: list[Point], trained: int, path, title: str = "", remark: str =
         if line:
             axes.plot(*zip(*line), "o-", color=color, markersize=4, linewidth=1.6)
             labels.append((line[-1][1], RULES[rule], color))
-    full = next(point for point in points if (point.rule, point.setting) == ("fixed", trained))
+    full = full_point(points, trained)
     axes.plot(full.steps, full.exact, "s", color=INK, markersize=6, zorder=5)
     place = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": INK}
     axes.annotate(f"{trained} steps, as trained", (full.steps, full.exact), **place)

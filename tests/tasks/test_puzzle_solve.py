@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from trainers import puzzle_model
 
 from src.errors import UserError
 from src.model import Carry, TRMConfig, TRMModel, TRMOutput
@@ -28,22 +29,10 @@ KINDS = {
 SUDOKU = KINDS["sudoku4 relabel"]
 GRIDS = generated_boards(SUDOKU, 24, low=4, high=8)
 IDS = np.zeros(24, np.int32)
-OPTIONS = {"d_model": 16, "n_heads": 2, "n_layers": 1, "latent_steps": 1, "deep_steps": 1, "supervision_steps": 5}
 
 
 def make_model(kind=SUDOKU, seed=0, **changes) -> TRMModel:
-    """A model of random weights whose answers and halting logits differ from board to board and from step to step."""
-    torch.manual_seed(seed)
-    size = {"max_seq_len": kind.cells, "vocab_size": kind.vocab_size, "pad_token_id": 0}
-    model = TRMModel(TRMConfig(**(OPTIONS | size | {"causal": False, "positions": "learned"} | changes)))
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                weight.mul_(3)
-        if model.q_head is not None:  # whose weights start at 0
-            model.q_head.weight.normal_(std=0.5)
-            model.q_head.bias.zero_()
-    return model.eval()
+    return puzzle_model(kind, seed, **changes)
 
 
 def expit(x):
