@@ -5,6 +5,7 @@
     python solve_puzzles.py runs/sudoku4 --board 3....2....4..1.. --trace         # the board after each step
     python solve_puzzles.py runs/sudoku4 --board 3....2....4..1.. --trace runs/board.png   # the same as a picture
     python solve_puzzles.py runs/sudoku4 --generate 1000 --low 4 --high 6         # how many of 1,000 new puzzles?
+    python solve_puzzles.py runs/sudoku4 --held_out true                          # how many that the run held out?
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --output runs/solutions.csv --exit halt
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --steps 64            # more steps than in training
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --starts 8            # the best of eight noisy starts
@@ -44,6 +45,8 @@ class SolveConfig:
             the form of the TRM authors' code (their test part is solved); for ARC also .json files
         generate: number of puzzles to generate. With another data_seed than that of the training, most are new. Small
             boards repeat, however: there are only 288 grids of 4 x 4
+        held_out: solve the boards that the training run held out for its evaluations; the checkpoint must be in the
+            folder of its run
         low: fewest clues of a generated Sudoku, or steps of a generated maze's path; default depends on the size
         high: most clues of a generated Sudoku, or steps of a generated maze's path; default depends on the size
         difficulty: generated Sudokus: solvable by naked and hidden singles (singles), not so (guess), or both (any)
@@ -75,6 +78,7 @@ class SolveConfig:
     board: list[str] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     generate: int = 0
+    held_out: bool = False
     low: int | None = None
     high: int | None = None
     difficulty: Literal["any", "singles", "guess"] = "any"
@@ -95,8 +99,8 @@ class SolveConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
 
     def __post_init__(self):
-        if (len(self.board) > 0) + (len(self.paths) > 0) + (self.generate != 0) != 1:
-            raise ValueError("give boards to solve by one of --board, --paths and --generate")
+        if (len(self.board) > 0) + (len(self.paths) > 0) + (self.generate != 0) + self.held_out != 1:
+            raise ValueError("give boards to solve by one of --board, --paths, --generate and --held_out")
         bounds = {"generate": (0, 10**7), "limit": (0, 2**62), "starts": (1, 10_000), "votes": (1, 10_000)}
         bounds |= {"batch_size": (1, 2**20), "seed": (0, 2**62), "start_noise": (0, 1e6), "halt_threshold": (0, 1)}
         bounds |= {"steps": (1, 100_000)} if self.steps is not None else {}
@@ -121,7 +125,14 @@ from src.tasks.board_trace import BoardTrace, check_trace_path, print_trace, wri
 from src.tasks.puzzle_curve import curve_of, draw, report
 from src.tasks.puzzle_data import read_form
 from src.tasks.puzzle_eval import solve
-from src.tasks.puzzle_input import check_ids, generated_boards, read_boards, split_boards, typed_boards
+from src.tasks.puzzle_input import (
+    check_ids,
+    generated_boards,
+    held_out_boards,
+    read_boards,
+    split_boards,
+    typed_boards,
+)
 from src.tasks.puzzle_report import Writer, describe, summary
 from src.tasks.puzzle_solve import Effort
 from src.tasks.puzzles import Grids, PuzzleKind
@@ -152,6 +163,8 @@ def boards_of(config: SolveConfig, kind: PuzzleKind) -> Grids:
         grids = typed_boards(kind, texts)
     elif config.paths:
         grids = read_boards(kind, config.paths)
+    elif config.held_out:
+        grids = held_out_boards(config.checkpoint)
     else:
         names = ("low", "high", "difficulty", "data_seed")
         grids = generated_boards(kind, config.generate, **{name: getattr(config, name) for name in names})

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from scripts import run_script
-from trainers import puzzle_model
+from trainers import TINY_PUZZLES, puzzle_model, puzzle_settings
 
 import solve_puzzles
 from src.checkpoint import save_checkpoint
 from src.errors import UserError
-from src.tasks.puzzle_data import PuzzleForm
+from src.tasks.puzzle_data import PuzzleForm, fingerprint, load_puzzles
 from src.tasks.puzzle_folder import kind_named, write_folder
 from src.tasks.puzzle_input import generated_boards
+from src.training import run_folder
 
 BOARD = "3....2....4..1.."
 SOLVED = "3412123423414123"
@@ -202,6 +203,36 @@ class TestTrace:
         assert "step 1 " in err and "step 3" in err and "sudoku4: wrong after 3 steps" in err and "step" not in out
 
 
+class TestHeldOut:
+    @pytest.fixture
+    def run(self, tmp_path):
+        """A run folder as train_puzzles.py leaves it, with a random model."""
+        settings = puzzle_settings({**TINY_PUZZLES, "save_dir": str(tmp_path), "puzzle": "sudoku4"})
+        run_folder.start(tmp_path, settings.flat(), None).release()
+        data = load_puzzles(settings.puzzle)
+        run_folder.keep_corpus(tmp_path, fingerprint(data))
+        save_model(tmp_path / "step_00000001")
+        return tmp_path, data.valid
+
+    def test_the_boards_of_the_run(self, run, call):
+        folder, valid = run
+        call(folder / "step_00000001", "--held_out", "true", "--output", folder / "solved.csv")
+        with open(folder / "solved.csv", encoding="utf-8") as file:
+            questions = [row["question"] for row in csv.DictReader(file)]
+        assert questions == [kind_named("sudoku4").to_text(board, line_breaks=False) for board in valid.inputs]
+
+    def test_changed_puzzles(self, run, call):
+        folder, _ = run
+        text = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(text.replace("n_puzzles: 120", "n_puzzles: 121"))
+        with pytest.raises(UserError, match="are no longer the same"):
+            call(folder / "step_00000001", "--held_out", "true")
+
+    def test_a_checkpoint_without_its_run(self, solver, call):
+        with pytest.raises(UserError, match="is not in the folder of its run"):
+            call(solver, "--held_out", "true")
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -213,7 +244,10 @@ class TestMistakes:
             (["--board", BOARD, "123....4........"], "board 2 cannot be solved: it has no solution"),
             (["--paths", "none.csv"], "none.csv: no such file"),
             (["--paths", "."], ". is a folder without identifiers.json"),
-            (["--board", BOARD, "--generate", "3"], "give boards to solve by one of --board, --paths and --generate"),
+            (
+                ["--board", BOARD, "--generate", "3"],
+                "give boards to solve by one of --board, --paths, --generate and --held_out",
+            ),
             ([], "give boards to solve by one of"),
             (["--board", BOARD, "--low", "3"], "low, high and difficulty are for --generate"),
             (["--generate", "3", "--low", "2"], "clues 2 to 8 do not fit"),

@@ -1,4 +1,4 @@
-"""The boards that solve_puzzles.py is asked to solve: typed, from files, or generated."""
+"""The boards that solve_puzzles.py is asked to solve: typed, from files, generated, or held out by a run."""
 
 import re
 import sys
@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from src.checkpoint import resolve
 from src.errors import UserError
 from src.tasks.arc import Arc, frame, read_tasks
-from src.tasks.puzzle_data import PuzzleConfig, generate, join
+from src.tasks.puzzle_config import read_settings
+from src.tasks.puzzle_data import PuzzleConfig, fingerprint, generate, join, load_puzzles
 from src.tasks.puzzle_folder import read_folder
 from src.tasks.puzzles import Grids, PuzzleKind, make_grids, read_csv
+from src.training.run_folder import corpus_changes
 
 
 def typed_boards(kind: PuzzleKind, texts: list[str]) -> Grids:
@@ -95,6 +98,21 @@ def generated_boards(kind: PuzzleKind, n: int, **options) -> Grids:
         return generate(kind, PuzzleConfig(puzzle=kind.name, n_puzzles=n, **options))
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def held_out_boards(checkpoint: str) -> Grids:
+    """Returns the boards that the run of a checkpoint held out.
+
+    Raises UserError if the checkpoint is not in the folder of its run, or if the puzzles of the run have changed."""
+    run = resolve(checkpoint).parent
+    if not (run / "config.yaml").is_file():
+        raise UserError(
+            f"--held_out: {checkpoint} is not in the folder of its run (no {run}/config.yaml): use --generate"
+        )
+    data = load_puzzles(read_settings(["--config", str(run / "config.yaml")]).puzzle)
+    if changes := corpus_changes(run, fingerprint(data)):
+        raise UserError(f"--held_out: the puzzles of {run} are no longer the same ({'; '.join(changes)}): restore them")
+    return data.valid
 
 
 def check_ids(config, kind: PuzzleKind, grids: Grids):
