@@ -12,7 +12,7 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
-from src.data.readers import READERS, SUFFIXES, SkipLog
+from src.data.readers import READERS, SUFFIXES, SkipLog, suffix_of
 from src.errors import UserError, few
 from src.files.text import check_is_file, is_text
 
@@ -25,25 +25,25 @@ class NoDocument(UserError):
     """The error for files that contain no usable document."""
 
 
-def find_files(paths):
+def find_files(paths, suffixes=SUFFIXES):
     """Returns the sorted data files in `paths` (files, globs, folders). A file that has several names is listed once.
 
     Prints on stderr which other files of a folder are skipped. Raises UserError if a path does not exist, cannot be
-    searched, or yields no file with one of the SUFFIXES."""
+    searched, or yields no file with one of the suffixes."""
     found = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.path.expanduser(os.fspath(path))
         if os.path.isdir(path):
-            files = _files_in(path)
+            files = _files_in(path, suffixes)
         elif glob.has_magic(path) and not os.path.lexists(path):
-            files = [f for f in glob.glob(path, recursive=True) if _kind(f) and os.path.isfile(f)]
+            files = [f for f in glob.glob(path, recursive=True) if _has(f, suffixes) and os.path.isfile(f)]
         elif not os.path.lexists(path):
             raise UserError(f"{path} does not exist" + f" in {os.getcwd()}" * (not os.path.isabs(path)))
         else:
             check_is_file(path, path)
-            files = [path] if _kind(path) else []
+            files = [path] if _has(path, suffixes) else []
         if not files:
-            raise UserError(f"{path}: no data file found; supported types are {', '.join(SUFFIXES)}")
+            raise UserError(f"{path}: no data file found; supported types are {', '.join(suffixes)}")
         for file in sorted(files):
             found.setdefault(same_file_key(file), file)
     return sorted(found.values())
@@ -55,17 +55,16 @@ def same_file_key(path):
     return (info.st_dev, info.st_ino) if info.st_ino else os.path.realpath(path)
 
 
-def _kind(path):
-    """Returns the longest of SUFFIXES that the path ends with, or None."""
-    return max((suffix for suffix in SUFFIXES if os.fspath(path).lower().endswith(suffix)), key=len, default=None)
+def _has(path, suffixes):
+    return os.fspath(path).lower().endswith(tuple(suffixes))
 
 
-def _files_in(root):
+def _files_in(root, suffixes):
     """Returns the data files of a folder. Reports everything else in it in one line on stderr."""
     files, skipped = [], []
     for path in _walk(root, {"__pycache__"}, skipped):
         is_hidden = os.path.basename(path).startswith(".")  # macOS creates ._a.txt next to a.txt
-        if _kind(path) and not is_hidden and os.path.isfile(path):
+        if _has(path, suffixes) and not is_hidden and os.path.isfile(path):
             files.append(path)
         else:
             skipped.append(path)
@@ -161,17 +160,21 @@ def read_pieces(paths, text_field="text", strict=False, skipped=None, report=Tru
     log = SkipLog(strict, Counter() if skipped is None else skipped, report, int(max_doc_mb * 1e6))
     is_empty = True
     for path in files:
-        for piece in READERS[_kind(path).removesuffix(".gz")](path, text_field, log):
+        for piece in READERS[suffix_of(path)](path, text_field, log):
             is_empty = False
             yield piece
     if is_empty:
-        _refuse_empty(files, text_field, log)
+        refuse_empty(files, text_field, log)
     if log.skipped and skipped is None and report:  # a caller that passes `skipped` prints the summary itself
         print(f"skipped: {log.summary()}", file=sys.stderr)
 
 
-def _refuse_empty(files, text_field, log):
+def refuse_empty(files, text_field, log):
+    """Raises NoDocument with the reason why no document was found. The arguments are those of the readers."""
     if log.fields:
-        fields = f"available fields: {', '.join(log.fields)} (set --text_field)"
-        raise NoDocument(f"no record of {few(files)} has the field {text_field!r}; {fields}")
+        wanted, flags = f"the field {text_field!r}", "--text_field"
+        if not isinstance(text_field, str):
+            wanted, flags = text_field, "--question_field and --answer_field"
+        fields = f"available fields: {', '.join(log.fields)} (set {flags})"
+        raise NoDocument(f"no record of {few(files)} has {wanted}; {fields}")
     raise NoDocument(f"no document in {few(files)}: {f'nothing usable ({log.summary()})' if log.skipped else 'empty'}")
