@@ -49,6 +49,11 @@ def find_files(paths, suffixes=SUFFIXES):
     return sorted(found.values())
 
 
+def suffixes_of(text_field):
+    """Returns the suffixes of the files that `read_pieces` reads with this text_field."""
+    return SUFFIXES if isinstance(text_field, str) else text_field.suffixes
+
+
 def same_file_key(path):
     """Returns a key that is equal for all names of one file: spellings of its path, symbolic links, hard links."""
     info = os.stat(path)
@@ -150,17 +155,21 @@ def read_documents(paths, text_field="text", strict=False, skipped=None, max_doc
 def read_pieces(paths, text_field="text", strict=False, skipped=None, report=True, max_doc_mb=MAX_DOC_MB):
     """Yields documents as (piece, is_last) pairs. Long documents are cut, after a line break if possible.
 
+    text_field is the name of the field with the text. With a `RecordFields` of src/data/records.py in its place, each
+    record is a document of two pieces, the prompt and the answer.
+
     Bad lines are skipped, and so are .jsonl and .parquet documents of over max_doc_mb million characters. They are
     counted by reason in `skipped` (a Counter), and the first few are named on stderr unless report=False. Raises
     UserError if a file cannot be read to its end, and, with strict=True, at the first bad line. Raises NoDocument if no
     document is found."""
     if not 1 <= max_doc_mb * 1e6 <= 1e12:
         raise UserError(f"max_doc_mb is {max_doc_mb}: set it over 0 and to at most a million")
-    files = find_files(paths)
+    is_text = isinstance(text_field, str)
+    files = find_files(paths, suffixes_of(text_field))
     log = SkipLog(strict, Counter() if skipped is None else skipped, report, int(max_doc_mb * 1e6))
     is_empty = True
     for path in files:
-        for piece in READERS[suffix_of(path)](path, text_field, log):
+        for piece in READERS[suffix_of(path)](path, text_field, log) if is_text else text_field.pieces(path, log):
             is_empty = False
             yield piece
     if is_empty:

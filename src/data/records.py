@@ -11,6 +11,8 @@ The shapes of these data sets are known by the names of their fields:
 RECORD_SUFFIXES lists the file formats: one JSON object per line, a row of a table, or an object in a JSON list.
 """
 
+import itertools
+import os
 import re
 import sys
 from collections import Counter
@@ -44,17 +46,34 @@ class Record(NamedTuple):
 
 
 class RecordFields(NamedTuple):
-    """The names of a record's fields, None = those of SHAPES. It replaces the text field where records are read."""
+    """The names of a record's fields, None = those of SHAPES. Takes the place of text_field where records are read."""
 
     question: str | None = None
     answer: str | None = None
+    suffixes = RECORD_SUFFIXES
 
     def __str__(self):
         shapes = dict.fromkeys(self._shapes())
         return "the fields " + ", or ".join(f"{', '.join(question)} and {answer}" for question, answer in shapes)
 
+    def _names_in(self, row):
+        """Returns the names of a row's fields, the answer's last, or None if it lacks some."""
+        return next(((*q, a) for q, a in self._shapes() if all(name in row for name in (*q, a))), None)
+
     def _shapes(self):
         return [((self.question,) if self.question else q, self.answer or a) for q, a in SHAPES]
+
+    def fit(self, path) -> bool:
+        """Whether the first object or row of a file has these fields."""
+        is_of_records = os.fspath(path).lower().endswith(RECORD_SUFFIXES)
+        rows = _READERS[suffix_of(path)](path, quiet_log()) if is_of_records else ()
+        return any(self._names_in(row) for _, row in itertools.islice(rows, 1))
+
+    def pieces(self, path, log):
+        """Yields every record of a file as a document of two (piece, is_last) pairs: the prompt, then the answer."""
+        for record in self.records(path, log):
+            yield prompt_of(record.question), False
+            yield answer_of(record.answer), True
 
     def records(self, path, log) -> Iterator[Record]:
         """Yields the records of one file. Logs and skips those without a usable question and answer."""
@@ -67,7 +86,7 @@ class RecordFields(NamedTuple):
 
     def _record(self, row, path, line, max_chars):
         """Returns the Record of a file's object or row, or what is wrong with it (str)."""
-        names = next(((*q, a) for q, a in self._shapes() if all(name in row for name in (*q, a))), None)
+        names = self._names_in(row)
         if names is None:
             return NO_RECORD
         *parts, answer = (row[name] for name in names)
@@ -107,6 +126,11 @@ def _listed(path, log):
             yield number, item
         else:
             log.add(NOT_OBJECT, path, number)
+
+
+def quiet_log():
+    """Returns a SkipLog that prints nothing."""
+    return SkipLog(False, Counter(), False, int(MAX_DOC_MB * 1e6))
 
 
 _READERS = {".jsonl": json_objects, ".parquet": parquet_rows, ".json": _listed}

@@ -36,6 +36,16 @@ def window_sample(ids, documents=None, bos_eos=None):
     return Sample(inputs, targets, None if documents is None else torch.from_numpy(documents - documents[0] + 1))
 
 
+def record_sample(ids, n_prompt, tokenizer):
+    """Returns the Sample of a record: ids are the tokens of its prompt (the first n_prompt), its answer and EOS.
+
+    BOS comes first if the model's texts start with it. The loss covers the answer and EOS, not the prompt."""
+    row = torch.tensor(tokenizer.start(list(ids)))
+    targets = row[1:].clone()
+    targets[: len(row) - len(ids) + n_prompt - 1] = IGNORE
+    return Sample(row[:-1], targets, None)
+
+
 def collate_batch(samples, pad_id=0):
     """Collates samples into {"input_ids", "target_ids"} (B, T) int64, padded on the right with pad_id and -100.
 

@@ -39,6 +39,11 @@ class DataConfig:
             library of this Python
         valid_paths: validation text, given like train_paths; by default, a part of the training text is held back
         text_field: name of the text field in .jsonl files, or of the text column in .parquet files
+        records: train on questions with answers, one per row; the loss covers the answers only. In a mixture, paths
+            without such records are plain text
+        question_field: with records, name of the field or column with the question; by default question (GSM8K,
+            reasoning-gym), or Body and Question (SVAMP)
+        answer_field: with records, name of the field or column with the answer; by default answer or Answer
         tokenizer: sentencepiece, byte (one token per byte), or the path of a tokenizer.json, .model or .bin file or of
             a checkpoint folder
         sp_model: SentencePiece .model file, made by train_spm.py; by default, one is trained on the training text
@@ -64,6 +69,9 @@ class DataConfig:
     train_paths: list[str] = field(default_factory=list)
     valid_paths: list[str] = field(default_factory=list)
     text_field: str = "text"
+    records: bool = False
+    question_field: str | None = None
+    answer_field: str | None = None
     tokenizer: str = "sentencepiece"
     sp_model: str | None = None
     document_mask: bool = False
@@ -80,6 +88,7 @@ class DataConfig:
     def __post_init__(self):
         if self.sp_model is not None and self.tokenizer != "sentencepiece":
             raise ValueError(f"sp_model needs tokenizer sentencepiece, not {self.tokenizer}: leave out one of the two")
+        self._check_records()
         if self.num_workers < 0 or self.num_proc < 1:
             raise ValueError("num_workers must be 0 or more, num_proc 1 or more")
         if self.shuffle_buffer < 1:
@@ -94,6 +103,20 @@ class DataConfig:
             raise ValueError(
                 "mixture: every weight must be a number over 0; to exclude a path, leave it out of train_paths"
             )
+
+    def _check_records(self):
+        if not self.records:
+            for name in ("question_field", "answer_field"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs records true: add --records true, or leave it out")
+            return
+        if not self.train_paths:
+            raise ValueError("records needs train_paths: name files with questions and answers")
+        for name, default in (("text_field", "text"), ("document_mask", False), ("packing", True)):
+            if getattr(self, name) != default and not self.mixture:
+                raise ValueError(
+                    f"{name} is for plain text, but records true reads questions and answers: leave it out"
+                )
 
 
 @dataclass

@@ -1,12 +1,11 @@
 """Records: questions with answers, read from every format; what is wrong with a bad one."""
 
-import gzip
-import json
 import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from texts import write_records
 
 from src.data import records
 from src.data.corpus import NoDocument
@@ -19,26 +18,11 @@ SVAMP = [{"ID": "a", "Body": "Jo has 2 pens.", "Question": "How many?", "Equatio
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
-def save(path, rows):
-    """Write records in the format of the path's suffix."""
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
-        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
-    return str(path)
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.json", "A.JSON"])
 def test_every_format_gives_the_same_records(tmp_path, name):
     path = tmp_path / name
     rows = [row | {"metadata": {"n": 1}} for row in GSM8K]
-    save(path if name != "A.JSON" else path.with_suffix(".json"), rows)
+    write_records(path if name != "A.JSON" else path.with_suffix(".json"), rows)
     if name == "A.JSON":
         os.rename(path.with_suffix(".json"), path)
     expected = [
@@ -50,11 +34,11 @@ def test_every_format_gives_the_same_records(tmp_path, name):
 
 
 def test_known_shapes_and_named_fields(tmp_path):
-    save(tmp_path / "svamp.json", SVAMP)
+    write_records(tmp_path / "svamp.json", SVAMP)
     (record,) = read_records(tmp_path / "svamp.json")
     assert record[:2] == ("Jo has 2 pens. How many?", "2")
     assert record.extra == {"ID": "a", "Equation": "2"}
-    path = save(tmp_path / "b.jsonl", [{"q": " a\n", "a": "b ", "answer": "c", "question": "d"}])
+    path = write_records(tmp_path / "b.jsonl", [{"q": " a\n", "a": "b ", "answer": "c", "question": "d"}])
     asked = lambda *fields: next(read_records(path, *fields))[:2]  # noqa: E731
     assert asked() == ("d", "c")
     assert asked("q", "a") == ("a", "b")
@@ -64,7 +48,7 @@ def test_known_shapes_and_named_fields(tmp_path):
 
 def test_numbers_become_text(tmp_path):
     answers = [1, 10.0, -2.5, 1e15, 1e300, 0, "7.0", 12345678901234567890]
-    path = save(tmp_path / "a.jsonl", [{"question": "?", "answer": answer} for answer in answers])
+    path = write_records(tmp_path / "a.jsonl", [{"question": "?", "answer": answer} for answer in answers])
     expected = ["1", "10", "-2.5", "1000000000000000", "1e+300", "0", "7.0", "12345678901234567890"]
     assert [record.answer for record in read_records(path)] == expected
 
@@ -75,7 +59,7 @@ def test_bad_records_are_counted_and_named(tmp_path, capsys):
     rows += [good | {"answer": answer} for answer in (None, [1], True, float("nan"), "\ud800")] + ["text", good]
     reasons = {records.NO_RECORD: 1, records.BAD_QUESTION: 1, records.EMPTY_ANSWER: 1, records.EMPTY_QUESTION: 1}
     reasons |= {records.BAD_ANSWER: 4, BAD_UTF8: 1, NOT_OBJECT: 1}
-    path = save(tmp_path / "a.jsonl", rows)
+    path = write_records(tmp_path / "a.jsonl", rows)
     with open(path, "a", encoding="utf-8") as file:
         file.write('{"question"\n')
     counts = Counter()
@@ -87,14 +71,14 @@ def test_bad_records_are_counted_and_named(tmp_path, capsys):
     assert said.splitlines()[-1].startswith("skipped: 1 x no question and answer, 1 x question is not a string, ")
     with pytest.raises(UserError, match=r"a\.jsonl:1: no question and answer; available fields: question$"):
         list(read_records(path, log=SkipLog(True, Counter(), True, 1000)))
-    path = save(tmp_path / "b.parquet", [good | {"question": "a" * 500}, good])
+    path = write_records(tmp_path / "b.parquet", [good | {"question": "a" * 500}, good])
     assert [record.line for record in read_records(path, log=SkipLog(False, counts, False, 400))] == [2]
     assert counts[TOO_LONG] == 1
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json"])
 def test_files_without_the_fields_are_refused(tmp_path, name):
-    path = save(tmp_path / name, [{"body": "x", "n": 1}] * 5)
+    path = write_records(tmp_path / name, [{"body": "x", "n": 1}] * 5)
     advice = "available fields: body, n .set --question_field and --answer_field."
     with pytest.raises(NoDocument, match=f"has the fields question and answer, or Body, Question and Answer; {advice}"):
         list(read_records(path))
@@ -110,7 +94,7 @@ def test_files_that_are_no_records_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"supported types are \.jsonl, \.jsonl\.gz, \.parquet, \.json$"):
         list(read_records(tmp_path / "a.txt"))
     with pytest.raises(NoDocument, match=r"nothing usable \(2 x empty answer\)"):
-        list(read_records(save(tmp_path / "b.jsonl", [{"question": "a", "answer": ""}] * 2)))
+        list(read_records(write_records(tmp_path / "b.jsonl", [{"question": "a", "answer": ""}] * 2)))
     (tmp_path / "c.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"c\.parquet cannot be read to its end"):
         list(read_records(tmp_path / "c.parquet"))
