@@ -92,6 +92,8 @@ def _create_trainer(settings):
     corpus, changes = _look_at_text(folder, files, newest, config.allow_changed_corpus)
     tokenizer, train_set, valid_set = prepare_data(data, model_config.vocab_size, model_config.max_seq_len, files=files)
     corpus["tokenizer"] = tokenizer.fingerprint
+    if data.records and not config.sample_prompt:
+        config = dataclasses.replace(config, sample_prompt=valid_set.prompt(0))
     if changes and data.streaming and newest:
         for position in newest[1]["loaders"]:
             position["reads"] |= train_set.identity  # so that the stream accepts its position in the changed text

@@ -234,7 +234,8 @@ class TrainConfig:
         save_every: steps between checkpoints
         log_every: steps between lines of metrics.jsonl
         keep_checkpoints: number of newest checkpoints to keep; the best one is always kept as well
-        sample_prompt: start of the sample text that each evaluation generates; empty = only the BOS token
+        sample_prompt: start of the sample text that each evaluation generates; empty = only the BOS token, or, with
+            records, the first validation question
         sample_tokens: length of the sample text in tokens; 0 = no sample
         compile: use torch.compile; by default, it is used if it works here and the run is estimated to last over two
             minutes
