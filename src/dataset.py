@@ -289,6 +289,15 @@ def _text_for_tokenizer(data, corpora, fields, holds_back):
     return itertools.chain(*texts), sorted(set(itertools.chain(*corpora))), key
 
 
+def first_records(data, vocab_size, seq_len, files, n):
+    """Returns (tokenizer, RecordDataset of the first n records of `files` that fit)."""
+    fields = [_record_fields(data)]
+    tokenizer = _tokenizer_of(data, vocab_size, *_text_for_tokenizer(data, [files], fields, False))
+    options = {"strict": data.strict, "num_proc": data.num_proc, "cache_dir": data.cache_dir}
+    store = tokenize_corpus(files, tokenizer, *fields, **options, max_doc_mb=data.max_doc_mb)
+    return tokenizer, RecordDataset(store, tokenizer, seq_len, most=n)
+
+
 def find_text(data):
     """Returns (training files as one list per corpus, validation files) for a DataConfig."""
     if not data.train_paths:

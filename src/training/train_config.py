@@ -241,6 +241,9 @@ class TrainConfig:
             minutes
         shard: shard parameters, gradients and optimizer state over the processes (FSDP); by default each process holds
             all of them (DDP)
+        overfit: check only: learn this many records by heart, the first ones, until the model answers all of them, or
+            say what is most likely wrong; needs records, writes nothing, and ends after 2 minutes if max_minutes is not
+            set
         curriculum: A curriculum: stages of the run, given as a section `curriculum` of the --config file
         monitoring: Logging, and warnings about the machine, also as a section `monitoring` of the --config file
         seed: seed of the initial weights, the order of examples and dropout
@@ -278,6 +281,7 @@ class TrainConfig:
     sample_tokens: int = 120
     compile: bool | None = None
     shard: bool = False
+    overfit: int | None = None
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     seed: int = 0
@@ -308,6 +312,8 @@ class TrainConfig:
             raise ValueError("optimizer muon needs whole matrices, but shard splits them: choose one of the two")
         if not is_text(self.sample_prompt):
             raise ValueError("sample_prompt is not valid UTF-8 text: correct it")
+        if self.overfit is not None and self.overfit < 1:
+            raise ValueError(f"overfit is {self.overfit}: set it to the number of records to learn, or leave it out")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes is {self.max_minutes}: set it over 0, or leave it out")
 
