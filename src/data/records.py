@@ -17,6 +17,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from src.data.corpus import MAX_DOC_MB, find_files, refuse_empty
@@ -134,6 +135,33 @@ def quiet_log():
 
 
 _READERS = {".jsonl": json_objects, ".parquet": parquet_rows, ".json": _listed}
+
+
+@dataclass
+class RecordsConfig:
+    """Questions with answers in place of text.
+
+    Args:
+        records: read questions with answers; the text is the prompt `Input: <question> \\n Output:` with the answer
+        question_field: with records, name of the field or column with the question; by default question (GSM8K,
+            reasoning-gym), or Body and Question (SVAMP)
+        answer_field: with records, name of the field or column with the answer; by default answer or Answer
+    """
+
+    records: bool = False
+    question_field: str | None = None
+    answer_field: str | None = None
+
+    def __post_init__(self):
+        for name in ("question_field", "answer_field"):
+            if getattr(self, name) is not None and not self.records:
+                raise ValueError(f"{name} needs records true: add --records true, or leave it out")
+
+    def in_place_of(self, text_field: str):
+        """Returns what `read_pieces` takes as its text_field."""
+        if self.records and text_field != "text":
+            raise UserError("text_field is for plain text, but records true reads questions and answers: leave it out")
+        return RecordFields(self.question_field, self.answer_field) if self.records else text_field
 
 
 def read_records(paths, question_field=None, answer_field=None, log=None) -> Iterator[Record]:
