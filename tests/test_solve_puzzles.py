@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,18 +17,19 @@ import solve_puzzles
 from src.checkpoint import save_checkpoint
 from src.errors import UserError
 from src.tasks.puzzle_data import PuzzleForm, fingerprint, load_puzzles
-from src.tasks.puzzle_folder import kind_named, write_folder
+from src.tasks.puzzle_folder import kind_named, write_arc_folder, write_folder
 from src.tasks.puzzle_input import generated_boards
 from src.training import run_folder
 
 BOARD = "3....2....4..1.."
 SOLVED = "3412123423414123"
+ARC_DATA = Path(__file__).parents[2] / "shared" / "data" / "arc_agi"
 SEVERAL = "3....24..1......"
 
 
-def save_model(folder, name="sudoku4", **changes):
+def save_model(folder, name="sudoku4", names=None, **changes):
     kind = kind_named(name)
-    save_checkpoint(folder, puzzle_model(kind, **{"supervision_steps": 3} | changes), PuzzleForm(kind))
+    save_checkpoint(folder, puzzle_model(kind, **{"supervision_steps": 3} | changes), PuzzleForm(kind, names))
     return str(folder)
 
 
@@ -164,10 +166,46 @@ class TestFiles:
         assert "board 1: wrong" in err and "board 2: not judged: its answer is not known" in err
         assert "1 board of arc: exact 0.0000" in err and "not judged, because no answer is known: 1 board\n" in err
         with_ids = save_model(tmp_path / "ids", "arc", prefix_tokens=1, puzzle_ids=4)
-        with pytest.raises(UserError, match="this model knows an ARC task by its puzzle id"):
+        with pytest.raises(UserError, match="this model knows an ARC task by its puzzle id, and single boards have"):
             call(with_ids, "--paths", tmp_path / "arc.json")
         with pytest.raises(UserError, match="--votes needs symmetries, and a board of arc alone has none"):
-            call(folder, "--paths", tmp_path / "arc.json", "--votes", 4)
+            call(folder, "--board", "12", "--votes", 4)
+        with pytest.raises(UserError, match="only write a submission: leave out output, curve and trace"):
+            call(folder, "--paths", tmp_path / "arc.json", "--votes", 4, "--trace")
+        with pytest.raises(UserError, match="--submission is for a model of ARC"):
+            call(folder, "--board", "12", "--submission", tmp_path / "s.json")
+
+    def test_votes_on_arc_tasks(self, call, tmp_path):
+        """A folder with puzzle ids, a model that has names of them, and the tasks as JSON or as the folder's test."""
+        pair = {"input": [[1, 2], [3, 4]], "output": [[4, 3], [2, 1]]}
+        tasks = {"a": {"train": [pair], "test": [pair, {"input": [[5]]}]}, "b": {"train": [pair], "test": [pair]}}
+        paths = [tmp_path / f"{name}.json" for name in "cd"]
+        for path, name in zip(paths, tasks):
+            path.write_text(json.dumps({name: tasks[name]}))
+        names = write_arc_folder(tmp_path / "npy", [], paths, 3).names
+        changes = {"d_model": 8, "supervision_steps": 1, "prefix_tokens": 1, "puzzle_ids": len(names)}
+        folder = save_model(tmp_path / "arc", "arc", names, **changes)
+        out, err = call(folder, "--paths", *paths, "--votes", 3)
+        assert "2 tasks of arc, up to 3 votes: pass@1 0.0000, pass@2 0.0000 on the 2 whose outputs are known" in err
+        attempts = json.loads(out)
+        assert {name: len(pairs) for name, pairs in attempts.items()} == {"a": 2, "b": 1}
+        assert set(attempts["b"][0]) == {"attempt_1", "attempt_2"}
+        assert call(folder, "--paths", tmp_path / "npy", "--submission", tmp_path / "s.json", "--votes", 3).out == ""
+        assert json.loads((tmp_path / "s.json").read_text()) == attempts
+        call(folder, "--paths", tmp_path / "npy", "--submission", tmp_path / "s.json", "--limit", 1, "--exit", "halt")
+        assert set(json.loads((tmp_path / "s.json").read_text())) == {"a"}
+        with pytest.raises(UserError, match="task a is given twice"):
+            call(folder, "--paths", paths[0], tmp_path / "npy", "--votes", 3)
+
+    @pytest.mark.skipif(not ARC_DATA.exists(), reason="../shared/data/arc_agi is not here")
+    def test_votes_on_real_arc_tasks(self, call, tmp_path):
+        folder = save_model(tmp_path / "arc", "arc", d_model=8, supervision_steps=1)
+        words = ("--paths", ARC_DATA / "arc-agi_evaluation_challenges.json.gz", "--votes", 2, "--limit", 12)
+        err = call(folder, *words, "--submission", tmp_path / "s.json").err
+        assert "12 tasks of arc, up to 2 votes: pass@1 0.0000, pass@2 0.0000 on the 12 whose" in err
+        attempts = json.loads((tmp_path / "s.json").read_text())
+        pairs = [pair for task in attempts.values() for pair in task]
+        assert len(attempts) == 12 and len(pairs) >= 12 and all(pair["attempt_2"] for pair in pairs)
 
     def test_output(self, solver, call, tmp_path):
         words = (solver, "--generate", 30, "--exit", "halt", "--batch_size", 7)
