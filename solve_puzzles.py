@@ -11,6 +11,7 @@
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --starts 8            # the best of eight noisy starts
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --votes 8             # a vote over eight symmetric boards
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --curve runs/curve.png   # accuracy by steps
+    python solve_puzzles.py runs/sudoku --held_out --curve runs/curve.png --copies 2 4 8   # also by starts and votes
     python solve_puzzles.py runs/arc --paths challenges.json --votes 100 --submission runs/submission.json
 
 stdout gets the solutions, one per line; a terminal gets a single board as a grid. With --output, they go to a .csv
@@ -78,7 +79,10 @@ class SolveConfig:
             with a file name (.png, .gif, .pdf, .svg) it is drawn, with its data in a .json beside it; .json alone
             writes the data only
         curve: picture (.png) of exact accuracy against mean supervision steps, for fixed numbers of steps, for the
-            halting head at many thresholds, and for two references; its figures are printed on stderr
+            halting head at many thresholds, and for two references; its figures are printed on stderr, and written to a
+            .json file beside it. A table by difficulty compares the main rules at halt_threshold
+        copies: adds to the curve what this many noisy starts, and votes, make of the same boards; each copy of a board
+            counts with all its steps. Several numbers may be given, such as 2 4 8
         device: device to run on: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
         precision: number format of the matrix products
     """
@@ -105,6 +109,7 @@ class SolveConfig:
     submission: str | None = None
     trace: bool | str = False
     curve: str | None = None
+    copies: list[int] = field(default_factory=list)
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
 
@@ -121,6 +126,10 @@ class SolveConfig:
             raise ValueError("low, high and difficulty are for --generate: leave them out")
         if self.curve is not None and self.exit != "fixed":
             raise ValueError("curve compares the stopping rules itself: leave out exit")
+        if self.curve is not None and self.starts * self.votes > 1:
+            raise ValueError("curve is of single copies: leave out starts and votes; copies adds several copies to it")
+        if self.copies and (self.curve is None or min(self.copies) < 2):
+            raise ValueError("copies is for --curve, and each number must be 2 or more")
 
 
 @before_torch
@@ -135,7 +144,8 @@ from src.tasks.arc import Arc, different, read_tasks
 from src.tasks.arc_votes import solve_tasks
 from src.tasks.board_picture import draw_trace
 from src.tasks.board_trace import BoardTrace, check_trace_path, print_trace, write_trace
-from src.tasks.puzzle_curve import curve_of, draw, report
+from src.tasks.curve_report import draw, report, write_curve
+from src.tasks.puzzle_curve import curve_of, points_of_copies
 from src.tasks.puzzle_data import PuzzleForm, read_form
 from src.tasks.puzzle_eval import solve
 from src.tasks.puzzle_input import (
@@ -187,7 +197,8 @@ def boards_of(config: SolveConfig, kind: PuzzleKind) -> Grids:
 def main(argv=None):
     config = parse_args(argv)
     traces = trace_files(config.trace)
-    outputs = [config.output, config.curve, config.submission]
+    curves = [config.curve, str(Path(config.curve).with_suffix(".json"))] if config.curve else []
+    outputs = [config.output, config.submission, *curves]
     check_distinct([*outputs, *traces], config.paths)
     for path in filter(None, outputs):
         check_writable(path)
@@ -217,9 +228,12 @@ def main(argv=None):
         print("\n".join(summary(kind, grids, parts)), file=sys.stderr)
     show(trace, config.trace)
     if config.curve is not None:
-        points, trained = curve_of(parts), min(model.config.recursion_steps, len(parts[0].answers.is_exact))
-        print(report(points, trained), file=sys.stderr)
-        draw(points, trained, config.curve, f"{kind.name}: {grids.n_rows:,} boards, {config.checkpoint}")
+        trained = model.config.recursion_steps
+        curve = curve_of(config.checkpoint, kind, grids, parts, trained, effort.halt_threshold)
+        curve.points.extend(points_of_copies(model, kind, grids, effort, config.copies))
+        print(report([curve]), file=sys.stderr)
+        write_curve(curve, Path(config.curve).with_suffix(".json"))
+        draw(curve, config.curve, f"{kind.name}: {grids.n_rows:,} boards, {config.checkpoint}")
 
 
 def solve_arc(config: SolveConfig, model: TRMModel, form: PuzzleForm, effort: Effort):

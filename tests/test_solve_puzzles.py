@@ -14,8 +14,10 @@ from scripts import run_script
 from trainers import TINY_PUZZLES, puzzle_model, puzzle_settings
 
 import solve_puzzles
+from experiments import puzzle_curves
 from src.checkpoint import save_checkpoint
 from src.errors import UserError
+from src.tasks.curve_report import read_curve
 from src.tasks.puzzle_data import PuzzleForm, fingerprint, load_puzzles
 from src.tasks.puzzle_folder import kind_named, write_arc_folder, write_folder
 from src.tasks.puzzle_input import generated_boards
@@ -358,11 +360,38 @@ def test_the_curve_compares_stopping_rules(solver, home, call, tmp_path):
     full = float(err.split("exact accuracy after all 3 steps: ")[1].split()[0])
     assert f"| fixed | 3 | 3.00 | {full:.4f} | 0% |" in err and "| fixed | 4 | 4.00 |" in err
     assert "| halt | 0.5 |" in err and "| random | 0.5 |" in err and "| oracle | 6 |" in err
+    assert "| all | 40 |" in err and "| clues 10 |" in err
     with pytest.raises(UserError, match="leave out exit"):
         call(solver, "--generate", 4, "--exit", "halt", "--curve", picture)
+    with pytest.raises(UserError, match="copies is for --curve"):
+        call(solver, "--generate", 4, "--copies", 2)
     plain = save_model(home / "plain_curve", recursion="none")
     with pytest.raises(UserError, match="leave out --curve"):
         call(plain, "--generate", 4, "--curve", picture)
+
+
+def test_the_curve_of_copies_is_kept_and_merged(solver, home, call, tmp_path, capsys):
+    """Starts without noise are equal, so they only cost more; four votes cost four times the steps."""
+    picture, words = tmp_path / "curve.png", ("--generate", 40, "--low", 10, "--high", 15)
+    err = call(solver, *words, "--curve", picture, "--copies", 2, 4, "--start_noise", 0).err
+    curve = read_curve(picture.with_suffix(".json"))
+    points = {point[:2]: point for point in curve.points}
+    assert points["starts", 2] == ("starts", 2, 6, curve.full.exact)
+    halt = points["halt", 0.5]
+    assert points["starts+halt", 4][2:] == pytest.approx((4 * halt.steps, halt.exact))
+    assert points["votes", 4].steps == 12 and points["votes+halt", 2].steps <= 6
+    attempt = call(solver, *words, "--votes", 4, "--exit", "halt").err
+    assert f"exact {points['votes+halt', 4].exact:.4f}" in attempt
+    assert f"mean steps {points['votes+halt', 4].steps / 4:.2f}" in attempt
+    assert "| votes+halt | 4 |" in err and curve.bins[0].boards == 40
+    puzzle_curves.main([str(picture.with_suffix(".json"))] * 2 + ["--output", str(tmp_path / "both.png")])
+    assert f"| {curve.full.exact:.4f}, {curve.full.exact:.4f} |" in capsys.readouterr().out
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+    other = save_model(home / "other_curve", supervision_steps=2, halting=False)
+    err = call(other, *words, "--curve", tmp_path / "c.png", "--copies", 2).err
+    assert "not in the curve: starts 2: --starts needs a halting head" in err and "| votes | 2 | 4.00 |" in err
+    with pytest.raises(UserError, match="c.json has trained 2, .*curve.json has 3: merge"):
+        puzzle_curves.main([str(picture.with_suffix(".json")), str(tmp_path / "c.json")])
 
 
 def test_as_a_script(solver, tmp_path):
