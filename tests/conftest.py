@@ -11,12 +11,11 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import annotations  # noqa: E402
+
+annotations.install()  # before anything of src is imported
+
 import jaxtyping  # noqa: E402
-from beartype import BeartypeConf, beartype  # noqa: E402
-
-typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is accepted as a float, as in temperature=0
-jaxtyping.install_import_hook("src", f"{__name__}.typechecker")  # before anything of src is imported
-
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
