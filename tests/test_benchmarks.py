@@ -370,7 +370,22 @@ def test_classifications_are_kept_and_tabled(finished_run, tmp_path, capsys):
 # --- bench_puzzles ----------------------------------------------------------------------------------------------------
 
 
-def test_bench_puzzles_without_a_peer(capsys):
+class SideInThisProcess:
+    """As bench_puzzles.Worker, without its process, which takes seconds to import PyTorch."""
+
+    def __init__(self, **job):
+        self.side = bench_puzzles.side_of(**job)
+
+    def ask(self, what):
+        return getattr(self.side, what)()
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("worker", [SideInThisProcess, pytest.param(bench_puzzles.Worker, marks=pytest.mark.slow)])
+def test_bench_puzzles_without_a_peer(monkeypatch, capsys, worker):
+    monkeypatch.setattr(bench_puzzles, "Worker", worker)
     assert bench_puzzles.main(["--quick", "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
     facts = json.loads(out.splitlines()[-1])
