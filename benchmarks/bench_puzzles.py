@@ -135,6 +135,10 @@ class Worker:
     def ask(self, what: str):
         """What side.<what>() returns in the other process."""
         self.begin(what)
+        return self.answer()
+
+    def answer(self):
+        """What the call that `begin` started returns."""
         return self.pipe.recv()
 
     def close(self):
@@ -170,7 +174,7 @@ def measure(args: PuzzleBench, mixer: str, precision: str, task: str, folder: st
     }
     for worker in workers.values():  # at the same time, because compiling takes long
         worker.begin("first_logits")
-    logits = {kind: worker.pipe.recv() for kind, worker in workers.items()}
+    logits = {kind: worker.answer() for kind, worker in workers.items()}
     for worker in workers.values():  # one more step to warm up
         worker.ask("step")
     times = {kind: [] for kind in kinds}

@@ -370,7 +370,29 @@ def test_classifications_are_kept_and_tabled(finished_run, tmp_path, capsys):
 # --- bench_puzzles ----------------------------------------------------------------------------------------------------
 
 
-def test_bench_puzzles_without_a_peer(capsys):
+class SideInThisProcess:
+    """As bench_puzzles.Worker, without its process, which takes seconds to import PyTorch."""
+
+    def __init__(self, **job):
+        self.side = bench_puzzles.side_of(**job)
+
+    def begin(self, what):
+        self.found = getattr(self.side, what)()
+
+    def answer(self):
+        return self.found
+
+    def ask(self, what):
+        self.begin(what)
+        return self.answer()
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("worker", [SideInThisProcess, pytest.param(bench_puzzles.Worker, marks=pytest.mark.slow)])
+def test_bench_puzzles_without_a_peer(monkeypatch, capsys, worker):
+    monkeypatch.setattr(bench_puzzles, "Worker", worker)
     words = "--mixers mlp --precisions fp32 --rounds 2 --batch_size 2 --cells 9 --d_model 32 --n_heads 2".split()
     words += "--latent_steps 2 --deep_steps 2 --compile false --device cpu".split()
     assert bench_puzzles.main(words) == 0
