@@ -16,7 +16,7 @@ from torch import Tensor
 
 from src.exits import ExitRule
 from src.runtime import share_cores
-from src.sampling import generate
+from src.sampling import generate, left_padded
 from src.tokenizer import StreamDecoder
 
 
@@ -82,10 +82,8 @@ def continue_texts(
     """Continues the prompts as one batch and yields the new text of each step. Options and ValueErrors are those of
     `sampling.generate`."""
     rows = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    gaps = [max(map(len, rows)) - len(row) for row in rows]  # rows are padded on the left
     device = next(model.parameters(), torch.empty(0)).device  # an ONNX graph has no parameters: CPU
-    ids = torch.tensor([[tokenizer.pad_id] * gap + row for gap, row in zip(gaps, rows)], device=device)
-    mask = torch.tensor([[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows)], device=device)
+    ids, mask = left_padded(rows, tokenizer.pad_id, device)
     decoders = [StreamDecoder(tokenizer, starts_text=not prompt) for prompt in prompts]
     ends, is_open = tokenizer.end_ids if stop_at_eos else (), [True] * len(rows)
     steps = generate(model, ids, max_new_tokens, eos_id=ends or None, attention_mask=mask, **options)
