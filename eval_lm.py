@@ -121,7 +121,7 @@ from src.evaluation import exact_match
 from src.evaluation.depth_curve import cheapest_points, depth_curve, draw_depth_curve, full_point
 from src.evaluation.scoring import choose_stride, score_corpus
 from src.exits import max_depth
-from src.metrics import describe_model
+from src.metrics import count_parameters, describe_model
 from src.runtime import DTYPES, choose_device, choose_precision
 
 
@@ -212,7 +212,8 @@ def measure_answers(model, tokenizer, config, options, rule) -> dict:
     if options.plot is not None:
         title, remark = describe_model(model), str(resolve(config.checkpoint))
         exact_match.draw_exact_match(found.figures, options.plot, title, remark)
-    return found.figures | {"skipped": found.skipped}
+    parameters = count_parameters(model)["total"]
+    return found.figures | {"skipped": found.skipped, "parameters": parameters}
 
 
 def run_harness(model, tokenizer, config, rule) -> dict:

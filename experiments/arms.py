@@ -179,7 +179,7 @@ def do_all(config: ArmsConfig, jobs: list[Job], do: Callable[[Job], dict]) -> li
             known[job_of(record)] = record
             kind = "sweep" if record["is_sweep"] else f"seed {record['seed']}"
             line = f"{record['arm']}, {kind}, lr {record['changes']['lr']:g}: exact {record['exact']:.4f}"
-            print(f"{line}, {record['updates']:,} updates in {record['seconds']:.0f} s", file=sys.stderr)
+            print(f"{line}, {record['updates']:,} steps in {record['seconds']:.0f} s", file=sys.stderr)
     return [known[job] for job in jobs]
 
 
