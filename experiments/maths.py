@@ -293,7 +293,7 @@ def _levels(groups) -> str:
     first = next(iter(groups.values()))[0]
     tests = [("exact", ())] + ([("beyond", ("beyond",))] if "beyond" in first else [])
     columns = [
-        (level, (*path, "by_difficulty", level))
+        (f"beyond: {level}" if path else level, (*path, "by_difficulty", level))
         for _, path in tests
         for level in (first["beyond"] if path else first)["by_difficulty"]
     ]

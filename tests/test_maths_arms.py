@@ -117,7 +117,10 @@ def test_tables():
     seeds, levels, depths = maths.tables(runs).split("\n\n")
     row = "| trm | 86.4K | 4.82 | 0.004 | 1,000 | 0.750 ± 0.071 | 0.250 | 0.700, 0.800 |"
     assert seeds.splitlines()[2] == row
-    assert levels.splitlines()[0::2] == ["| difficulty | 1 | 2 | 1 | 2 |", "| trm | 1.000 | 0.500 | 1.000 | 0.500 |"]
+    assert levels.splitlines()[0::2] == [
+        "| difficulty | 1 | 2 | beyond: 1 | beyond: 2 |",
+        "| trm | 1.000 | 0.500 | 1.000 | 0.500 |",
+    ]
     assert depths.splitlines()[2:] == ["| exact | 0.500 | 0.750 |", "| beyond | 0.500 | 0.750 |"]
 
 

@@ -86,7 +86,7 @@ def difficulty_of(record: Record, field: str | None = None) -> int | float | str
         has = ", ".join(record.extra) or "none"
         raise UserError(f"{record.path}, record {record.line} has no field {field!r}; further fields: {has}")
     value = record.extra.get("difficulty" if field is None else field)
-    if value is None:
+    if value is None or value != value:  # NaN: an empty cell of a table
         numbers = re.findall(r"\d+", re.sub(r"(?<=\d),(?=\d{3})", "", record.question))
         return max((len(number.lstrip("0")) or 1 for number in numbers), default=0)
     return value if type(value) in (int, float) else str(value)
@@ -202,11 +202,10 @@ def by_level(questions: list[Question]) -> dict[str, Bool[np.ndarray, "n"]]:
     levels = np.array(levels if is_number else [str(level) for level in levels])
     if not is_number or len(values) <= MOST_LEVELS:
         return {f"{value:g}" if is_number else value: levels == value for value in values}
-    parts = np.array_split(np.sort(levels), MOST_LEVELS)
-    starts = sorted({part[0] for part in parts})
-    ends = [*starts[1:], np.inf]
-    members = [(levels >= low) & (levels < high) for low, high in zip(starts, ends)]
-    return {f"{low:g} to {levels[is_in].max():g}": is_in for low, is_in in zip(starts, members)}
+    starts = sorted({part[0] for part in np.array_split(np.sort(levels), MOST_LEVELS)})
+    groups = np.searchsorted(starts, levels, side="right") - 1
+    members = [groups == i for i in range(len(starts))]
+    return {f"{levels[is_in].min():g} to {levels[is_in].max():g}": is_in for is_in in members}
 
 
 def figures_of(answers: Answers) -> dict:

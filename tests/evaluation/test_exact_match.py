@@ -129,6 +129,7 @@ def test_best_of_is_reported_beside_greedy(home, capsys):
         ("no number", {}, None, 0),
         ("0 plus 0", {}, None, 1),
         ("12 plus 345", {"difficulty": 7}, None, 7),
+        ("12 plus 345", {"difficulty": float("nan")}, None, 3),
         ("12 plus 345", {"difficulty": 7, "steps": "many"}, "steps", "many"),
         ("12 plus 345", {"difficulty": [1, 2]}, None, "[1, 2]"),
     ],
