@@ -142,38 +142,16 @@ def test_mistakes(words, message, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_comparison_continues_where_it_stopped(tmp_path, capsys):
+def test_a_comparison_of_equal_flops_continues_where_it_stopped(tmp_path, capsys):
     small = "--d_model=16 --n_heads=2 --batch_size=8 --compile=false --eval_every=100000 --precision=fp32".split()
-    words = ["--digits", "1", "--beyond", "1", "--n_train", "60", "--n_test", "10", "--minutes", "0.05"]
-    words += ["--lrs", "0.004", "--arms", "trm", "plain-params", "--output", str(tmp_path)]
-    words += [f"--overrides={word}" for word in small]
-    maths.main([*words, "--seeds", "0"])
-    maths.main([*words, "--seeds", "0", "1"])
-    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [(r["arm"], r["seed"]) for r in records[:2]] == [("trm", 0), ("plain-params", 0)] and len(records) == 4
-    assert len(records[0]["by_step"]) == 8 and len(records[1]["by_step"]) == 1
-    assert "| plain-params |" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_equal_flops(tmp_path):
-    small = "--d_model=16 --n_heads=2 --batch_size=8 --compile=false --eval_every=100000 --precision=fp32".split()
-    words = [
-        "--digits",
-        "1",
-        "--beyond",
-        "0",
-        "--n_train",
-        "60",
-        "--n_test",
-        "10",
-        "--equal_flops",
-        "6",
-        "--seeds",
-        "0",
-    ]
-    words += ["--lrs", "0.004", "--arms", "trm", "trm-1", "plain-flops", "--output", str(tmp_path)]
-    maths.main([*words, *(f"--overrides={word}" for word in small)])
+    words = ["--digits", "1", "--beyond", "1", "--n_train", "60", "--n_test", "10", "--equal_flops", "6"]
+    words += ["--lrs", "0.004", "--seeds", "0", "--output", str(tmp_path), *(f"--overrides={word}" for word in small)]
+    maths.main([*words, "--arms", "trm"])
+    first = (tmp_path / "runs.jsonl").read_text()
+    maths.main([*words, "--arms", "trm", "trm-1", "plain-flops"])
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert (tmp_path / "runs.jsonl").read_text().startswith(first) and len(runs) == 3
     effort = [run["updates"] * run["flops_per_token"] for run in runs]
     assert runs[0]["updates"] == 6 and effort == pytest.approx([effort[0]] * 3, rel=0.05)
+    assert [len(run["by_step"]) for run in runs] == [8, 2, 1] and set(runs[0]["beyond"]["by_difficulty"]) == {"2"}
+    assert "| plain-flops |" in capsys.readouterr().out
