@@ -1,7 +1,7 @@
-"""Samples (rows of tokens with their targets), how they are collated into a batch, and how a single text becomes a row."""
+"""Samples (rows of tokens with their targets), how they are collated into a batch, and how a text becomes a row."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -84,8 +84,8 @@ def pad_sequence(
     sequence: Sequence[int],
     max_len: int,
     pad_id: int = 0,
-    pad: Literal["left", "right"] = "right",
-    truncate: Literal["left", "right"] = "right",
+    pad: str = "right",
+    truncate: str = "right",
 ) -> tuple[Int[Tensor, "t"], Int[Tensor, "t"]]:
     """Returns (ids, attention mask) of exactly `max_len` tokens; the mask is 0 at padding.
 
@@ -108,8 +108,8 @@ def tokenize_and_pad(
     max_seq_len: int,
     bos: bool = True,
     eos: bool = False,
-    pad: Literal["left", "right"] = "right",
-    truncate: Literal["left", "right"] = "left",
+    pad: str = "right",
+    truncate: str = "left",
 ) -> tuple[Int[Tensor, "t"], Int[Tensor, "t"]]:
     """Returns (ids, attention mask) of a text as a row of exactly `max_seq_len` tokens; see `pad_sequence`.
 
