@@ -104,7 +104,7 @@ class RAGDatasetWrapper(torch.utils.data.Dataset):
         documents = self.dataset.store.documents_of(before + 1, position + 2)
         text = ""
         if documents[0] == documents[-1]:
-            text = fit_context(self.tokenizer, self.chunks[number], self.config.context_tokens)
+            text = fit_context(self.tokenizer, self.chunks[number], self.config.context_tokens).text
         ids = self.tokenizer.encode(prepare_code_input(text, "")) if text else []
         return np.array(ids[-self.config.context_tokens :], np.int64)
 

@@ -27,8 +27,10 @@ class Hit(NamedTuple):
     score: float
     path: str
 
-    def __str__(self):
-        return f"{self.path}:{self.chunk.first}-{self.chunk.last} (score {self.score:.2f})"
+    def where(self, lines: int | None = None) -> str:
+        """Returns path, lines and score; lines: how many of the chunk's lines are meant, all by default."""
+        last = self.chunk.last if lines is None else self.chunk.first + lines - 1
+        return f"{self.path}:{self.chunk.first}-{last}, score {self.score:.2f}"
 
 
 class VectorSearch:
@@ -108,20 +110,24 @@ class RAGRetriever:
         return found
 
 
-def fit_context(tokenizer, texts: Sequence[str], budget: int, marker: str = QUERY_MARKER) -> str:
-    """Returns chunks, best first, as a context of at most `budget` tokens including the marker; "" if none fits.
+class Context(NamedTuple):
+    """What fits into a prompt: the text of chunks, and the lines that were kept of each given chunk (0 = left out)."""
+
+    text: str
+    kept: list[int]
+
+
+def fit_context(tokenizer, texts: Sequence[str], budget: int, marker: str = QUERY_MARKER) -> Context:
+    """Returns chunks, given best first, as a context of at most `budget` tokens including the marker.
 
     The best chunk comes last, next to the query. It loses lines at its end if it is too long; others are left out."""
     room = budget - len(tokenizer.encode(f"{marker}\n" if marker else ""))
-    kept = []
+    parts, kept = [], [0] * len(texts)
     for number, text in enumerate(texts):
         lines = text.rstrip("\n").split("\n")
         used = np.cumsum([len(ids) for ids in tokenizer.encode_batch([f"{line}\n" for line in lines])])
         n = int(np.searchsorted(used, room, side="right"))
-        if n < len(lines) and number:
-            continue
-        if n == 0:
-            break
-        kept.insert(0, "\n".join(lines[:n]) + "\n")
-        room -= int(used[n - 1])
-    return "".join(kept)
+        if n == len(lines) or (n and not number):
+            parts.insert(0, "\n".join(lines[:n]) + "\n")
+            room, kept[number] = room - int(used[n - 1]), n
+    return Context("".join(parts), kept)

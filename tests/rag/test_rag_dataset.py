@@ -162,7 +162,7 @@ def test_the_context_is_what_generation_writes(made):
     """Training encodes the chunks as generate.py does."""
     data = wrapped(made)
     number = next(n for n, texts in enumerate(data.chunks) if texts)
-    text = fit_context(TOKENIZER, data.chunks[number], CONTEXT) + "# ---- current file ----\n"
+    text = fit_context(TOKENIZER, data.chunks[number], CONTEXT).text + "# ---- current file ----\n"
     assert TOKENIZER.decode(data[number].input_ids.tolist()).startswith(text)
 
 
@@ -174,7 +174,7 @@ def test_a_run_with_rag_resumes_exactly(made, tmp_path, capsys, monkeypatch):
     words = [*SMALL, "--train_paths", str(folder / "docs.jsonl"), "--valid_paths", str(folder / "docs.jsonl")]
     words += ["--cache_dir", str(folder / "cache"), "--max_seq_len", "128", "--save_every", "2", "--eval_every", "4"]
     words += ["--rag.paths", str(tmp_path / "lib"), "--rag.context_tokens", "64", "--sample_tokens", "0"]
-    words += ["--rag.threshold", "0.1", "--keep_checkpoints", "4"]
+    words += ["--rag.threshold", "0.1", "--keep_checkpoints", "4", "--monitoring.tensorboard", "false"]
 
     def train(name, *more):
         train_trm_lm.main([*words, "--save_dir", str(tmp_path / name), *more])

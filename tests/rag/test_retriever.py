@@ -151,7 +151,9 @@ def test_the_similar_chunk_comes_first(method, repo):
     reading, drawing = retriever.retrieve(["json.load(open(settings_path))", "canvas.show(colour)"], 2)
     assert reading[0].path == "read.py" and drawing[0].path == "draw.py"
     assert 1 >= reading[0].score >= reading[1].score > 0
-    assert str(drawing[0]).startswith("draw.py:") and "(score 0." in str(drawing[0])
+    hit = drawing[0]
+    assert hit.where() == f"draw.py:{hit.chunk.first}-{hit.chunk.last}, score {hit.score:.2f}"
+    assert hit.where(2).startswith(f"draw.py:{hit.chunk.first}-{hit.chunk.first + 1}, ")
 
 
 @pytest.mark.parametrize("method", ["tfidf", "bm25"])
@@ -283,10 +285,12 @@ def test_context_fits_the_budget_and_has_the_best_chunk_last():
         (marker + 3, ""),
         (3, ""),
     ):
-        context = fit_context(tokenizer, texts, budget)
+        context, kept = fit_context(tokenizer, texts, budget)
+        assert sum(kept) == context.count("\n")
         assert context == expected
         assert not context or len(tokenizer.encode(prepare_code_input(context, ""))) <= budget
-    assert fit_context(tokenizer, [], 99) == ""
+    assert fit_context(tokenizer, [], 99) == ("", [])
+    assert fit_context(tokenizer, texts, 20, "").kept == [2, 0, 0, 0]
 
 
 def test_rag_needs_no_torch():
