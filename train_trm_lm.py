@@ -30,6 +30,7 @@ def parse_args(argv=None) -> Settings:
 from src.checkpoint import save_checkpoint
 from src.evaluation.evaluation import evaluate
 from src.losses import bits_text
+from src.rag.pipeline import build_rag
 from src.training.create import create_model, create_trainer
 from src.training.overfit import overfit
 
@@ -38,7 +39,7 @@ def main(argv=None):
     settings = parse_args(argv)
     if settings.train.overfit is not None:
         return int(not overfit(settings))
-    trainer = create_trainer(settings)
+    trainer = create_trainer(settings, build_rag)
     figures = trainer.train()
     trainer.accelerator.end_training()
     if figures and trainer.is_main:

@@ -67,7 +67,7 @@ def _has(path, suffixes):
 def _files_in(root, suffixes):
     """Returns the data files of a folder. Reports everything else in it in one line on stderr."""
     files, skipped = [], []
-    for path in _walk(root, {"__pycache__"}, skipped):
+    for path in walk(root, {"__pycache__"}, skipped):
         is_hidden = os.path.basename(path).startswith(".")  # macOS creates ._a.txt next to a.txt
         if _has(path, suffixes) and not is_hidden and os.path.isfile(path):
             files.append(path)
@@ -79,7 +79,7 @@ def _files_in(root, suffixes):
     return files
 
 
-def _walk(root, ignored, skipped):
+def walk(root, ignored, skipped):
     """Yields the paths of all files under `root`. Follows links to folders, but enters each folder only once.
 
     Does not enter hidden folders and those named in `ignored`. Adds hidden and unreadable folders to `skipped`."""
@@ -107,7 +107,7 @@ def stdlib_files(min_bytes=200, valid_share=20):
     and files that are tiny, not UTF-8 or specific to this machine are left out."""
     root = sysconfig.get_paths()["stdlib"]
     parts = ([], [])
-    for path in sorted(f for f in _walk(root, _STDLIB_SKIPS, []) if f.endswith(".py")):
+    for path in sorted(f for f in walk(root, _STDLIB_SKIPS, []) if f.endswith(".py")):
         source = Path(path).read_bytes()
         is_utf8 = is_text(source.decode(errors="surrogateescape"))
         if len(source) < min_bytes or not is_utf8 or os.path.basename(path).startswith("_sysconfigdata"):

@@ -11,6 +11,7 @@ from src.config import parse_flags
 from src.data.corpus import MAX_DOC_MB
 from src.files.text import is_text
 from src.model_config import TRMConfig, model_settings
+from src.training.rag_config import RagConfig
 
 MOST_ROWS = 2**20  # rows in a batch; a mistyped batch_size over this is refused before it fills the memory
 
@@ -64,6 +65,7 @@ class DataConfig:
         num_proc: number of processes that tokenize the text before training, up to the number of cores
         cache_dir: folder for tokenized text; by default $HF_DATASETS_CACHE, or ~/.cache/generative-trm if that is not
             set
+        rag: Code retrieved from other files at the start of each window, as a section `rag` of the --config file
     """
 
     train_paths: list[str] = field(default_factory=list)
@@ -84,6 +86,7 @@ class DataConfig:
     num_workers: int = 0
     num_proc: int = 1
     cache_dir: str | None = None
+    rag: RagConfig = field(default_factory=RagConfig)
 
     def __post_init__(self):
         if self.sp_model is not None and self.tokenizer != "sentencepiece":
