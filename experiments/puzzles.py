@@ -73,7 +73,7 @@ class ArmsConfig:
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     minutes: float = 9.0
-    lrs: list[float] = field(default_factory=lambda: [0.002, 0.004, 0.008])
+    lrs: list[float] = field(default_factory=lambda: [0.004, 0.008, 0.016])
     sweep_minutes: float = 2.0
     sweep_data_seed: int = 100
     loop_steps: int = 4
