@@ -18,7 +18,7 @@ it does only the runs that are missing.
 
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src when run as a script
@@ -40,6 +40,7 @@ class PuzzleArmsConfig(arms.ArmsConfig):
     """
 
     recipe: str = "configs/sudoku6.yaml"
+    lrs: list[float] = field(default_factory=lambda: [0.004, 0.008, 0.016])
     output: str = "runs/puzzle_arms"
     sweep_data_seed: int = 100
 
