@@ -50,6 +50,10 @@ class DataConfig:
         max_doc_mb: skip documents in .jsonl and .parquet files that are longer than this, in million characters
         mixture: sampling weight of each of the train_paths; `--mixture 3 1` takes three windows of the first for one of
             the second; by default, all files are one corpus
+        fim_rate: fill-in-the-middle: probability that a training document, or the part of it that is in a window, is
+            rearranged so that the model learns to write the text between a prefix and a suffix; 0 = never. Validation
+            text stays as it is. The tokenizer needs sentinels (`train_tokenizer.py --fim true`); one that is trained on
+            the spot, or `byte`, gets them
         streaming: read and tokenize the files during training instead of before it; use it for text that is too large
             to tokenize first
         shuffle_buffer: with streaming, number of windows that each loading process shuffles together, per corpus; 1 =
@@ -71,6 +75,7 @@ class DataConfig:
     strict: bool = False
     max_doc_mb: float = MAX_DOC_MB
     mixture: list[float] = field(default_factory=list)
+    fim_rate: float = 0.0
     streaming: bool = False
     shuffle_buffer: int = 2048
     num_workers: int = 0
@@ -87,6 +92,8 @@ class DataConfig:
         if not self.packing and (self.document_mask or self.streaming):
             name = "document_mask" if self.document_mask else "streaming"
             raise ValueError(f"{name} needs packing true: with packing false each row holds one document")
+        if not 0 <= self.fim_rate <= 1:
+            raise ValueError(f"fim_rate is {self.fim_rate}: set it from 0 to 1")
         if self.mixture and len(self.mixture) != len(self.train_paths):
             sizes = f"{len(self.mixture)} weights for {len(self.train_paths)} train_paths"
             raise ValueError(f"mixture has {sizes}: give one weight per path")
