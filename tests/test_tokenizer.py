@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import usual_spm
 
-from src.data.tokenizer_json import FIM_NAMES
 from src.data.tokenizer_training import train_sentencepiece, train_tokenizer
 from src.errors import UserError
 from src.tokenizer import (
@@ -123,6 +122,16 @@ def test_round_trip(tokenizer, text):
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode_bytes(ids) == (tokenizer.prefix * bool(text) + text).encode()
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_a_text_inside_another_gets_no_space(llama2c):
+    assert llama2c.prefix == " "
+    for text in HARD:
+        assert llama2c.decode_bytes(llama2c.encode_inside([text])[0]) == text.encode()
+    assert (
+        llama2c.encode_inside(["京都", "the cat"])[0]
+        == llama2c.encode("a京都")[-len(llama2c.encode_inside(["京都"])[0]) :]
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -372,70 +381,6 @@ def encoded_by_run_c(path, text):
             return ids
         at = max((i for i, p in enumerate(pairs) if p), key=lambda i: (scores[pairs[i]], -i))
         ids[at : at + 2] = [pairs[at]]
-
-
-@pytest.fixture(scope="module")
-def with_sentinels(tmp_path_factory):
-    """A tokenizer of each kind with the sentinels of fill-in-the-middle."""
-    folder = tmp_path_factory.mktemp("fim")
-    (folder / "t.txt").write_text("".join(TEXTS))
-    options = {"vocab_size": TRAINED_SIZE, "fim": True}
-    trained = [train_tokenizer(folder / "t.txt", save_path=folder, model_type=k, **options) for k in ("bpe", "unigram")]
-    made = [train_sentencepiece(TEXTS, vocab_size=420, fim=True), ByteLevelTokenizer({"fill_in_the_middle": True})]
-    return [*trained, *made]
-
-
-def test_sentinels(with_sentinels, tokenizer, tmp_path):
-    assert tokenizer.fim is None  # trained without them
-    for number, tok in enumerate(with_sentinels):
-        assert tok.fim == ((259, 260, 261, None) if tok.kind == "byte" else (4, 5, 6, None))
-        assert tok.vocab_size == {"byte": 262, "sentencepiece": 420, "hf": TRAINED_SIZE}[tok.kind]
-        assert tok.decode_bytes(tok.fim.ids) == b""
-        prefix, suffix, middle = tok.fim.ids
-        ids = [tok.bos_id, prefix, *tok.encode("def f(x"), suffix, *tok.encode("):\n"), middle]
-        assert tok.infill("def f(x", "):\n") == ids
-        tok.save(tmp_path / str(number))
-        for again in (read_tokenizer(tmp_path / str(number)), pickle.loads(pickle.dumps(tok))):
-            assert again.fim == tok.fim and again.fingerprint == tok.fingerprint
-            assert again.vocab_size == tok.vocab_size and again.encode(CODE) == tok.encode(CODE)
-
-
-def test_the_names_of_sentinels_in_a_text_stay_text(with_sentinels, hf_file):
-    from tokenizers import AddedToken, Tokenizer
-
-    tokenizers = list(with_sentinels)
-    for names in FIM_NAMES:
-        for special in (True, False):  # in Qwen's file they are not special
-            tok = Tokenizer.from_file(str(hf_file))
-            tok.add_tokens([AddedToken(name, special=special, normalized=False) for name in names])
-            found = HFTokenizer(tok.to_str().encode(), {})
-            assert found.fim.ids == tuple(range(320, 320 + len(names)))
-            tokenizers.append(found)
-    for tok in tokenizers:
-        for names in FIM_NAMES:
-            for text in (*names, "".join(names), f"a {names[0]}b{names[1]} c\n{names[2]}"):
-                ids = tok.encode(text)
-                assert not {*ids} & {*tok.fim.ids} and tok.decode(ids) == text
-                inner = tok.infill(text, text)
-                assert all(inner.count(index) == 1 for index in tok.fim[:3])
-
-
-def test_a_vocabulary_needs_all_three_sentinels(hf_file):
-    from tokenizers import Tokenizer
-
-    tok = Tokenizer.from_file(str(hf_file))
-    tok.add_special_tokens(list(FIM_NAMES[0][:2]))
-    assert HFTokenizer(tok.to_str().encode(), {}).fim is None
-
-
-def test_a_text_inside_another_gets_no_space(llama2c):
-    assert llama2c.prefix == " "
-    for text in HARD:
-        assert llama2c.decode_bytes(llama2c.encode_inside([text])[0]) == text.encode()
-    assert (
-        llama2c.encode_inside(["京都", "the cat"])[0]
-        == llama2c.encode("a京都")[-len(llama2c.encode_inside(["京都"])[0]) :]
-    )
 
 
 def test_llama2c_file_gives_the_ids_of_run_c(llama2c, llama2c_file):

@@ -35,8 +35,8 @@ class DataConfig:
     """The text to train on, and how it becomes windows of tokens.
 
     Args:
-        train_paths: training text: files, globs or folders (data/README.md lists the formats); by default, the standard
-            library of this Python
+        train_paths: training text: files, globs or folders (data/README.md lists the formats). Two words also stand for
+            files: stdlib (the default) for this Python's standard library, site-packages for its installed packages
         valid_paths: validation text, given like train_paths; by default, a part of the training text is held back
         text_field: name of the text field in .jsonl files, or of the text column in .parquet files
         tokenizer: sentencepiece, byte (one token per byte), or the path of a tokenizer.json, .model or .bin file or of
