@@ -21,6 +21,7 @@ exactly.
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,7 +217,7 @@ def main(argv=None):
     lines = draw_lines(read_documents(config.paths), tokenizer, config.lines, config.seed, config.max_new_tokens)
     found = figures(measure(model, tokenizer, lines, config), lines)
     print_figures(found)
-    record = {"experiment": "fim", "checkpoint": str(resolve(config.checkpoint)), "paths": config.paths}
+    record = {"experiment": "fim", "checkpoint": os.path.relpath(resolve(config.checkpoint)), "paths": config.paths}
     record |= {"lines": len(lines), "seed": config.seed, **found}
     print(json.dumps(record))
     if config.output:

@@ -196,6 +196,15 @@ def test_batches_depend_on_seed_and_number_alone(sets):
         assert torch.equal(torch.stack(ranks, 2).flatten(1, 2), batches)
 
 
+def test_rows_of_another_length(sets):
+    for rows in sets:
+        longer = rows.with_seq_len(96)
+        assert len(longer) < len(rows) and "rearranged" in str(longer)
+        assert longer.bytes_per_token == pytest.approx(rows.bytes_per_token, rel=0.05)
+        batches = inputs(islice(create_train_loader(longer, 4, seed=1), 8))
+        assert batches.shape == (8, 4, 96) and bool((batches == MIDDLE).any())
+
+
 def test_another_epoch_cuts_elsewhere(sets):
     rows, _ = sets
     n = len(rows)
