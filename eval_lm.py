@@ -1,15 +1,20 @@
-"""Measure a language model on text: loss, bits per byte, bits per character and accuracy after each recursion step.
+"""Measure a language model: loss, bits per byte and accuracy on text, or exact match of its answers to questions.
 
     python eval_lm.py                                             # the released checkpoint on its validation text
     python eval_lm.py runs/ja_wiki --paths data/ja_wiki/valid_*.jsonl.gz --max_tokens 100000 --json ja_wiki.json
     python eval_lm.py runs/trm --exit halt --act_threshold 0.8    # let each token stop recursing early
     python eval_lm.py runs/trm --depth_curve runs/curve.png       # draw bits per byte against recursion depth
     python eval_lm.py runs/trm --lm_eval capitals --include_path my_tasks    # EleutherAI's lm-evaluation-harness
+    python eval_lm.py runs/addition --exact_match --paths data/test.jsonl --wrong wrong.jsonl --plot exact.png
 
-Each document is scored separately, starting from BOS. Each of its tokens counts once. BOS and EOS, which mark the
-beginning and the end of a document, do not count. A
-document longer than the model's context is scored in overlapping windows, which advance by --stride tokens. The tables
-go to stdout, progress and messages to stderr.
+Text is scored after each recursion step. Each document is scored separately, starting from BOS. Each of its tokens
+counts once. BOS and EOS, which mark the beginning and the end of a document, do not count. A document longer than the
+model's context is scored in overlapping windows, which advance by --stride tokens.
+
+With --exact_match, the model answers the questions of records greedily at each recursion depth, and each answer is
+compared with that of the record as a string.
+
+The tables go to stdout, progress and messages to stderr.
 """
 
 import json
@@ -22,8 +27,10 @@ from typing import Literal
 from src.config import before_torch, check_distinct, check_writable, parse_flags, run, write_text
 from src.data.corpus import MAX_DOC_MB
 from src.errors import UserError
+from src.evaluation.answer_config import AnswerConfig
 from src.model_config import ExitRule
 
+ROWS = 8  # windows scored at once
 CURVE_TOKENS = 10_000  # default for depth curves, kept small because every point is a pass over the text
 
 
@@ -34,14 +41,14 @@ class EvalConfig:
     Args:
         checkpoint: checkpoint folder, or run folder (its best checkpoint is used); the flag name may be left out. If
             not given, the released checkpoint is measured
-        paths: text to score: files, globs or folders (data/README.md lists the formats). If not given, the validation
-            files of this Python's standard library are scored
+        paths: text to score, or records for --exact_match: files, globs or folders (data/README.md lists the formats).
+            If not given, the validation files of this Python's standard library are scored
         text_field: name of the JSON field or parquet column that holds the text
         max_doc_mb: skip .jsonl and .parquet documents longer than this many million characters
-        max_docs: read at most this many documents; with --lm_eval, use at most this many examples per task
+        max_docs: read at most this many documents or records; with --lm_eval, at most this many examples per task
         max_tokens: score at most this many tokens; a depth curve uses 10,000 if not given
         stride: tokens by which the windows over a long document advance; half the context if not given
-        batch_size: windows scored at once
+        batch_size: windows scored at once, or questions answered at once; default 8, and 256 for --exact_match
         json: also write the figures to this JSON file
         depth_curve: .png file to draw, with bits per byte against the mean visits per token for each exit rule; the
             numbers are written to a .json beside it. The largest depth is that of training, or --max_recursion_depth if
@@ -60,7 +67,7 @@ class EvalConfig:
     max_docs: int | None = None
     max_tokens: int | None = None
     stride: int | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
     json: str | None = None
     depth_curve: str | None = None
     lm_eval: list[str] = field(default_factory=list)
@@ -87,25 +94,34 @@ def curve_json(config) -> Path | None:
 
 
 @before_torch
-def parse_args(argv=None) -> tuple[EvalConfig, ExitRule]:
-    config, rule = parse_flags(__doc__, EvalConfig, ExitRule, argv=argv, positional="checkpoint")
+def parse_args(argv=None) -> tuple[EvalConfig, AnswerConfig, ExitRule]:
+    classes = (EvalConfig, AnswerConfig, ExitRule)
+    config, answers, rule = parse_flags(__doc__, *classes, argv=argv, positional="checkpoint")
     if config.depth_curve is not None and rule != ExitRule(max_recursion_depth=rule.max_recursion_depth):
         raise UserError("depth_curve tries all exit rules: leave out exit, act_threshold and kl_threshold")
-    check_distinct((config.json, config.depth_curve), config.paths)
-    for path in (config.json, config.depth_curve, curve_json(config)):
+    if answers.exact_match:
+        if config.depth_curve or config.lm_eval or config.stride or config.max_tokens or not config.paths:
+            raise UserError("exact_match reads records: give paths, without depth_curve, lm_eval, stride, max_tokens")
+        if rule.exit != "fixed":
+            raise UserError("exact_match answers at every fixed depth: leave out exit, act_threshold and kl_threshold")
+    outputs = (config.json, config.depth_curve, answers.wrong, answers.plot)
+    check_distinct(outputs, config.paths)
+    for path in (*outputs, curve_json(config)):
         if path is not None:
             check_writable(path)
-    return config, rule
+    return config, answers, rule
 
 
 from tqdm import tqdm
 
 from src.checkpoint import load_model, resolve
 from src.data.corpus import read_pieces, stdlib_files
+from src.data.records import read_records
+from src.evaluation import exact_match
 from src.evaluation.depth_curve import cheapest_points, depth_curve, draw_depth_curve, full_point
 from src.evaluation.scoring import choose_stride, score_corpus
 from src.exits import max_depth
-from src.metrics import describe_model
+from src.metrics import count_parameters, describe_model
 from src.runtime import DTYPES, choose_device, choose_precision
 
 
@@ -128,7 +144,7 @@ def print_table(names, rows):
 def measure_text(model, tokenizer, config, rule) -> dict:
     """Score the text.  Prints the size of the text, a row per recursion step, and the mean depth used."""
     bounds = {"max_docs": config.max_docs, "max_tokens": config.max_tokens}
-    options = {"stride": config.stride, "batch_size": config.batch_size, "rule": rule, "per_step": True}
+    options = {"stride": config.stride, "batch_size": config.batch_size or ROWS, "rule": rule, "per_step": True}
     pieces = read_text(config)
     with tqdm(total=config.max_tokens, unit="token", unit_scale=True) as bar:
         score = score_corpus(model, tokenizer, pieces, **options, **bounds, bar=bar)
@@ -162,7 +178,7 @@ def print_points(points, full):
 def draw_curve(model, tokenizer, config, rule) -> dict:
     """Draw the depth curve.  Prints its points, and each rule's cheapest point within 1 % of the trained depth."""
     bounds = {"max_docs": config.max_docs, "max_tokens": config.max_tokens or CURVE_TOKENS}
-    options = {"stride": config.stride, "batch_size": config.batch_size}
+    options = {"stride": config.stride, "batch_size": config.batch_size or ROWS}
     pieces, trained = read_text(config), max_depth(model.config)
     with tqdm(unit="token", unit_scale=True) as bar:
         points = depth_curve(model, tokenizer, pieces, rule.max_recursion_depth, **options, **bounds, bar=bar)
@@ -179,11 +195,32 @@ def draw_curve(model, tokenizer, config, rule) -> dict:
     return found
 
 
+def measure_answers(model, tokenizer, config, options, rule) -> dict:
+    """Answer the questions of records.  Prints exact match by depth, and by difficulty and depth."""
+    records = read_records(config.paths, options.question_field, options.answer_field)
+    depth = max_depth(model.config, rule)
+    found = exact_match.measure(model, tokenizer, records, options, depth, config.max_docs, config.batch_size)
+    skipped = f"{found.skipped:,} skipped that exceed the context of {model.config.max_seq_len} tokens"
+    n = found.figures["records"]
+    print(f"{n:,} record{'s' * (n != 1)}, {skipped}")
+    for names, rows in exact_match.tables(found.figures, options.best_of):
+        print()
+        print_table(names, rows)
+    if options.wrong is not None:
+        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in found.wrong)
+        write_text(options.wrong, "".join(lines))
+    if options.plot is not None:
+        title, remark = describe_model(model), str(resolve(config.checkpoint))
+        exact_match.draw_exact_match(found.figures, options.plot, title, remark)
+    parameters = count_parameters(model)["total"]
+    return found.figures | {"skipped": found.skipped, "parameters": parameters}
+
+
 def run_harness(model, tokenizer, config, rule) -> dict:
     """Run tasks of the lm-evaluation-harness and print the table that it makes."""
     from src.evaluation.harness import run_tasks
 
-    options = (config.include_path, config.num_fewshot, config.max_docs, config.batch_size, rule)
+    options = (config.include_path, config.num_fewshot, config.max_docs, config.batch_size or ROWS, rule)
     results, table = run_tasks(model, tokenizer, config.lm_eval, *options)
     print(table)
     return results
@@ -195,7 +232,7 @@ def write_json(path, found):
 
 
 def main(argv=None):
-    config, rule = parse_args(argv)
+    config, answers, rule = parse_args(argv)
     device = choose_device(config.device)
     precision, _ = choose_precision(config.precision, device)
     model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision])
@@ -206,6 +243,8 @@ def main(argv=None):
         raise UserError(error) from None
     if config.lm_eval:
         found = run_harness(model, tokenizer, config, rule)
+    elif answers.exact_match:
+        found = measure_answers(model, tokenizer, config, answers, rule)
     elif config.depth_curve:
         found = draw_curve(model, tokenizer, config, rule)
     else:

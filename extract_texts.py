@@ -3,6 +3,7 @@
     python extract_texts.py data/wiki/*.jsonl.gz --output data/train_texts.txt
     python extract_texts.py books/ more.parquet --text_field body --max_docs 10000
     python extract_texts.py notes.jsonl --strict --output data/notes.txt     # stop at the first bad line
+    python extract_texts.py gsm8k/train.jsonl --records --output data/maths.txt      # questions with answers
 
 Reads files, globs and folders with their subfolders; data/README.md lists the file formats. Writes one UTF-8 text file
 with the line <|endoftext|> after each document. All scripts of this project read it back as the same documents. A
@@ -18,8 +19,9 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from src.config import parse_flags, run
-from src.data.corpus import MAX_DOC_MB, find_files, read_pieces
+from src.data.corpus import MAX_DOC_MB, find_files, read_pieces, suffixes_of
 from src.data.readers import SEPARATOR, SUFFIXES, escaped
+from src.data.records import RecordsConfig
 from src.errors import UserError
 from src.files.text import check_is_file
 
@@ -50,19 +52,19 @@ class ExtractConfig:
 
 
 def parse_args(argv=None):
-    (config,) = parse_flags(__doc__, ExtractConfig, argv=argv, positional="paths")
+    config, records = parse_flags(__doc__, ExtractConfig, RecordsConfig, argv=argv, positional="paths")
     if not config.paths:
         raise UserError("no paths given: give files, globs or folders to read")
-    return config
+    return config, records.in_place_of(config.text_field)
 
 
-def extract(files, config, output, skipped):
-    """Write the documents of `files` to an open text file.
+def extract(files, config, text_field, output, skipped):
+    """Write the documents of `files` to an open text file. text_field is that of `read_pieces`.
 
     Returns (number of documents, bytes of text), and counts what was skipped in `skipped`, {reason: count}."""
     n_docs = n_bytes = 0
     with tqdm(unit="B", unit_scale=True, desc="text") as bar:
-        pieces = read_pieces(files, config.text_field, config.strict, skipped, max_doc_mb=config.max_doc_mb)
+        pieces = read_pieces(files, text_field, config.strict, skipped, max_doc_mb=config.max_doc_mb)
         for piece, is_last in escaped(pieces):
             output.write(piece)
             size = len(piece.encode())
@@ -78,8 +80,8 @@ def extract(files, config, output, skipped):
 
 def main(argv=None):
     """Write OUTPUT.part first and rename it when it is complete, so that a crash leaves no half-written output."""
-    config = parse_args(argv)
-    files = find_files(config.paths)
+    config, text_field = parse_args(argv)
+    files = find_files(config.paths, suffixes_of(text_field))
     others = (*(suffix for suffix in SUFFIXES if suffix != ".txt"), ".gz")
     if not config.output or config.output.lower().endswith(others):
         raise UserError(f"output is {config.output!r}, but plain text is written: choose a name that ends in .txt")
@@ -90,7 +92,7 @@ def main(argv=None):
     part, skipped = f"{config.output}.part", Counter()
     try:
         with open(part, "w", encoding="utf-8", newline="\n") as output:
-            n_docs, n_bytes = extract(files, config, output, skipped)
+            n_docs, n_bytes = extract(files, config, text_field, output, skipped)
         os.replace(part, config.output)
     except OSError as error:
         raise UserError(f"cannot write {config.output}: {error.strerror or error}") from None

@@ -7,6 +7,7 @@
     python generate.py runs/trm --interactive                     # continue each line that you type
     python generate.py runs/trm --prompt "def " --exit halt --max_recursion_depth 8    # tokens may stop recursing early
     python generate.py runs/trm --prompt "def " --trace runs/out.png   # draw the prediction after each recursion step
+    python generate.py --prompt "def main(" --rag my_project       # with code retrieved from other files
     python generate.py --onnx onnx/trm --prompt "def "             # run an export of export_onnx.py with ONNX Runtime
 
 stdout gets only the text: a single text as it is generated, several texts at the end with a blank line between them.
@@ -55,6 +56,12 @@ class GenerateConfig:
         trace: show how the prediction of each token in the first text changes over the recursion steps. Without a value
             it prints a table on stderr. With a file name (.png, .pdf, .svg) it draws a picture, and writes the data to
             a .json beside it
+        rag: files and folders to retrieve code from, which the model reads before each prompt; stderr says what was
+            retrieved. docs/training.md explains the options
+        rag_tokens: most tokens of retrieved code; by default, half of the model's context
+        rag_top_k: chunks to retrieve for each prompt, as long as they fit
+        rag_method: how code is compared with the prompt: tfidf, bm25 (pip install bm25s), checkpoint (this model's
+            states), or sentence (a sentence-embedding model)
         no_cache: compute the whole text again for each new token, without the key/value cache; slow, for comparison
         device: device to run on: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
         precision: number format of weights and arithmetic; int8 stores the weights in 8 bits and runs on a CPU only
@@ -75,6 +82,10 @@ class GenerateConfig:
     top_p: float | None = 0.95
     seed: int | None = None
     trace: bool | str = False
+    rag: list[str] = field(default_factory=list)
+    rag_tokens: int | None = None
+    rag_top_k: int = 1
+    rag_method: Literal["tfidf", "bm25", "checkpoint", "sentence"] = "tfidf"
     no_cache: bool = False
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "fp32"
@@ -95,6 +106,8 @@ class GenerateConfig:
             raise ValueError("--middle_only needs a suffix: set --suffix or --suffix_file")
         if self.trace and self.max_new_tokens == 0:
             raise ValueError("--trace shows how tokens are chosen: set max_new_tokens to 1 or more")
+        if self.rag_top_k < 1 or (self.rag_tokens is not None and self.rag_tokens < 1):
+            raise ValueError("rag_tokens and rag_top_k must be 1 or more")
 
     def prompts(self) -> list[str]:
         """Returns the prompts of --prompt and --prompt_file, or one empty prompt if there are none."""
@@ -125,8 +138,11 @@ from src.quantize import quantize
 from src.runtime import DTYPES, choose_device, choose_precision, mix_seed
 
 
-def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRule):
-    """Continue all prompts as one batch.  Prints a single text while it is generated, several texts at the end."""
+def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRule, context=None):
+    """Continue all prompts as one batch.  Prints a single text while it is generated, several texts at the end.
+
+    context: a PromptContext, whose code the model reads before each prompt; it is not printed."""
+    inputs = [context.with_code(prompt) for prompt in prompts] if context else prompts
     texts, streams = [""] * len(prompts) if config.middle_only else list(prompts), len(prompts) == 1
     made = shown = 0  # tokens generated, characters printed
     options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p", "seed", "suffix")}
@@ -136,7 +152,7 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
     options |= {"use_cache": not config.no_cache, "thoughts": trace}
     start = time.perf_counter()
     try:
-        for pieces, tokens in continue_texts(model, tokenizer, prompts, config.max_new_tokens, **options):
+        for pieces, tokens in continue_texts(model, tokenizer, inputs, config.max_new_tokens, **options):
             texts = [text + piece for text, piece in zip(texts, pieces)]
             made += tokens
             if streams:  # the first piece also prints the prompt: a prompt that is rejected is never printed
@@ -167,7 +183,7 @@ def show(trace: Trace, where: bool | str, prompt: str):
     print(f"trace: {where} and {data}", file=sys.stderr)
 
 
-def converse(model, tokenizer, config, rule):
+def converse(model, tokenizer, config, rule, context=None):
     """Continue each line that is typed, until end of file."""
     if isinstance(sys.stdin, io.TextIOWrapper):  # invalid UTF-8 is then an error of one line, not of the program
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -180,7 +196,7 @@ def converse(model, tokenizer, config, rule):
         try:
             if not is_text(prompt):
                 raise UserError("the prompt is not UTF-8 text: type it again")
-            write_texts(model, tokenizer, [prompt] * config.num_samples, config, rule)
+            write_texts(model, tokenizer, [prompt] * config.num_samples, config, rule, context)
         except UserError as error:  # report it and wait for the next prompt
             print(f"error: {error}", file=sys.stderr)
 
@@ -204,6 +220,15 @@ def load(config):
     return quantize(model) if in_int8 else model, tokenizer
 
 
+def read_context(config, model, tokenizer):
+    """Returns the PromptContext of --rag."""
+    from src.rag.prompts import PromptContext
+
+    options = {"tokens": config.rag_tokens, "top_k": config.rag_top_k, "method": config.rag_method}
+    options |= {"checkpoint": config.checkpoint, "suffix": config.suffix}
+    return PromptContext(config.rag, tokenizer, model.config.max_seq_len, **options)
+
+
 def main(argv=None):
     config, rule = parse_args(argv)
     if isinstance(config.trace, str):
@@ -212,14 +237,15 @@ def main(argv=None):
     config.read_suffix()
     prompts = [prompt for prompt in config.prompts() for _ in range(config.num_samples)]
     model, tokenizer = load(config)
+    context = read_context(config, model, tokenizer) if config.rag else None
     if config.interactive:
-        converse(model, tokenizer, config, rule)
+        converse(model, tokenizer, config, rule, context)
     seed = config.seed
     for start in range(0, 0 if config.interactive else len(prompts), ROWS):
         if start:  # later batches look like one batch: a blank line between texts, and other random numbers
             print()
             config.trace, config.seed = False, None if config.seed is None else mix_seed(seed, start)
-        write_texts(model, tokenizer, prompts[start : start + ROWS], config, rule)
+        write_texts(model, tokenizer, prompts[start : start + ROWS], config, rule, context)
 
 
 if __name__ == "__main__":

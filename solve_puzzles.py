@@ -11,20 +11,26 @@
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --starts 8            # the best of eight noisy starts
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --votes 8             # a vote over eight symmetric boards
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --curve runs/curve.png   # accuracy by steps
+    python solve_puzzles.py runs/sudoku --held_out --curve runs/curve.png --copies 2 4 8   # also by starts and votes
+    python solve_puzzles.py runs/arc --paths challenges.json --votes 100 --submission runs/submission.json
 
 stdout gets the solutions, one per line; a terminal gets a single board as a grid. With --output, they go to a .csv
 file instead. Messages go to stderr: for up to 20 boards, whether each answer is right by the rules, its supervision
 steps and its seconds; for several boards, also tables of exact accuracy by step and by difficulty. If a puzzle in a
 file is no board or has no solution, it is named and skipped.
+
+ARC tasks are solved as tasks, with --votes or --submission: votes are augmentations of a task, the two most frequent
+answers to each test pair go to the submission file (without the flag: to stdout), and pass@1 and pass@2 go to stderr.
 """
 
 import io
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from src.config import before_torch, check_distinct, check_writable, parse_flags, run
+from src.config import before_torch, check_distinct, check_writable, parse_flags, run, write_text
 from src.errors import UserError
 
 __all__ = ["main", "parse_args"]
@@ -42,7 +48,8 @@ class SolveConfig:
         board: one or more boards as text, row by row; - reads them from stdin, one per line, or on several lines each
             with a blank line between them. A maze has # for walls, spaces for the floor, S and G
         paths: .csv or .csv.gz files with the columns question and, if it is known, answer; folders of .npy arrays in
-            the form of the TRM authors' code (their test part is solved); for ARC also .json files
+            the form of the TRM authors' code (their test part is solved); for ARC also .json files: challenges, with
+            the solutions beside them if they are known, single tasks, or folders of either
         generate: number of puzzles to generate. With another data_seed than that of the training, most are new. Small
             boards repeat, however: there are only 288 grids of 4 x 4
         held_out: solve the boards that the training run held out for its evaluations; the checkpoint must be in the
@@ -61,15 +68,21 @@ class SolveConfig:
         start_noise: standard deviation of that noise, per element of y and z, whose own elements are about 1 in size;
             on 4 x 4 Sudoku, 0.1 and 0.2 helped most, and 0.5 and more did harm
         votes: solve each board under this many different symmetries of its kind (one is the board as it is), undo them,
-            and take the most frequent answer; of equally frequent ones, that with the highest mean halting probability
+            and take the most frequent answer; of equally frequent ones, that with the highest mean halting probability.
+            For ARC tasks: the augmentations that the model has puzzle ids for, or random ones if it has no ids; a task
+            that has fewer gets those
         seed: seed of the noise and of the symmetries
         batch_size: boards that are solved at once; each start and each vote counts as a board
         output: .csv file for the solutions, with the columns question, answer, right, steps and halting
+        submission: .json file for two attempts at each test pair of ARC tasks, in the form that ARC-AGI asks for
         trace: show the first board after each supervision step. Without a value, or with -, it is printed on stderr;
             with a file name (.png, .gif, .pdf, .svg) it is drawn, with its data in a .json beside it; .json alone
             writes the data only
         curve: picture (.png) of exact accuracy against mean supervision steps, for fixed numbers of steps, for the
-            halting head at many thresholds, and for two references; its figures are printed on stderr
+            halting head at many thresholds, and for two references; its figures are printed on stderr, and written to a
+            .json file beside it. A table by difficulty compares the main rules at halt_threshold
+        copies: adds to the curve what this many noisy starts, and votes, make of the same boards; each copy of a board
+            counts with all its steps. Several numbers may be given, such as 2 4 8
         device: device to run on: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
         precision: number format of the matrix products
     """
@@ -93,8 +106,10 @@ class SolveConfig:
     seed: int = 0
     batch_size: int = 256
     output: str | None = None
+    submission: str | None = None
     trace: bool | str = False
     curve: str | None = None
+    copies: list[int] = field(default_factory=list)
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
 
@@ -111,6 +126,10 @@ class SolveConfig:
             raise ValueError("low, high and difficulty are for --generate: leave them out")
         if self.curve is not None and self.exit != "fixed":
             raise ValueError("curve compares the stopping rules itself: leave out exit")
+        if self.curve is not None and self.starts * self.votes > 1:
+            raise ValueError("curve is of single copies: leave out starts and votes; copies adds several copies to it")
+        if self.copies and (self.curve is None or min(self.copies) < 2):
+            raise ValueError("copies is for --curve, and each number must be 2 or more")
 
 
 @before_torch
@@ -119,11 +138,15 @@ def parse_args(argv=None) -> SolveConfig:
 
 
 from src.checkpoint import load_network, resolve
+from src.model import TRMModel
 from src.runtime import choose_device, choose_precision
+from src.tasks.arc import Arc, different, read_tasks
+from src.tasks.arc_votes import solve_tasks
 from src.tasks.board_picture import draw_trace
 from src.tasks.board_trace import BoardTrace, check_trace_path, print_trace, write_trace
-from src.tasks.puzzle_curve import curve_of, draw, report
-from src.tasks.puzzle_data import read_form
+from src.tasks.curve_report import draw, report, write_curve
+from src.tasks.puzzle_curve import curve_of, points_of_copies
+from src.tasks.puzzle_data import PuzzleForm, read_form
 from src.tasks.puzzle_eval import solve
 from src.tasks.puzzle_input import (
     check_ids,
@@ -139,15 +162,15 @@ from src.tasks.puzzles import Grids, PuzzleKind
 
 
 def load(config: SolveConfig):
-    """Returns (model, kind of its puzzles, precision). Raises UserError if there is no puzzle model."""
+    """Returns (model, what the checkpoint says about its puzzles, precision). Raises UserError if it has no puzzles."""
     if not Path(config.checkpoint).exists():
         advice = "train one with train_puzzles.py (`make puzzles` writes runs/sudoku4), and give its folder"
         if len(config.checkpoint) >= 16 and "/" not in config.checkpoint:
             advice += f"; or did you mean --board {config.checkpoint}?"
         raise UserError(f"no checkpoint folder at {config.checkpoint}: {advice}")
     folder, device = resolve(config.checkpoint), choose_device(config.device)
-    kind = read_form(folder).kind
-    return load_network(folder, device), kind, choose_precision(config.precision, device).value
+    form = read_form(folder)
+    return load_network(folder, device), form, choose_precision(config.precision, device).value
 
 
 def boards_of(config: SolveConfig, kind: PuzzleKind) -> Grids:
@@ -174,14 +197,20 @@ def boards_of(config: SolveConfig, kind: PuzzleKind) -> Grids:
 def main(argv=None):
     config = parse_args(argv)
     traces = trace_files(config.trace)
-    check_distinct([config.output, config.curve, *traces], config.paths)
-    for path in filter(None, (config.output, config.curve)):
+    curves = [config.curve, str(Path(config.curve).with_suffix(".json"))] if config.curve else []
+    outputs = [config.output, config.submission, *curves]
+    check_distinct([*outputs, *traces], config.paths)
+    for path in filter(None, outputs):
         check_writable(path)
     if traces:
         check_trace_path(config.trace)
-    model, kind, precision = load(config)
+    model, form, precision = load(config)
+    kind = form.kind
     names = ("steps", "halt_threshold", "votes", "starts", "start_noise", "seed", "batch_size")
     effort = Effort(**{name: getattr(config, name) for name in names}, halts=config.exit == "halt", precision=precision)
+    if config.submission is not None or (isinstance(kind, Arc) and config.paths and config.votes > 1):
+        solve_arc(config, model, form, effort)
+        return
     effort.check(model, kind)
     grids = boards_of(config, kind)
     check_ids(model.config, kind, grids)
@@ -199,9 +228,28 @@ def main(argv=None):
         print("\n".join(summary(kind, grids, parts)), file=sys.stderr)
     show(trace, config.trace)
     if config.curve is not None:
-        points, trained = curve_of(parts), min(model.config.recursion_steps, len(parts[0].answers.is_exact))
-        print(report(points, trained), file=sys.stderr)
-        draw(points, trained, config.curve, f"{kind.name}: {grids.n_rows:,} boards, {config.checkpoint}")
+        trained = model.config.recursion_steps
+        curve = curve_of(config.checkpoint, kind, grids, parts, trained, effort.halt_threshold)
+        curve.points.extend(points_of_copies(model, kind, grids, effort, config.copies))
+        print(report([curve]), file=sys.stderr)
+        write_curve(curve, Path(config.curve).with_suffix(".json"))
+        draw(curve, config.curve, f"{kind.name}: {grids.n_rows:,} boards, {config.checkpoint}")
+
+
+def solve_arc(config: SolveConfig, model: TRMModel, form: PuzzleForm, effort: Effort):
+    """Solve ARC tasks by votes, and write the submission."""
+    if not isinstance(form.kind, Arc) or not config.paths:
+        raise UserError("--submission is for a model of ARC and tasks in --paths: leave it out")
+    if config.output or config.curve or config.trace:
+        raise UserError("votes on ARC tasks only write a submission: leave out output, curve and trace")
+    effort._replace(votes=1).check(model, form.kind)
+    tasks = different([task for path in config.paths for task in read_tasks(path)])
+    attempts, line = solve_tasks(model, tasks[: config.limit or None], form.names, effort)
+    print(line, file=sys.stderr)
+    if config.submission is None:
+        print(json.dumps(attempts))
+    else:
+        write_text(config.submission, json.dumps(attempts) + "\n")
 
 
 def trace_files(where: bool | str) -> list[Path]:

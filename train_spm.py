@@ -2,6 +2,7 @@
 
     python train_spm.py --input train_texts.txt --model_prefix data/spm
     python train_spm.py --input wiki.jsonl.gz --model_prefix data/spm --vocab_size 8000 --model_type unigram
+    python train_spm.py --input gsm8k/train.jsonl --records --model_prefix data/maths --vocab_size 1000
     python train_trm_lm.py --train_paths train_texts.txt --sp_model data/spm.model     # train a model with it
 
 Writes {model_prefix}.model and {model_prefix}.vocab. The same text always gives the same files, byte for byte. The
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 
 from src.config import parse_flags, run
 from src.data.corpus import MAX_DOC_MB
+from src.data.records import RecordsConfig
 from src.data.tokenizer_training import hold_back, report_bytes_per_token, train_sentencepiece
 from src.errors import UserError
 
@@ -35,6 +37,7 @@ class SPMConfig:
         byte_fallback: write rare characters as bytes; if false, they become an unknown token and are lost
         split_by_unicode_script: keep scripts, and letters and punctuation, in separate pieces; pieces are then shorter
             and closer to words
+        split_digits: make each digit a piece of its own; if false, frequent numbers can be one piece
         max_sentences: train on at most this many lines, chosen at random if there are more
         text_field: name of the JSON field or parquet column that holds the text
         max_doc_mb: skip .jsonl and .parquet documents longer than this many million characters
@@ -49,6 +52,7 @@ class SPMConfig:
     character_coverage: float = 0.9995
     byte_fallback: bool = True
     split_by_unicode_script: bool = False
+    split_digits: bool = True
     max_sentences: int = 2_000_000
     text_field: str = "text"
     max_doc_mb: float = MAX_DOC_MB
@@ -67,15 +71,15 @@ class SPMConfig:
 
 
 def parse_args(argv=None):
-    (config,) = parse_flags(__doc__, SPMConfig, argv=argv)
+    config, records = parse_flags(__doc__, SPMConfig, RecordsConfig, argv=argv)
     if not config.input:
         raise UserError("--input is missing: give text files, globs or folders")
-    return config
+    return config, records.in_place_of(config.text_field)
 
 
 def main(argv=None):
-    config = parse_args(argv)
-    texts, tail = hold_back(config.input, config.text_field, config.max_doc_mb)
+    config, text_field = parse_args(argv)
+    texts, tail = hold_back(config.input, text_field, config.max_doc_mb)
     tokenizer = train_sentencepiece(
         texts,
         config.model_prefix,
@@ -84,6 +88,7 @@ def main(argv=None):
         character_coverage=config.character_coverage,
         byte_fallback=config.byte_fallback,
         split_by_unicode_script=config.split_by_unicode_script,
+        split_digits=config.split_digits,
         max_sentences=config.max_sentences,
         seed=config.seed,
         verbose=True,

@@ -3,6 +3,7 @@
     python train_tokenizer.py --input train_texts.txt --model_prefix data/bpe
     python train_tokenizer.py --input wiki.jsonl.gz --model_prefix data/unigram --vocab_size 8000 --model_type unigram
     python train_tokenizer.py --input site-packages --model_prefix data/code --fim true   # for fill-in-the-middle
+    python train_tokenizer.py --input gsm8k/train.jsonl --records --model_prefix data/maths --vocab_size 1000
     python train_trm_lm.py --train_paths train_texts.txt --tokenizer data/bpe.json     # train a model with it
 
 Writes {model_prefix}.json, which `transformers` and other programs can also read. The same text always gives the same
@@ -16,6 +17,7 @@ from typing import Literal
 
 from src.config import parse_flags, run
 from src.data.corpus import MAX_DOC_MB
+from src.data.records import RecordsConfig
 from src.data.tokenizer_training import MAX_BYTES, train_tokenizer
 from src.errors import UserError
 
@@ -33,6 +35,7 @@ class TokenizerTrainingConfig:
         model_type: algorithm: bpe merges bytes (faster to train); unigram works on characters, like SentencePiece
         character_coverage: share of the characters in the text that get a token of their own, from 0.9 to 1; rarer
             characters are written as bytes. Used by unigram only
+        split_digits: make each digit a token of its own; if false, frequent numbers can be one token
         max_bytes: train on about this many bytes of text, chosen at random if there are more
         text_field: name of the JSON field or parquet column that holds the text
         max_doc_mb: skip .jsonl and .parquet documents longer than this many million characters
@@ -45,6 +48,7 @@ class TokenizerTrainingConfig:
     vocab_size: int = VOCAB_SIZE
     model_type: Literal["bpe", "unigram"] = "bpe"
     character_coverage: float = 0.9995
+    split_digits: bool = True
     max_bytes: int = MAX_BYTES
     text_field: str = "text"
     max_doc_mb: float = MAX_DOC_MB
@@ -58,15 +62,15 @@ class TokenizerTrainingConfig:
             raise ValueError(f"model_prefix is {self.model_prefix!r}, which has no file name: add one")
 
 
-def parse_args(argv=None) -> TokenizerTrainingConfig:
-    (config,) = parse_flags(__doc__, TokenizerTrainingConfig, argv=argv)
+def parse_args(argv=None):
+    config, records = parse_flags(__doc__, TokenizerTrainingConfig, RecordsConfig, argv=argv)
     if not config.input:
         raise UserError("--input is missing: give text files, globs or folders")
-    return config
+    return config, records.in_place_of(config.text_field)
 
 
 def main(argv=None):
-    config = parse_args(argv)
+    config, text_field = parse_args(argv)
     train_tokenizer(
         config.input,
         config.vocab_size,
@@ -74,7 +78,8 @@ def main(argv=None):
         model_type=config.model_type,
         character_coverage=config.character_coverage,
         max_bytes=config.max_bytes,
-        text_field=config.text_field,
+        text_field=text_field,
+        split_digits=config.split_digits,
         seed=config.seed,
         max_doc_mb=config.max_doc_mb,
         fim=config.fim,

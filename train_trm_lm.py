@@ -5,6 +5,8 @@
     python train_trm_lm.py --train_paths wiki/train_*.jsonl.gz --valid_paths wiki/validation_0.jsonl.gz
     python train_trm_lm.py --recursion none --n_layers 6 --norm pre --save_dir runs/llama      # a plain Llama
     python train_trm_lm.py --config runs/trm/config.yaml --resume                # continue a run that was stopped
+    python train_trm_lm.py --records true --train_paths gsm8k/train.jsonl        # questions with answers
+    python train_trm_lm.py --records true --train_paths gsm8k/train.jsonl --overfit 10     # can it learn ten by heart?
 
 Writes a run folder, `save_dir`: the settings in config.yaml, the log in metrics.jsonl, TensorBoard events,
 learning_curve.png, sample texts in samples.txt, and checkpoints in step_NNNNNNNN/. The links `last` and `best` point to
@@ -28,11 +30,16 @@ def parse_args(argv=None) -> Settings:
 from src.checkpoint import save_checkpoint
 from src.evaluation.evaluation import evaluate
 from src.losses import bits_text
+from src.rag.pipeline import build_rag
 from src.training.create import create_model, create_trainer
+from src.training.overfit import overfit
 
 
 def main(argv=None):
-    trainer = create_trainer(parse_args(argv))
+    settings = parse_args(argv)
+    if settings.train.overfit is not None:
+        return int(not overfit(settings))
+    trainer = create_trainer(settings, build_rag)
     figures = trainer.train()
     trainer.accelerator.end_training()
     if figures and trainer.is_main:
@@ -42,6 +49,7 @@ def main(argv=None):
             f"python generate.py {trainer.folder} --prompt '...'",
             file=sys.stderr,
         )
+    return 0
 
 
 if __name__ == "__main__":

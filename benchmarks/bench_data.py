@@ -44,7 +44,8 @@ from common import ROOT, interleaved, machine, median, print_json, print_table, 
 from src.config import parse_flags, run
 from src.data.corpus import find_files, read_documents, stdlib_files
 from src.data.loader import create_train_loader
-from src.data.stream import Shards, StreamingDataset
+from src.data.shards import Shards
+from src.data.stream import StreamingDataset
 from src.data.token_store import ON_THE_SPOT_BYTES, ON_THE_SPOT_VOCAB, tokenize_corpus
 from src.data.tokenizer_training import train_sentencepiece
 from src.dataset import PackedDataset

@@ -3,7 +3,8 @@
     python benchmarks/bench_puzzles.py --peer ../TinyRecursiveModels   # a checkout of the authors' repository
     python benchmarks/bench_puzzles.py --mixers mlp --precisions bf16 --rounds 15 --peer ../TinyRecursiveModels
     python benchmarks/bench_puzzles.py                                 # without a peer: compiled against eager
-    python benchmarks/bench_puzzles.py --quick                         # tiny sizes, to check that it runs
+    python benchmarks/bench_puzzles.py --peer ../TinyRecursiveModels --quick   # the mlp mixer in bf16: 4 minutes
+    python benchmarks/bench_puzzles.py --peer ../TinyRecursiveModels --peer_compile   # both eager, and both compiled
 
 Both sides have the same weights, the same boards and torch's fused AdamW. A training step is a supervision step forward
 and backward, the row's correctness, and the update. An evaluation step is the forward pass, the loss and the row's
@@ -13,13 +14,15 @@ Each side runs in a process of its own, because ours changes the allocator of it
 training does). The processes take turns, one step each. Times are the CPU time of the process on a CPU, so that other
 programs on the machine disturb them less, and wall time on a GPU or with more than one thread.
 
-    eager, compiled    our model without and with torch.compile
-    peer               the authors' code, eager; --peer_compile adds `peer_compiled`, with torch.compile on all of it
-    ratio              the peer's time over ours, per round: median, then lowest and highest
-    difference         of the logits after one step, the largest, relative to the largest logit; in bf16 it is rounding
+    eager, compiled      our model without and with torch.compile: median seconds of a step
+    peer, peer_compiled  the authors' code, the same (with --peer_compile)
+    eager over peer      the speed of our eager model relative to theirs: their time over ours, per round, as median
+                         (lowest to highest). Above 1, ours is faster. So for the other pairs
+    difference           the largest difference of logits after one step, over the largest logit; in bf16 it is rounding
 
 The authors' code needs pydantic and einops (`pip install pydantic einops`). If it cannot be imported, or without
---peer, the comparison is left out with a line on stderr. Prints a table, then one JSON line.
+--peer, the comparison is left out with a line on stderr. Prints each row of the table when it is measured, then one
+JSON line.
 """
 
 import multiprocessing
@@ -29,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from common import machine, median, print_json, print_table
+from common import machine, median, print_json
 from puzzle_sides import side_of
 
 from src.config import parse_flags, run
@@ -38,6 +41,8 @@ from src.model import TRMConfig, TRMModel
 from src.runtime import choose_device
 
 TASKS = ("train", "evaluate")
+# (ours, theirs); the last two are what --peer and --peer_compile compare in the same form
+RATIOS = (("compiled", "eager"), ("compiled", "peer"), ("eager", "peer"), ("compiled", "peer_compiled"))
 
 
 @dataclass
@@ -47,6 +52,7 @@ class PuzzleBench:
     Args:
         mixers: attention, mlp
         precisions: fp32, bf16
+        tasks: train, evaluate
         peer: a checkout of github.com/SamsungSAILMontreal/TinyRecursiveModels to compare with
         peer_compile: also measure the authors' code under torch.compile, which takes minutes to compile
         compile: also measure our compiled model
@@ -60,11 +66,13 @@ class PuzzleBench:
         deep_steps: T of the paper
         device: auto, cpu, cuda
         threads: number of CPU threads of each process
-        quick: use tiny sizes and few steps, to check that the benchmark runs
+        quick: measure only 3 rounds of the mlp mixer in bf16, with fewer loops (n 2, T 2), in about 4 minutes on two
+            busy cores
     """
 
     mixers: list[str] = field(default_factory=lambda: ["attention", "mlp"])
     precisions: list[str] = field(default_factory=lambda: ["fp32", "bf16"])
+    tasks: list[str] = field(default_factory=lambda: list(TASKS))
     peer: str | None = None
     peer_compile: bool = False
     compile: bool = True
@@ -81,7 +89,7 @@ class PuzzleBench:
     quick: bool = False
 
     def __post_init__(self):
-        for name, known in (("mixers", ("attention", "mlp")), ("precisions", ("fp32", "bf16"))):
+        for name, known in (("mixers", ("attention", "mlp")), ("precisions", ("fp32", "bf16")), ("tasks", TASKS)):
             for value in getattr(self, name):
                 if value not in known:
                     raise ValueError(f"{name} {value}: choose from {', '.join(known)}")
@@ -90,9 +98,8 @@ class PuzzleBench:
         if self.peer is not None and not (Path(self.peer) / "models" / "recursive_reasoning" / "trm.py").is_file():
             raise ValueError(f"peer {self.peer} is no checkout of the authors' repository: it has no models/ of theirs")
         if self.quick:
-            self.rounds, self.batch_size, self.cells, self.d_model, self.n_heads = 2, 2, 9, 32, 2
-            self.latent_steps, self.deep_steps, self.compile = 2, 2, False
-            self.mixers, self.precisions = ["mlp"], ["fp32"]
+            self.rounds, self.mixers, self.precisions = 3, ["mlp"], ["bf16"]
+            self.latent_steps, self.deep_steps = 2, 2
 
 
 def model_config(args: PuzzleBench, mixer: str) -> TRMConfig:
@@ -121,9 +128,17 @@ class Worker:
         self.process.start()
         end.close()
 
-    def ask(self, what: str):
-        """What side.<what>() returns in the other process: `step` the seconds, `first_logits` a tensor."""
+    def begin(self, what: str):
+        """Let the other process call side.<what>(): `step` returns the seconds, `first_logits` a tensor."""
         self.pipe.send(what)
+
+    def ask(self, what: str):
+        """What side.<what>() returns in the other process."""
+        self.begin(what)
+        return self.answer()
+
+    def answer(self):
+        """What the call that `begin` started returns."""
         return self.pipe.recv()
 
     def close(self):
@@ -157,7 +172,9 @@ def measure(args: PuzzleBench, mixer: str, precision: str, task: str, folder: st
         kind: Worker(**shared, kind=kind, peer=args.peer, config=config["peer" if "peer" in kind else "eager"])
         for kind in kinds
     }
-    logits = {kind: worker.ask("first_logits") for kind, worker in workers.items()}
+    for worker in workers.values():  # at the same time, because compiling takes long
+        worker.begin("first_logits")
+    logits = {kind: worker.answer() for kind, worker in workers.items()}
     for worker in workers.values():  # one more step to warm up
         worker.ask("step")
     times = {kind: [] for kind in kinds}
@@ -166,21 +183,28 @@ def measure(args: PuzzleBench, mixer: str, precision: str, task: str, folder: st
             times[kind].append(worker.ask("step"))
     for worker in workers.values():
         worker.close()
-    row = {"mixer": mixer, "precision": precision, "task": task, "seconds": {k: median(t) for k, t in times.items()}}
-    other, against = "peer" if args.peer else "eager", logits["peer" if args.peer else "eager"]
-    row["ratios"] = {
-        f"{kind} over {base}": _spread(times[base], times[kind])
-        for base in dict.fromkeys(["peer" if args.peer else "eager", *(k for k in kinds if k == "peer_compiled")])
-        for kind in kinds
-        if kind != base and "peer" not in kind
-    }
-    worst = max(((tensor - against).abs().max() / against.abs().max()).item() for tensor in logits.values())
-    return row | {"difference": worst, "compared_with": other}
+    base = logits["peer" if args.peer else "eager"]
+    worst = max(((tensor - base).abs().max() / base.abs().max()).item() for tensor in logits.values())
+    row = {"mixer": mixer, "precision": precision, "task": task, "difference": worst}
+    row["seconds"] = {kind: median(found) for kind, found in times.items()}
+    pairs = [pair for pair in RATIOS if times.keys() >= set(pair) and ("peer" in pair[1] or not args.peer)]
+    return row | {"ratios": {f"{ours} over {theirs}": _spread(times[theirs], times[ours]) for ours, theirs in pairs}}
 
 
 def _spread(theirs: list[float], ours: list[float]) -> list[float]:
     ratios = sorted(a / b for a, b in zip(theirs, ours))
     return [median(ratios), ratios[0], ratios[-1]]
+
+
+def show(row: dict, is_first: bool):
+    """Print a row of the table as soon as it is known; all rows have the same columns."""
+    cells = {"step": f"{row['mixer']} {row['precision']} {row['task']}"}
+    cells |= {f"{kind} s": f"{seconds:.4g}" for kind, seconds in row["seconds"].items()}
+    cells |= {name: "{:.2f} ({:.2f} to {:.2f})".format(*ratio) for name, ratio in row["ratios"].items()}
+    cells |= {"difference": f"{row['difference']:.1e}"}
+    widths = [max(len(name), 23 if name == "step" else 20 if " over " in name else 0) for name in cells]
+    for line in (cells, cells.values())[0 if is_first else 1 :]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip(), flush=True)
 
 
 def usable_peer(path: str | None) -> str | None:
@@ -205,13 +229,9 @@ def main(argv=None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for mixer in args.mixers:
             for precision in args.precisions:
-                rows += [measure(args, mixer, precision, task, folder) for task in TASKS]
-    lines = [
-        [f"{row['mixer']} {row['precision']} {row['task']}", what, *ratio, row["difference"]]
-        for row in rows
-        for what, ratio in row["ratios"].items()
-    ]
-    print_table(["step", "speed of", "ratio", "lowest", "highest", "difference"], lines)
+                for task in args.tasks:
+                    rows.append(measure(args, mixer, precision, task, folder))
+                    show(rows[-1], len(rows) == 1)
     print_json("puzzles", {"machine": machine(choose_device(args.device)), **vars(args), "rows": rows})
     return 0
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from src.config import build
-from src.data.tokenizer_json import PUZZLE_FILE, TOKENIZER_FILES
+from src.data.tokenizer_json import NAMES_FILE, PUZZLE_FILE, TOKENIZER_FILES
 from src.decode import store_for_decoding
 from src.errors import UserError
 from src.files.folders import replacing
@@ -33,7 +33,7 @@ from src.training.parallel import placed_like
 FORMAT = 3
 # names of everything in a checkpoint folder; other files in the folder belong to the user
 FILES = {"model.safetensors", "ema.safetensors", "classifier.safetensors", "config.json", "state"}
-FILES |= {*TOKENIZER_FILES, PUZZLE_FILE}
+FILES |= {*TOKENIZER_FILES, PUZZLE_FILE, NAMES_FILE}
 DIGESTS = "state/digests.json"  # digests of the files as written; checked before a run resumes
 LARGEST = 1e6  # limit for a weight, far above any trained one; products of larger weights overflow in fp32
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

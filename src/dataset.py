@@ -4,7 +4,8 @@
 2. `src.data.token_store` keeps their tokens on disk, as one flat stream with EOS after each document. The cache key is
    a hash of the files and the tokenizer, so a second run only opens it. `TokenStore` is that stream, memory-mapped.
 3. `PackedDataset` cuts the stream into full windows. `WikiJsonlDataset` is the padded alternative, one document per
-   row. `MixedDataset` combines several corpora, drawn by weight.
+   row. `RecordDataset` has one question with its answer per row. `MixedDataset` combines several corpora, drawn by
+   weight.
 4. `create_dataloader` makes batches, in an order that is a pure function of (seed, epoch, index).
 5. `prepare_data` does all of this, as `DataConfig` (the flags) says.
 
@@ -13,6 +14,7 @@ rows are rearranged for fill-in-the-middle (`src.data.fim`) when step 4 reads th
 2, `src.data.stream` tokenizes during training. `src.data.loader` gives the trainer its batches.
 """
 
+import functools
 import itertools
 import os
 import sys
@@ -24,8 +26,12 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from src.data.corpus import NoDocument, content_hash, find_files, fingerprint_files, stdlib_files
 from src.data.fim import FillInMiddle, RearrangedDataset
 from src.data.order import EndlessSampler, MixtureSampler, RankBatches, SeededIndices
+from src.data.readers import SUFFIXES
+from src.data.record_rows import RecordDataset
+from src.data.records import RECORD_SUFFIXES, RecordFields
 from src.data.samples import Sample, collate_batch, window_sample
-from src.data.stream import Shards, StreamingDataset
+from src.data.shards import Shards
+from src.data.stream import StreamingDataset
 from src.data.token_store import (
     HOLD_BACK,
     ON_THE_SPOT_BYTES,
@@ -37,7 +43,7 @@ from src.data.token_store import (
     sampled,
     tokenize_corpus,
 )
-from src.errors import UserError
+from src.errors import UserError, few
 from src.losses import IGNORE
 from src.tokenizer import ByteLevelTokenizer, read_tokenizer, warn_of_loss
 from src.training.train_config import DataConfig
@@ -205,40 +211,99 @@ def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None, files=Non
     result of `find_text`, if the caller already has it. Raises UserError for every problem with the input.
     """
     corpora, valid_files = files or find_text(data)
-    files = sorted(set(itertools.chain(*corpora)))
-    part = "whole" if valid_files else "train"  # without validation files, some training documents are held back
-    if data.streaming:
-        shards = Shards(corpora, data.text_field, data.strict, not valid_files, data.max_doc_mb)
-        tokenizer = _tokenizer_of(data, vocab_size, (piece for piece, _ in shards.heads(ON_THE_SPOT_BYTES)))
-    else:
-        tokenizer = _tokenizer_of(data, vocab_size, sampled(files, data.text_field, part, data.max_doc_mb), files, part)
-    if save_dir is not None:
-        tokenizer.save(save_dir)
+    fields = fields_of(data, corpora)
+    valid_field = _record_fields(data) if data.records else data.text_field
 
-    def store_of(files, part="whole", share=None):
-        options = (data.text_field, data.strict, data.num_proc, data.cache_dir, part, share, data.max_doc_mb)
+    def store_of(files, field, part="whole", share=None):
+        options = (field, data.strict, data.num_proc, data.cache_dir, part, share, data.max_doc_mb)
         return tokenize_corpus(files, tokenizer, *options)
 
-    def rows_of(store):
+    def rows_of(store, field):
+        if isinstance(field, RecordFields):
+            return RecordDataset(store, tokenizer, seq_len)
         if data.packing:
             return PackedDataset(store, seq_len, data.document_mask, (tokenizer.bos_id, tokenizer.eos_id))
         return WikiJsonlDataset(store, tokenizer, seq_len)
 
+    if data.streaming:
+        shards = Shards(
+            corpora, fields if data.records else data.text_field, data.strict, not valid_files, data.max_doc_mb
+        )
+        tokenizer = _tokenizer_of(data, vocab_size, (piece for piece, _ in shards.heads(ON_THE_SPOT_BYTES)))
+    else:
+        tokenizer = _tokenizer_of(data, vocab_size, *_text_for_tokenizer(data, corpora, fields, not valid_files))
+    if save_dir is not None:
+        tokenizer.save(save_dir)
     fim = FillInMiddle(tokenizer, data.fim_rate) if data.fim_rate else None
     if data.streaming:
         options = (data.mixture, data.document_mask, data.shuffle_buffer, fim)
         train_set = StreamingDataset(shards, tokenizer, seq_len, *options)
-        valid = store_of(valid_files) if valid_files else shards.held_back_store(store_of, seq_len)
+        held_back = functools.partial(store_of, field=valid_field)
+        valid = store_of(valid_files, valid_field) if valid_files else shards.held_back_store(held_back, seq_len)
         warn_of_loss(valid.n_lost, valid.n_bytes)
-        return tokenizer, train_set, rows_of(valid)
+        return tokenizer, train_set, rows_of(valid, valid_field)
     if valid_files:
-        stores, valid = [store_of(corpus) for corpus in corpora], store_of(valid_files)
+        stores, valid = list(map(store_of, corpora, fields)), store_of(valid_files, valid_field)
+    elif data.records:
+        stores, valid = _split_records(store_of, corpora, fields, valid_field)
     else:
-        stores, valid = _split_stores(store_of, corpora, files, tokenizer, seq_len)
+        stores, valid = _split_stores(store_of, corpora, data.text_field, tokenizer, seq_len)
     warn_of_loss(*(sum(getattr(store, name) for store in [*stores, valid]) for name in ("n_lost", "n_bytes")))
-    sets = [rows_of(store) for store in stores]
+    sets = list(map(rows_of, stores, fields))
     train_set = MixedDataset(sets, data.mixture) if data.mixture else sets[0]
-    return tokenizer, RearrangedDataset(train_set, fim) if fim else train_set, rows_of(valid)
+    return tokenizer, RearrangedDataset(train_set, fim) if fim else train_set, rows_of(valid, valid_field)
+
+
+def _record_fields(data):
+    return RecordFields(data.question_field, data.answer_field)
+
+
+def fields_of(data, corpora):
+    """Returns how each corpus is read: the name of its text field, or RecordFields if it has records.
+
+    In a mixture with records, the first record of a corpus decides. Raises UserError if none of them has records."""
+    if not data.records:
+        return [data.text_field] * len(corpora)
+    records = _record_fields(data)
+    if not data.mixture:
+        return [records]
+    are_records = [records.fit(files[0]) for files in corpora]
+    if not any(are_records):
+        raise UserError(f"none of the mixture's train_paths has {records}: correct --question_field and --answer_field")
+    text = few(path for path, are in zip(data.train_paths, are_records) if not are)
+    if text:
+        print(f"the mixture has records, and plain text in {text}", file=sys.stderr)
+    return [records if are else data.text_field for are in are_records]
+
+
+def _of_held_back(corpora, fields):
+    """Returns the corpora from which validation text is held back: those of records, or all if there are none."""
+    return [files for files, field in zip(corpora, fields) if isinstance(field, RecordFields)] or corpora
+
+
+def _text_for_tokenizer(data, corpora, fields, holds_back):
+    """Returns the last three arguments of `_tokenizer_of` for the training text: (texts, settings of the key, files).
+
+    Without validation files, some training documents are held back, which are then not part of the texts."""
+    part = "train" if holds_back else "whole"
+    by_field = {field: [] for field in fields}
+    for files, field in zip(corpora, fields):
+        by_field[field] += files
+    texts = []
+    for field, files in by_field.items():
+        is_split = files[0] in itertools.chain(*_of_held_back(corpora, fields))
+        texts.append(sampled(sorted(set(files)), field, part if is_split else "whole", data.max_doc_mb))
+    key = (fields if data.records else data.text_field, data.strict, part)
+    return itertools.chain(*texts), sorted(set(itertools.chain(*corpora))), key
+
+
+def first_records(data, vocab_size, seq_len, files, n):
+    """Returns (tokenizer, RecordDataset of the first n records of `files` that fit)."""
+    fields = [_record_fields(data)]
+    tokenizer = _tokenizer_of(data, vocab_size, *_text_for_tokenizer(data, [files], fields, False))
+    options = {"strict": data.strict, "num_proc": data.num_proc, "cache_dir": data.cache_dir}
+    store = tokenize_corpus(files, tokenizer, *fields, **options, max_doc_mb=data.max_doc_mb)
+    return tokenizer, RecordDataset(store, tokenizer, seq_len, most=n)
 
 
 def find_text(data):
@@ -248,11 +313,16 @@ def find_text(data):
         print(f"no train_paths: using the Python standard library, {len(train_files)} files", file=sys.stderr)
         corpora = [train_files]
     else:
-        corpora = [find_files(path) for path in data.train_paths] if data.mixture else [find_files(data.train_paths)]
+        suffixes = RECORD_SUFFIXES if data.records else SUFFIXES
+        if data.mixture:
+            suffixes = tuple(dict.fromkeys(SUFFIXES + suffixes))
+            corpora = [find_files(path, suffixes) for path in data.train_paths]
+        else:
+            corpora = [find_files(data.train_paths, suffixes)]
         valid_files = []
     if not data.valid_paths:
         return corpora, valid_files
-    valid_files = find_files(data.valid_paths)
+    valid_files = find_files(data.valid_paths, RECORD_SUFFIXES if data.records else SUFFIXES)
     _warn_of_training_text(valid_files, sorted(set(itertools.chain(*corpora))))
     return corpora, valid_files
 
@@ -269,20 +339,32 @@ def _warn_of_training_text(valid_files, train_files):
             print(f"warning: validation file {path} is also training text{other}: {why}", file=sys.stderr)
 
 
-def _split_stores(store_of, corpora, files, tokenizer, seq_len):
+def _split_records(store_of, corpora, fields, record_fields):
+    """Returns (training stores, validation store); some records are held back for validation, but no plain text."""
+    held = _of_held_back(corpora, fields)
+    files = sorted(set(itertools.chain(*held)))
+    share = hold_back_share(files)
+    parts = (("train", share) if corpus in held else () for corpus in corpora)
+    stores = [store_of(corpus, field, *part) for corpus, field, part in zip(corpora, fields, parts)]
+    return stores, store_of(files, record_fields, "valid", share)
+
+
+def _split_stores(store_of, corpora, field, tokenizer, seq_len):
     """Returns (training stores, validation store), made from text without validation files.
 
     Some documents are held back for validation; if there are too few, the end of the text is held back instead."""
+    files = sorted(set(itertools.chain(*corpora)))
     share = hold_back_share(files)
     try:
-        stores, valid = [store_of(corpus, "train", share) for corpus in corpora], store_of(files, "valid", share)
+        stores = [store_of(corpus, field, "train", share) for corpus in corpora]
+        valid = store_of(files, field, "valid", share)
         if min(map(len, [*stores, valid])) > seq_len:
             return stores, valid
     except NoDocument:
         pass
     if len(corpora) > 1:
         raise UserError("the train_paths have too few documents to hold back some of each: set --valid_paths")
-    whole = store_of(files)
+    whole = store_of(files, field)
     if len(whole) < 2 * (seq_len + 1):
         raise UserError(
             f"the text has {len(whole)} tokens, too few for a training and a validation window of {seq_len + 1}: "
@@ -294,17 +376,18 @@ def _split_stores(store_of, corpora, files, tokenizer, seq_len):
     return [train], valid
 
 
-def _tokenizer_of(data, vocab_size, texts, files=None, part=None):
+def _tokenizer_of(data, vocab_size, texts, files=None, settings=()):
     """Returns the configured tokenizer, or a SentencePiece model trained on `texts`.
 
-    The cache key of the trained model is a hash of `files`, or of `texts` if there are no files."""
+    The cache key of the trained model is a hash of `files` and the settings by which they are read, or of `texts` if
+    there are no files."""
     if data.tokenizer == "byte" and data.fim_rate:
         return ByteLevelTokenizer({"fill_in_the_middle": True})
     if data.sp_model is not None or data.tokenizer != "sentencepiece":
         return read_tokenizer(data.sp_model or data.tokenizer)
     vocab_size = vocab_size or ON_THE_SPOT_VOCAB
     if files is not None:
-        key = content_key(files, "spm", data.text_field, data.strict, part, vocab_size, data.max_doc_mb)
+        key = content_key(files, "spm", *settings, vocab_size, data.max_doc_mb)
     else:
         texts = list(texts)
         key = f"{content_hash(chr(0).join(texts).encode()):016x}-{vocab_size}"

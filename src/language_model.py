@@ -17,7 +17,7 @@ from torch import Tensor
 
 from src.exits import ExitRule
 from src.runtime import share_cores
-from src.sampling import generate
+from src.sampling import generate, left_padded
 from src.tokenizer import StreamDecoder
 
 
@@ -98,10 +98,8 @@ def continue_texts(
         rows, ends = _around(tokenizer, prompts, suffix, model.config.max_seq_len)
         # the context must not move on, because the model would lose sight of the suffix
         max_new_tokens = min(max_new_tokens, model.config.max_seq_len + 1 - max(map(len, rows)))
-    gaps = [max(map(len, rows)) - len(row) for row in rows]  # rows are padded on the left
     device = next(model.parameters(), torch.empty(0)).device  # an ONNX graph has no parameters: CPU
-    ids = torch.tensor([[tokenizer.pad_id] * gap + row for gap, row in zip(gaps, rows)], device=device)
-    mask = torch.tensor([[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows)], device=device)
+    ids, mask = left_padded(rows, tokenizer.pad_id, device)
     decoders = [StreamDecoder(tokenizer, starts_text=not prompt and suffix is None) for prompt in prompts]
     ends, is_open = ends if stop_at_eos else (), [True] * len(rows)
     steps = generate(model, ids, max_new_tokens, eos_id=ends or None, attention_mask=mask, **options)

@@ -50,6 +50,14 @@ def choose_token(logits, temperature, top_k, top_p, generators) -> Int[Tensor, "
     return chosen.clamp(max=logits.shape[-1] - 1).to(device)
 
 
+def left_padded(rows: list[list[int]], pad_id: int, device) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
+    """Returns (ids, attention_mask) of a batch for `generate`: the rows, padded on the left."""
+    gaps = [max(map(len, rows)) - len(row) for row in rows]
+    ids = torch.tensor([[pad_id] * gap + row for gap, row in zip(gaps, rows)], device=device)
+    mask = torch.tensor([[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows)], device=device)
+    return ids, mask
+
+
 def fit_window(ids, mask, max_len: int, finished) -> tuple[Tensor, Tensor]:
     """Shortens rows of ids (B, W), left-padded where mask is 0, to at most max_len tokens.  Returns (ids, mask).
 

@@ -123,6 +123,13 @@ class _Tokenizer:
                     return ids[n:]
         return self.encode(text)
 
+    def continuing(self, text):
+        """Returns what to encode so that the ids decode to `text` inside another text, for example after a prompt.
+
+        It is the text without the space that the tokenizer would add, so such a tokenizer needs a text that starts with
+        a space."""
+        return text.removeprefix(self.prefix)
+
     def id_to_bytes(self, index):
         """Returns the UTF-8 bytes of one id, possibly only a part of a character; b"" for pad, BOS and EOS."""
         return self._bytes[index]

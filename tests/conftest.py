@@ -11,12 +11,11 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import annotations  # noqa: E402
+
+annotations.install()  # before anything of src is imported
+
 import jaxtyping  # noqa: E402
-from beartype import BeartypeConf, beartype  # noqa: E402
-
-typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is accepted as a float, as in temperature=0
-jaxtyping.install_import_hook("src", f"{__name__}.typechecker")  # before anything of src is imported
-
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -84,7 +83,7 @@ def tiny():
     return build
 
 
-# Options of the model with their values. Tests run each value on its own in every family, then random mixtures.
+# Options of the model with their values. Tests run each value in every family and with each value of other options.
 AXES = {
     "norm": ("post", "pre", "sandwich"),
     "injection": ("sum", "concat"),
@@ -113,7 +112,32 @@ TRAINING_AXES = {
     "token_loss": ("softmax", "stablemax"),
     "weight_init": ("normal", "truncated"),
 }
-MIXES = 14
+TRAINING_SINGLES = [{"recursion": "trm", key: value} for key in TRAINING_AXES for value in TRAINING_AXES[key][1:]]
+
+FAMILIES = ("trm", "loop", "none")
+
+
+def pairwise(axes):
+    """Returns settings in which every value occurs in every family, and together with every value of other options.
+
+    The families with the first value of every option come first. The others are drawn one after the other: of many
+    random settings, the one that has the most pairs of values that are still missing."""
+    rng, axes = random.Random(0), {"recursion": FAMILIES} | axes
+    items = [[(key, value) for value in values] for key, values in axes.items()]
+    missing = {pair: None for a, b in itertools.combinations(items, 2) for pair in itertools.product(a, b)}  # in order
+
+    def draw():
+        return dict(rng.choice(values) for values in items) | dict(next(iter(missing)))
+
+    def added(settings):
+        return [pair for pair in itertools.combinations(settings.items(), 2) if pair in missing]
+
+    chosen = [{"recursion": family} | {key: axes[key][0] for key in list(axes)[1:]} for family in FAMILIES]
+    covered = {pair for settings in chosen for pair in added(settings)}
+    while missing := {pair: None for pair in missing if pair not in covered}:
+        chosen.append(max((draw() for _ in range(50)), key=lambda settings: len(added(settings))))
+        covered = set(added(chosen[-1]))
+    return chosen
 
 
 def mixtures(axes, number, seed):
@@ -126,7 +150,7 @@ def mixtures(axes, number, seed):
 def singles(axes):
     """Returns, for each family, the defaults and every setting in which one option has another than its first value."""
     changes = [{}] + [{key: value} for key in axes for value in axes[key][1:]]
-    return [{"recursion": family} | change for family in ("trm", "loop", "none") for change in changes]
+    return [{"recursion": family} | change for family in FAMILIES for change in changes]
 
 
 def name(settings):

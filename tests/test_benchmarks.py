@@ -370,13 +370,50 @@ def test_classifications_are_kept_and_tabled(finished_run, tmp_path, capsys):
 # --- bench_puzzles ----------------------------------------------------------------------------------------------------
 
 
-def test_bench_puzzles_without_a_peer(capsys):
-    assert bench_puzzles.main(["--quick", "--device", "cpu"]) == 0
+class SideInThisProcess:
+    """As bench_puzzles.Worker, without its process, which takes seconds to import PyTorch."""
+
+    def __init__(self, **job):
+        self.side = bench_puzzles.side_of(**job)
+
+    def begin(self, what):
+        self.found = getattr(self.side, what)()
+
+    def answer(self):
+        return self.found
+
+    def ask(self, what):
+        self.begin(what)
+        return self.answer()
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("worker", [SideInThisProcess, pytest.param(bench_puzzles.Worker, marks=pytest.mark.slow)])
+def test_bench_puzzles_without_a_peer(monkeypatch, capsys, worker):
+    monkeypatch.setattr(bench_puzzles, "Worker", worker)
+    words = "--mixers mlp --precisions fp32 --rounds 2 --batch_size 2 --cells 9 --d_model 32 --n_heads 2".split()
+    words += "--latent_steps 2 --deep_steps 2 --compile false --device cpu".split()
+    assert bench_puzzles.main(words) == 0
     out, err = capsys.readouterr()
     facts = json.loads(out.splitlines()[-1])
     assert "no --peer" in err and facts["benchmark"] == "puzzles" and facts["peer"] is None
     assert [(row["mixer"], row["task"]) for row in facts["rows"]] == [("mlp", "train"), ("mlp", "evaluate")]
     assert all(row["seconds"]["eager"] > 0 and row["ratios"] == {} for row in facts["rows"])
+    assert out.splitlines()[1].startswith("mlp fp32 train") and out.splitlines()[0].split()[:3] == [
+        "step",
+        "eager",
+        "s",
+    ]
+
+
+def test_bench_puzzles_shows_both_forms(capsys):
+    seconds = {"eager": 2.0, "compiled": 1.0, "peer": 3.0, "peer_compiled": 1.5}
+    row = {"mixer": "mlp", "precision": "bf16", "task": "train", "difference": 0.01, "seconds": seconds}
+    bench_puzzles.show(row | {"ratios": {"eager over peer": [1.5, 1.4, 1.6]}}, True)
+    header, line = capsys.readouterr().out.splitlines()
+    assert line.index("1.50 (1.40 to 1.60)") == header.index("eager over peer") and line.endswith("1.0e-02")
 
 
 def test_bench_puzzles_needs_a_checkout_of_the_authors_code(tmp_path):

@@ -338,7 +338,7 @@ def test_help_shows_no_flag_that_is_refused(capsys):
     options = capsys.readouterr().out.split("\noptions:")[1]
     shown = {flag for line in re.findall(r"^  (-.*)", options, re.M) for flag in re.findall(r"--[\w.]+\+?", line)}
     known = {f"--{flag}" for cls in CLASSES for flag, _, _ in documented(cls)}
-    assert shown == known | {"--help", "--config", "--curriculum", "--monitoring"}
+    assert shown == known | {"--help", "--config", "--curriculum", "--monitoring", "--rag"}
 
 
 def test_a_class_of_ones_own():

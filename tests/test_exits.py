@@ -84,7 +84,7 @@ def says(rule):
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_token_by_token_twin(tiny, case, beyond):
     """Also with more steps than the model is trained with."""
-    model, ids = tiny(**case, dtype=torch.float64), prompt(rows=2, length=7)
+    model, ids = tiny(**case, dtype=torch.float64), prompt(rows=2, length=5)
     weights = {key: value.detach() for key, value in model.state_dict().items()}
     depth, seen = max_depth(model.config) + beyond, set()
     for rule in rules(model, ids, depth):

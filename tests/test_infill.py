@@ -89,6 +89,21 @@ def test_a_prompt_is_streamed_before_the_middle_and_the_suffix_last(folder, monk
     assert texts[0] == TEXT[:5] and texts[-1] == TEXT[12:] and [*TEXT[5:12]] == [t for t in texts[1:-1] if t]
 
 
+def test_retrieved_code_is_part_of_the_prefix(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "a.py").write_text("bamo=1\n")
+    words = ["--prompt", "bamo", "--suffix", ")", "--rag", tmp_path / "lib", "--rag_tokens", 40]
+    read = []
+    infill = ByteLevelTokenizer.infill
+    monkeypatch.setattr(
+        ByteLevelTokenizer, "infill", lambda self, *texts: read.append(texts) or infill(self, *texts), raising=False
+    )
+    code, out, err = call(*words)
+    assert code == 0 and out.startswith("bamo") and out.endswith(")\n") and "retrieved a.py:1-1" in err, err
+    assert read == [("bamo=1\n# ---- current file ----\nbamo", ")")]
+
+
 def test_it_stops_before_it_loses_sight_of_the_suffix(folder):
     """A middle that does not end is cut off when the context is full."""
     model, tokenizer = load_model(folder)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import AXES, MIXES, TINY, TRAINING_AXES, mixtures, name, singles
+from conftest import AXES, TINY, TRAINING_AXES, TRAINING_SINGLES, name, pairwise
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,9 +20,8 @@ FAMILIES = {
 }
 # Every model option that is compared with the reference implementation, so that new options are covered too.
 CASES = [
-    *singles(AXES),
-    *singles({key: values for key, values in TRAINING_AXES.items() if key != "act_target"}),
-    *mixtures(AXES | TRAINING_AXES, MIXES, seed=6),
+    *pairwise(AXES | TRAINING_AXES),
+    *TRAINING_SINGLES,
     {"recursion": "none", "n_layers": 3, "norm": "pre"},
     {"recursion": "loop", "deep_steps": 3, "grad_deep_steps": 1, "gate": True},
     {"recursion": "loop", "deep_steps": 3, "grad_deep_steps": 2, "supervision_weights": "equal", "coda_layers": 1},

@@ -5,15 +5,15 @@ import math
 
 import pytest
 import torch
-from conftest import AXES, MIXES, TINY, TRAINING_AXES, batch, build, mixtures, name, singles
+from conftest import AXES, TINY, TRAINING_AXES, TRAINING_SINGLES, batch, build, mixtures, name, pairwise, singles
 from reference import IGNORE, Twin, llama_with_weights_of, supervision_weights
 
 from src.model import TRMConfig, TRMModel
 
-SHAPE_CASES = singles(AXES) + [{"recursion": "loop", "injection": "none"}] + mixtures(AXES, MIXES, seed=1)
+SHAPE_CASES = pairwise(AXES) + [{"recursion": "loop", "injection": "none"}]
 TWIN_CASES = (
-    singles(AXES)
-    + [{"recursion": "trm", key: value} for key in TRAINING_AXES for value in TRAINING_AXES[key][1:]]
+    pairwise(AXES | TRAINING_AXES)
+    + TRAINING_SINGLES
     + [{"recursion": "loop", "injection": "none", "gate": gate} for gate in (False, True)]
     + [{"recursion": "loop", "grad_deep_steps": 1, "deep_steps": 3}]
     + [
@@ -99,7 +99,7 @@ def relative(a, b, floor=1e-12):
     return float((a - b).norm() / b.norm().clamp(min=floor))
 
 
-@pytest.mark.parametrize("settings", TWIN_CASES + mixtures(AXES | TRAINING_AXES, 2 * MIXES, seed=2), ids=name)
+@pytest.mark.parametrize("settings", TWIN_CASES, ids=name)
 def test_slow_twin_float64(settings):
     found = errors(build(dtype=torch.float64, **settings))
     assert max(found.values()) < 1e-9, found
@@ -258,7 +258,7 @@ def test_same_seed_same_weights(recursion):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
-    "settings", SHAPE_CASES[::3] + [{"causal": False}, {"positions": "learned", "causal": False}], ids=name
+    "settings", SHAPE_CASES + [{"causal": False}, {"positions": "learned", "causal": False}], ids=name
 )
 @torch.no_grad()
 def test_a_row_alone_is_the_row_in_a_padded_batch(settings, side):
@@ -275,7 +275,8 @@ def test_a_row_alone_is_the_row_in_a_padded_batch(settings, side):
         together = model(ids, attention_mask=mask, return_steps=True).logits
         for row in range(3):
             alone = model(ids[row : row + 1, mask[row] == 1], return_steps=True).logits[:, 0]
-            torch.testing.assert_close(together[:, row, mask[row] == 1], alone, atol=tolerance, rtol=tolerance)
+            close = tolerance * max(1, alone.abs().max().item())
+            torch.testing.assert_close(together[:, row, mask[row] == 1], alone, atol=close, rtol=0)
 
 
 @pytest.mark.parametrize("recursion", ["trm", "loop", "none"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from experiments import puzzles  # noqa: E402
+from experiments import arms, puzzles  # noqa: E402
 from src.errors import UserError  # noqa: E402
 from src.metrics import flops_per_token  # noqa: E402
 from src.model import TRMConfig  # noqa: E402
@@ -17,7 +17,7 @@ RECIPE = SIZE | {"n_layers": 2, "latent_steps": 2, "deep_steps": 1, "supervision
 
 
 def config_of(arm):
-    return TRMConfig(**RECIPE | puzzles.arm_flags(arm, TRMConfig(**RECIPE), 2))
+    return TRMConfig(**RECIPE | arms.arm_flags(arm, TRMConfig(**RECIPE), 2))
 
 
 def test_plain_arms_have_the_parameters_or_the_flops_of_the_recipe():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from texts import write_records
 
 import extract_texts
 import train_spm
@@ -49,6 +50,15 @@ def test_extract_texts_max_docs_and_text_field(tmp_path):
     output = tmp_path / "out.txt"
     extract_texts.main([str(tmp_path / "b.jsonl"), "--output", str(output), "--text_field", "body", "--max_docs", "2"])
     assert list(read_documents([output])) == ["doc 0", "doc 1"]
+
+
+def test_extract_texts_of_records(tmp_path, capsys):
+    rows = [{"question": "1 + 1?", "answer": 2.0}, {"question": "?", "answer": ""}, {"question": "a\nb", "answer": "c"}]
+    source, output = write_records(tmp_path / "a.json", rows), tmp_path / "texts.txt"
+    extract_texts.main([source, "--records", "--output", str(output)])
+    expected = ["Input: 1 + 1? \n Output: 2", "Input: a\nb \n Output: c"]
+    assert list(read_documents([output])) == expected
+    assert "2 documents, 47 bytes; skipped: 1 x empty answer" in capsys.readouterr().err
 
 
 def test_extract_texts_refuses(tmp_path):

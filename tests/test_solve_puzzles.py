@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,21 +14,24 @@ from scripts import run_script
 from trainers import TINY_PUZZLES, puzzle_model, puzzle_settings
 
 import solve_puzzles
+from experiments import puzzle_curves
 from src.checkpoint import save_checkpoint
 from src.errors import UserError
+from src.tasks.curve_report import read_curve
 from src.tasks.puzzle_data import PuzzleForm, fingerprint, load_puzzles
-from src.tasks.puzzle_folder import kind_named, write_folder
+from src.tasks.puzzle_folder import kind_named, write_arc_folder, write_folder
 from src.tasks.puzzle_input import generated_boards
 from src.training import run_folder
 
 BOARD = "3....2....4..1.."
 SOLVED = "3412123423414123"
+ARC_DATA = Path(__file__).parents[2] / "shared" / "data" / "arc_agi"
 SEVERAL = "3....24..1......"
 
 
-def save_model(folder, name="sudoku4", **changes):
+def save_model(folder, name="sudoku4", names=None, **changes):
     kind = kind_named(name)
-    save_checkpoint(folder, puzzle_model(kind, **{"supervision_steps": 3} | changes), PuzzleForm(kind))
+    save_checkpoint(folder, puzzle_model(kind, **{"supervision_steps": 3} | changes), PuzzleForm(kind, names))
     return str(folder)
 
 
@@ -164,10 +168,46 @@ class TestFiles:
         assert "board 1: wrong" in err and "board 2: not judged: its answer is not known" in err
         assert "1 board of arc: exact 0.0000" in err and "not judged, because no answer is known: 1 board\n" in err
         with_ids = save_model(tmp_path / "ids", "arc", prefix_tokens=1, puzzle_ids=4)
-        with pytest.raises(UserError, match="this model knows an ARC task by its puzzle id"):
+        with pytest.raises(UserError, match="this model knows an ARC task by its puzzle id, and single boards have"):
             call(with_ids, "--paths", tmp_path / "arc.json")
         with pytest.raises(UserError, match="--votes needs symmetries, and a board of arc alone has none"):
-            call(folder, "--paths", tmp_path / "arc.json", "--votes", 4)
+            call(folder, "--board", "12", "--votes", 4)
+        with pytest.raises(UserError, match="only write a submission: leave out output, curve and trace"):
+            call(folder, "--paths", tmp_path / "arc.json", "--votes", 4, "--trace")
+        with pytest.raises(UserError, match="--submission is for a model of ARC"):
+            call(folder, "--board", "12", "--submission", tmp_path / "s.json")
+
+    def test_votes_on_arc_tasks(self, call, tmp_path):
+        """A folder with puzzle ids, a model that has names of them, and the tasks as JSON or as the folder's test."""
+        pair = {"input": [[1, 2], [3, 4]], "output": [[4, 3], [2, 1]]}
+        tasks = {"a": {"train": [pair], "test": [pair, {"input": [[5]]}]}, "b": {"train": [pair], "test": [pair]}}
+        paths = [tmp_path / f"{name}.json" for name in "cd"]
+        for path, name in zip(paths, tasks):
+            path.write_text(json.dumps({name: tasks[name]}))
+        names = write_arc_folder(tmp_path / "npy", [], paths, 3).names
+        changes = {"d_model": 8, "supervision_steps": 1, "prefix_tokens": 1, "puzzle_ids": len(names)}
+        folder = save_model(tmp_path / "arc", "arc", names, **changes)
+        out, err = call(folder, "--paths", *paths, "--votes", 3)
+        assert "2 tasks of arc, up to 3 votes: pass@1 0.0000, pass@2 0.0000 on the 2 whose outputs are known" in err
+        attempts = json.loads(out)
+        assert {name: len(pairs) for name, pairs in attempts.items()} == {"a": 2, "b": 1}
+        assert set(attempts["b"][0]) == {"attempt_1", "attempt_2"}
+        assert call(folder, "--paths", tmp_path / "npy", "--submission", tmp_path / "s.json", "--votes", 3).out == ""
+        assert json.loads((tmp_path / "s.json").read_text()) == attempts
+        call(folder, "--paths", tmp_path / "npy", "--submission", tmp_path / "s.json", "--limit", 1, "--exit", "halt")
+        assert set(json.loads((tmp_path / "s.json").read_text())) == {"a"}
+        with pytest.raises(UserError, match="task a is given twice"):
+            call(folder, "--paths", paths[0], tmp_path / "npy", "--votes", 3)
+
+    @pytest.mark.skipif(not ARC_DATA.exists(), reason="../shared/data/arc_agi is not here")
+    def test_votes_on_real_arc_tasks(self, call, tmp_path):
+        folder = save_model(tmp_path / "arc", "arc", d_model=8, supervision_steps=1)
+        words = ("--paths", ARC_DATA / "arc-agi_evaluation_challenges.json.gz", "--votes", 2, "--limit", 12)
+        err = call(folder, *words, "--submission", tmp_path / "s.json").err
+        assert "12 tasks of arc, up to 2 votes: pass@1 0.0000, pass@2 0.0000 on the 12 whose" in err
+        attempts = json.loads((tmp_path / "s.json").read_text())
+        pairs = [pair for task in attempts.values() for pair in task]
+        assert len(attempts) == 12 and len(pairs) >= 12 and all(pair["attempt_2"] for pair in pairs)
 
     def test_output(self, solver, call, tmp_path):
         words = (solver, "--generate", 30, "--exit", "halt", "--batch_size", 7)
@@ -238,6 +278,7 @@ class TestMistakes:
         ("words", "message"),
         [
             (["--board", BOARD + "1"], "the board: a sudoku4 board has 16 cells (4 x 4), this one has 17"),
+            (["--board", "3.."], "the board: a sudoku4 board has 16 cells"),
             (["--board", BOARD, "3.."], "board 2: a sudoku4 board has 16 cells"),
             (["--board", "5" + BOARD[1:]], "the board: cell 1 is '5': a sudoku4 board is written with '.1234"),
             (["--board", "33" + "." * 14], "the board cannot be solved: row 1 has 3 twice; correct the board"),
@@ -320,19 +361,43 @@ def test_the_curve_compares_stopping_rules(solver, home, call, tmp_path):
     full = float(err.split("exact accuracy after all 3 steps: ")[1].split()[0])
     assert f"| fixed | 3 | 3.00 | {full:.4f} | 0% |" in err and "| fixed | 4 | 4.00 |" in err
     assert "| halt | 0.5 |" in err and "| random | 0.5 |" in err and "| oracle | 6 |" in err
+    assert "| all | 40 |" in err and "| clues 10 |" in err
     with pytest.raises(UserError, match="leave out exit"):
         call(solver, "--generate", 4, "--exit", "halt", "--curve", picture)
+    with pytest.raises(UserError, match="copies is for --curve"):
+        call(solver, "--generate", 4, "--copies", 2)
     plain = save_model(home / "plain_curve", recursion="none")
     with pytest.raises(UserError, match="leave out --curve"):
         call(plain, "--generate", 4, "--curve", picture)
 
 
+def test_the_curve_of_copies_is_kept_and_merged(solver, home, call, tmp_path, capsys):
+    """Starts without noise are equal, so they only cost more; four votes cost four times the steps."""
+    picture, words = tmp_path / "curve.png", ("--generate", 40, "--low", 10, "--high", 15)
+    err = call(solver, *words, "--curve", picture, "--copies", 2, 4, "--start_noise", 0).err
+    curve = read_curve(picture.with_suffix(".json"))
+    points = {point[:2]: point for point in curve.points}
+    assert points["starts", 2] == ("starts", 2, 6, curve.full.exact)
+    halt = points["halt", 0.5]
+    assert points["starts+halt", 4][2:] == pytest.approx((4 * halt.steps, halt.exact))
+    assert points["votes", 4].steps == 12 and points["votes+halt", 2].steps <= 6
+    attempt = call(solver, *words, "--votes", 4, "--exit", "halt").err
+    assert f"exact {points['votes+halt', 4].exact:.4f}" in attempt
+    assert f"mean steps {points['votes+halt', 4].steps / 4:.2f}" in attempt
+    assert "| votes+halt | 4 |" in err and curve.bins[0].boards == 40
+    puzzle_curves.main([str(picture.with_suffix(".json"))] * 2 + ["--output", str(tmp_path / "both.png")])
+    assert f"| {curve.full.exact:.4f}, {curve.full.exact:.4f} |" in capsys.readouterr().out
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+    other = save_model(home / "other_curve", supervision_steps=2, halting=False)
+    err = call(other, *words, "--curve", tmp_path / "c.png", "--copies", 2).err
+    assert "not in the curve: starts 2: --starts needs a halting head" in err and "| votes | 2 | 4.00 |" in err
+    with pytest.raises(UserError, match="c.json has trained 2, .*curve.json has 3: merge"):
+        puzzle_curves.main([str(picture.with_suffix(".json")), str(tmp_path / "c.json")])
+
+
 def test_as_a_script(solver, tmp_path):
     code, out, err = run_script("solve_puzzles.py", solver, "--board", "-", "--trace", "-", stdin=f"{BOARD}\n")
     assert code == 0 and len(out.split()) == 1 and "board 1: " in err and "\033" not in err
-    code, out, err = run_script("solve_puzzles.py", solver, "--board", "3..")
-    assert (code, out) == (2, "") and err.splitlines()[-1].startswith("error: the board: a sudoku4 board has 16 cells")
-    assert "Traceback" not in err
 
 
 def test_help_teaches(capsys):

@@ -11,10 +11,17 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from texts import usual_spm
+from texts import usual_spm, write_records
 
+from src.data.loader import create_train_loader
+from src.data.record_rows import RecordDataset
+from src.data.records import RecordFields, answer_of, prompt_of
+from src.data.samples import collate_batch
+from src.data.shards import Shards
+from src.data.stream import StreamingDataset
 from src.data.tokenizer_training import train_sentencepiece, train_tokenizer
 from src.errors import UserError
+from src.losses import IGNORE
 from src.tokenizer import (
     ByteLevelTokenizer,
     HFTokenizer,
@@ -214,6 +221,39 @@ def test_foreign_model_without_bytes():
     tokenizer = TokenizerWrapper(out.getvalue())
     assert tokenizer.decode(tokenizer.encode("hello world")).strip() == "hello world"
     assert tokenizer.decode(tokenizer.encode("q\u2581q"))
+
+
+def check_records(tokenizer, folder, answers=("34 hats", "a")):
+    """The tokens of a record's prompt are those of generation, and its answer is decoded with exactly one space."""
+    path = write_records(folder / "a.jsonl", [{"question": "the cat\nis 12?", "answer": answer} for answer in answers])
+    rows = RecordDataset(path, tokenizer, 100, cache_dir=str(folder / "cache"))
+    prompt = tokenizer.encode(prompt_of("the cat\nis 12?"), bos=True)
+    for (inputs, targets, _), answer in zip(rows, map(answer_of, answers), strict=True):
+        learned = targets[targets != IGNORE].tolist()
+        assert inputs.tolist() == prompt + learned[:-1] and learned[-1] == tokenizer.eos_id
+        assert tokenizer.decode_bytes(learned) == answer.encode()
+        decoder = StreamDecoder(tokenizer)
+        assert "".join(map(decoder.push, learned[:-1])) + decoder.flush() == answer
+    assert rows.prompt(0) == tokenizer.decode(prompt)
+    shards = Shards([[path]], RecordFields())
+    stream = StreamingDataset(shards, tokenizer, 100, shuffle_buffer=1)
+    batch = next(create_train_loader(stream, 2, pad_id=tokenizer.pad_id))
+    assert batch["target_ids"].tolist() == collate_batch(list(rows))["target_ids"].tolist()
+    assert stream.bytes_per_token == rows.bytes_per_token or rows.store.n_lost
+
+
+def test_records_with_every_kind_of_tokenizer(tokenizer, tmp_path):
+    check_records(tokenizer, tmp_path)
+    assert RecordDataset(tmp_path / "a.jsonl", tokenizer, 100, cache_dir=str(tmp_path / "cache")).store.n_lost == 0
+
+
+def test_records_with_a_space_before_every_text(llama_model, tmp_path):
+    (tmp_path / "hf").mkdir()
+    usual = usual_spm(tmp_path)  # which knows no digits
+    check_records(usual, tmp_path, ("the hats", "a"))
+    hf = HFTokenizer(llama_json(llama_model), {})
+    check_records(hf, tmp_path / "hf")
+    assert hf.prefix == usual.prefix == " "
 
 
 # --- tokenizer.json of other programs ---------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ class TestSplitBatches:
     def test_parts_equal_the_whole(self, make, changes):
         trained, norms = [], []
         for parts in (1, 4):
-            trainer = make(str(parts), grad_accum=parts, max_steps=4, **LINEAR, **changes)
+            trainer = make(str(parts), grad_accum=parts, max_steps=2, **LINEAR, **changes)
             start = weights(trainer).clone()
             trainer.train()
             trained.append(weights(trainer) - start)

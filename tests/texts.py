@@ -31,6 +31,21 @@ def write(path, texts, field="text"):
     return name
 
 
+def write_records(path, rows):
+    """Writes records (dicts) to a Path in the format of its suffix; returns the path as a string."""
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return str(path)
+
+
 def usual_spm(folder):
     """A SentencePiece model of English with default settings. It loses line breaks, full-width letters and Japanese."""
     lines = iter(["the cat sat on the mat and the dog ate the full hat"] * 50)

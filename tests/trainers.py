@@ -32,6 +32,11 @@ def trainer_of(values):
     return create_trainer(_settings(Settings, values))
 
 
+def run_settings(values) -> Settings:
+    """The settings {name: value} of a tiny run; others are those of TINY, or have their defaults."""
+    return _settings(Settings, {**TINY, **values})
+
+
 def puzzle_model(kind, seed=0, **changes) -> TRMModel:
     """A model of random weights whose answers and halting logits differ from board to board and from step to step."""
     torch.manual_seed(seed)

@@ -12,7 +12,7 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
-from src.data.readers import READERS, SUFFIXES, SkipLog
+from src.data.readers import READERS, SUFFIXES, SkipLog, suffix_of
 from src.errors import UserError, few
 from src.files.text import check_is_file, is_text
 
@@ -27,32 +27,37 @@ class NoDocument(UserError):
     """The error for files that contain no usable document."""
 
 
-def find_files(paths):
+def find_files(paths, suffixes=SUFFIXES):
     """Returns the sorted data files in `paths` (files, globs, folders). A file that has several names is listed once.
 
     Three words stand for the sources of this Python, unless there is a file of that name: stdlib and stdlib-valid for
     the two parts of `stdlib_files`, and site-packages for `package_files`. Prints on stderr which other files of a
     folder are skipped. Raises UserError if a path does not exist, cannot be searched, or yields no file with one of the
-    SUFFIXES."""
+    suffixes."""
     found = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.path.expanduser(os.fspath(path))
         if path in _SOURCES and not os.path.lexists(path):
-            files = _SOURCES[path]()
+            files = [file for file in _SOURCES[path]() if _has(file, suffixes)]
         elif os.path.isdir(path):
-            files = _files_in(path)
+            files = _files_in(path, suffixes)
         elif glob.has_magic(path) and not os.path.lexists(path):
-            files = [f for f in glob.glob(path, recursive=True) if _kind(f) and os.path.isfile(f)]
+            files = [f for f in glob.glob(path, recursive=True) if _has(f, suffixes) and os.path.isfile(f)]
         elif not os.path.lexists(path):
             raise UserError(f"{path} does not exist" + f" in {os.getcwd()}" * (not os.path.isabs(path)))
         else:
             check_is_file(path, path)
-            files = [path] if _kind(path) else []
+            files = [path] if _has(path, suffixes) else []
         if not files:
-            raise UserError(f"{path}: no data file found; supported types are {', '.join(SUFFIXES)}")
+            raise UserError(f"{path}: no data file found; supported types are {', '.join(suffixes)}")
         for file in sorted(files):
             found.setdefault(same_file_key(file), file)
     return sorted(found.values())
+
+
+def suffixes_of(text_field):
+    """Returns the suffixes of the files that `read_pieces` reads with this text_field."""
+    return SUFFIXES if isinstance(text_field, str) else text_field.suffixes
 
 
 def same_file_key(path):
@@ -61,17 +66,16 @@ def same_file_key(path):
     return (info.st_dev, info.st_ino) if info.st_ino else os.path.realpath(path)
 
 
-def _kind(path):
-    """Returns the longest of SUFFIXES that the path ends with, or None."""
-    return max((suffix for suffix in SUFFIXES if os.fspath(path).lower().endswith(suffix)), key=len, default=None)
+def _has(path, suffixes):
+    return os.fspath(path).lower().endswith(tuple(suffixes))
 
 
-def _files_in(root):
+def _files_in(root, suffixes):
     """Returns the data files of a folder. Reports everything else in it in one line on stderr."""
     files, skipped = [], []
-    for path in _walk(root, {"__pycache__"}, skipped):
+    for path in walk(root, {"__pycache__"}, skipped):
         is_hidden = os.path.basename(path).startswith(".")  # macOS creates ._a.txt next to a.txt
-        if _kind(path) and not is_hidden and os.path.isfile(path):
+        if _has(path, suffixes) and not is_hidden and os.path.isfile(path):
             files.append(path)
         else:
             skipped.append(path)
@@ -81,7 +85,7 @@ def _files_in(root):
     return files
 
 
-def _walk(root, ignored, skipped):
+def walk(root, ignored, skipped):
     """Yields the paths of all files under `root`. Follows links to folders, but enters each folder only once.
 
     Does not enter hidden folders and those named in `ignored`. Adds hidden and unreadable folders to `skipped`."""
@@ -132,7 +136,7 @@ def package_files(roots=None):
 
 def _sources(root, ignored, min_bytes):
     """Yields the sorted .py files of a folder that have at least min_bytes and are UTF-8 text."""
-    for path in sorted(f for f in _walk(root, ignored, []) if f.endswith(".py")):
+    for path in sorted(f for f in walk(root, ignored, []) if f.endswith(".py")):
         if os.path.basename(path).startswith("_sysconfigdata") or not os.path.isfile(path):
             continue
         source = Path(path).read_bytes()
@@ -183,27 +187,35 @@ def read_documents(paths, text_field="text", strict=False, skipped=None, max_doc
 def read_pieces(paths, text_field="text", strict=False, skipped=None, report=True, max_doc_mb=MAX_DOC_MB):
     """Yields documents as (piece, is_last) pairs. Long documents are cut, after a line break if possible.
 
+    text_field is the name of the field with the text. With a `RecordFields` of src/data/records.py in its place, each
+    record is a document of two pieces, the prompt and the answer.
+
     Bad lines are skipped, and so are .jsonl and .parquet documents of over max_doc_mb million characters. They are
     counted by reason in `skipped` (a Counter), and the first few are named on stderr unless report=False. Raises
     UserError if a file cannot be read to its end, and, with strict=True, at the first bad line. Raises NoDocument if no
     document is found."""
     if not 1 <= max_doc_mb * 1e6 <= 1e12:
         raise UserError(f"max_doc_mb is {max_doc_mb}: set it over 0 and to at most a million")
-    files = find_files(paths)
+    is_text = isinstance(text_field, str)
+    files = find_files(paths, suffixes_of(text_field))
     log = SkipLog(strict, Counter() if skipped is None else skipped, report, int(max_doc_mb * 1e6))
     is_empty = True
     for path in files:
-        for piece in READERS[_kind(path).removesuffix(".gz")](path, text_field, log):
+        for piece in READERS[suffix_of(path)](path, text_field, log) if is_text else text_field.pieces(path, log):
             is_empty = False
             yield piece
     if is_empty:
-        _refuse_empty(files, text_field, log)
+        refuse_empty(files, text_field, log)
     if log.skipped and skipped is None and report:  # a caller that passes `skipped` prints the summary itself
         print(f"skipped: {log.summary()}", file=sys.stderr)
 
 
-def _refuse_empty(files, text_field, log):
+def refuse_empty(files, text_field, log):
+    """Raises NoDocument with the reason why no document was found. The arguments are those of the readers."""
     if log.fields:
-        fields = f"available fields: {', '.join(log.fields)} (set --text_field)"
-        raise NoDocument(f"no record of {few(files)} has the field {text_field!r}; {fields}")
+        wanted, flags = f"the field {text_field!r}", "--text_field"
+        if not isinstance(text_field, str):
+            wanted, flags = text_field, "--question_field and --answer_field"
+        fields = f"available fields: {', '.join(log.fields)} (set {flags})"
+        raise NoDocument(f"no record of {few(files)} has {wanted}; {fields}")
     raise NoDocument(f"no document in {few(files)}: {f'nothing usable ({log.summary()})' if log.skipped else 'empty'}")

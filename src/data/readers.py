@@ -12,6 +12,7 @@ unchanged.
 """
 
 import json
+import os
 import re
 import sys
 
@@ -70,6 +71,15 @@ def _good_lines(path, log, most, cuts=False):
 
 def read_jsonl(path, text_field, log):
     """Yields the pieces of the text field of every record, one JSON object per line."""
+    for number, record in json_objects(path, log):
+        if text_field in record:
+            yield from _checked(record[text_field], path, number, log)
+        else:
+            log.add(NO_FIELD, path, number, list(record))
+
+
+def json_objects(path, log):
+    """Yields (number, object) of every line that is a JSON object. Logs and skips the others."""
     for number, line in _good_lines(path, log, log.max_chars):
         if not line.strip():
             continue
@@ -78,12 +88,10 @@ def read_jsonl(path, text_field, log):
         except (ValueError, RecursionError):
             log.add(BAD_JSON, path, number)
         else:
-            if not isinstance(record, dict):
-                log.add(NOT_OBJECT, path, number)
-            elif text_field not in record:
-                log.add(NO_FIELD, path, number, list(record))
+            if isinstance(record, dict):
+                yield number, record
             else:
-                yield from _checked(record[text_field], path, number, log)
+                log.add(NOT_OBJECT, path, number)
 
 
 def _checked(text, path, number, log):
@@ -112,46 +120,60 @@ def cut(text):
 
 def read_parquet(path, text_field, log):
     """Yields the pieces of the text column of every row."""
+    for number, row in parquet_rows(path, log, text_field):
+        yield from _checked(row[text_field], path, number, log)
+
+
+def parquet_rows(path, log, column=None):
+    """Yields (number from 1, {column: value}) of every row, with all columns or only the named one.
+
+    Binary values become text. Logs and skips rows that are not UTF-8, and row groups that are too large."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     check_is_file(path, path)
     try:
         with pq.ParquetFile(path) as table:
-            if text_field not in table.schema_arrow.names:
-                log.add(NO_FIELD, path, 1, table.schema_arrow.names)
+            names = table.schema_arrow.names
+            if column is not None and column not in names:
+                log.add(NO_FIELD, path, 1, names)
                 return
-            for number, value in _parquet_values(table, path, text_field, log):
-                try:
-                    text = value.as_py()
-                    text = text.decode() if isinstance(text, bytes) else text
-                except UnicodeDecodeError:
-                    log.add(BAD_UTF8, path, number)
-                else:
-                    yield from _checked(text, path, number, log)
+            for first, batch in _parquet_batches(table, path, column, log):
+                for number, values in enumerate(zip(*batch.columns), first):
+                    try:
+                        row = dict(zip(batch.schema.names, map(_plain, values)))
+                    except UnicodeDecodeError:
+                        log.add(BAD_UTF8, path, number)
+                    else:
+                        yield number, row
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} cannot be read to its end, is it truncated? ({str(error).splitlines()[0]})") from None
 
 
-def _parquet_values(table, path, text_field, log):
-    """Yields (row number from 1, value) of a column; logs and skips row groups that cannot be usable text."""
-    number = 0
-    paths = [table.schema.column(i).path for i in range(len(table.schema))]
-    indices = [paths.index(text_field)] if text_field in paths else []  # columns of lists or structs have longer paths
+def _plain(value):
+    """Returns the Python value of an Arrow scalar."""
+    value = value.as_py()
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _parquet_batches(table, path, column, log):
+    """Yields (number of its first row from 1, batch of rows); logs and skips row groups that cannot be usable."""
+    number = 1
+    paths = [table.schema.column(i).path for i in range(len(table.schema))]  # longer for parts of lists and structs
+    indices = [i for i, name in enumerate(paths) if column in (None, name)]
     for group in range(table.num_row_groups):
         info = table.metadata.row_group(group)
         if indices:  # read 0 rows first: broken metadata raises an error here; `info.column` would abort the process
             next(table.reader.iter_batches(0, [group], indices), None)
-        column = info.column(indices[0]) if indices else None
-        rows = 0 if column is None else _rows_at_a_time(column, info.num_rows, log.max_chars)
-        if not rows:
-            log.add(NOT_TEXT if column is None else TOO_LONG, path, number + 1)
+        sizes = (_rows_at_a_time(info.column(i), info.num_rows, log.max_chars) for i in indices)
+        if rows := min(sizes, default=0):
+            columns = None if column is None else [column]
+            for batch in table.iter_batches(rows, row_groups=[group], columns=columns):
+                yield number, batch
+                number += len(batch)
+        else:
+            log.add(TOO_LONG if indices else NOT_TEXT, path, number)
             number += info.num_rows
-            continue
-        for batch in table.iter_batches(rows, row_groups=[group], columns=[text_field]):
-            for value in batch.column(0):
-                number += 1
-                yield number, value
 
 
 def _rows_at_a_time(column, n_rows, max_chars):
@@ -237,3 +259,8 @@ READERS = {
     ".py": lambda *args: read_txt(*args, separator=None),
 }
 SUFFIXES = (*READERS, ".jsonl.gz", ".txt.gz")  # files may have them in upper case too
+
+
+def suffix_of(path):
+    """Returns the key of a data file's path in READERS: its suffix in lower case, without .gz."""
+    return os.path.splitext(os.fspath(path).lower().removesuffix(".gz"))[1]

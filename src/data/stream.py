@@ -1,11 +1,13 @@
 """Streaming: reads and tokenizes the training text during training, for corpora too large to tokenize beforehand.
 
-1. `Shards` holds the files of one or more corpora; a shard is one file. `src.data.corpus` reads their documents.
+1. `Shards` (`src.data.shards`) holds the files of one or more corpora; a shard is one file. `src.data.corpus` reads
+   their documents.
 2. A reader is a worker process of a rank, or the rank itself if it has no workers. `share_of` divides the shards of
    each epoch among all readers, in an order that depends on (seed, epoch) alone. A shard that falls to several readers
    is divided among them, piece by piece.
 3. `_Windows` joins a reader's documents, cuts full windows, and shuffles one block of `shuffle_buffer` windows at a
    time.
+   `_Rows` does the same with records, each of which is a row.
 4. `ReaderBatches` draws windows from the corpora by weight. `src.data.loader` runs it in worker processes.
 
 A checkpoint does not save the shuffle buffer. The order within a block is a function of (seed, reader, block), so the
@@ -14,104 +16,24 @@ without tokenizing it, and then tokenizes one to two blocks again.
 """
 
 import collections
-import contextlib
 import copy
-import hashlib
 import itertools
 import math
-import os
+import sys
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from src.data.corpus import MAX_DOC_MB, NoDocument, read_pieces
+from src.data.corpus import NoDocument
 from src.data.order import mixture_order
-from src.data.samples import collate_batch, window_sample
-from src.data.token_store import held_back, hold_back_share
+from src.data.samples import collate_batch, record_sample, window_sample
 from src.errors import UserError
 from src.runtime import mix_seed
 
 ENCODED = 16  # pieces per call of the tokenizer
 MEASURED_BYTES = 1_000_000  # size of the text sample from which bytes_per_token of a stream is estimated
 MOST_EMPTY = 10  # a reader raises an error if it gets no document in this many epochs in a row
-LISTED_FILES = 256  # a sample of the text is taken from at most this many files, evenly spread over the list
-
-
-class Shards:
-    """The files of one or more corpora.
-
-    corpora is a list of lists of files. With holds_back, some documents of each corpus's first file are validation text
-    (`held_back_store`) and are not used for training. Raises UserError if the size of a file cannot be read. Reading a
-    file raises UserError if it is gone, has another size than before, or cannot be read to the end.
-    """
-
-    def __init__(self, corpora, text_field="text", strict=False, holds_back=False, max_doc_mb=MAX_DOC_MB):
-        self.corpora, self.text_field, self.strict, self.max_doc_mb = corpora, text_field, strict, max_doc_mb
-        self.files = sorted(set(itertools.chain(*corpora)))
-        self._sizes = {path: _size(path) for path in self.files}
-        self._held = sorted({files[0] for files in corpora}) if holds_back else []
-        self._share = hold_back_share(self._held)
-
-    def pieces(self, path, report=False):
-        """Yields (piece, is_last) pairs of one file's training documents; arguments as in `read_pieces`."""
-        self._check(path)
-        if path in self._held:
-            yield from held_back([path], self.text_field, self.strict, "train", self._share, self.max_doc_mb, report)
-        else:
-            yield from read_pieces([path], self.text_field, self.strict, None, report, self.max_doc_mb)
-        self._check(path)
-
-    def _check(self, path):
-        if (size := _size(path)) != self._sizes[path]:
-            raise UserError(f"{path} had {self._sizes[path]} bytes when the run began and has {size} now: restore it")
-
-    def heads(self, n_bytes, files=None):
-        """Yields (piece, is_last) pairs from the start of each file, about n_bytes of text in total.
-
-        Takes at most LISTED_FILES files, evenly spread, and about the same amount from each. Raises NoDocument if there
-        is no text."""
-        files = self.files if files is None else files
-        files = files[:: -(-len(files) // LISTED_FILES)]
-        found, why = False, None
-        for path in files:
-            left = n_bytes / len(files)
-            try:
-                for piece, is_last in self.pieces(path):
-                    yield piece, is_last
-                    found, left = True, left - len(piece.encode())
-                    if left <= 0:
-                        break
-            except NoDocument as error:  # a few empty files do no harm
-                why = error
-        if not found:
-            raise why
-
-    def held_back_store(self, store_of, seq_len):
-        """Returns the TokenStore of the held-back documents; store_of(files, part, share) makes it.
-
-        Raises UserError if they do not fill one window."""
-        with contextlib.suppress(NoDocument):
-            store = store_of(self._held, "valid", self._share)
-            if len(store) > seq_len:
-                return store
-        raise UserError(f"{', '.join(self._held)}: too few documents to hold some back: set --valid_paths")
-
-    def __str__(self):
-        return f"{len(self.files)} files, {sum(self._sizes.values()) / 1e6:.1f} MB"
-
-    @property
-    def fingerprint(self):
-        """Returns a hash (hex) of the files' names and sizes."""
-        names = [[(os.path.basename(path), self._sizes[path]) for path in files] for files in self.corpora]
-        return hashlib.sha256(repr((names, self.text_field, bool(self._held))).encode()).hexdigest()[:16]
-
-
-def _size(path):
-    try:
-        return os.path.getsize(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): restore it") from None
 
 
 class StreamingDataset:
@@ -127,8 +49,9 @@ class StreamingDataset:
         self.shards, self.tokenizer, self.seq_len = shards, tokenizer, seq_len
         self.weights = list(weights or [1.0] * len(shards.corpora))
         self.segment, self.shuffle_buffer, self.fim = segment, shuffle_buffer, fim
-        measured = zip(self.weights, map(self._measure, shards.corpora))
-        self.bytes_per_token = sum(w * n for w, n in measured) / sum(self.weights)
+        measures = (self._measure_records if are else self._measure for are in shards.are_records)
+        sizes = [measure(files) for measure, files in zip(measures, shards.corpora)]
+        self.bytes_per_token = sum(w * n for w, n in zip(self.weights, sizes)) / sum(self.weights)
 
     def _measure(self, files):
         pieces = list(self.shards.heads(MEASURED_BYTES / len(self.weights), files))
@@ -137,6 +60,30 @@ class StreamingDataset:
         if any(self.tokenizer.lost_bytes(piece, i) for i, (piece, _) in zip(ids, pieces)):
             return math.nan  # bits per byte would be too low
         return n_bytes / sum(len(i) + is_last for i, (_, is_last) in zip(ids, pieces))
+
+    def _measure_records(self, files):
+        """Returns the bytes per target token of records that fit. Prints on stderr how many do not."""
+        pairs = list(_pairs(self.shards.heads(MEASURED_BYTES / len(self.weights), files)))
+        rows = list(self.rows_of(pairs))
+        kept = [(pair, row) for pair, row in zip(pairs, rows) if row]
+        if not kept:
+            raise UserError(f"{files[0]}: no record fits in max_seq_len {self.seq_len} tokens: raise max_seq_len")
+        if len(kept) < len(pairs):
+            dropped = f"{len(pairs) - len(kept)} of the first {len(pairs)} records"
+            print(f"{dropped} are over {self.seq_len} tokens: training drops such records", file=sys.stderr)
+        if any(self.tokenizer.decode(ids) != "".join(pair) for pair, (ids, _) in kept):
+            return math.nan
+        n_bytes = sum(len(answer.encode()) for (_, answer), _ in kept)
+        return n_bytes / sum(len(ids) - n_prompt for _, (ids, n_prompt) in kept)
+
+    def rows_of(self, pairs):
+        """Yields (ids of prompt, answer and EOS, length of the prompt) of each (prompt, answer); None if it is too
+        long."""
+        prompts = self.tokenizer.encode_batch([prompt for prompt, _ in pairs])
+        answers = self.tokenizer.encode_batch([self.tokenizer.continuing(answer) for _, answer in pairs])
+        for prompt, answer in zip(prompts, answers):
+            fits = len(self.tokenizer.start(prompt)) + len(answer) <= self.seq_len
+            yield (prompt + answer + [self.tokenizer.eos_id], len(prompt)) if fits else None
 
     @property
     def identity(self):
@@ -179,9 +126,10 @@ class ReaderBatches:
     process would reach the user as a traceback."""
 
     def __init__(self, data, rows, seed, reader, readers):
-        corpora = range(len(data.weights))
-        self.windows = [_Windows(data, n, mix_seed(seed, n), reader, readers) for n in corpora]
+        kinds = (_Rows if are else _Windows for are in data.shards.are_records)
+        self.windows = [kind(data, n, mix_seed(seed, n), reader, readers) for n, kind in enumerate(kinds)]
         self.weights, self.rows, self.seed, self.drawn = data.weights, rows, mix_seed(seed, reader), 0
+        self.pad_id = data.tokenizer.pad_id
         self._samples = None
 
     def __iter__(self):
@@ -191,7 +139,7 @@ class ReaderBatches:
         if self._samples is None:
             self._samples = self._draw()
         try:
-            batch = collate_batch(list(itertools.islice(self._samples, self.rows)))
+            batch = collate_batch(list(itertools.islice(self._samples, self.rows)), self.pad_id)
         except UserError as error:
             batch = str(error)
         return batch, min(windows.start.epoch for windows in self.windows)
@@ -245,6 +193,10 @@ class _Windows:
         self.seed, self.reader, self.readers = seed, reader, readers
         self.start, self.block, self.given = Place(0, 0, 0, 0), 0, 0
 
+    @property
+    def _unit(self):
+        return self.data.seq_len
+
     def state_dict(self):
         return {"start": list(self.start), "block": self.block, "given": self.given}
 
@@ -255,7 +207,7 @@ class _Windows:
         """Yields samples block by block, each block in its own random order.
 
         With each sample, one window of the next block is read, so that no step has to wait for a whole block."""
-        skip = self.given // self.data.seq_len  # samples of the first block that were used before the resume
+        skip = self.given // self._unit  # samples of the first block that were used before the resume
         self._windows = self._in_order(self.start)
         self._head = next(self._windows)
         block = self._fill([], self.data.shuffle_buffer)
@@ -264,7 +216,7 @@ class _Windows:
             order = np.random.default_rng((self.seed, self.reader, self.block)).permutation(len(block))
             for given, index in enumerate(order.tolist(), 1):
                 self._fill(following, given)
-                self.given = given * self.data.seq_len
+                self.given = given * self._unit
                 if skip:
                     skip -= 1
                 else:
@@ -350,6 +302,38 @@ class _Windows:
             for (number, (_, is_last)), ids in zip(batch, encoded):
                 ends = is_last or is_shared
                 yield number, np.array(ids + [self.data.tokenizer.eos_id] * ends, np.int32), ends
+
+
+class _Rows(_Windows):
+    """One reader's endless records of one corpus, each a row of its own. `given` counts records.
+
+    In a Window, ids are the tokens of prompt, answer and EOS, and `ends` is the length of the prompt."""
+
+    _unit = 1
+
+    def _in_order(self, start):
+        for place, ids, n_prompt in self._pieces(start):
+            yield Window(place, ids, n_prompt)
+
+    def _sample(self, window):
+        return record_sample(window.ids.tolist(), window.ends, self.data.tokenizer)
+
+    def _read(self, path, low, high, first, report):
+        """Yields (number, ids, length of the prompt) of the records of a file that belong to this reader and fit."""
+        pairs = enumerate(_pairs(self.data.shards.pieces(path, report)))
+        mine = (pair for pair in pairs if pair[0] >= first and low <= pair[0] % self.readers < high)
+        while batch := list(itertools.islice(mine, ENCODED)):
+            rows = self.data.rows_of([pair for _, pair in batch])
+            yield from ((number, np.array(row[0], np.int32), row[1]) for (number, _), row in zip(batch, rows) if row)
+
+
+def _pairs(pieces):
+    """Yields the (prompt, answer) pairs of the pieces of records. A prompt without an answer is left out."""
+    prompt = ""
+    for text, is_last in pieces:
+        if is_last:
+            yield prompt, text
+        prompt = text
 
 
 def share_of(n_shards, reader, readers):

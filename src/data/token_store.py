@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from src.data.corpus import MAX_DOC_MB, NoDocument, content_hash, find_files, read_pieces
+from src.data.corpus import MAX_DOC_MB, NoDocument, content_hash, find_files, read_pieces, suffixes_of
+from src.data.records import RecordFields
 from src.data.tokenizer_training import train_sentencepiece
 from src.errors import UserError
 from src.tokenizer import read_tokenizer
@@ -85,18 +86,19 @@ def tokenize_corpus(
     import datasets
     from filelock import FileLock
 
-    files = find_files(paths)
+    files = find_files(paths, suffixes_of(text_field))
     cache_dir = cache_dir or default_cache_dir()
     options = (text_field, strict, part, hold_back_share(files) if share is None else share, max_doc_mb)
     key = content_key(files, *options, tokenizer.fingerprint)
     id_type = "uint16" if tokenizer.vocab_size <= 1 << 16 else "int32"
     groups = _groups(files, num_proc)
     n_encoders = num_proc if len(groups) == 1 < num_proc else 0
+    encoder = _Encoder(tokenizer, id_type, isinstance(text_field, RecordFields))
     try:
         os.makedirs(cache_dir, exist_ok=True)
         with FileLock(os.path.join(cache_dir, f"{key}.lock")):
             rows = datasets.Dataset.from_generator(
-                functools.partial(_rows, encoder=_Encoder(tokenizer, id_type), options=options, n_encoders=n_encoders),
+                functools.partial(_rows, encoder=encoder, options=options, n_encoders=n_encoders),
                 gen_kwargs={"groups": groups},
                 features=datasets.Features(
                     input_ids=datasets.Value("binary"),  # much faster to write than a list
@@ -198,21 +200,23 @@ def _unchanged(rows):
 class _Encoder(Dataset):
     """Tokenizes a list of pieces, encoder[[(text, is_last), ...]], into rows of the cache.
 
-    The last row of a document ends with EOS."""
+    The last row of a document ends with EOS. With `of_records`, the last piece of each is an answer."""
 
-    def __init__(self, tokenizer, id_type):
-        self.tokenizer, self.id_type = tokenizer, id_type
+    def __init__(self, tokenizer, id_type, of_records):
+        self.tokenizer, self.id_type, self.of_records = tokenizer, id_type, of_records
 
     def __getitem__(self, pieces):
-        batch, eos = self.tokenizer.encode_batch([text for text, _ in pieces]), [self.tokenizer.eos_id]
+        continues = [self.of_records and is_last for _, is_last in pieces]
+        texts = [self.tokenizer.continuing(text) if c else text for (text, _), c in zip(pieces, continues)]
+        batch, eos = self.tokenizer.encode_batch(texts), [self.tokenizer.eos_id]
         return [
             {
                 "input_ids": np.array(ids + eos * is_last, dtype=self.id_type).tobytes(),
                 "n_bytes": len(text.encode()),
-                "n_lost": self.tokenizer.lost_bytes(text, ids),
+                "n_lost": self.tokenizer.lost_bytes(encoded, ids),
                 "ends": is_last,
             }
-            for ids, (text, is_last) in zip(batch, pieces)
+            for ids, encoded, (text, is_last) in zip(batch, texts, pieces)
         ]
 
 
@@ -220,7 +224,8 @@ class TokenStore:
     """A flat, memory-mapped stream of `len(store)` tokens on disk; `store[a:b]` is an int64 array.
 
     `doc_ends` (n_documents,) int64 holds the position after each document's EOS. `n_bytes` is the size of all texts in
-    UTF-8 bytes. `n_lost` is the number of these bytes that are lost when the tokens are decoded.
+    UTF-8 bytes. `n_lost` is the number of these bytes that are lost when the tokens are decoded. `last_tokens` and
+    `last_bytes` (n_documents,) int64 are the sizes of each document's last piece, with its EOS.
     """
 
     def __init__(self, dataset, id_type):
@@ -235,10 +240,13 @@ class TokenStore:
             lengths.append(np.diff(offsets).astype(np.int64))
         self._starts = np.cumsum([0] + [len(c) for c in self._chunks])
         is_end = np.concatenate([np.zeros(0, bool), *map(_to_bool, dataset.data.column("ends").chunks)])
-        self.doc_ends = np.cumsum(np.concatenate(lengths))[is_end]
-        self.n_bytes, self.n_lost = (
-            sum(int(c.to_numpy().sum()) for c in dataset.data.column(name).chunks) for name in ("n_bytes", "n_lost")
+        lengths = np.concatenate(lengths)
+        n_bytes, n_lost = (
+            np.concatenate([np.zeros(0, np.int64), *(c.to_numpy() for c in dataset.data.column(name).chunks)])
+            for name in ("n_bytes", "n_lost")
         )
+        self.doc_ends, self.last_tokens, self.last_bytes = np.cumsum(lengths)[is_end], lengths[is_end], n_bytes[is_end]
+        self.n_bytes, self.n_lost = int(n_bytes.sum()), int(n_lost.sum())
         self._start, self._stop = 0, int(self._starts[-1])
 
     def __getstate__(self):  # a worker process maps the file again instead of copying the tokens
@@ -316,8 +324,9 @@ def on_the_spot(texts, key, vocab_size, cache_dir=None, fim=False):
 def sampled(files, text_field, part, max_doc_mb=MAX_DOC_MB):
     """Yields pieces of the training documents, about ON_THE_SPOT_BYTES in total, evenly spread over the corpus."""
     share = min(1.0, ON_THE_SPOT_BYTES / max(1, text_bytes(files)))
+    together = 2 if isinstance(text_field, RecordFields) else 1  # a prompt and its answer
     for number, (piece, _) in enumerate(_any_part(files, text_field, part, max_doc_mb)):
-        if int((number + 1) * share) > int(number * share):
+        if int((number // together + 1) * share) > int(number // together * share):
             yield piece
 
 

@@ -11,6 +11,7 @@ from src.files.text import decode, parse_json, read_object
 SPACE = "\u2581"  # SentencePiece writes a space inside a piece as this character
 TOKENIZER_FILES = MODEL_FILE, JSON_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 PUZZLE_FILE = "puzzle.json"  # a checkpoint that solves puzzles has this file instead of those
+NAMES_FILE = "identifiers.json"  # and this one, if its puzzles have ids: their names
 REPLACEMENT = "\ufffd".encode()
 SPECIAL = {  # name in a tokenizer_config.json -> the usual tokens, best candidate first
     "eos_token": "</s> <|endoftext|> <|end_of_text|> <eos> [EOS] <|im_end|> [SEP]".split(),

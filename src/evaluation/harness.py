@@ -19,14 +19,13 @@ import difflib
 import itertools
 from pathlib import Path
 
-import torch
 import yaml
 from tqdm import tqdm
 
 from src.errors import UserError
 from src.evaluation.scoring import encode_pair, score_continuations
 from src.exits import ExitRule
-from src.sampling import generate
+from src.sampling import generate, left_padded
 from src.tokenizer import StreamDecoder
 
 VERSION = "0.4.13"  # of lm_eval: the version that this file was written for
@@ -96,11 +95,7 @@ class Answers:
         context = self.model.config.max_seq_len
         longest = max(1, context - n_new, context // 2)  # of a prompt; always at least half the context
         rows = [self.tokenizer.encode(text, bos=True)[-longest:] for text in contexts]
-        gaps = [max(map(len, rows)) - len(row) for row in rows]
-        ids = torch.tensor([[self.tokenizer.pad_id] * gap + row for gap, row in zip(gaps, rows)])
-        mask = torch.tensor([[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows)])
-        device = self.model.embed.weight.device
-        return ids.to(device), mask.to(device)
+        return left_padded(rows, self.tokenizer.pad_id, self.model.embed.weight.device)
 
 
 def read_options(options: dict) -> tuple[list[str], int, dict]:

@@ -7,6 +7,7 @@ the authors' code for arXiv:2510.04871.
 Voting over augmentations is in arc_votes.py.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ N_COLOURS = 10
 INVERSE = (0, 3, 2, 1, 4, 5, 6, 7)  # symmetry INVERSE[i] of puzzles.DIHEDRAL undoes symmetry i
 SEPARATOR = "|||"
 NO_ID = "<blank>"  # name of puzzle id 0
+TASKS = "test_puzzles.json"  # in a folder of .npy arrays: the tasks of its test
 TRIES = 5  # augmentations are drawn at most so many times the wanted number, because some come twice
 _TRANSPOSES, _FLIPS_ROWS, _FLIPS_COLUMNS = np.array(DIHEDRAL, dtype=bool).T
 
@@ -44,12 +46,13 @@ class Task(NamedTuple):
 def read_tasks(path, solutions=None) -> list[Task]:
     """Reads tasks from a challenges file, a file with one task, or a folder of such files (.json or .json.gz).
 
-    solutions: file with the outputs of test pairs; by default, a file beside `path` that has "solutions" in its name in
-    place of "challenges", if there is one. Raises UserError, which names the file and the task, for files of another
-    form."""
+    From a folder of .npy arrays, reads the tasks of its test. solutions: file with the outputs of test pairs; by
+    default, a file beside `path` that has "solutions" in its name in place of "challenges", if there is one. Raises
+    UserError, which names the file and the task, for files of another form."""
     path = Path(path)
     if path.is_dir():
         files = sorted([*path.glob("*.json"), *path.glob("*.json.gz")])
+        files = [path / TASKS] if path / TASKS in files else [file for file in files if not _is_solutions(file)]
         if not files:
             raise UserError(f"{path} holds no .json file: give a folder with one file per task, or a challenges file")
         return [task for file in files for task in read_tasks(file)]
@@ -65,6 +68,18 @@ def read_tasks(path, solutions=None) -> list[Task]:
     if not isinstance(answers, dict):
         raise UserError(f"{solutions} is no ARC solutions file: its JSON must be an object of lists of grids")
     return [_read_task(name, task, answers.get(name), f"{path}, task {name}") for name, task in content.items()]
+
+
+def different(tasks: list[Task]) -> list[Task]:
+    """Returns the tasks. Raises UserError if two of them have the same name."""
+    names = Counter(task.name for task in tasks)
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        raise UserError(f"task {twice} is given twice: leave out one of the files that have it")
+    return tasks
+
+
+def _is_solutions(path):
+    return "solutions" in path.name and path.with_name(path.name.replace("solutions", "challenges")).exists()
 
 
 def _read_json(path):
@@ -331,10 +346,7 @@ class ArcSet:
         self, train_tasks: Iterable[Task], test_tasks: Iterable[Task], n_augmentations: int = 1000, seed: int = 0
     ):
         train_tasks, test_tasks = list(train_tasks), list(test_tasks)
-        tasks = train_tasks + test_tasks
-        twice = next((task.name for i, task in enumerate(tasks) if task.name in {t.name for t in tasks[:i]}), None)
-        if twice is not None:
-            raise UserError(f"task {twice} is given twice: a task may be in the training or in the test tasks, once")
+        tasks = different(train_tasks + test_tasks)
         self.names, self.first_ids, augmentations = [NO_ID], [1], [IDENTITY]
         for number, task in enumerate(tasks):
             drawn = [IDENTITY, *draw_augmentations(task, n_augmentations, np.random.default_rng((seed, number)))]
@@ -357,16 +369,9 @@ class ArcSet:
         inputs, labels = (np.array(boards, np.uint8).reshape(-1, SIDE * SIDE) for boards in (inputs, labels))
         return Grids(inputs, labels, self.first_ids[groups].astype(np.int32), groups, {})
 
-    def draw_ids(self, rng: np.random.Generator, groups: np.ndarray) -> np.ndarray:
-        """Draws a random puzzle id for each row, among those of its task: (N,) int32."""
-        return rng.integers(self.first_ids[groups], self.first_ids[groups + 1]).astype(np.int32)
-
-    def place(self, grids: Grids, ids: np.ndarray, rng: np.random.Generator | None = None) -> Grids:
-        """Returns rows of `train` or `test` with the augmentations that belong to `ids`, one id per row.
-
-        With rng, each pair moves to a random place, as in training. The authors' code leaves one pair of each puzzle at
-        the upper left; here every pair moves."""
-        inputs, labels = place(grids.inputs, grids.labels, self.transforms[ids], self.colours[ids], rng)
+    def place(self, grids: Grids, ids: np.ndarray) -> Grids:
+        """Returns rows of `train` or `test` with the augmentations that belong to `ids`, one id per row."""
+        inputs, labels = place(grids.inputs, grids.labels, self.transforms[ids], self.colours[ids])
         return grids._replace(inputs=inputs, labels=labels, puzzle_ids=np.asarray(ids, np.int32))
 
     def every_puzzle(self, grids: Grids) -> tuple[np.ndarray, np.ndarray]:

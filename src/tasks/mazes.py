@@ -6,14 +6,13 @@ The answer marks a shortest path from S to G with `o`. `Maze.verify` accepts eve
 mazes with exactly one, so that each cell has one right answer. Files in .csv form are read by `puzzles.read_csv`.
 """
 
-import math
 import random
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 
 from src.errors import UserError
-from src.tasks.puzzles import DIHEDRAL, Grids, PuzzleKind, Symmetries, dihedral, first_question, make_grids
+from src.tasks.puzzles import DIHEDRAL, Grids, PuzzleKind, Symmetries, dihedral, make_grids
 
 WALL, FLOOR, START, GOAL, PATH = range(1, 6)  # tokens
 CHUNK = 1000  # mazes that are searched at once
@@ -107,20 +106,6 @@ class Maze(PuzzleKind):
         mazes = np.where(labels == PATH, FLOOR, labels).astype(np.uint8).reshape(-1, self.height, self.width)
         images = [np.ascontiguousarray(dihedral(mazes, number)).reshape(len(mazes), -1) for number in self.transforms]
         return [min(image[row].tobytes() for image in images) for row in range(len(mazes))]
-
-
-def maze_of_file(path) -> Maze:
-    """Returns the kind of the mazes in a .csv file, which must be square or have line breaks inside quotes.
-
-    Raises UserError if the first maze is neither."""
-    question = first_question(path)
-    lines = question.strip("\r\n").splitlines()
-    if len(lines) > 1:
-        return Maze(len(lines), len(lines[0]))
-    side = math.isqrt(len(question))
-    if side * side != len(question):
-        raise UserError(f"{path}: the first maze has {len(question)} cells and no line breaks, so it is not square")
-    return Maze(side)
 
 
 def _steps(is_open, is_start, is_goal):

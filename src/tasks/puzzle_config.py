@@ -32,6 +32,7 @@ class PuzzleTrainConfig(TrainConfig):
     sample_prompt: str = fixed("")
     sample_tokens: int = fixed(0)
     shard: bool = fixed(False)
+    overfit: int | None = fixed(None)
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,38 +1,40 @@
-"""Exact accuracy against the mean number of supervision steps: when to stop, compared over stopping rules.
+"""Exact accuracy against the mean number of supervision steps: what to spend them on, and when to stop.
 
-All rules are compared on the same answers: those of N boards after each of S steps, which `solve_puzzles.py --curve`
-collects.
+The first four rules are compared on the same answers: those of N boards after each of S steps, which
+`solve_puzzles.py --curve` collects. The others solve several copies of each board; a copy counts with all its steps.
 
     fixed    every board stops after the same number of steps
     halt     a board stops after the first step whose halting probability is over a threshold
     random   the numbers of steps of `halt`, shuffled among the boards: the same mean, without the head's knowledge
     oracle   a board stops after the first step from which on it stays right; a board that never gets right stops
              after its first step. No rule: a bound, which needs the solution
+    starts, votes            noisy starts and votes over symmetries, as in puzzle_solve.py; each copy takes as many
+                             steps as in training
+    starts+halt, votes+halt  the same, but a copy stops when its halting probability is over the threshold
+
+    curve = curve_of("runs/sudoku4", kind, grids, parts, 8, 0.5)
+    curve.points.extend(points_of_copies(model, kind, grids, effort, [2, 4, 8]))
+
+Files, tables and pictures of curves are in curve_report.py.
 """
 
+import sys
+from collections.abc import Iterable
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from src.errors import UserError
-from src.tasks.puzzle_eval import Solved, shown_steps
-from src.training.curves import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    add_title,
-    label_ends,
-    new_figure,
-    save_picture,
-    style_axes,
-)
+from src.model import TRMModel
+from src.tasks.puzzle_data import difficulty_bins
+from src.tasks.puzzle_eval import Solved, solve
+from src.tasks.puzzle_solve import Effort
+from src.tasks.puzzles import Grids, PuzzleKind
 
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
-RULES = {"fixed": "fixed steps", "halt": "halting head", "random": "random, same mean", "oracle": "oracle"}
-COLORS = {"fixed": ORANGE, "halt": BLUE, "random": GREY, "oracle": GREEN}
+COPIES = ("starts", "starts+halt", "votes", "votes+halt")
 SHUFFLES = 20  # of random, averaged
 
 
@@ -40,9 +42,38 @@ class Point(NamedTuple):
     """One setting of a rule: its cost and its accuracy."""
 
     rule: str
-    setting: float  # steps (of oracle: the most), or threshold
-    steps: float  # mean supervision steps per board
+    setting: float  # steps (of oracle: the most), threshold, or number of copies
+    steps: float  # mean supervision steps per board, those of all its copies added
     exact: float  # fraction of the boards whose answer is right
+
+
+class Bin(NamedTuple):
+    """The boards of one range of difficulty: the main rules."""
+
+    name: str
+    boards: int
+    full: float  # exact accuracy after all steps of the training
+    halt: float  # exact accuracy of the halting head at one threshold
+    halt_steps: float  # its mean steps
+    fixed: float  # exact accuracy after the same mean number of steps for all boards, rounded up
+    oracle_steps: float  # mean steps of oracle
+
+
+class Curve(NamedTuple):
+    """The comparison of one model."""
+
+    checkpoint: str
+    kind: str
+    boards: int
+    trained: int  # supervision steps in training
+    threshold: float  # of the bins, and of copies that halt
+    points: list[Point]
+    bins: list[Bin]  # the first has all boards; [] without a halting head
+
+    @property
+    def full(self) -> Point:
+        """The point of the number of steps that the model was trained with."""
+        return next(point for point in self.points if (point.rule, point.setting) == ("fixed", self.trained))
 
 
 def stops_of(halts: Float[np.ndarray, "s n"], threshold: float) -> Int[np.ndarray, "n"]:
@@ -57,23 +88,27 @@ def oracle_stops(is_exact: Bool[np.ndarray, "s n"]) -> Int[np.ndarray, "n"]:
     return np.where(tail > 0, len(is_exact) - tail, 0)
 
 
-def curve_of(parts: list[Solved]) -> list[Point]:
-    """The points of boards that were solved part by part, all with a fixed number of steps.
+def curve_of(
+    checkpoint: str, kind: PuzzleKind, grids: Grids, parts: list[Solved], trained: int, threshold: float
+) -> Curve:
+    """Returns the curve of boards that were solved part by part, all with a fixed number of steps, in one copy.
 
     Boards whose answer is not known are left out. Raises UserError if no answer is known."""
     is_exact = np.concatenate([part.answers.is_exact for part in parts], 1)
     known = ~np.isnan(is_exact[-1])
     if not known.any():
         raise UserError("--curve needs boards whose answer is known: give a file with answers")
-    halting = None
+    is_exact, halts, bins = is_exact[:, known] == 1, None, []
+    trained = min(trained, len(is_exact))
     if parts[0].halting is not None:
-        halting = np.concatenate([part.halting for part in parts], 1)[:, known]
-    return curve(is_exact[:, known] == 1, halting)
+        halts = np.concatenate([part.halting for part in parts], 1)[:, known]
+        bins = bins_of(is_exact, halts, grids.take(known).difficulty, trained, threshold)
+    return Curve(checkpoint, kind.name, int(known.sum()), trained, threshold, points_of(is_exact, halts), bins)
 
 
-def curve(is_exact: Bool[np.ndarray, "s n"], halts: Float[np.ndarray, "s n"] | None, seed: int = 0) -> list[Point]:
-    """The points of every rule, from answers that are right or not and their halting probabilities."""
-    n_steps, n = is_exact.shape
+def points_of(is_exact: Bool[np.ndarray, "s n"], halts: Float[np.ndarray, "s n"] | None, seed: int = 0) -> list[Point]:
+    """Returns the points of the rules for one copy, from answers that are right or not and halting probabilities."""
+    n_steps = len(is_exact)
     points = [Point("fixed", step, step, is_exact[step - 1].mean()) for step in range(1, n_steps + 1)]
     if halts is not None:
         rng = np.random.default_rng(seed)
@@ -92,58 +127,42 @@ def _exact_at(is_exact, stops) -> float:
     return float(is_exact[stops, np.arange(len(stops))].mean())
 
 
-def cheapest(points: list[Point], rule: str, exact: float) -> Point | None:
-    """The point of a rule with the fewest mean steps among those at least as accurate, or None."""
-    good = [point for point in points if point.rule == rule and point.exact >= exact]
-    return min(good, key=lambda point: point.steps, default=None)
+def points_of_copies(
+    model: TRMModel, kind: PuzzleKind, grids: Grids, effort: Effort, counts: Iterable[int]
+) -> Iterable[Point]:
+    """Yields the points of starts and votes for these numbers of copies; effort has the steps of copies that halt.
 
-
-def full_point(points: list[Point], trained: int) -> Point:
-    """The point of the number of steps that the model was trained with."""
-    return next(point for point in points if (point.rule, point.setting) == ("fixed", trained))
-
-
-def report(points: list[Point], trained: int) -> str:
-    """The curve as Markdown: the exact accuracy of each rule, and the steps that it needs for that of all steps."""
-    full = full_point(points, trained)
-    shown = {*shown_steps(sum(point.rule == "fixed" for point in points), most=0), trained}
-    lines = [f"exact accuracy after all {trained} steps: {full.exact:.4f}", ""]
-    lines += ["| rule | setting | mean steps | exact | steps saved |", "|---|---|---|---|---|"]
-    for point in points:
-        if point.rule != "fixed" or point.setting in shown:
-            saved = 1 - point.steps / trained
-            lines.append(f"| {point.rule} | {point.setting:g} | {point.steps:.2f} | {point.exact:.4f} | {saved:.0%} |")
-    lines.append("")
-    for rule, name in RULES.items():
-        point = cheapest(points, rule, full.exact)
-        if point is None:
-            lines.append(f"{name}: no setting reaches {full.exact:.4f}")
-        else:
-            saved = 1 - point.steps / trained
-            lines.append(
-                f"{name}: {point.steps:.2f} steps for {point.exact:.4f}, {saved:.0%} saved ({point.setting:g})"
+    If the model or the kind of puzzle cannot do one of them, a line on stderr says why, and it is left out."""
+    for rule in COPIES:
+        option, halts = rule.removesuffix("+halt"), rule.endswith("+halt")
+        for n in counts:
+            own = effort._replace(**{option: n, "halts": halts}, steps=effort.steps if halts else None)
+            try:
+                own.check(model, kind)
+            except UserError as error:
+                print(f"not in the curve: {rule} {n}: {error}", file=sys.stderr)
+                break
+            parts = list(solve(model, kind, grids, own))
+            exact, steps = (
+                np.concatenate(each) for each in zip(*((p.answers.is_exact[-1], p.last.steps) for p in parts))
             )
-    return "\n".join(lines)
+            known = ~np.isnan(exact)
+            yield Point(rule, float(n), float(n * steps[known].mean()), float(exact[known].mean()))
 
 
-def draw(points: list[Point], trained: int, path, title: str = "", remark: str = ""):
-    """Draws exact accuracy over mean steps as a PNG, one curve per rule; the trained number of steps is marked."""
-    figure, grid = new_figure(5.2)
-    axes = figure.add_subplot(grid[:, :])
-    style_axes(axes, "boards solved")
-    axes.set_xlabel("mean supervision steps per board", fontsize=9, color="#555555")
-    axes.set_xscale("log", base=2)
-    labels = []
-    for rule, color in COLORS.items():
-        line = sorted((point.steps, point.exact) for point in points if point.rule == rule)
-        if line:
-            axes.plot(*zip(*line), "o-", color=color, markersize=4, linewidth=1.6)
-            labels.append((line[-1][1], RULES[rule], color))
-    full = full_point(points, trained)
-    axes.plot(full.steps, full.exact, "s", color=INK, markersize=6, zorder=5)
-    place = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": INK}
-    axes.annotate(f"{trained} steps, as trained", (full.steps, full.exact), **place)
-    axes.xaxis.set_major_formatter("{x:g}")
-    label_ends(axes, labels)
-    add_title(figure, title, remark)
-    return save_picture(figure, path)
+def bins_of(is_exact, halts, difficulty: dict[str, np.ndarray], trained: int, threshold: float) -> list[Bin]:
+    """Returns the bins of the boards whose answers and halting probabilities are given, (S, N) each."""
+    stops, oracle, boards = stops_of(halts, threshold), oracle_stops(is_exact), np.arange(is_exact.shape[1])
+    values = np.stack(
+        [
+            is_exact[trained - 1],
+            is_exact[stops, boards],
+            stops + 1,
+            is_exact[ceil(stops.mean() + 1) - 1],
+            oracle + 1,
+        ]
+    )
+    found = {"all": boards >= 0} | difficulty_bins(difficulty)
+    return [
+        Bin(name, int(is_in.sum()), *values[:, is_in].mean(1).tolist()) for name, is_in in found.items() if is_in.any()
+    ]

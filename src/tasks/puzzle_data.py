@@ -17,11 +17,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from src.data.tokenizer_json import PUZZLE_FILE
+from src.data.tokenizer_json import NAMES_FILE, PUZZLE_FILE
 from src.errors import UserError
 from src.files.text import read_object
 from src.tasks import mazes, sudoku
-from src.tasks.puzzle_folder import kind_named, read_folder
+from src.tasks.puzzle_folder import kind_named, read_folder, read_names, write_names
 from src.tasks.puzzles import Grids, PuzzleKind, check_leak, find_leaks, read_csv, split_by_orbit
 
 CHUNK = 100_000  # rows that are read at once
@@ -226,12 +226,14 @@ def fingerprint(data: PuzzleData) -> dict:
 
 
 class PuzzleForm:
-    """The kind of puzzle of a model, which a checkpoint keeps in puzzle.json. It takes the place of a tokenizer."""
+    """The kind of puzzle of a model, which a checkpoint keeps in puzzle.json. It takes the place of a tokenizer.
+
+    names[i] is the name of puzzle id i. They are kept in identifiers.json, unless there is only id 0."""
 
     pad_id = 0
 
-    def __init__(self, kind: PuzzleKind):
-        self.kind, self.vocab_size = kind, kind.vocab_size
+    def __init__(self, kind: PuzzleKind, names: list[str] | None = None):
+        self.kind, self.vocab_size, self.names = kind, kind.vocab_size, names or []
 
     def save(self, folder):
         kind = self.kind
@@ -239,6 +241,8 @@ class PuzzleForm:
         if isinstance(kind, sudoku.Sudoku):
             facts["symmetries"] = kind.symmetries
         (Path(folder) / PUZZLE_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        if len(self.names) > 1:
+            write_names(folder, self.names)
 
 
 def read_form(folder) -> PuzzleForm:
@@ -252,7 +256,7 @@ def read_form(folder) -> PuzzleForm:
     kind = _with_symmetries(kind_named(str(facts.get("kind"))), facts.get("symmetries", "all"))
     if facts.get("symbols") != kind.symbols:
         raise UserError(f"{path}: symbols are {facts.get('symbols')!r}, not {kind.symbols!r}: copy the folder again")
-    return PuzzleForm(kind)
+    return PuzzleForm(kind, read_names(folder) if (Path(folder) / NAMES_FILE).is_file() else None)
 
 
 # ---- order of training ----------------------------------------------------------------------------------------------

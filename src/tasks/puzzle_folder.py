@@ -25,18 +25,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from src.data.tokenizer_json import NAMES_FILE
 from src.errors import UserError
 from src.files.folders import replacing
 from src.files.text import check_is_file, read_json, read_object
-from src.tasks.arc import NO_ID, Arc, ArcSet, read_tasks
+from src.tasks.arc import NO_ID, TASKS, Arc, ArcSet, read_tasks
 from src.tasks.mazes import Maze
 from src.tasks.puzzles import REPORTED, Grids, PuzzleKind
 from src.tasks.sudoku import Sudoku
 from src.tasks.sudoku_solver import BOXES
 
 SPLITS = ("train", "test")
-TASKS = "test_puzzles.json"
-OWN = {*SPLITS, "identifiers.json", TASKS}  # what `write_folder` writes in a folder
+OWN = {*SPLITS, NAMES_FILE, TASKS}  # what `write_folder` writes in a folder
 CHUNK = 100_000  # rows that are checked at once, so that a mapped file is never in memory as a whole
 PLACED = 2_000  # ARC pairs that are augmented at once; each takes some 20 KB meanwhile
 MOST_TOKENS = 256  # a token is one byte
@@ -93,9 +93,7 @@ def read_folder(folder, verify: bool = True) -> PuzzleFolder:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one with train/, test/ and identifiers.json")
-    names = read_json(folder / "identifiers.json")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{folder / 'identifiers.json'} is no list of names, one per puzzle id: copy it again")
+    names = read_names(folder)
     facts = {split: _read_facts(folder / split / "dataset.json", len(names)) for split in SPLITS}
     kind = _kind_of(facts["train"], folder / "train" / "dataset.json")
     if _kind_of(facts["test"], folder / "test" / "dataset.json").name != kind.name:
@@ -104,6 +102,19 @@ def read_folder(folder, verify: bool = True) -> PuzzleFolder:
     if verify and kind.has_rules:
         grids = [_without_wrong(kind, each, folder / split) for each, split in zip(grids, SPLITS)]
     return PuzzleFolder(*grids, names, kind)
+
+
+def read_names(folder) -> list[str]:
+    """Reads the names of puzzle ids from the identifiers.json of a folder."""
+    path = Path(folder) / NAMES_FILE
+    names = read_json(path)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is no list of names, one per puzzle id: copy it again")
+    return names
+
+
+def write_names(folder, names: list[str]):
+    (Path(folder) / NAMES_FILE).write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
 
 
 def _read_facts(path, n_names):
@@ -244,7 +255,7 @@ def write_folder(
         for split, grids in zip(SPLITS, (train, test)):
             (new / split).mkdir()
             _write_split(new / split, kind, grids, len(names))
-        (new / "identifiers.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+        write_names(new, names)
         if tasks is not None:
             (new / TASKS).write_text(json.dumps(tasks), encoding="utf-8")
 

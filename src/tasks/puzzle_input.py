@@ -123,5 +123,6 @@ def check_ids(config, kind: PuzzleKind, grids: Grids):
         raise UserError(f"{ids}: give the folder that it was trained on")
     if config.puzzle_ids and isinstance(kind, Arc) and not highest:
         raise UserError(
-            "this model knows an ARC task by its puzzle id, which only folders of .npy arrays have: give that folder"
+            "this model knows an ARC task by its puzzle id, and single boards have none: solve tasks with --votes, or "
+            "give the folder of .npy arrays that it was trained on"
         )

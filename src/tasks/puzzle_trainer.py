@@ -32,7 +32,8 @@ class PuzzleTrainer(Trainer):
     def __init__(self, config, puzzle: PuzzleConfig, model, data: PuzzleData, runtime, first: TRMConfig | None = None):
         self.puzzle = puzzle
         draws = PuzzleDraws(data.kind, data.train, config.seed, puzzle.augment)
-        super().__init__(config, model, PuzzleForm(data.kind), draws, HeldOut(data.valid), runtime, first=first)
+        form = PuzzleForm(data.kind, data.names)
+        super().__init__(config, model, form, draws, HeldOut(data.valid), runtime, first=first)
 
     def train_flops(self, model: TRMConfig) -> float:
         return super().train_flops(model) / model.train_steps  # a step of training is one supervision step

@@ -361,14 +361,6 @@ def _reason(kind, text):
     raise AssertionError("from_text accepts what parse refuses")
 
 
-def first_question(path) -> str:
-    """Returns the question of the first puzzle in a .csv file; its length shows how large the boards are."""
-    record = next(iter(_records(path, True)), None)
-    if record is None:
-        raise UserError(f"{path} holds no puzzle below its header: add lines")
-    return record.question
-
-
 def _records(path, needs_answers) -> Iterable[_Record]:
     """Yields the lines of a file below its header, except blank ones. A missing answer is an empty text."""
     lines = ("too long\n" if line is None else line for _, line in read_lines(path, MOST_CHARS))

@@ -33,13 +33,15 @@ def create_model(config: TRMConfig, tokenizer, seed: int = 0) -> TRMModel:
     return TRMModel(config)
 
 
-def create_trainer(settings: Settings) -> Trainer:
+def create_trainer(settings: Settings, build_retrieval=None) -> Trainer:
     """Prepare the data, tokenizer, model and trainer, and write config.yaml to the run folder.
 
-    With `resume`, the trainer continues the run in save_dir. Raises UserError for mistakes in settings and files."""
+    With `resume`, the trainer continues the run in save_dir. build_retrieval: `build_rag` of src/rag, for runs with a
+    section `rag`; it is passed in because the core does not import src/rag. Raises UserError for mistakes in settings
+    and files."""
     keep_freed_memory()
     with parallel.only_main_speaks():
-        return _create_trainer(settings)
+        return _create_trainer(settings, build_retrieval)
 
 
 def open_run(settings):
@@ -72,7 +74,7 @@ def begin(trainer: Trainer, settings, corpus: dict, folder: Path, newest, lock) 
     return trainer
 
 
-def _create_trainer(settings):
+def _create_trainer(settings, build_retrieval):
     config, data, model_config, runtime = settings
     run = folder, newest, _ = open_run(settings)
     source = None  # the checkpoint that provides the weights and the tokenizer
@@ -89,9 +91,14 @@ def _create_trainer(settings):
         data = dataclasses.replace(data, tokenizer=str(source), sp_model=None)
     choose_device(runtime.device)  # reports a wrong device now, not after minutes of data preparation
     files = find_text(data)
-    corpus, changes = _look_at_text(folder, files, newest, config.allow_changed_corpus)
+    retrieval = build_retrieval(data.rag, data.cache_dir) if data.rag.paths else None
+    corpus, changes = _look_at_text(folder, files, newest, config.allow_changed_corpus, retrieval)
     tokenizer, train_set, valid_set = prepare_data(data, model_config.vocab_size, model_config.max_seq_len, files=files)
     corpus["tokenizer"] = tokenizer.fingerprint
+    if data.records and not config.sample_prompt:
+        config = dataclasses.replace(config, sample_prompt=valid_set.prompt(0))
+    if retrieval is not None:
+        train_set = retrieval.wrap(train_set, tokenizer, config.seed)
     if changes and data.streaming and newest:
         for position in newest[1]["loaders"]:
             position["reads"] |= train_set.identity  # so that the stream accepts its position in the changed text
@@ -111,12 +118,13 @@ def _create_trainer(settings):
     return trainer
 
 
-def _look_at_text(folder, files, newest, may_change):
+def _look_at_text(folder, files, newest, may_change, retrieval):
     """Returns ({part: fingerprints of its files}, phrases for what has changed since the run started).
 
     Raises UserError if the text has changed and may_change is false."""
     corpora, valid_files = files
     names = ["train"] if len(corpora) == 1 else [f"train {number}" for number in range(1, len(corpora) + 1)]
     corpus = dict(zip((*names, "valid"), map(fingerprint_files, (*corpora, valid_files))))
+    corpus |= {"retrieved": retrieval.fingerprint} if retrieval is not None else {}
     now = corpus | ({"tokenizer": read_tokenizer(str(newest[0])).fingerprint} if newest else {})
     return corpus, run_folder.check_corpus(folder, now, "text", may_change)

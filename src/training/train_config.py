@@ -11,6 +11,7 @@ from src.config import parse_flags
 from src.data.corpus import MAX_DOC_MB
 from src.files.text import is_text
 from src.model_config import TRMConfig, model_settings
+from src.training.rag_config import RagConfig
 
 MOST_ROWS = 2**20  # rows in a batch; a mistyped batch_size over this is refused before it fills the memory
 
@@ -39,6 +40,11 @@ class DataConfig:
             files: stdlib (the default) for this Python's standard library, site-packages for its installed packages
         valid_paths: validation text, given like train_paths; by default, a part of the training text is held back
         text_field: name of the text field in .jsonl files, or of the text column in .parquet files
+        records: train on questions with answers, one per row; the loss covers the answers only. In a mixture, paths
+            without such records are plain text
+        question_field: with records, name of the field or column with the question; by default question (GSM8K,
+            reasoning-gym), or Body and Question (SVAMP)
+        answer_field: with records, name of the field or column with the answer; by default answer or Answer
         tokenizer: sentencepiece, byte (one token per byte), or the path of a tokenizer.json, .model or .bin file or of
             a checkpoint folder
         sp_model: SentencePiece .model file, made by train_spm.py; by default, one is trained on the training text
@@ -51,9 +57,9 @@ class DataConfig:
         mixture: sampling weight of each of the train_paths; `--mixture 3 1` takes three windows of the first for one of
             the second; by default, all files are one corpus
         fim_rate: fill-in-the-middle: probability that a training document, or the part of it that is in a window, is
-            rearranged so that the model learns to write the text between a prefix and a suffix; 0 = never. Validation
-            text stays as it is. The tokenizer needs sentinels (`train_tokenizer.py --fim true`); one that is trained on
-            the spot, or `byte`, gets them
+            rearranged so that the model learns to write the text between a prefix and a suffix; 0 = never. Records and
+            validation text stay as they are. The tokenizer needs sentinels (`train_tokenizer.py --fim true`); `byte`
+            and a tokenizer that is trained on the spot get them
         streaming: read and tokenize the files during training instead of before it; use it for text that is too large
             to tokenize first
         shuffle_buffer: with streaming, number of windows that each loading process shuffles together, per corpus; 1 =
@@ -63,11 +69,15 @@ class DataConfig:
         num_proc: number of processes that tokenize the text before training, up to the number of cores
         cache_dir: folder for tokenized text; by default $HF_DATASETS_CACHE, or ~/.cache/generative-trm if that is not
             set
+        rag: Code retrieved from other files at the start of each window, as a section `rag` of the --config file
     """
 
     train_paths: list[str] = field(default_factory=list)
     valid_paths: list[str] = field(default_factory=list)
     text_field: str = "text"
+    records: bool = False
+    question_field: str | None = None
+    answer_field: str | None = None
     tokenizer: str = "sentencepiece"
     sp_model: str | None = None
     document_mask: bool = False
@@ -81,10 +91,12 @@ class DataConfig:
     num_workers: int = 0
     num_proc: int = 1
     cache_dir: str | None = None
+    rag: RagConfig = field(default_factory=RagConfig)
 
     def __post_init__(self):
         if self.sp_model is not None and self.tokenizer != "sentencepiece":
             raise ValueError(f"sp_model needs tokenizer sentencepiece, not {self.tokenizer}: leave out one of the two")
+        self._check_records()
         if self.num_workers < 0 or self.num_proc < 1:
             raise ValueError("num_workers must be 0 or more, num_proc 1 or more")
         if self.shuffle_buffer < 1:
@@ -94,13 +106,27 @@ class DataConfig:
             raise ValueError(f"{name} needs packing true: with packing false each row holds one document")
         if not 0 <= self.fim_rate <= 1:
             raise ValueError(f"fim_rate is {self.fim_rate}: set it from 0 to 1")
+        if self.fim_rate and self.rag.paths:
+            raise ValueError("fim_rate and the section rag each change the windows: leave out one of the two")
         if self.mixture and len(self.mixture) != len(self.train_paths):
             sizes = f"{len(self.mixture)} weights for {len(self.train_paths)} train_paths"
             raise ValueError(f"mixture has {sizes}: give one weight per path")
         if not (all(weight > 0 for weight in self.mixture) and sum(self.mixture) < math.inf):
-            raise ValueError(
-                "mixture: every weight must be a number over 0; to exclude a path, leave it out of train_paths"
-            )
+            raise ValueError("mixture: every weight must be a number over 0; leave a path out to exclude it")
+
+    def _check_records(self):
+        if not self.records:
+            for name in ("question_field", "answer_field"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs records true: add --records true, or leave it out")
+            return
+        if not self.train_paths:
+            raise ValueError("records needs train_paths: name files with questions and answers")
+        for name, default in (("text_field", "text"), ("document_mask", False), ("packing", True), ("fim_rate", 0)):
+            if getattr(self, name) != default and not self.mixture:
+                raise ValueError(
+                    f"{name} is for plain text, but records true reads questions and answers: leave it out"
+                )
 
 
 @dataclass
@@ -218,12 +244,16 @@ class TrainConfig:
         save_every: steps between checkpoints
         log_every: steps between lines of metrics.jsonl
         keep_checkpoints: number of newest checkpoints to keep; the best one is always kept as well
-        sample_prompt: start of the sample text that each evaluation generates; empty = only the BOS token
+        sample_prompt: start of the sample text that each evaluation generates; empty = only the BOS token, or, with
+            records, the first validation question
         sample_tokens: length of the sample text in tokens; 0 = no sample
         compile: use torch.compile; by default, it is used if it works here and the run is estimated to last over two
             minutes
         shard: shard parameters, gradients and optimizer state over the processes (FSDP); by default each process holds
             all of them (DDP)
+        overfit: check only: learn this many records by heart, the first ones, until the model answers all of them, or
+            say what is most likely wrong; needs records, writes nothing, and ends after 2 minutes if max_minutes is not
+            set
         curriculum: A curriculum: stages of the run, given as a section `curriculum` of the --config file
         monitoring: Logging, and warnings about the machine, also as a section `monitoring` of the --config file
         seed: seed of the initial weights, the order of examples and dropout
@@ -261,6 +291,7 @@ class TrainConfig:
     sample_tokens: int = 120
     compile: bool | None = None
     shard: bool = False
+    overfit: int | None = None
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     seed: int = 0
@@ -291,6 +322,8 @@ class TrainConfig:
             raise ValueError("optimizer muon needs whole matrices, but shard splits them: choose one of the two")
         if not is_text(self.sample_prompt):
             raise ValueError("sample_prompt is not valid UTF-8 text: correct it")
+        if self.overfit is not None and self.overfit < 1:
+            raise ValueError(f"overfit is {self.overfit}: set it to the number of records to learn, or leave it out")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes is {self.max_minutes}: set it over 0, or leave it out")
 

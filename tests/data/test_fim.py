@@ -12,7 +12,8 @@ from texts import saved, write
 from src.data.fim import FillInMiddle, RearrangedDataset
 from src.data.loader import create_train_loader
 from src.data.samples import window_sample
-from src.data.stream import Shards, StreamingDataset
+from src.data.shards import Shards
+from src.data.stream import StreamingDataset
 from src.data.token_store import tokenize_corpus
 from src.data.tokenizer_json import FIM_NAMES
 from src.data.tokenizer_training import train_sentencepiece, train_tokenizer
@@ -21,6 +22,7 @@ from src.errors import UserError
 from src.interop.hf_tokenizer import to_hf
 from src.losses import IGNORE
 from src.tokenizer import ByteLevelTokenizer, TokenizerWrapper
+from src.training.rag_config import RagConfig
 
 BYTE = ByteLevelTokenizer({"fill_in_the_middle": True})
 PREFIX, SUFFIX, MIDDLE = BYTE.fim[:3]
@@ -250,5 +252,7 @@ def test_impossible_settings(tmp_path):
     for rate in (-0.1, 1.1):
         with pytest.raises(ValueError, match=f"fim_rate is {rate}: set it from 0 to 1"):
             DataConfig(fim_rate=rate)
+    with pytest.raises(ValueError, match="fim_rate and the section rag each change the windows: leave out one"):
+        DataConfig(fim_rate=0.5, rag=RagConfig(paths=["src"]))
     with pytest.raises(UserError, match="fim_rate 0.5 needs a tokenizer with the sentinels of fill-in-the-middle"):
         FillInMiddle(ByteLevelTokenizer(), 0.5)

@@ -15,7 +15,8 @@ from texts import BYTE, flat, saved, shards_of, take, write
 from src.data import order, readers, stream
 from src.data.corpus import NoDocument
 from src.data.loader import create_train_loader
-from src.data.stream import Shards, StreamingDataset, share_of
+from src.data.shards import Shards
+from src.data.stream import StreamingDataset, share_of
 from src.dataset import DataConfig, PackedDataset, prepare_data, tokenize_corpus
 from src.errors import UserError
 

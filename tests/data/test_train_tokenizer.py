@@ -4,7 +4,9 @@ import gzip
 import json
 
 import pytest
+from texts import write_records
 
+import train_spm
 import train_tokenizer as script
 from src.data.tokenizer_training import (
     _drawn,
@@ -41,6 +43,34 @@ def corpus(tmp_path):
     return folder
 
 
+@pytest.fixture
+def records(tmp_path):
+    """A file of records whose answers have several digits."""
+    words = "apples pears plums figs nuts melons grapes dates limes berries olives lemons".split()
+    rows = [{"q": f"Tom has {n} {words[n % 12]}. How many did Ann buy?", "a": 2024} for n in range(100, 160)]
+    return write_records(tmp_path / "records.jsonl", rows)
+
+
+@pytest.mark.parametrize("kind", ["spm", *KINDS])
+def test_scripts_read_records_and_split_digits_if_asked(records, tmp_path, kind):
+    make = train_spm.main if kind == "spm" else script.main
+    flags = ["--input", records, "--records", "--question_field", "q", "--answer_field", "a", "--vocab_size", "310"]
+    if kind != "spm":
+        flags += ["--model_type", kind]
+    suffix, sizes = ".model" if kind == "spm" else ".json", {}
+    for split in ("true", "false"):
+        make([*flags, "--model_prefix", str(tmp_path / split), "--split_digits", split])
+        tokenizer = read_tokenizer(tmp_path / f"{split}{suffix}")
+        sizes[split] = len(tokenizer.encode("2024"))
+    assert sizes["true"] == 4 > sizes["false"]
+    with pytest.raises(UserError, match="question_field needs records true"):
+        make(["--input", records, "--question_field", "q"])
+    with pytest.raises(UserError, match="text_field is for plain text"):
+        make([*flags, "--text_field", "q"])
+    with pytest.raises(UserError, match="has the fields question and answer, .*available fields: q, a"):
+        make(["--input", records, "--records", "--model_prefix", str(tmp_path / "x")])
+
+
 # --- SentencePiece ----------------------------------------------------------------------------------------------------
 
 
@@ -54,6 +84,9 @@ def test_line_breaks_and_indentation_are_single_tokens(sp):
 
 def test_digits_are_split(sp):
     assert len(sp.encode("1234")) >= 4
+    texts = [f"the year 2024 and {word}\n" for word in ("1999", "2024", "cats")] * 30
+    joined = train_sentencepiece(texts, vocab_size=300, split_digits=False)
+    assert len(joined.encode("2024")) < 4
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from src.errors import UserError
+from src.model import Carry, TRMConfig, TRMModel, TRMOutput
 from src.tasks import arc
 from src.tasks.arc import (
     IDENTITY,
@@ -25,7 +27,8 @@ from src.tasks.arc import (
     read_grid,
     read_tasks,
 )
-from src.tasks.arc_votes import Votes, pass_at, submission
+from src.tasks.arc_votes import Votes, pass_at, solve_tasks, submission
+from src.tasks.puzzle_solve import Effort
 from src.tasks.puzzles import check_leak, dihedral
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "arc_agi"
@@ -139,6 +142,17 @@ def test_solutions_of_another_form_are_refused(tmp_path, solutions, message):
     (tmp_path / "a_solutions.json").write_text(solutions)
     with pytest.raises(UserError, match=message):
         read_tasks(tmp_path / "a_challenges.json")
+
+
+def test_a_folder_of_challenges_and_their_solutions(tmp_path):
+    challenge = as_json(TASK) | {"test": [{"input": TASK.test[0][0].tolist()}]}
+    (tmp_path / "a_challenges.json").write_text(json.dumps({"abc": challenge}))
+    (tmp_path / "a_solutions.json").write_text(json.dumps({"abc": [TASK.test[0][1].tolist()]}))
+    (tmp_path / "dot.json").write_text(json.dumps(as_json(DOTS)))
+    tasks = read_tasks(tmp_path)
+    assert [task.name for task in tasks] == ["abc", "dot"] and same(tasks[0], TASK)
+    (tmp_path / "test_puzzles.json").write_text(json.dumps({"other": as_json(DOTS)}))
+    assert [task.name for task in read_tasks(tmp_path)] == ["other"]
 
 
 def test_a_file_that_is_cut_short_is_refused(tmp_path):
@@ -279,7 +293,7 @@ def test_ids_belong_to_tasks_and_augmentations():
     )  # of a training task, test pairs are training data
     rng = np.random.default_rng(0)
     many = data.train.take(np.repeat(np.arange(4), 100))
-    ids = data.draw_ids(rng, many.groups)
+    ids = rng.integers(data.first_ids[many.groups], data.first_ids[many.groups + 1])
     assert set(ids[:300]) == set(range(1, 22)) and set(ids[300:]) == set(range(22, 43))
     placed = data.place(many, ids)
     assert (placed.puzzle_ids == ids).all() and placed.puzzle_ids.dtype == np.int32
@@ -351,14 +365,62 @@ def test_votes_are_undone_counted_and_ranked():
 
 def test_tasks_without_votes_or_outputs():
     votes = Votes()
-    assert pass_at(votes, [TASK, DOTS], (1, 2)) == {1: 0.0, 2: 0.0} and pass_at(votes, [DOTS]) == dict.fromkeys(
-        (1, 2, 5, 10, 100, 1000), 0.0
-    )
+    assert pass_at(votes, [TASK, DOTS], (1, 2)) == pass_at(votes, [DOTS], (1, 2)) == {1: 0.0, 2: 0.0}
     assert votes.ranked("abc", TASK.test[0][0]) == []
     assert submission(votes, [DOTS]) == {"dot": [{"attempt_1": [[0]], "attempt_2": [[0]]}]}
     votes.add("abc", frame(TASK.test[0][0]), np.zeros(900, np.uint8), 0.5)  # a prediction without a grid
     assert votes.ranked("abc", TASK.test[0][0])[0].grid.shape == (0, 0)
     assert pass_at(votes, [TASK], (1,)) == {1: 0.0}
+    assert submission(votes, [TASK]) == {"abc": [{"attempt_1": [[0]], "attempt_2": [[0]]}]}
+
+
+class Copier(TRMModel):
+    """A model that answers with the board itself, and remembers the boards and the puzzle ids."""
+
+    def __init__(self, **settings):
+        sizes = {"max_seq_len": 900, "vocab_size": 12, "d_model": 4, "n_heads": 1, "d_ff": 4, "supervision_steps": 2}
+        super().__init__(TRMConfig(**sizes, causal=False, halting=False, **settings))
+        self.boards, self.ids = [], []
+
+    def forward(self, inputs, *args, puzzle_ids=None, **kwargs):
+        self.boards.append(inputs.numpy().astype(np.uint8))
+        self.ids.append(puzzle_ids)
+        logits = torch.nn.functional.one_hot(inputs, 12).float()
+        return TRMOutput(None, None, None, logits[None], None, Carry(logits, logits, 1))
+
+
+COPY = Task("copy", TASK.train, [(grid("678", "120"), grid("678", "120")), (grid("11"), grid("12"))])
+
+
+def test_votes_without_puzzle_ids():
+    """The answers of all augmentations agree once these are undone; one of the two pairs is a copy."""
+    model = Copier()
+    attempts, line = solve_tasks(model, [COPY, DOTS], [], Effort(votes=5, batch_size=4))
+    pairs = [[[6, 7, 8], [1, 2, 0]], [[1, 1]]]
+    assert attempts["copy"] == [{"attempt_1": each, "attempt_2": each} for each in pairs]
+    assert attempts["dot"] == [{"attempt_1": [[0, 1]], "attempt_2": [[0, 1]]}]
+    assert line.startswith("2 tasks of arc, up to 5 votes: pass@1 0.5000, pass@2 0.5000, pass@5 0.5000 on the 1 whose")
+    assert "mean steps 2.00" in line
+    boards = np.concatenate(model.boards[::2])
+    assert len(boards) == 15 and len(np.unique(boards[:5], axis=0)) == 5
+    assert np.array_equal(crop(boards[0]), COPY.test[0][0])
+
+
+def test_votes_with_puzzle_ids(capsys):
+    names = ArcSet([TASK], [COPY], 6, seed=0).names
+    model = Copier(prefix_tokens=1, puzzle_ids=len(names))
+    attempts, _ = solve_tasks(model, [DOTS, COPY], names, Effort(votes=4, seed=1))
+    assert attempts["copy"][1] == {"attempt_1": [[1, 1]], "attempt_2": [[1, 1]]}
+    assert "no puzzle id for 1 of 2 tasks (dot): they get id 0" in capsys.readouterr().err
+    first = names.index("copy")
+    assert model.ids[0].tolist() == [0] * 4 + list(range(first, first + 4)) * 2
+    for puzzle_id, board in zip(model.ids[0].tolist()[4:8], model.boards[0][4:8]):
+        _, augmentation = parse_puzzle_name(names[puzzle_id])
+        assert np.array_equal(crop(board), augmentation.apply(COPY.test[0][0]))
+    with pytest.raises(UserError, match="has a puzzle id for none of these tasks"):
+        solve_tasks(model, [DOTS], names, Effort())
+    with pytest.raises(UserError, match="has 15 puzzle ids, but its checkpoint names 0 in identifiers.json: copy"):
+        solve_tasks(model, [DOTS], [], Effort())
 
 
 def test_pass_is_a_mean_over_tasks_not_pairs():

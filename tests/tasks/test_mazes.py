@@ -7,7 +7,7 @@ import pytest
 
 from src.errors import UserError
 from src.tasks import mazes
-from src.tasks.mazes import FLOOR, GOAL, PATH, START, WALL, Maze, generate, maze_of_file
+from src.tasks.mazes import FLOOR, GOAL, PATH, START, WALL, Maze, generate
 from src.tasks.puzzles import DIHEDRAL, check_leak, dihedral, make_grids, read_csv, split_by_orbit
 
 BOARD = "S  #" + "## #" + "G  #" + "## #"
@@ -166,25 +166,18 @@ def test_the_generator_refuses_what_it_cannot_make(args, message):
 def test_files_of_mazes(tmp_path, capsys):
     path = tmp_path / "a.csv"
     path.write_text(f"source,question,answer,rating\nx,{BOARD},{ANSWER},3\nx,{BOARD},{BOARD},3\n")
-    kind = maze_of_file(path)
+    kind = Maze(4)
     grids = read_csv(kind, path)
-    assert kind.name == "maze4x4" and grids.n_rows == 1
+    assert grids.n_rows == 1
     assert kind.to_text(grids.labels[0], False) == ANSWER
     assert grids.difficulty["path"].tolist() == [6] and grids.difficulty["rating"].tolist() == [3]
     assert "skipped line 3, wrong answer: the cells marked o do not connect S with G" in capsys.readouterr().err
 
 
-def test_a_maze_with_line_breaks_inside_quotes_has_its_own_width(tmp_path):
+def test_a_maze_with_line_breaks_inside_quotes(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('question,answer\n"S #\n# G","So#\n#oG"\n')
-    kind = maze_of_file(path)
-    assert (kind.height, kind.width) == (2, 3) and read_csv(kind, path).difficulty["path"].tolist() == [3]
-    path.write_text("question,answer\nS G,SoG\n")
-    with pytest.raises(UserError, match="the first maze has 3 cells and no line breaks"):
-        maze_of_file(path)
-    path.write_text("question,answer\n")
-    with pytest.raises(UserError, match="holds no puzzle"):
-        maze_of_file(path)
+    assert read_csv(Maze(2, 3), path).difficulty["path"].tolist() == [3]
 
 
 def test_shortest_paths_are_found_and_counted():

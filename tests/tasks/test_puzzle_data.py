@@ -137,6 +137,9 @@ def test_form_of_a_checkpoint(tmp_path):
     PuzzleForm(Sudoku(6, "relabel")).save(tmp_path)
     form = read_form(tmp_path)
     assert (form.kind.name, form.kind.symmetries, form.vocab_size) == ("sudoku6", "relabel", 8)
+    assert form.names == [] and not (tmp_path / "identifiers.json").exists()
+    PuzzleForm(Sudoku(6), ["<blank>", "a"]).save(tmp_path)
+    assert read_form(tmp_path).names == ["<blank>", "a"]
     (tmp_path / "puzzle.json").write_text('{"kind": "sudoku6", "symbols": "ab"}')
     with pytest.raises(UserError, match="symbols are 'ab'"):
         read_form(tmp_path)

@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from torch.distributed.tensor import DTensor
-from trainers import during, trainer_of
+from trainers import during, puzzle_settings, trainer_of
 
+from src.tasks.puzzle_trainer import create_puzzle_trainer
 from src.training import monitor
 
 
@@ -23,7 +24,8 @@ def main(spec):
     found = []
     monitor.plot_learning_curve = lambda *args: None  # takes longer than a tiny run
     for run in json.loads(Path(spec).read_text()):
-        trainer, stop = trainer_of(run["settings"]), run.get("stop", {})
+        values, stop = run["settings"], run.get("stop", {})
+        trainer = create_puzzle_trainer(puzzle_settings(values)) if "n_puzzles" in values else trainer_of(values)
         if stop.get("rank") == trainer.rank:
             number = getattr(signal, stop["signal"])
             during(trainer, stop["step"], lambda number=number: os.kill(os.getpid(), number))

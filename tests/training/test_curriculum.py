@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import yaml
-from conftest import AXES, TINY, batch, mixtures, name, singles
+from conftest import AXES, TINY, batch, name, pairwise
 
 from src.config import parse_flags
 from src.errors import UserError
@@ -27,7 +27,7 @@ WIDE = 32  # grown from 16; a multiple of the head group in all cases
 BASE = TRMConfig(**TINY)
 MIXER = [{"recursion": family, "norm": "pre", "mixer": "mlp", "causal": False} for family in ("trm", "loop", "none")]
 CAN_GROW = {key: values for key, values in AXES.items() if key != "norm_gain"}
-SHAPES = [*singles(CAN_GROW), *mixtures(CAN_GROW, 8, seed=5), *MIXER, {"recursion": "loop", "injection": "none"}]
+SHAPES = [*pairwise(CAN_GROW), *MIXER, {"recursion": "loop", "injection": "none"}]
 FEW = [
     {"recursion": "trm"},
     {"recursion": "trm", "injection": "concat", "gate": True, "tie_embeddings": True, "qk_norm": True},
@@ -254,7 +254,7 @@ class TestWidth:
         with pytest.raises(ValueError, match=message):
             grown_config(TRMConfig(**TINY, **settings), WIDE)
 
-    @pytest.mark.parametrize("settings", SHAPES[::3], ids=name)
+    @pytest.mark.parametrize("settings", SHAPES[::2], ids=name)
     def test_same_output_in_fp32(self, settings):
         """Agrees to 1e-5 or, if recursion magnifies rounding, to a few times the old model's own error."""
         model = TRMModel(TRMConfig(**{**TINY, **settings})).eval()

@@ -79,9 +79,12 @@ class TestReading:
         for _ in range(2):
             assert [record["step"] for record in read_metrics(tmp_path)] == [1, 3]
             assert read_series(tmp_path, "loss")["loss"].tolist() == [[1, 2], [3, 1]]
-        assert plot_learning_curve(tmp_path) is not None
         told = capsys.readouterr().err.splitlines()
         assert told == [f"{tmp_path / METRICS_FILE}, line 2 is not a record of a step: skipped"]
+
+    def test_a_line_that_is_no_record_is_not_drawn(self, tmp_path):
+        write(tmp_path, {"step": 1, "loss": 2.0}, {"step": 2, "loss": "x"}, [1], {"step": 3, "loss": 1.0})
+        assert plot_learning_curve(tmp_path) is not None
 
     def test_no_log(self, tmp_path):
         with pytest.raises(UserError, match=r"nowhere/metrics\.jsonl: No such file"):

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainers import TINY, during, read_metrics, trainer_of
+from trainers import TINY, TINY_PUZZLES, during, puzzle_settings, read_metrics, trainer_of
+
+from src.tasks.puzzle_trainer import create_puzzle_trainer
 
 pytest_plugins = "trainers"  # the fixtures make and corpus
+PUZZLES = {**TINY_PUZZLES, "max_steps": 1, "optimizer": "adamw", "explore": 0.0}
 STEPS = {"lr": 3e-3, "warmup_steps": 5, "eval_every": 25}
 
 
@@ -60,6 +63,7 @@ def two(tmp_path_factory, corpus):
         run("paper", optimizer_step="supervision", act_target="stable"),
         *(run("ddp_to_one", stop), run("fsdp_to_one", stop, shard=True)),
         *(run("one_to_ddp", resume=True), run("one_to_fsdp", resume=True, shard=True)),
+        {"settings": {**PUZZLES, "save_dir": str(folder / "puzzles")}},
     ]
     done = launch(folder / "runs.json", runs)
     assert done.returncode == 0, done.stderr[-9000:]
@@ -96,6 +100,17 @@ def test_one_update_per_supervision_step_with_a_head_that_waits(two, make):
     one.train()
     ours, theirs = losses(one.folder), losses(two[0] / "paper")
     assert max(abs(ours[step] - theirs[step]) for step in ours) < 1e-4
+
+
+def test_puzzles_in_two_processes(two, tmp_path):
+    """Two processes of four rows give the first update of one process of eight rows."""
+    one = create_puzzle_trainer(puzzle_settings({**PUZZLES, "save_dir": str(tmp_path / "one")}))
+    one.train()
+    runs = [read_metrics(folder) for folder in (two[0] / "puzzles", one.folder)]
+    for name in ("loss", "grad_norm"):
+        assert runs[0][0][name] == pytest.approx(runs[1][0][name], rel=1e-4)
+    judged = [[record["valid_loss"] for record in records if "valid_loss" in record] for records in runs]
+    assert judged[0] == pytest.approx(judged[1], rel=1e-2) and judged[0]
 
 
 def test_only_one_process_writes(two):

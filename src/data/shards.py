@@ -1,0 +1,94 @@
+"""The files of one or more corpora, for streaming: their documents, those held back for validation, and a sample."""
+
+import contextlib
+import hashlib
+import os
+
+from src.data.corpus import MAX_DOC_MB, NoDocument, read_pieces
+from src.data.records import RecordFields
+from src.data.token_store import held_back, hold_back_share
+from src.errors import UserError
+
+LISTED_FILES = 256  # a sample of the text is taken from at most this many files, evenly spread over the list
+
+
+class Shards:
+    """The files of one or more corpora.
+
+    corpora is a list of lists of files. text_field is that of `read_pieces`, or a list with one for each corpus. With
+    holds_back, some documents of each corpus's first file are validation text (`held_back_store`) and are not used for
+    training; if some corpora are records, only these are held back. Raises UserError if the size of a file cannot be
+    read. Reading a file raises UserError if it is gone, has another size than before, or cannot be read to the end.
+    """
+
+    def __init__(self, corpora, text_field="text", strict=False, holds_back=False, max_doc_mb=MAX_DOC_MB):
+        self.corpora, self.text_field, self.strict, self.max_doc_mb = corpora, text_field, strict, max_doc_mb
+        self.fields = text_field if isinstance(text_field, list) else [text_field] * len(corpora)
+        self._field_of = {path: field for files, field in zip(corpora, self.fields) for path in files}
+        self.files = sorted(self._field_of)
+        self._sizes = {path: _size(path) for path in self.files}
+        self.are_records = [isinstance(field, RecordFields) for field in self.fields]
+        held = (files[0] for files, are in zip(corpora, self.are_records) if are or not any(self.are_records))
+        self._held = sorted(set(held)) if holds_back else []
+        self._share = hold_back_share(self._held)
+
+    def pieces(self, path, report=False):
+        """Yields (piece, is_last) pairs of one file's training documents; arguments as in `read_pieces`."""
+        self._check(path)
+        field = self._field_of[path]
+        if path in self._held:
+            yield from held_back([path], field, self.strict, "train", self._share, self.max_doc_mb, report)
+        else:
+            yield from read_pieces([path], field, self.strict, None, report, self.max_doc_mb)
+        self._check(path)
+
+    def _check(self, path):
+        if (size := _size(path)) != self._sizes[path]:
+            raise UserError(f"{path} had {self._sizes[path]} bytes when the run began and has {size} now: restore it")
+
+    def heads(self, n_bytes, files=None):
+        """Yields (piece, is_last) pairs from the start of each file, about n_bytes of text in total.
+
+        Takes at most LISTED_FILES files, evenly spread, and about the same amount from each. Raises NoDocument if there
+        is no text."""
+        files = self.files if files is None else files
+        files = files[:: -(-len(files) // LISTED_FILES)]
+        found, why = False, None
+        for path in files:
+            left = n_bytes / len(files)
+            try:
+                for piece, is_last in self.pieces(path):
+                    yield piece, is_last
+                    found, left = True, left - len(piece.encode())
+                    if left <= 0:
+                        break
+            except NoDocument as error:  # a few empty files do no harm
+                why = error
+        if not found:
+            raise why
+
+    def held_back_store(self, store_of, seq_len):
+        """Returns the TokenStore of the held-back documents; store_of(files, part=..., share=...) makes it.
+
+        Raises UserError if they do not fill one window."""
+        with contextlib.suppress(NoDocument):
+            store = store_of(self._held, part="valid", share=self._share)
+            if any(self.are_records) or len(store) > seq_len:
+                return store
+        raise UserError(f"{', '.join(self._held)}: too few documents to hold some back: set --valid_paths")
+
+    def __str__(self):
+        return f"{len(self.files)} files, {sum(self._sizes.values()) / 1e6:.1f} MB"
+
+    @property
+    def fingerprint(self):
+        """Returns a hash (hex) of the files' names and sizes."""
+        names = [[(os.path.basename(path), self._sizes[path]) for path in files] for files in self.corpora]
+        return hashlib.sha256(repr((names, self.text_field, bool(self._held))).encode()).hexdigest()[:16]
+
+
+def _size(path):
+    try:
+        return os.path.getsize(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): restore it") from None
