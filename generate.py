@@ -3,6 +3,7 @@
     python generate.py --prompt "def main("                       # with the released checkpoint
     python generate.py runs/trm --prompt "Once upon a time" --temperature 0.7 --top_k 40 --seed 1
     python generate.py runs/trm --prompt_file prompts.txt --num_samples 3 > runs/texts.txt
+    python generate.py runs/code --prompt "def add(a, b):" --suffix "    return c"     # write what is between the two
     python generate.py runs/trm --interactive                     # continue each line that you type
     python generate.py runs/trm --prompt "def " --exit halt --max_recursion_depth 8    # tokens may stop recursing early
     python generate.py runs/trm --prompt "def " --trace runs/out.png   # draw the prediction after each recursion step
@@ -41,6 +42,10 @@ class GenerateConfig:
         onnx: folder written by export_onnx.py, to run with ONNX Runtime instead of a checkpoint
         prompt: one or more texts to continue; an empty prompt starts from BOS
         prompt_file: text file with one prompt per line
+        suffix: text that follows: write what belongs between the prompt and this text. The model must have been trained
+            with --fim_rate. All three are printed
+        suffix_file: file that holds the suffix
+        middle_only: with a suffix, print only the text between the prompt and the suffix
         interactive: read prompts from the terminal, one per line, until end of file (Ctrl-D)
         num_samples: texts to generate for each prompt
         max_new_tokens: most tokens to add to a prompt; a text ends earlier at EOS
@@ -66,6 +71,9 @@ class GenerateConfig:
     onnx: str | None = None
     prompt: list[str] = field(default_factory=list)
     prompt_file: str | None = None
+    suffix: str | None = None
+    suffix_file: str | None = None
+    middle_only: bool = False
     interactive: bool = False
     num_samples: int = 1
     max_new_tokens: int = 200
@@ -89,6 +97,13 @@ class GenerateConfig:
             raise ValueError("--onnx has its own weights and precision: leave out checkpoint and --precision")
         if self.interactive and (self.prompt or self.prompt_file is not None):
             raise ValueError("--interactive reads prompts from the terminal: leave out --prompt and --prompt_file")
+        given = (self.suffix is not None) + (self.suffix_file is not None)
+        if given == 2:
+            raise ValueError("--suffix and --suffix_file both give the suffix: leave out one of the two")
+        if given and self.interactive:
+            raise ValueError("--interactive continues what is typed: leave out the suffix")
+        if self.middle_only and not given:
+            raise ValueError("--middle_only needs a suffix: set --suffix or --suffix_file")
         if self.trace and self.max_new_tokens == 0:
             raise ValueError("--trace shows how tokens are chosen: set max_new_tokens to 1 or more")
         if self.rag_top_k < 1 or (self.rag_tokens is not None and self.rag_tokens < 1):
@@ -100,6 +115,11 @@ class GenerateConfig:
         if self.prompt_file is not None:
             prompts += read_text(self.prompt_file, "--prompt_file").removesuffix("\n").split("\n")
         return prompts or [""]
+
+    def read_suffix(self):
+        """Puts the content of --suffix_file into `suffix`."""
+        if self.suffix_file is not None:
+            self.suffix = read_text(self.suffix_file, "--suffix_file")
 
 
 @before_torch
@@ -123,9 +143,9 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
 
     context: a PromptContext, whose code the model reads before each prompt; it is not printed."""
     inputs = [context.with_code(prompt) for prompt in prompts] if context else prompts
-    texts, streams = list(prompts), len(prompts) == 1
+    texts, streams = [""] * len(prompts) if config.middle_only else list(prompts), len(prompts) == 1
     made = shown = 0  # tokens generated, characters printed
-    options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p", "seed")}
+    options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p", "seed", "suffix")}
     if rule != ExitRule():
         options |= {"exit": rule, "depths": []}
     trace = Trace(tokenizer, limit=max_depth(model.config, rule)) if config.trace else None
@@ -141,7 +161,8 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
     except ValueError as error:
         raise UserError(error) from None
     seconds = time.perf_counter() - start
-    print("" if streams else "\n\n".join(texts), flush=True)
+    after = "" if config.middle_only else config.suffix or ""
+    print(after if streams else "\n\n".join(text + after for text in texts), flush=True)
     speed = f"{made} tokens in {seconds:.2f} s: {made / max(seconds, 1e-9):.1f} tokens/s"
     if "depths" in options and made:
         mean = torch.stack(options["depths"]).double().mean().item()
@@ -204,14 +225,16 @@ def read_context(config, model, tokenizer):
     from src.rag.prompts import PromptContext
 
     options = {"tokens": config.rag_tokens, "top_k": config.rag_top_k, "method": config.rag_method}
-    return PromptContext(config.rag, tokenizer, model.config.max_seq_len, checkpoint=config.checkpoint, **options)
+    options |= {"checkpoint": config.checkpoint, "suffix": config.suffix}
+    return PromptContext(config.rag, tokenizer, model.config.max_seq_len, **options)
 
 
 def main(argv=None):
     config, rule = parse_args(argv)
     if isinstance(config.trace, str):
         check_path(config.trace)
-        check_distinct([Path(config.trace).with_suffix(".json")], [config.prompt_file])
+        check_distinct([Path(config.trace).with_suffix(".json")], [config.prompt_file, config.suffix_file])
+    config.read_suffix()
     prompts = [prompt for prompt in config.prompts() for _ in range(config.num_samples)]
     model, tokenizer = load(config)
     context = read_context(config, model, tokenizer) if config.rag else None

@@ -41,6 +41,7 @@ class SPMConfig:
         max_sentences: train on at most this many lines, chosen at random if there are more
         text_field: name of the JSON field or parquet column that holds the text
         max_doc_mb: skip .jsonl and .parquet documents longer than this many million characters
+        fim: add the sentinels of fill-in-the-middle, which `train_trm_lm.py --fim_rate` needs
         seed: random seed for choosing the lines
     """
 
@@ -55,6 +56,7 @@ class SPMConfig:
     max_sentences: int = 2_000_000
     text_field: str = "text"
     max_doc_mb: float = MAX_DOC_MB
+    fim: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -90,6 +92,7 @@ def main(argv=None):
         max_sentences=config.max_sentences,
         seed=config.seed,
         verbose=True,
+        fim=config.fim,
     )
     print(f"wrote {config.model_prefix}.model and .vocab: {tokenizer.vocab_size} pieces", file=sys.stderr)
     report_bytes_per_token(tokenizer, tail)

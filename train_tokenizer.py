@@ -2,6 +2,7 @@
 
     python train_tokenizer.py --input train_texts.txt --model_prefix data/bpe
     python train_tokenizer.py --input wiki.jsonl.gz --model_prefix data/unigram --vocab_size 8000 --model_type unigram
+    python train_tokenizer.py --input site-packages --model_prefix data/code --fim true   # for fill-in-the-middle
     python train_tokenizer.py --input gsm8k/train.jsonl --records --model_prefix data/maths --vocab_size 1000
     python train_trm_lm.py --train_paths train_texts.txt --tokenizer data/bpe.json     # train a model with it
 
@@ -38,6 +39,7 @@ class TokenizerTrainingConfig:
         max_bytes: train on about this many bytes of text, chosen at random if there are more
         text_field: name of the JSON field or parquet column that holds the text
         max_doc_mb: skip .jsonl and .parquet documents longer than this many million characters
+        fim: add the sentinels of fill-in-the-middle, which `train_trm_lm.py --fim_rate` needs
         seed: random seed for choosing the text
     """
 
@@ -50,6 +52,7 @@ class TokenizerTrainingConfig:
     max_bytes: int = MAX_BYTES
     text_field: str = "text"
     max_doc_mb: float = MAX_DOC_MB
+    fim: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -79,6 +82,7 @@ def main(argv=None):
         split_digits=config.split_digits,
         seed=config.seed,
         max_doc_mb=config.max_doc_mb,
+        fim=config.fim,
     )
 
 

@@ -9,7 +9,8 @@
 4. `create_dataloader` makes batches, in an order that is a pure function of (seed, epoch, index).
 5. `prepare_data` does all of this, as `DataConfig` (the flags) says.
 
-The rows of step 3 are in `src.data.samples`, the orders of step 4 in `src.data.order`. For a corpus too large for step
+The rows of step 3 are in `src.data.samples`, the orders of step 4 in `src.data.order`. With `fim_rate`, the training
+rows are rearranged for fill-in-the-middle (`src.data.fim`) when step 4 reads them. For a corpus too large for step
 2, `src.data.stream` tokenizes during training. `src.data.loader` gives the trainer its batches.
 """
 
@@ -23,7 +24,8 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from src.data.corpus import NoDocument, content_hash, find_files, fingerprint_files, stdlib_files
-from src.data.order import EndlessSampler, MixtureSampler, RankBatches
+from src.data.fim import FillInMiddle, RearrangedDataset
+from src.data.order import EndlessSampler, MixtureSampler, RankBatches, SeededIndices
 from src.data.readers import SUFFIXES
 from src.data.record_rows import RecordDataset
 from src.data.records import RECORD_SUFFIXES, RecordFields
@@ -43,7 +45,7 @@ from src.data.token_store import (
 )
 from src.errors import UserError, few
 from src.losses import IGNORE
-from src.tokenizer import read_tokenizer, warn_of_loss
+from src.tokenizer import ByteLevelTokenizer, read_tokenizer, warn_of_loss
 from src.training.train_config import DataConfig
 
 MOST_VALID_TOKENS = 1_000_000  # limit for the end of the text that is held back if there are too few documents
@@ -164,12 +166,15 @@ def create_dataloader(dataset, batch_size, seed=0, shuffle=True, start=0, num_wo
     batch k is the same for every num_workers. With shuffle=False it makes one pass in order, and the last batch may be
     smaller.
     """
+    rows = dataset.rows if isinstance(dataset, RearrangedDataset) else dataset
     if not shuffle:
-        sampler = range(start, len(dataset))
-    elif isinstance(dataset, MixedDataset):
-        sampler = MixtureSampler([len(corpus) for corpus in dataset.datasets], dataset.weights, seed, start)
+        sampler = range(start, len(rows))
+    elif isinstance(rows, MixedDataset):
+        sampler = MixtureSampler([len(corpus) for corpus in rows.datasets], rows.weights, seed, start)
     else:
-        sampler = EndlessSampler(len(dataset), seed, start)
+        sampler = EndlessSampler(len(rows), seed, start)
+    if rows is not dataset:
+        sampler = SeededIndices(sampler, seed, start)
     return DataLoader(
         dataset,
         batch_sampler=RankBatches(sampler, batch_size, rank, world),
@@ -229,8 +234,10 @@ def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None, files=Non
         tokenizer = _tokenizer_of(data, vocab_size, *_text_for_tokenizer(data, corpora, fields, not valid_files))
     if save_dir is not None:
         tokenizer.save(save_dir)
+    fim = FillInMiddle(tokenizer, data.fim_rate) if data.fim_rate else None
     if data.streaming:
-        train_set = StreamingDataset(shards, tokenizer, seq_len, data.mixture, data.document_mask, data.shuffle_buffer)
+        options = (data.mixture, data.document_mask, data.shuffle_buffer, fim)
+        train_set = StreamingDataset(shards, tokenizer, seq_len, *options)
         held_back = functools.partial(store_of, field=valid_field)
         valid = store_of(valid_files, valid_field) if valid_files else shards.held_back_store(held_back, seq_len)
         warn_of_loss(valid.n_lost, valid.n_bytes)
@@ -243,7 +250,8 @@ def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None, files=Non
         stores, valid = _split_stores(store_of, corpora, data.text_field, tokenizer, seq_len)
     warn_of_loss(*(sum(getattr(store, name) for store in [*stores, valid]) for name in ("n_lost", "n_bytes")))
     sets = list(map(rows_of, stores, fields))
-    return tokenizer, MixedDataset(sets, data.mixture) if data.mixture else sets[0], rows_of(valid, valid_field)
+    train_set = MixedDataset(sets, data.mixture) if data.mixture else sets[0]
+    return tokenizer, RearrangedDataset(train_set, fim) if fim else train_set, rows_of(valid, valid_field)
 
 
 def _record_fields(data):
@@ -373,6 +381,8 @@ def _tokenizer_of(data, vocab_size, texts, files=None, settings=()):
 
     The cache key of the trained model is a hash of `files` and the settings by which they are read, or of `texts` if
     there are no files."""
+    if data.tokenizer == "byte" and data.fim_rate:
+        return ByteLevelTokenizer({"fill_in_the_middle": True})
     if data.sp_model is not None or data.tokenizer != "sentencepiece":
         return read_tokenizer(data.sp_model or data.tokenizer)
     vocab_size = vocab_size or ON_THE_SPOT_VOCAB
@@ -381,4 +391,4 @@ def _tokenizer_of(data, vocab_size, texts, files=None, settings=()):
     else:
         texts = list(texts)
         key = f"{content_hash(chr(0).join(texts).encode()):016x}-{vocab_size}"
-    return on_the_spot(texts, key, vocab_size, data.cache_dir)
+    return on_the_spot(texts, key, vocab_size, data.cache_dir, data.fim_rate > 0)

@@ -3,6 +3,7 @@
 lm = load_model("runs/trm")               # in src/checkpoint.py
 model, tokenizer = lm                     # a LanguageModel is a tuple
 lm.write("Once upon", seed=1)             # the text that generate.py prints
+lm.write("def f(", suffix="return x")     # fill-in-the-middle: the text with what the model writes between the two
 lm.score(["One text.", "Another one."])   # loss, bits per byte and other figures of each text
 lm.inspect("Once upon").logits.shape      # recursion steps x tokens x vocabulary
 """
@@ -36,13 +37,13 @@ class LanguageModel(NamedTuple):
     tokenizer: Any
 
     def write(self, text: str = "", max_new_tokens: int = 200, temperature=0.8, top_p=0.95, **options) -> str:
-        """Returns the text with the model's continuation, like generate.py.
+        """Returns the text with the model's continuation, like generate.py; if there is a suffix, it follows.
 
-        More options: stop_at_eos (default: True) and those of `sampling.generate`, such as top_k and seed. Raises
-        ValueError for options or texts that the model cannot use."""
+        More options: suffix (see `continue_texts`), stop_at_eos (default: True) and those of `sampling.generate`, such
+        as top_k and seed. Raises ValueError for options or texts that the model cannot use."""
         options |= {"temperature": temperature, "top_p": top_p}
         written = continue_texts(self.model, self.tokenizer, [text], max_new_tokens, **options)
-        return text + "".join(pieces[0] for pieces, _ in written)
+        return text + "".join(pieces[0] for pieces, _ in written) + (options.get("suffix") or "")
 
     def score(self, texts: list[str], **options) -> list:
         """Returns a `scoring.Figures` (loss in nats per token, bits per byte, ...) of each text, scored by itself.
@@ -77,15 +78,30 @@ class Written(NamedTuple):
 
 
 def continue_texts(
-    model, tokenizer, prompts: list[str], max_new_tokens: int, stop_at_eos: bool = True, **options
+    model,
+    tokenizer,
+    prompts: list[str],
+    max_new_tokens: int,
+    stop_at_eos: bool = True,
+    suffix: str | None = None,
+    **options,
 ) -> Iterator[Written]:
-    """Continues the prompts as one batch and yields the new text of each step. Options and ValueErrors are those of
-    `sampling.generate`."""
-    rows = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
+    """Continues the prompts as one batch and yields the new text of each step. Options are those of
+    `sampling.generate`.
+
+    suffix: a text that follows the continuations; the model then writes what belongs between a prompt and this text,
+    and at most as much as fits into its context with both. Raises ValueError as `sampling.generate` does, and for a
+    suffix if the tokenizer has no sentinels of fill-in-the-middle, or if the context has no room for the suffix."""
+    if suffix is None:
+        rows, ends = [tokenizer.encode(prompt, bos=True) for prompt in prompts], tokenizer.end_ids
+    else:
+        rows, ends = _around(tokenizer, prompts, suffix, model.config.max_seq_len)
+        # the context must not move on, because the model would lose sight of the suffix
+        max_new_tokens = min(max_new_tokens, model.config.max_seq_len + 1 - max(map(len, rows)))
     device = next(model.parameters(), torch.empty(0)).device  # an ONNX graph has no parameters: CPU
     ids, mask = left_padded(rows, tokenizer.pad_id, device)
-    decoders = [StreamDecoder(tokenizer, starts_text=not prompt) for prompt in prompts]
-    ends, is_open = tokenizer.end_ids if stop_at_eos else (), [True] * len(rows)
+    decoders = [StreamDecoder(tokenizer, starts_text=not prompt and suffix is None) for prompt in prompts]
+    ends, is_open = ends if stop_at_eos else (), [True] * len(rows)
     steps = generate(model, ids, max_new_tokens, eos_id=ends or None, attention_mask=mask, **options)
     for column in share_cores(steps):
         made, pieces = sum(is_open), [""] * len(rows)
@@ -94,3 +110,17 @@ def continue_texts(
             pieces[row] = decoders[row].push(index) if is_open[row] else ""
         yield Written(pieces, made)
     yield Written([decoder.flush() for decoder in decoders], 0)
+
+
+def _around(tokenizer, prompts, suffix, max_len) -> tuple[list[list[int]], tuple[int, ...]]:
+    """Returns (the ids after which a model writes what is between each prompt and the suffix, the ids that end it)."""
+    if tokenizer.fim is None:
+        raise ValueError(
+            "a suffix needs a model that was trained with --fim_rate: the tokenizer of this one has no sentinels of "
+            "fill-in-the-middle; use another checkpoint, or leave out the suffix"
+        )
+    rows = [tokenizer.infill(prompt, suffix) for prompt in prompts]
+    longest = max(map(len, rows))
+    if longest > max_len:
+        raise ValueError(f"prompt and suffix have {longest} tokens, the context holds {max_len}: shorten one of them")
+    return rows, (*tokenizer.end_ids, *tokenizer.fim.ids)  # a middle that goes on with a sentinel is over as well

@@ -1,14 +1,15 @@
 """Tokenizers: SentencePiece, plain bytes, and Hugging Face's tokenizer.json. Text to token ids and back, without loss.
 
-All three have the same interface: encode, encode_batch, start, decode, decode_bytes, id_to_bytes, save, vocab_size,
-pad_id, bos_id, eos_id, unk_id, end_ids, add_bos, prefix, kind, fingerprint. Every id stands for a fixed byte string, so
-decoding joins byte strings. One character may be spread over several ids; StreamDecoder waits for the last of them.
-Encoding a text never yields BOS, EOS or pad, even if the text contains their names.
+All three have the same interface: encode, encode_batch, encode_inside, start, infill, decode, decode_bytes,
+id_to_bytes, save, vocab_size, pad_id, bos_id, eos_id, unk_id, end_ids, fim, add_bos, prefix, kind, fingerprint. Every
+id stands for a fixed byte string, so decoding joins byte strings. One character may be spread over several ids;
+StreamDecoder waits for the last of them. Encoding a text never yields BOS, EOS, pad or a sentinel of
+fill-in-the-middle, even if the text contains their names.
 
 A checkpoint folder contains one of
 - tokenizer.json (Hugging Face), with tokenizer_config.json for the names of its special tokens
 - tokenizer.model (SentencePiece)
-- tokenizer_config.json alone, with {"tokenizer_kind": "byte"}
+- tokenizer_config.json alone, with {"tokenizer_kind": "byte"}; with "fill_in_the_middle": true there, it has sentinels
 For converted models, tokenizer_config.json also says how texts start and end: {"starts_with_bos": false,
 "end_token_ids": [2, 0]}.
 """
@@ -19,13 +20,13 @@ import hashlib
 import itertools
 import json
 import os
-import struct
 import sys
 from collections import Counter
 from pathlib import Path
 
 import sentencepiece as spm
 
+from src.data.llama2c_tokenizer import sentencepiece_of_llama2c
 from src.data.tokenizer_json import (
     CONFIG_FILE,
     JSON_FILE,
@@ -34,8 +35,10 @@ from src.data.tokenizer_json import (
     REPLACEMENT,
     SPACE,
     SPECIAL,
+    FimTokens,
     as_list,
     config_of,
+    find_fim,
     find_roles,
     keep_apart,
     names_beside,
@@ -57,6 +60,7 @@ class _Tokenizer:
     bos_id: int
     eos_id: int
     unk_id: int
+    fim: FimTokens | None = None  # the sentinels of fill-in-the-middle, if the vocabulary has them
     prefix = ""  # " " if the tokenizer adds a space before every text; `decode` removes it again
     _bytes: list[bytes]  # of every id
     files: dict[str, bytes]  # name in a checkpoint folder -> content
@@ -95,9 +99,29 @@ class _Tokenizer:
         """Returns `ids` as the start of a text: with BOS if this model's texts have it. [] always becomes [BOS]."""
         return [self.bos_id, *ids] if self.add_bos or not ids else ids
 
+    def infill(self, prefix, suffix):
+        """Returns the ids after which a model writes what belongs between the two texts. Needs `fim`."""
+        before, after = self.encode(prefix), self.encode_inside([suffix])[0]
+        return self.start([self.fim.prefix, *before, self.fim.suffix, *after, self.fim.middle])
+
     def encode_batch(self, texts):
         """Returns the ids of each text (list[list[int]]), without special tokens."""
         raise NotImplementedError
+
+    def encode_inside(self, texts):
+        """Returns the ids of texts that continue another text: as encode_batch, but without `prefix`."""
+        if not self.prefix:
+            return self.encode_batch(texts)
+        return [self._after_a_character(text) for text in texts]
+
+    def _after_a_character(self, text):
+        for before in "\n;~":  # with some of them, a tokenizer joins the text, or adds another space
+            ids = self.encode(before + text)
+            for n in range(1, 6):
+                is_rest = self.decode_bytes(ids[n:])[:1] == text.encode()[:1]
+                if is_rest and self.decode_bytes(ids[:n]) == (self.prefix + before).encode():
+                    return ids[n:]
+        return self.encode(text)
 
     def continuing(self, text):
         """Returns what to encode so that the ids decode to `text` inside another text, for example after a prompt.
@@ -172,6 +196,9 @@ class TokenizerWrapper(_Tokenizer):
         self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else self.eos_id
         self.pad_id = sp.pad_id() if sp.pad_id() >= 0 else self.eos_id
         self._byte_ids = {self._bytes[i][0]: i for i in range(self.vocab_size) if sp.is_byte(i)}
+        # only control pieces, because a text could contain another kind of piece
+        controls = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
+        self.fim = find_fim(controls.get)
         self._ends_of(names or {})
         self._added = ""  # the prefix, if encode_batch has to add it
         self.prefix = self._find_prefix()
@@ -216,7 +243,9 @@ class TokenizerWrapper(_Tokenizer):
 
 
 class ByteLevelTokenizer(_Tokenizer):
-    """One id per UTF-8 byte (0 to 255), then pad, BOS and EOS. It needs no file and can encode any text."""
+    """One id per UTF-8 byte (0 to 255), then pad, BOS and EOS. It needs no file and can encode any text.
+
+    With "fill_in_the_middle": true in `names` (the content of a tokenizer_config.json), three sentinels follow."""
 
     kind = "byte"
     pad_id, bos_id, eos_id = 256, 257, 258
@@ -226,7 +255,12 @@ class ByteLevelTokenizer(_Tokenizer):
     files = {CONFIG_FILE: json.dumps({"tokenizer_kind": "byte"}).encode()}
 
     def __init__(self, names=None):
-        self._ends_of(names or {})
+        names = names or {}
+        if names.get("fill_in_the_middle") is True:
+            self.fim = FimTokens(*range(self.vocab_size, self.vocab_size + 3))
+            self.vocab_size, self._bytes = self.vocab_size + 3, self._bytes + [b""] * 3
+            self.files = {CONFIG_FILE: json.dumps({"tokenizer_kind": "byte", "fill_in_the_middle": True}).encode()}
+        self._ends_of(names)
 
     def encode_batch(self, texts):
         return [list(text.encode()) for text in texts]
@@ -250,7 +284,9 @@ class HFTokenizer(_Tokenizer):
         roles = find_roles(tok, names, name)
         self.files = {JSON_FILE: data, CONFIG_FILE: config_of(tok, roles)}
         self.eos_id, self.bos_id, self.pad_id, self.unk_id = (roles.get(role, roles["eos_token"]) for role in SPECIAL)
+        self.fim = find_fim(tok.token_to_id)
         special = {i for i, token in tok.get_added_tokens_decoder().items() if token.special} | {*roles.values()}
+        special.update(self.fim.ids if self.fim else ())  # some files do not mark them as special
         self._bytes = token_bytes(tok, self.vocab_size, special, roles.get("unk_token"))
         keep_apart(tok, special)
         self._ends_of(names)
@@ -278,38 +314,12 @@ class HFTokenizer(_Tokenizer):
 def read_llama2c_tokenizer(path):
     """Returns the TokenizerWrapper of a llama2.c tokenizer file (tokenizer.bin, tok512.bin).
 
-    The file describes a SentencePiece BPE that starts with <unk>, <s>, </s> and 256 byte pieces, and adds a space
-    before every text. Its layout: length of the longest piece (int32), then for each piece its score (float32), length
-    (int32) and bytes. Raises UserError if the file is broken.
-    """
-    from sentencepiece import sentencepiece_model_pb2 as pb  # imported here, because protobuf imports slowly
-
-    data, at = read_file(path), 4
-    model, kind = pb.ModelProto(), pb.ModelProto.SentencePiece
-    kinds = [kind.UNKNOWN, kind.CONTROL, kind.CONTROL, *[kind.BYTE] * 256]
-    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = pb.TrainerSpec.BPE, True
-    model.normalizer_spec.name, model.normalizer_spec.remove_extra_whitespaces = "identity", False
+    Raises UserError if the file is broken."""
+    data = read_file(path)
     try:
-        while at < len(data):
-            score, size = struct.unpack_from("<fi", data, at)
-            (piece,) = struct.unpack_from(f"<{size}s", data, at + 8)
-            index, at = len(model.pieces), at + 8 + size
-            text = piece.decode()
-            if index < 3:
-                name = text.strip("\0\n")
-            elif index < len(kinds):
-                name = f"<0x{index - 3:02X}>"
-            else:
-                name = text.replace(" ", SPACE).removeprefix("\0")
-            type_ = kinds[index] if index < len(kinds) else kind.CONTROL if piece[:1] == b"\0" else kind.NORMAL
-            model.pieces.add(piece=name, score=score, type=type_)
-        # without a piece that has a space, a space is encoded as its byte
-        model.normalizer_spec.escape_whitespaces = SPACE in (p.piece for p in model.pieces)
-        if [p.piece for p in model.pieces[:3]] == ["<unk>", "<s>", "</s>"]:
-            return TokenizerWrapper(model.SerializeToString(deterministic=True))
-    except (struct.error, UnicodeDecodeError, UserError):
-        pass
-    raise UserError(f"{path} is not a valid llama2.c tokenizer file: copy it again")
+        return TokenizerWrapper(sentencepiece_of_llama2c(data))
+    except (ValueError, UserError):
+        raise UserError(f"{path} is not a valid llama2.c tokenizer file: copy it again") from None
 
 
 def read_tokenizer(name_or_path):

@@ -131,6 +131,16 @@ def test_round_trip(tokenizer, text):
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
+def test_a_text_inside_another_gets_no_space(llama2c):
+    assert llama2c.prefix == " "
+    for text in HARD:
+        assert llama2c.decode_bytes(llama2c.encode_inside([text])[0]) == text.encode()
+    assert (
+        llama2c.encode_inside(["京都", "the cat"])[0]
+        == llama2c.encode("a京都")[-len(llama2c.encode_inside(["京都"])[0]) :]
+    )
+
+
 @settings(deadline=None, max_examples=60)
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_round_trip_of_any_text(text, sp, trained, llama2c):

@@ -19,6 +19,8 @@ from src.files.text import check_is_file, is_text
 MAX_DOC_MB = 32  # million characters; limit for documents of .jsonl and .parquet files, which are in memory as a whole
 _END_BYTES = 1024**2  # fingerprint_files reads this many bytes at the start and at the end of a file
 _STDLIB_SKIPS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_PACKAGE_SKIPS = {"test", "tests", "testing", "_vendor", "_vendored", "vendor", "vendored", "__pycache__"}
+_LEAST_BYTES = 200  # smaller source files are mostly empty
 
 
 class NoDocument(UserError):
@@ -28,12 +30,16 @@ class NoDocument(UserError):
 def find_files(paths, suffixes=SUFFIXES):
     """Returns the sorted data files in `paths` (files, globs, folders). A file that has several names is listed once.
 
-    Prints on stderr which other files of a folder are skipped. Raises UserError if a path does not exist, cannot be
-    searched, or yields no file with one of the suffixes."""
+    Three words stand for the sources of this Python, unless there is a file of that name: stdlib and stdlib-valid for
+    the two parts of `stdlib_files`, and site-packages for `package_files`. Prints on stderr which other files of a
+    folder are skipped. Raises UserError if a path does not exist, cannot be searched, or yields no file with one of the
+    suffixes."""
     found = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.path.expanduser(os.fspath(path))
-        if os.path.isdir(path):
+        if path in _SOURCES and not os.path.lexists(path):
+            files = [file for file in _SOURCES[path]() if _has(file, suffixes)]
+        elif os.path.isdir(path):
             files = _files_in(path, suffixes)
         elif glob.has_magic(path) and not os.path.lexists(path):
             files = [f for f in glob.glob(path, recursive=True) if _has(f, suffixes) and os.path.isfile(f)]
@@ -100,23 +106,49 @@ def walk(root, ignored, skipped):
         yield from (os.path.join(folder, name) for name in sorted(names))
 
 
-def stdlib_files(min_bytes=200, valid_share=20):
+def stdlib_files(min_bytes=_LEAST_BYTES, valid_share=20):
     """Returns (train_paths, valid_paths): .py files of the running interpreter's standard library.
 
     About one file in `valid_share` is for validation, chosen by a hash of its relative path. Tests, installed packages
     and files that are tiny, not UTF-8 or specific to this machine are left out."""
     root = sysconfig.get_paths()["stdlib"]
     parts = ([], [])
-    for path in sorted(f for f in walk(root, _STDLIB_SKIPS, []) if f.endswith(".py")):
-        source = Path(path).read_bytes()
-        is_utf8 = is_text(source.decode(errors="surrogateescape"))
-        if len(source) < min_bytes or not is_utf8 or os.path.basename(path).startswith("_sysconfigdata"):
-            continue
+    for path in _sources(root, _STDLIB_SKIPS, min_bytes):
         name = os.path.relpath(path, root).replace(os.sep, "/")
         parts[content_hash(name.encode()) % valid_share == 0].append(path)
     if not parts[0] or not parts[1]:
         raise UserError(f"{root} does not contain the sources of the standard library: set --train_paths")
     return parts
+
+
+def package_files(roots=None):
+    """Returns the .py files of the packages that are installed for the running interpreter.
+
+    Tests, copies of other packages, and files that are tiny or not UTF-8 are left out. roots: folders to search; by
+    default, the site-packages of this interpreter."""
+    paths = sysconfig.get_paths()
+    roots = dict.fromkeys((paths["purelib"], paths["platlib"]) if roots is None else roots)
+    files = [path for root in roots if os.path.isdir(root) for path in _sources(root, _PACKAGE_SKIPS, _LEAST_BYTES)]
+    if not files:
+        raise UserError(f"{', '.join(map(str, roots))} contains no sources of packages: give folders instead")
+    return files
+
+
+def _sources(root, ignored, min_bytes):
+    """Yields the sorted .py files of a folder that have at least min_bytes and are UTF-8 text."""
+    for path in sorted(f for f in walk(root, ignored, []) if f.endswith(".py")):
+        if os.path.basename(path).startswith("_sysconfigdata") or not os.path.isfile(path):
+            continue
+        source = Path(path).read_bytes()
+        if len(source) >= min_bytes and is_text(source.decode(errors="surrogateescape")):
+            yield path
+
+
+_SOURCES = {
+    "stdlib": lambda: stdlib_files()[0],
+    "stdlib-valid": lambda: stdlib_files()[1],
+    "site-packages": package_files,
+}
 
 
 def fingerprint_files(files):

@@ -71,6 +71,18 @@ def mixture_order(weights, seed, start=0):
         block, position = block + 1, 0
 
 
+class SeededIndices(Sampler):
+    """Yields (index, (seed, k)) for sample k, the indices of a sampler that starts at sample `start`.
+
+    They are for a dataset that takes a seed with each index."""
+
+    def __init__(self, indices, seed, start=0):
+        self.indices, self.seed, self.start = indices, seed, start
+
+    def __iter__(self):
+        return ((index, (self.seed, number)) for number, index in enumerate(self.indices, self.start))
+
+
 class RankBatches:
     """Yields this rank's part of each batch of `batch_size` indices: every `world`-th index, starting at `rank`."""
 

@@ -40,14 +40,15 @@ class StreamingDataset:
     """Endless windows of `seq_len` tokens, read from Shards and packed as in PackedDataset.
 
     weights are those of the corpora, equal by default. With segment, attention_mask numbers the documents of a window.
-    Each reader shuffles shuffle_buffer windows of a corpus at a time. bytes_per_token is estimated once, from about
-    MEASURED_BYTES of text at the start of the files. Raises NoDocument if a corpus has no document in that text.
+    Each reader shuffles shuffle_buffer windows of a corpus at a time. fim: a FillInMiddle to rearrange windows.
+    bytes_per_token is estimated once, from about MEASURED_BYTES of text at the start of the files. Raises NoDocument if
+    a corpus has no document in that text.
     """
 
-    def __init__(self, shards, tokenizer, seq_len, weights=None, segment=False, shuffle_buffer=2048):
+    def __init__(self, shards, tokenizer, seq_len, weights=None, segment=False, shuffle_buffer=2048, fim=None):
         self.shards, self.tokenizer, self.seq_len = shards, tokenizer, seq_len
         self.weights = list(weights or [1.0] * len(shards.corpora))
-        self.segment, self.shuffle_buffer = segment, shuffle_buffer
+        self.segment, self.shuffle_buffer, self.fim = segment, shuffle_buffer, fim
         measures = (self._measure_records if are else self._measure for are in shards.are_records)
         sizes = [measure(files) for measure, files in zip(measures, shards.corpora)]
         self.bytes_per_token = sum(w * n for w, n in zip(self.weights, sizes)) / sum(self.weights)
@@ -233,8 +234,10 @@ class _Windows:
 
     def _sample(self, window):
         documents = np.cumsum(window.ends[:-1], dtype=np.int64) if self.data.segment else None
-        tokenizer = self.data.tokenizer
-        return window_sample(window.ids.astype(np.int64), documents, (tokenizer.bos_id, tokenizer.eos_id))
+        tokenizer, fim = self.data.tokenizer, self.data.fim
+        sample = window_sample(window.ids.astype(np.int64), documents, (tokenizer.bos_id, tokenizer.eos_id))
+        # the place of a window in the epoch is a seed that a resumed run finds again
+        return fim(sample, (self.seed, self.reader, *window.place), self.data.seq_len) if fim else sample
 
     def _in_order(self, start):
         """Yields windows from a place on.

@@ -309,12 +309,15 @@ def _to_bool(chunk):
     return chunk.to_numpy(zero_copy_only=False)  # Arrow stores booleans as bits
 
 
-def on_the_spot(texts, key, vocab_size, cache_dir=None):
-    """Returns a SentencePiece model trained on `texts` (an iterable of str), cached in cache_dir under `key`."""
+def on_the_spot(texts, key, vocab_size, cache_dir=None, fim=False):
+    """Returns a SentencePiece model trained on `texts` (an iterable of str), cached in cache_dir under `key`.
+
+    fim: with the sentinels of fill-in-the-middle."""
+    key += "-fim" * fim
     prefix = os.path.join(cache_dir or default_cache_dir(), f"spm-{key}")
     if not Path(f"{prefix}.model").exists():
         print(f"training a SentencePiece model of {vocab_size} pieces on the training text", file=sys.stderr)
-        train_sentencepiece(texts, prefix, vocab_size)
+        train_sentencepiece(texts, prefix, vocab_size, fim=fim)
     return read_tokenizer(f"{prefix}.model")
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from src.errors import UserError
 from src.files.text import decode, parse_json, read_object
@@ -18,6 +19,39 @@ SPECIAL = {  # name in a tokenizer_config.json -> the usual tokens, best candida
     "pad_token": "<pad> [PAD] <|pad|> <|padding|>".split(),
     "unk_token": "<unk> [UNK] <|unk|>".split(),
 }
+# The sentinels of fill-in-the-middle: before the prefix, before the suffix, before the middle, and what ends the middle
+# in place of EOS. Ours are the first, which Qwen and CodeGemma share; the others are those of StarCoder, SantaCoder,
+# Code Llama and DeepSeek-Coder.
+FIM_NAMES = [
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
+    ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>"),
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+]
+
+
+class FimTokens(NamedTuple):
+    """The ids of the sentinels of fill-in-the-middle. end is None if only EOS ends the middle."""
+
+    prefix: int
+    suffix: int
+    middle: int
+    end: int | None = None
+
+    @property
+    def ids(self):
+        """All of these ids."""
+        return tuple(index for index in self if index is not None)
+
+
+def find_fim(id_of):
+    """Returns the FimTokens of a vocabulary, or None if it has no complete set. id_of(name): a token's id, or None."""
+    for names in FIM_NAMES:
+        ids = [id_of(name) for name in names]
+        if None not in ids[:3]:
+            return FimTokens(*ids)
+    return None
 
 
 def as_list(value):

@@ -18,6 +18,7 @@ from pathlib import Path
 import sentencepiece as spm
 
 from src.data.corpus import MAX_DOC_MB, read_documents, read_pieces
+from src.data.tokenizer_json import FIM_NAMES
 from src.errors import UserError
 from src.tokenizer import JSON_FILE, MODEL_FILE, SPACE, HFTokenizer, TokenizerWrapper
 
@@ -42,23 +43,25 @@ def train_tokenizer(
     seed=0,
     max_doc_mb=MAX_DOC_MB,
     split_digits=True,
+    fim=False,
 ):
     """Trains a tokenizer.json on files, globs and folders (str or list), writes it, and returns it as an HFTokenizer.
 
     bpe is byte-level BPE (arXiv:1508.07909, on bytes as in GPT-2). unigram (arXiv:1804.10959) is trained by
     SentencePiece; characters beyond character_coverage become bytes. Both are lossless. With split_digits, each digit
-    is one token. pad, unk, BOS and EOS have ids 0, 1, 2, 3. text_field is that of `read_pieces`. save_path is a .json
-    file, or a folder for tokenizer.json. Of a longer text, a random sample of about `max_bytes` is used. Prints the
-    bytes per token of held-back text on stderr. Raises UserError if vocab_size is too large or too small for the text.
+    is one token. pad, unk, BOS and EOS have ids 0, 1, 2, 3; with fim, the sentinels of fill-in-the-middle follow.
+    text_field is that of `read_pieces`. save_path is a .json file, or a folder for tokenizer.json. Of a longer text, a
+    random sample of about `max_bytes` is used. Prints the bytes per token of held-back text on stderr. Raises UserError
+    if vocab_size is too large or too small for the text.
     """
     from tokenizers.processors import TemplateProcessing  # imported here, because SentencePiece does not need it
 
     texts, tail = hold_back(data_path, text_field, max_doc_mb)
     texts = _drawn(texts, max_bytes, seed)
     if model_type == "bpe":
-        tok = _byte_level_bpe(texts, vocab_size, split_digits)
+        tok = _byte_level_bpe(texts, vocab_size, split_digits, fim)
     else:
-        tok = _unigram(texts, vocab_size, character_coverage, split_digits)
+        tok = _unigram(texts, vocab_size, character_coverage, split_digits, fim)
     tok.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tok.token_to_id("<s>"))])
     data = tok.to_str(pretty=True).encode()
     path = Path(save_path) if str(save_path).endswith(".json") else Path(save_path, JSON_FILE)
@@ -69,14 +72,15 @@ def train_tokenizer(
     return tokenizer
 
 
-def _byte_level_bpe(texts, vocab_size, split_digits):
+def _byte_level_bpe(texts, vocab_size, split_digits, fim):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tok = Tokenizer(models.BPE())
     digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.pre_tokenizer = pre_tokenizers.Sequence([digits, words]) if split_digits else words
     tok.decoder = decoders.ByteLevel()
-    options = {"special_tokens": SPECIAL_TOKENS, "initial_alphabet": words.alphabet(), "show_progress": False}
+    options = {"initial_alphabet": words.alphabet(), "show_progress": False}
+    options["special_tokens"] = [*SPECIAL_TOKENS, *(FIM_NAMES[0] if fim else ())]
     tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     size = tok.get_vocab_size()
     if size < vocab_size:
@@ -86,17 +90,17 @@ def _byte_level_bpe(texts, vocab_size, split_digits):
     return tok
 
 
-def _unigram(texts, vocab_size, character_coverage, split_digits):
+def _unigram(texts, vocab_size, character_coverage, split_digits, fim):
     """Returns a Tokenizer with SentencePiece's pieces and scores: the unigram trainer of `tokenizers` is not
     deterministic."""
     from tokenizers import Tokenizer, decoders, models
 
-    options = {"model_type": "unigram", "character_coverage": character_coverage, "split_digits": split_digits}
-    sp = train_sentencepiece(texts, None, vocab_size, **options).processor
+    options = {"character_coverage": character_coverage, "split_digits": split_digits, "fim": fim}
+    sp = train_sentencepiece(texts, None, vocab_size, "unigram", **options).processor
     pieces = [(sp.id_to_piece(i).replace(SPACE, " "), sp.get_score(i)) for i in range(vocab_size)]
     tok = Tokenizer(models.Unigram(pieces, unk_id=sp.unk_id(), byte_fallback=True))
     tok.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tok.add_special_tokens(SPECIAL_TOKENS)
+    tok.add_special_tokens([*SPECIAL_TOKENS, *(FIM_NAMES[0] if fim else ())])
     return tok
 
 
@@ -124,14 +128,16 @@ def train_sentencepiece(
     seed=0,
     verbose=False,
     split_digits=True,
+    fim=False,
 ):
     """Trains SentencePiece on documents (an iterable of str, or the path of a text file); returns a TokenizerWrapper.
 
     The settings make it lossless: no normalization, spaces are kept, rare characters become bytes. A line break is one
-    piece, and so are frequent combinations of line breaks and indentation. pad, unk, BOS and EOS have ids 0, 1, 2, 3.
-    The same text gives the same model, byte for byte. Writes {model_prefix}.model and .vocab unless model_prefix is
-    None. Of longer texts, a random sample of `max_sentences` lines is used. verbose prints the equivalent spm_train
-    command on stderr. Raises UserError if vocab_size is too large or too small for the text.
+    piece, and so are frequent combinations of line breaks and indentation. pad, unk, BOS and EOS have ids 0, 1, 2, 3;
+    with fim, the sentinels of fill-in-the-middle follow. The same text gives the same model, byte for byte. Writes
+    {model_prefix}.model and .vocab unless model_prefix is None. Of longer texts, a random sample of `max_sentences`
+    lines is used. verbose prints the equivalent spm_train command on stderr. Raises UserError if vocab_size is too
+    large or too small for the text.
     """
     if isinstance(texts, (str, os.PathLike)):
         texts = read_documents([os.fspath(texts)])
@@ -139,8 +145,11 @@ def train_sentencepiece(
     flags = spm_flags(vocab_size, model_type, character_coverage, byte_fallback, split_by_unicode_script, max_sentences)
     flags["split_digits"] = split_digits
     flags["user_defined_symbols"] = [s.replace(" ", SPACE) for s in frequent_line_breaks(head)]
+    if fim:
+        flags["control_symbols"] = list(FIM_NAMES[0])
     if verbose:
-        shown = {"model_prefix": model_prefix, **flags, "user_defined_symbols": ",".join(flags["user_defined_symbols"])}
+        shown = {name: ",".join(value) if isinstance(value, list) else value for name, value in flags.items()}
+        shown = {"model_prefix": model_prefix, **shown}
         print("spm_train", *(f"--{k}={shlex.quote(str(v))}" for k, v in shown.items()), file=sys.stderr)
     spm.set_random_generator_seed(seed)
     model = io.BytesIO()

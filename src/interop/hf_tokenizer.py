@@ -6,7 +6,7 @@ A text should get the same ids there as here, including BOS. The texts in PROBES
 import json
 from pathlib import Path
 
-from src.data.tokenizer_json import CONFIG_FILE, JSON_FILE, MODEL_FILE, SPACE, SPECIAL, byte_characters
+from src.data.tokenizer_json import CONFIG_FILE, FIM_NAMES, JSON_FILE, MODEL_FILE, SPACE, SPECIAL, byte_characters
 from src.errors import UserError
 from src.tokenizer import HFTokenizer
 
@@ -21,7 +21,7 @@ def to_hf(tokenizer) -> HFTokenizer:
     """Returns the same tokens and ids as an HFTokenizer. Raises UserError if the library has no such model."""
     if tokenizer.kind == "hf":
         return tokenizer
-    tok = _of_bytes() if tokenizer.kind == "byte" else _of_sentencepiece(tokenizer)
+    tok = _of_bytes(tokenizer) if tokenizer.kind == "byte" else _of_sentencepiece(tokenizer)
     names = {role: tok.id_to_token(getattr(tokenizer, role.replace("token", "id"))) for role in SPECIAL}
     return HFTokenizer(tok.to_str().encode(), names).set_ends(tokenizer.add_bos, tokenizer.end_ids)
 
@@ -61,21 +61,22 @@ def save_for_transformers(tokenizer, folder, max_len: int) -> list[str]:
     data, different = to_json(tokenizer)
     (Path(folder) / JSON_FILE).write_bytes(data)
     names = json.loads(to_hf(tokenizer).files[CONFIG_FILE])
-    config = {"pad_token": names["eos_token"], **names, "tokenizer_kind": tokenizer.kind, **tokenizer.ends}
+    own = json.loads(tokenizer.files.get(CONFIG_FILE, b"{}"))
+    config = {"pad_token": names["eos_token"], **names, **own, "tokenizer_kind": tokenizer.kind, **tokenizer.ends}
     config |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": False, "split_special_tokens": True}
     config |= {"padding_side": "left", "model_max_length": max_len, "clean_up_tokenization_spaces": False}
     (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return different
 
 
-def _of_bytes():
+def _of_bytes(tokenizer):
     """Builds the byte tokenizer: a BPE without merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     tok = Tokenizer(models.BPE(byte_characters(), []))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tok.decoder = decoders.ByteLevel()
-    tok.add_special_tokens(["<pad>", "<s>", "</s>"])  # 256, 257, 258
+    tok.add_special_tokens(["<pad>", "<s>", "</s>", *(FIM_NAMES[0] if tokenizer.fim else ())])  # ids 256, 257, ...
     return tok
 
 

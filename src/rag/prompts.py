@@ -9,17 +9,20 @@ from src.rag.index import open_retriever
 from src.rag.retriever import fit_context
 
 QUERY_TOKENS = 64  # of the end of the prompt that are compared with the index; the default of training
+SENTINELS = 3  # tokens around a prompt and its suffix
 LEAST_NEW = 8  # one in this many tokens of the model's context stays free for new ones
 
 
 class PromptContext:
     """Puts code from files and folders before a prompt, as in training with the section `rag`.
 
-    tokens: most tokens of retrieved code; default: half of the model's context. Other arguments as in
-    `open_retriever`."""
+    tokens: most tokens of retrieved code; default: half of the model's context. suffix: the text that follows what the
+    model writes, if any. Other arguments as in `open_retriever`."""
 
-    def __init__(self, paths, tokenizer, max_seq_len, tokens=None, top_k=1, method="tfidf", checkpoint=None):
-        self.tokenizer, self.max_seq_len, self.top_k = tokenizer, max_seq_len, top_k
+    def __init__(
+        self, paths, tokenizer, max_seq_len, tokens=None, top_k=1, method="tfidf", checkpoint=None, suffix=None
+    ):
+        self.tokenizer, self.max_seq_len, self.top_k, self.suffix = tokenizer, max_seq_len, top_k, suffix
         self.tokens = max_seq_len // 2 if tokens is None else tokens
         self.retriever = open_retriever(paths, method, checkpoint=checkpoint)
         self.with_code = functools.cache(self._with_code)  # several samples of a prompt are reported once
@@ -28,8 +31,11 @@ class PromptContext:
         """Returns the prompt with code before it. Prints on stderr what was retrieved, and from where."""
         ids = self.tokenizer.encode(prompt)
         query = self.tokenizer.decode(ids[-QUERY_TOKENS:])
-        budget = min(self.tokens, self.max_seq_len - self.max_seq_len // LEAST_NEW - len(ids) - 1)
-        copies = self.retriever.near_copies(prompt)
+        room = self.max_seq_len - self.max_seq_len // LEAST_NEW - len(ids) - 1
+        if self.suffix is not None:
+            room -= len(self.tokenizer.encode(self.suffix)) + SENTINELS
+        budget = min(self.tokens, room)
+        copies = self.retriever.near_copies(f"{prompt}\n{self.suffix or ''}")
         hits = self.retriever.retrieve([query], self.top_k, [copies])[0] if query.strip() else []
         if copies:
             names = few(self.retriever.sources[number].path for number in copies)

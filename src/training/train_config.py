@@ -36,8 +36,8 @@ class DataConfig:
     """The text to train on, and how it becomes windows of tokens.
 
     Args:
-        train_paths: training text: files, globs or folders (data/README.md lists the formats); by default, the standard
-            library of this Python
+        train_paths: training text: files, globs or folders (data/README.md lists the formats). Two words also stand for
+            files: stdlib (the default) for this Python's standard library, site-packages for its installed packages
         valid_paths: validation text, given like train_paths; by default, a part of the training text is held back
         text_field: name of the text field in .jsonl files, or of the text column in .parquet files
         records: train on questions with answers, one per row; the loss covers the answers only. In a mixture, paths
@@ -56,6 +56,10 @@ class DataConfig:
         max_doc_mb: skip documents in .jsonl and .parquet files that are longer than this, in million characters
         mixture: sampling weight of each of the train_paths; `--mixture 3 1` takes three windows of the first for one of
             the second; by default, all files are one corpus
+        fim_rate: fill-in-the-middle: probability that a training document, or the part of it that is in a window, is
+            rearranged so that the model learns to write the text between a prefix and a suffix; 0 = never. Records and
+            validation text stay as they are. The tokenizer needs sentinels (`train_tokenizer.py --fim true`); `byte`
+            and a tokenizer that is trained on the spot get them
         streaming: read and tokenize the files during training instead of before it; use it for text that is too large
             to tokenize first
         shuffle_buffer: with streaming, number of windows that each loading process shuffles together, per corpus; 1 =
@@ -81,6 +85,7 @@ class DataConfig:
     strict: bool = False
     max_doc_mb: float = MAX_DOC_MB
     mixture: list[float] = field(default_factory=list)
+    fim_rate: float = 0.0
     streaming: bool = False
     shuffle_buffer: int = 2048
     num_workers: int = 0
@@ -99,13 +104,15 @@ class DataConfig:
         if not self.packing and (self.document_mask or self.streaming):
             name = "document_mask" if self.document_mask else "streaming"
             raise ValueError(f"{name} needs packing true: with packing false each row holds one document")
+        if not 0 <= self.fim_rate <= 1:
+            raise ValueError(f"fim_rate is {self.fim_rate}: set it from 0 to 1")
+        if self.fim_rate and self.rag.paths:
+            raise ValueError("fim_rate and the section rag each change the windows: leave out one of the two")
         if self.mixture and len(self.mixture) != len(self.train_paths):
             sizes = f"{len(self.mixture)} weights for {len(self.train_paths)} train_paths"
             raise ValueError(f"mixture has {sizes}: give one weight per path")
         if not (all(weight > 0 for weight in self.mixture) and sum(self.mixture) < math.inf):
-            raise ValueError(
-                "mixture: every weight must be a number over 0; to exclude a path, leave it out of train_paths"
-            )
+            raise ValueError("mixture: every weight must be a number over 0; leave a path out to exclude it")
 
     def _check_records(self):
         if not self.records:
@@ -115,7 +122,7 @@ class DataConfig:
             return
         if not self.train_paths:
             raise ValueError("records needs train_paths: name files with questions and answers")
-        for name, default in (("text_field", "text"), ("document_mask", False), ("packing", True)):
+        for name, default in (("text_field", "text"), ("document_mask", False), ("packing", True), ("fim_rate", 0)):
             if getattr(self, name) != default and not self.mixture:
                 raise ValueError(
                     f"{name} is for plain text, but records true reads questions and answers: leave it out"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from texts import BYTE, write
 
 from src.data import corpus, readers
-from src.data.corpus import find_files, fingerprint_files, read_documents, read_pieces, stdlib_files
+from src.data.corpus import find_files, fingerprint_files, package_files, read_documents, read_pieces, stdlib_files
 from src.data.readers import escaped
 from src.data.token_store import tokenize_corpus
 from src.dataset import DataConfig, prepare_data
@@ -48,6 +48,35 @@ def test_stdlib_files():
     assert 0.02 < len(valid) / len(train) < 0.1
     assert not [p for p in train + valid if {"test", "tests", "site-packages"} & set(Path(p).parts[-4:])]
     assert any(p.endswith("argparse.py") for p in train + valid)
+
+
+def test_package_files(tmp_path):
+    source = "def f():\n    return 'a sentence of some length, so that the file is not tiny'\n" * 4
+    for name in ("b/c.py", "a.py", "b/tests/t.py", "test/t.py", "b/_vendor/v.py", "b/testing/t.py", ".hidden/h.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source)
+    (tmp_path / "tiny.py").write_text("x = 1\n")
+    (tmp_path / "latin.py").write_bytes(source.encode() + b"\xe9")
+    (tmp_path / "b/lib.so").write_bytes(b"\x7fELF" * 100)
+    (tmp_path / "gone.py").symlink_to("nowhere.py")
+    found = [os.path.relpath(path, tmp_path) for path in package_files([tmp_path])]
+    assert found == ["a.py", "b/c.py"]
+    with pytest.raises(UserError, match="contains no sources of packages"):
+        package_files([tmp_path / "nowhere"])
+
+
+def test_words_for_the_sources_of_this_python(tmp_path, monkeypatch, capsys):
+    train, valid = stdlib_files()
+    assert find_files(["stdlib", "stdlib-valid"]) == sorted(train + valid) and find_files("stdlib-valid") == valid
+    monkeypatch.setattr("src.data.corpus.sysconfig.get_paths", lambda: dict.fromkeys(("purelib", "platlib"), tmp_path))
+    (tmp_path / "a.py").write_text("x = 1\n" * 40)
+    (tmp_path / "b.so").write_bytes(b"\x7fELF")
+    assert find_files("site-packages") == [str(tmp_path / "a.py")]
+    assert capsys.readouterr().err == ""  # the other files of packages are not named
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "site-packages").mkdir()
+    with pytest.raises(UserError, match="site-packages: no data file found"):  # a folder of that name comes first
+        find_files("site-packages")
 
 
 def test_a_linked_folder_is_searched_once_and_a_circle_ends(tmp_path, capsys):

@@ -155,6 +155,23 @@ def test_a_mixture_of_records_and_text(prepare, streaming, capsys):
     assert 5 <= len(held) < 30
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_fill_in_the_middle_rearranges_the_text_of_a_mixture_and_no_record(prepare, tmp_path, streaming):
+    write(tmp_path / "long.jsonl", [f"a document of a few words, number {n}" for n in range(100)])
+    settings = {"mixture": [1, 1], "valid_paths": ["valid.json"], "streaming": streaming, "shuffle_buffer": 8}
+    batches = []
+    for rate in (1.0, 0.0):
+        tokenizer, train, _ = prepare("train.jsonl", "long.jsonl", fim_rate=rate, seq_len=64, **settings)
+        batches.append(next(create_train_loader(train, 40, pad_id=BYTE.pad_id)))
+    rearranged, plain = ([batch[name].tolist() for name in ("input_ids", "target_ids")] for batch in batches)
+    middle, n_records = BYTE.vocab_size + 2, 0
+    for row, as_before in zip(zip(*rearranged), zip(*plain)):
+        is_record = as_before[0][1:7] == list(b"Input:")
+        assert (row == as_before) == is_record != (middle in row[0])
+        n_records += is_record
+    assert 15 <= n_records <= 25
+
+
 def test_a_mixture_counts_bytes_per_token_by_weight(prepare):
     _, train, _ = prepare("train.jsonl", "text.jsonl", mixture=[1, 1], valid_paths=["valid.json"])
     assert isinstance(train, MixedDataset)
@@ -210,6 +227,7 @@ def test_a_stream_drops_long_records_and_says_so(prepare, capsys):
         ({"document_mask": True}, "document_mask is for plain text"),
         ({"packing": False}, "packing is for plain text"),
         ({"text_field": "body"}, "text_field is for plain text"),
+        ({"fim_rate": 0.5}, "fim_rate is for plain text"),
     ],
     ids=str,
 )

@@ -51,12 +51,25 @@ def test_the_context_is_before_the_prompt_and_within_its_budget(repo):
     assert 0 < len(tokenizer.encode(added)) <= 24 and "json.load" not in added
 
 
+def test_a_suffix_has_room_beside_the_context(repo):
+    tokenizer = read_tokenizer("checkpoints/stdlib")
+    suffix = "\n    return first, second\n" * 12
+    context = PromptContext([repo], tokenizer, 128, tokens=128, suffix=suffix).with_code(PROMPT)
+    alone = PromptContext([repo], tokenizer, 128, tokens=128).with_code(PROMPT)
+    assert context.endswith(PROMPT) and len(PROMPT) < len(context) < len(alone)
+    both = [len(tokenizer.encode(text)) for text in (context, suffix)]
+    assert 128 // 2 < sum(both) + 4 <= 128 - 128 // 8  # 4: BOS and the sentinels
+
+
 def test_a_prompt_does_not_retrieve_its_own_file(repo, capsys):
     body = "".join(f"def part_{n}(path):\n    return settings_of(path, number={n})\n\n\n" for n in range(6))
     (repo / "own.py").write_text(body)
     context = PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 2048)
     assert "settings_of" not in context.with_code(body[:150]).removesuffix(body[:150])
     assert "not retrieved from own.py: near copies" in capsys.readouterr().err
+    context = PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 2048, suffix=body[80:])
+    assert "settings_of" not in context.with_code(body[:40]).removesuffix(body[:40])
+    assert "not retrieved from own.py" in capsys.readouterr().err  # the prompt alone is too short to show it
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ class TestResume:
             {"recursion": "loop", "dropout": 0.2, "tie_embeddings": True},
             {"optimizer": "muon", "optimizer_step": "supervision"},
             {"packing": False, "grad_accum": 2, "num_workers": 1},
+            {"fim_rate": 0.9, "max_seq_len": 48},
+            {"fim_rate": 0.9, "max_seq_len": 48, "streaming": True, "shuffle_buffer": 4},
         ],
         ids=str,
     )
