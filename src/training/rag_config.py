@@ -35,7 +35,7 @@ class RagConfig:
     context_tokens: int = 128
     query_tokens: int = 64
     top_k: int = 1
-    threshold: float = 0.2
+    threshold: float = 0.4
     share: float = 1.0
     chunk_lines: int = 40
     suffixes: list[str] = field(default_factory=list)
