@@ -46,6 +46,8 @@ class ArmsConfig:
         arms: models to train
         seeds: seeds of weights and of the order of the data; each seed is one run of every arm
         minutes: training time of a run, compilation included
+        equal_flops: in place of equal minutes, give every arm the FLOPs of this many training steps of the arm trm; a
+            run of the sweep gets the share of them that sweep_minutes is of minutes
         lrs: learning rates among which the sweep chooses; with a single value, there is no sweep
         sweep_minutes: training time of a run of the sweep
         loop_steps: the arm `loop` has as many visits as this number of supervision steps of the recipe
@@ -60,6 +62,7 @@ class ArmsConfig:
     arms: list[str] = field(default_factory=lambda: list(ARMS))
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     minutes: float = 9.0
+    equal_flops: int | None = None
     lrs: list[float] = field(default_factory=lambda: [0.002, 0.004, 0.008])
     sweep_minutes: float = 2.0
     loop_steps: int = 4
@@ -75,8 +78,8 @@ class ArmsConfig:
             raise ValueError(f"arms has {unknown}: choose from {', '.join(ARMS)}")
         if not self.seeds or not self.lrs:
             raise ValueError("seeds or lrs is empty: give at least one of each")
-        for name in ("loop_steps", "jobs", "threads"):
-            if getattr(self, name) < 1:
+        for name in ("loop_steps", "jobs", "threads", "equal_flops"):
+            if (getattr(self, name) or 0) < 1 and getattr(self, name) is not None:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
         for name in ("minutes", "sweep_minutes"):
             if not getattr(self, name) > 0:
@@ -149,15 +152,21 @@ def run_script(name: str, words: list, threads: int) -> None:
         raise UserError(f"{name} {' '.join(map(str, words))} failed: {done.stderr.strip().splitlines()[-1]}")
 
 
+def length(config: ArmsConfig, job: Job, step_flops: float, recipe_step_flops: float) -> dict:
+    """Returns the settings that end a run: after its minutes, or after the steps of equal FLOPs.
+
+    step_flops: FLOPs of a training step of the arm per token; recipe_step_flops: the same of the recipe."""
+    if config.equal_flops is None:
+        return {"max_steps": 10**7, "max_minutes": config.sweep_minutes if job.is_sweep else config.minutes}
+    share = config.sweep_minutes / config.minutes if job.is_sweep else 1
+    return {"max_steps": max(1, round(share * config.equal_flops * recipe_step_flops / step_flops))}
+
+
 def train(script: str, config: ArmsConfig, job: Job, flags: dict) -> Path:
     """Does one run of a training script with the settings `flags`, and returns its folder."""
     folder = job.folder(config.output)
-    flags = {
-        **{"save_dir": folder, "seed": job.seed, "lr": job.lr, "device": config.device},
-        "max_minutes": config.sweep_minutes if job.is_sweep else config.minutes,
-        **({"max_steps": 10**7} | flags),
-    }
-    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    flags = {"save_dir": folder, "seed": job.seed, "lr": job.lr, "device": config.device} | flags
+    words = [f"--{name}={value}" for name, value in flags.items()]
     run_script(script, ["--config", config.recipe, *words, *config.overrides], config.threads)
     return folder
 

@@ -59,7 +59,6 @@ class MathsConfig(arms.ArmsConfig):
         test_paths: records of the same difficulty to test on; needs train_paths
         beyond_paths: harder records to test on; needs train_paths
         data_only: write the records to `output` and stop
-        equal_flops: in place of equal minutes, give every arm the FLOPs of this many training steps of the arm trm
     """
 
     recipe: str = "configs/addition.yaml"
@@ -76,15 +75,14 @@ class MathsConfig(arms.ArmsConfig):
     test_paths: list[str] = field(default_factory=list)
     beyond_paths: list[str] = field(default_factory=list)
     data_only: bool = False
-    equal_flops: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("digits", "n_train", "n_test"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
-        if self.beyond < 0 or (self.equal_flops or 1) < 1:
-            raise ValueError("beyond must be 0 or more, equal_flops 1 or more")
+        if self.beyond < 0:
+            raise ValueError(f"beyond is {self.beyond}: set it to 0 or more")
         if bool(self.train_paths) != bool(self.test_paths) or (self.beyond_paths and not self.train_paths):
             raise ValueError("records need train_paths and test_paths: give both, or leave out all paths")
 
@@ -213,13 +211,11 @@ def run_job(config: MathsConfig, settings: Settings, data: Data, job: arms.Job) 
     recipe = settings.model
     per_update = 1 if settings.train.optimizer_step == "supervision" else recipe.supervision_steps
     flags = arms.arm_flags(job.arm, recipe, config.loop_steps, per_update)
-    model, limits = arms.changed(recipe, flags), {}
+    model = arms.changed(recipe, flags)
     flops = flops_per_token(model).train
-    if config.equal_flops and not job.is_sweep:
-        steps = config.equal_flops * flops_per_token(recipe).train / flops
-        limits = {"max_steps": max(1, round(steps)), "max_minutes": None}
+    flags |= arms.length(config, job, flops, flops_per_token(recipe).train)
     paths = {"train_paths": data.train, "valid_paths": data.valid}
-    folder = arms.train("train_trm_lm.py", config, job, flags | limits | paths)
+    folder = arms.train("train_trm_lm.py", config, job, flags | paths)
     figures = {}
     for record, _ in scan_metrics(folder):
         figures |= record

@@ -1,7 +1,8 @@
-"""Compare the recursive model with its controls on a puzzle: same puzzles, same minutes, same number of threads.
+"""Compare the recursive model with its controls on a puzzle: same puzzles, same minutes (or FLOPs), same threads.
 
     python experiments/puzzles.py --recipe configs/sudoku6.yaml --minutes 9 --jobs 2
     python experiments/puzzles.py --recipe configs/sudoku4.yaml --minutes 2 --seeds 0 1 2 --output runs/arms4
+    python experiments/puzzles.py --recipe configs/sudoku4.yaml --equal_flops 2500 --minutes 4 --sweep_minutes 1
     python experiments/puzzles.py --recipe configs/sudoku9.yaml --minutes 5 --device cuda --arms trm plain-params
 
 The recipe is a config of train_puzzles.py for a model of recursion trm. experiments/arms.py describes the models that
@@ -26,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src whe
 from experiments import arms  # noqa: E402
 from src.config import parse_flags, run  # noqa: E402
 from src.errors import UserError  # noqa: E402
-from src.model_config import TRMConfig  # noqa: E402
+from src.metrics import flops_per_token  # noqa: E402
+from src.model_config import TRMConfig, model_settings  # noqa: E402
 from src.tasks.puzzle_config import read_settings  # noqa: E402
+from src.tasks.puzzle_folder import kind_named  # noqa: E402
 from src.training.curves import scan_metrics  # noqa: E402
 
 
@@ -45,12 +48,27 @@ class PuzzleArmsConfig(arms.ArmsConfig):
     sweep_data_seed: int = 100
 
 
+def model_of(config: PuzzleArmsConfig) -> TRMConfig:
+    """Returns the settings of the recipe's model, with the overrides, for the cells and symbols of its puzzle."""
+    settings = read_settings(["--config", config.recipe, *config.overrides])
+    if settings.model.recursion != "trm":
+        raise UserError(f"{config.recipe} is a recipe of recursion {settings.model.recursion}: choose one of trm")
+    kind = kind_named(settings.puzzle.puzzle)
+    return TRMConfig(**model_settings(settings.model) | {"max_seq_len": kind.cells, "vocab_size": kind.vocab_size})
+
+
 def train(config: PuzzleArmsConfig, model: TRMConfig, job: arms.Job) -> dict:
     """Does one run, and returns its record."""
     flags = arms.arm_flags(job.arm, model, config.loop_steps)
+    flags |= arms.length(config, job, update_flops(arms.changed(model, flags)), update_flops(model))
     if job.is_sweep:
         flags["data_seed"] = config.sweep_data_seed
     return record_of(arms.train("train_puzzles.py", config, job, flags), job)
+
+
+def update_flops(model: TRMConfig) -> float:
+    """FLOPs of an update, per cell: an update trains one supervision step."""
+    return flops_per_token(model).train / model.train_steps
 
 
 def record_of(folder: Path, job: arms.Job) -> dict:
@@ -87,9 +105,7 @@ def table(records: list[dict]) -> str:
 
 def main(argv=None):
     (config,) = parse_flags(__doc__, PuzzleArmsConfig, argv=argv)
-    model = read_settings(["--config", config.recipe]).model
-    if model.recursion != "trm":
-        raise UserError(f"{config.recipe} is a recipe of recursion {model.recursion}: choose one of trm")
+    model = model_of(config)
     print(table(arms.compare(config, lambda job: train(config, model, job), "cells")))
 
 

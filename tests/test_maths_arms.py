@@ -128,7 +128,7 @@ def test_tables():
     ("words", "message"),
     [
         (["--digits", "0"], "digits is 0"),
-        (["--beyond", "-1"], "beyond must be 0 or more"),
+        (["--beyond", "-1"], "beyond is -1: set it to 0 or more"),
         (["--train_paths", "a.jsonl"], "give both"),
         (["--train_paths", "nowhere.jsonl", "--test_paths", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--arms", "llama"], "choose from trm"),

@@ -256,10 +256,17 @@ def test_same_seed_same_weights(recursion):
 # --- padding and documents ----------------------------------------------------------------------------------------
 
 
+# The first two are also run with older CPU kernels, in test_kernels.py.
+ALONE_CASES = [
+    {"recursion": "trm"},
+    {"recursion": "trm", "injection": "concat"},
+    {"causal": False},
+    {"positions": "learned", "causal": False},
+]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(
-    "settings", SHAPE_CASES + [{"causal": False}, {"positions": "learned", "causal": False}], ids=name
-)
+@pytest.mark.parametrize("settings", SHAPE_CASES + ALONE_CASES, ids=name)
 @torch.no_grad()
 def test_a_row_alone_is_the_row_in_a_padded_batch(settings, side):
     ids, _ = batch(rows=3, length=10)

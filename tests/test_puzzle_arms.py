@@ -30,6 +30,23 @@ def test_plain_arms_have_the_parameters_or_the_flops_of_the_recipe():
     assert flops_per_token(trm).decode == flops_per_token(answer).decode
 
 
+def test_equal_flops_give_each_arm_its_number_of_updates():
+    config = puzzles.PuzzleArmsConfig(recipe="configs/sudoku4.yaml", equal_flops=2500, minutes=4, sweep_minutes=1)
+    model = puzzles.model_of(config)
+    assert (model.max_seq_len, model.vocab_size, model.supervision_steps) == (16, 6, 8)
+
+    def updates(arm, is_sweep=False):
+        changed = arms.changed(model, arms.arm_flags(arm, model, config.loop_steps))
+        job = arms.Job(arm, 0.004, 0, is_sweep)
+        return arms.length(config, job, puzzles.update_flops(changed), puzzles.update_flops(model))["max_steps"]
+
+    # an update of trm has two visits, that of the loop eight, that of plain-deep the layers of sixteen
+    assert updates("trm") == updates("trm-1") == 2500 and updates("trm", is_sweep=True) == 625
+    assert updates("plain-flops") == pytest.approx(2500, rel=0.01)
+    assert updates("plain-params") == pytest.approx(5000, rel=0.02)
+    assert updates("loop") == pytest.approx(625, rel=0.02) and updates("plain-deep") == pytest.approx(312, rel=0.02)
+
+
 def test_the_table_has_every_seed():
     record = {"arm": "trm", "changes": {"lr": 0.004}, "cells": 1.0, "updates": 100, "seconds": 9.0, "is_sweep": False}
     records = [record | {"seed": seed, "exact": 0.5 + 0.1 * seed, "by_step": [0.25, 0.5]} for seed in (1, 0)]
