@@ -38,7 +38,7 @@ def settings(tmp_path):
 
 def test_it_learns_records_by_heart_and_writes_no_run(settings, tmp_path, capsys):
     rows = [*words(3), {"question": "What?", "answer": "京 is\nan answer"}, {"question": "long" * 20, "answer": "x"}]
-    options = {"recursion": "trm", "latent_steps": 1, "deep_steps": 1, "lr": 5e-3, "dropout": 0.3, "weight_decay": 1.0}
+    options = {"recursion": "trm", "latent_steps": 1, "deep_steps": 1, "lr": 1e-2, "dropout": 0.3, "weight_decay": 1.0}
     assert overfit(settings(rows, overfit=4, **options))
     said = capsys.readouterr().err
     assert "1 of 5 records dropped" in said and " nats/token, 4 of 4 answers right\n" in said

@@ -42,9 +42,8 @@ def test_the_validation_loss_is_that_of_the_answers(make, records, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dropout": 0.2, "grad_accum": 2},
         {"streaming": True, "shuffle_buffer": 10, "mixture": [2, 1]},
-        {"mixture": [2, 1]},
+        {"mixture": [2, 1], "dropout": 0.2, "grad_accum": 2},
     ],
     ids=str,
 )
