@@ -15,7 +15,7 @@ import torch
 from src.evaluation.capability_cases import Choice
 from src.evaluation.scoring import score_continuations
 from src.runtime import mix_seed
-from src.sampling import generate
+from src.sampling import generate, left_padded
 from src.tokenizer import StreamDecoder
 
 ROWS = 32  # texts in a batch
@@ -88,14 +88,6 @@ def fitting_ids(tokenizer, text: str, room: int) -> list[int]:
     return tokenizer.start(tokenizer.encode(text))[-max(1, room) :]
 
 
-def _padded(tokenizer, rows, device):
-    """Returns ids (B, T), padded on the left, and their mask."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[tokenizer.pad_id] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
-
-
 @torch.inference_mode()
 def _spell(model, tokenizer, spelling, batch):
     """Returns [(ids, further ids, bytes)] of a batch: further ids that spell the bytes, each the likeliest one."""
@@ -105,7 +97,7 @@ def _spell(model, tokenizer, spelling, batch):
         owed = [data[len(tokenizer.decode_bytes(more)) :] for _, more, data in spelt]
         if not any(owed):
             return spelt
-        ids, mask = _padded(tokenizer, [(first + more)[-longest:] for first, more, _ in spelt], device)
+        ids, mask = left_padded([(first + more)[-longest:] for first, more, _ in spelt], tokenizer.pad_id, device)
         cache = model.new_cache(*ids.shape, last_only=True)
         logits = model(ids, attention_mask=mask, cache=cache).logits[:, -1]
         for row, data in enumerate(owed):
@@ -119,7 +111,7 @@ def _continue(model, tokenizer, spelt, new_tokens, is_done, **options) -> list[A
     for decoder, (_, more, owed) in zip(decoders, spelt):
         texts.append("".join(map(decoder.push, more)).removeprefix(owed.decode()))
     rows = [(ids + more)[-model.config.max_seq_len :] for ids, more, _ in spelt]
-    ids, mask = _padded(tokenizer, rows, model.embed.weight.device)
+    ids, mask = left_padded(rows, tokenizer.pad_id, model.embed.weight.device)
     has_ended, ends = [False] * len(rows), tokenizer.end_ids
     for column in generate(model, ids, new_tokens, eos_id=ends, attention_mask=mask, **options):
         for row, index in enumerate(column.tolist()):
@@ -160,7 +152,7 @@ def character_probabilities(model, tokenizer, choices: list[Choice]) -> list[lis
     size = max(1, min(ROWS, MOST_LOGITS // (tokenizer.vocab_size * config.max_seq_len)))
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
-        ids, mask = _padded(tokenizer, [ids for ids, _ in batch], device)
+        ids, mask = left_padded([ids for ids, _ in batch], tokenizer.pad_id, device)
         before, after = model(ids, attention_mask=mask).logits[:, -2:].double().softmax(-1).unbind(1)
         for row, (ids, number) in enumerate(batch):
             last = tokenizer.id_to_bytes(ids[-1])

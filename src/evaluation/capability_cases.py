@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from src.data.records import prompt_of
+
 CONTEXT = 600  # characters before a bracket or an indented line; a multiple of what such a decision needs
 REACH = 200  # most characters between a bracket and its partner
 PAIRS = {"(": ")", "[": "]", "{": "}"}
@@ -297,10 +299,10 @@ def _fill(pair, lines, distance, n_tokens):
 
 
 def addition_cases(digits: int, count: int, rng: random.Random) -> list[Completion]:
-    """Returns additions of two numbers that both have as many digits, in the form of the records for maths."""
+    """Returns additions of two numbers that both have as many digits, as prompts of records."""
     low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits - 1
     pairs = [(rng.randint(low, high), rng.randint(low, high)) for _ in range(count)]
-    return [Completion(f"Input: {a}+{b} \n Output:", str(a + b)) for a, b in pairs]
+    return [Completion(prompt_of(f"{a}+{b}"), str(a + b)) for a, b in pairs]
 
 
 def addition_chance(digits: int) -> float:

@@ -138,7 +138,7 @@ def _draw_copying(axes, results):
     axes.set_xticks(distances, map(str, distances))
     axes.minorticks_off()
     axes.axhline(0.5, color=GREY, linestyle=(0, (3, 3)), linewidth=1)
-    axes.text(1, 0.52, "chance when ranked", **_inside(axes))
+    axes.text(0.01, 0.48, "chance when ranked", **(_inside(axes) | {"ha": "left", "va": "top"}))
     label_ends(axes, labels, lines=3)
 
 
