@@ -67,7 +67,7 @@ class RecordFields(NamedTuple):
     def fit(self, path) -> bool:
         """Whether the first object or row of a file has these fields."""
         is_of_records = os.fspath(path).lower().endswith(RECORD_SUFFIXES)
-        rows = _READERS[suffix_of(path)](path, quiet_log()) if is_of_records else ()
+        rows = ROW_READERS[suffix_of(path)](path, quiet_log()) if is_of_records else ()
         return any(self._names_in(row) for _, row in itertools.islice(rows, 1))
 
     def pieces(self, path, log):
@@ -78,7 +78,7 @@ class RecordFields(NamedTuple):
 
     def records(self, path, log) -> Iterator[Record]:
         """Yields the records of one file. Logs and skips those without a usable question and answer."""
-        for number, row in _READERS[suffix_of(path)](path, log):
+        for number, row in ROW_READERS[suffix_of(path)](path, log):
             record = self._record(row, path, number, log.max_chars)
             if isinstance(record, Record):
                 yield record
@@ -134,7 +134,7 @@ def quiet_log():
     return SkipLog(False, Counter(), False, int(MAX_DOC_MB * 1e6))
 
 
-_READERS = {".jsonl": json_objects, ".parquet": parquet_rows, ".json": _listed}
+ROW_READERS = {".jsonl": json_objects, ".parquet": parquet_rows, ".json": _listed}
 
 
 @dataclass
