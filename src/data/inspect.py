@@ -170,7 +170,7 @@ def fields_of(files, max_chars) -> list[dict]:
                         types.setdefault(name, Counter())[KINDS.get(type(value), "null")] += 1
                         filled[name] += value is not None
     return [
-        {"name": name, "types": dict(kinds), "share": filled[name] / n_records if filled[name] >= 0 else None}
+        {"name": name, "types": dict(kinds), "share": filled[name] / max(1, n_records) if filled[name] >= 0 else None}
         for name, kinds in types.items()
     ]
 
@@ -241,8 +241,8 @@ def fit(counts: dict[int, int], n_start: int, max_seq_len: int, of_records: bool
     """Returns what happens to documents at a max_seq_len, given their lengths in tokens without BOS and EOS.
 
     n_start: 1 if texts start with BOS, else 0. longer: documents with more input tokens than that; records of this kind
-    are dropped. Text is cut into `windows`, and loses nothing; with packing false, `cut_tokens` are lost, EOS
-    included."""
+    are dropped. Text is cut into `windows`, and loses nothing; with packing false, `cut_tokens` of `tokens` are lost.
+    These two include an EOS for each document."""
     if of_records:
         longer = sum(number for length, number in counts.items() if length + n_start > max_seq_len)
         return {"max_seq_len": max_seq_len, "longer": longer}

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from src.data.inspect import RECORD_TOKENS, TOKENS, histogram, shorten
+from src.files.text import text_width
 
 MOST_ROWS = 20  # files or fields in a table; the JSON file has all
 BAR = 40  # columns of the longest bar
@@ -23,9 +24,10 @@ def percent(value: float) -> str:
 
 def table(head: list[str], rows: list[list[str]], left: int = 1) -> Iterator[str]:
     """Yields the lines of a table. The first `left` columns are aligned on the left, the others on the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    widths = [max(map(text_width, column)) for column in zip(head, *rows)]
     for row in (head, *rows):
-        cells = (cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        gaps = [" " * (width - text_width(cell)) for cell, width in zip(row, widths)]
+        cells = (cell + gap if i < left else gap + cell for i, (cell, gap) in enumerate(zip(row, gaps)))
         yield "  " + "  ".join(cells).rstrip()
 
 
@@ -73,7 +75,7 @@ def _limited(lines):
 
 
 def _field(field):
-    types, n = field["types"], sum(field["types"].values())
+    types, n = field["types"], max(1, sum(field["types"].values()))
     kinds = [kind if len(types) == 1 else f"{kind} {percent(number / n)}" for kind, number in types.items()]
     return [shorten(field["name"], 40), ", ".join(kinds), "-" if field["share"] is None else percent(field["share"])]
 
@@ -107,7 +109,10 @@ def _fit(values, kind, n):
     if kind == "records":
         yield f"  {longer} records are longer: training drops them"
         return
-    yield f"  {values['windows']:,} windows of packed text, without loss"
+    if values["windows"]:
+        yield f"  {values['windows']:,} windows of packed text, without loss"
+    else:
+        yield f"  the text has {values['tokens']:,} tokens, too few for one window of packed text"
     yield f"  {longer} documents are longer than one window"
     yield f"  with --packing false, {share(values['cut_tokens'], values['tokens'])} tokens would be cut off"
 
@@ -165,7 +170,7 @@ def draw_lengths(lengths: dict, figures: dict, path: str):
         axes.set_ylim(0, top)
         if bins[-1][1] is None:
             bars[-1].set_alpha(0.5)
-            x, y = places[-1] + 0.9 * width, max(heights[-6:])  # above the neighbours as well
+            x, y = places[-1] + 0.9 * width, max(heights[-1 - len(bins) // 6 :])  # above the neighbours as well
             axes.annotate("or more", (x, y), (0, 3), textcoords="offset points", ha="right", fontsize=8, color=GREY)
         for each in ("median", "p95"):
             value = figures["lengths"][name][each]

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import unicodedata
 from math import log
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 
 from src.config import check_writable
 from src.errors import UserError
+from src.files.text import text_width
 from src.losses import kl_divergence
 from src.sampling import Thought
 from src.tokenizer import REPLACEMENT
@@ -125,12 +125,6 @@ def visible(text: str) -> str:
     text = re.sub(r"([ \n\t])\1{3,}", lambda run: f"{run[1]}×{len(run[0])}", text)
     signs = {" ": "␣", "\n": "↵", "\t": "⇥"}
     return "".join(signs.get(c) or (c if c.isprintable() else f"<U+{ord(c):04X}>") for c in text)
-
-
-def text_width(text: str) -> int:
-    """Returns the terminal columns of a text: 2 per wide East Asian character, 0 per combining character."""
-    wide = {"W": 2, "F": 2}
-    return sum(0 if unicodedata.combining(c) else wide.get(unicodedata.east_asian_width(c), 1) for c in text)
 
 
 def clip(text: str, width: int) -> str:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import unicodedata
 import zlib
 
 from src.errors import UserError
@@ -105,6 +106,12 @@ def is_text(line: str) -> bool:
         return line.isascii() or bool(line.encode())
     except UnicodeEncodeError:
         return False
+
+
+def text_width(text: str) -> int:
+    """Returns the terminal columns of a text: 2 per wide East Asian character, 0 per combining character."""
+    wide = {"W": 2, "F": 2}
+    return sum(0 if unicodedata.combining(c) else wide.get(unicodedata.east_asian_width(c), 1) for c in text)
 
 
 def encoding_of(start: bytes) -> tuple[str, int]:

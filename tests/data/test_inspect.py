@@ -6,15 +6,18 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from texts import BYTE, write, write_records
+from texts import BYTE, store_of, write, write_records
 
 import inspect_data
 from src.config import run
 from src.data import inspect
 from src.data.inspect import Hashes, documents_at, fields_of, fit, histogram, measure, overlap, repeats, summary
-from src.data.inspect_report import percent
+from src.data.inspect_report import percent, table
 from src.data.readers import SkipLog
+from src.data.record_rows import RecordDataset
 from src.data.records import RecordFields
+from src.dataset import PackedDataset, WikiJsonlDataset
+from src.errors import UserError
 
 TEXTS = ["one two", "three\n", "One  TWO ", "one two", "x" * 70_000 + "\n" + "y" * 70_000, "one two"]
 
@@ -114,11 +117,35 @@ def test_fit():
     assert fit(counts, 1, 46, False)["windows"] == 0 and fit(counts, 1, 45, False)["windows"] == 1
 
 
+def test_fit_is_what_training_does(tmp_path, capsys):
+    texts = ["a" * n for n in (7, 7, 8, 20, 3, 40)]
+    counts = Counter(map(len, texts))
+    store = store_of(tmp_path, texts)
+    for seq_len in (1, 8, 9, 64, len(store) - 1):
+        figures = fit(counts, 1, seq_len, False)
+        assert figures["windows"] == len(PackedDataset(store, seq_len)) and figures["tokens"] == len(store)
+        assert figures["tokens"] - figures["cut_tokens"] == WikiJsonlDataset(store, BYTE, seq_len).n_targets
+    with pytest.raises(UserError, match="one window needs"):
+        PackedDataset(store, len(store))
+    assert fit(counts, 1, len(store), False)["windows"] == 0
+    path = write_records(tmp_path / "r.jsonl", [{"question": text, "answer": "b"} for text in texts])
+    found = measured([path], RecordFields(), BYTE)
+    for seq_len in (23, 27, 28, 60):
+        kept = RecordDataset(path, BYTE, seq_len, cache_dir=str(tmp_path / "cache"))
+        assert len(texts) - len(kept) == fit(found.lengths["record tokens"], 1, seq_len, True)["longer"]
+
+
 def test_repeats_takes_the_most_frequent():
     assert repeats(array("Q", [5, 7, 2**64 - 1, 7, 5, 2**64 - 1, 7])) == {
         **{"repeated": 4, "most": 3, "first": 1, "second": 3}
     }
     assert repeats(array("Q", [1, 2])) == {"repeated": 0, "most": 1, "first": None, "second": None}
+
+
+def test_wide_characters_take_two_columns():
+    assert list(table(["field", "type"], [["京都", "string"], ["a", "b"]], left=2)) == [
+        *("  field  type", "  京都   string", "  a      b")
+    ]
 
 
 def test_percent():
@@ -127,7 +154,10 @@ def test_percent():
 
 
 def test_the_script(tmp_path, capsys):
-    path, other = write(tmp_path / "a.jsonl", [*TEXTS, "a\x1b[2Jb\u3000c"]), write(tmp_path / "b.txt", ["ONE two", "more"])
+    path, other = (
+        write(tmp_path / "a.jsonl", [*TEXTS, "a\x1b[2Jb\u3000c"]),
+        write(tmp_path / "b.txt", ["ONE two", "more"]),
+    )
     with open(path, "a") as file:
         file.write('{"text": 1}\n{"body"\n')
     flags = ["--tokenizer", "byte", "--max_seq_len", "100", "--examples", "7", "--against", other]
