@@ -23,12 +23,11 @@ are tested on the same ones.
 """
 
 import importlib.util
-import json
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from src.config import before_torch, check_distinct, check_writable, parse_flags, run, write_text
+from src.config import before_torch, check_distinct, check_writable, parse_flags, run, write_json
 from src.errors import UserError
 
 NAMES = ("bits", "valid", "lines", "brackets", "indent", "copy", "arithmetic", "depth")
@@ -143,9 +142,7 @@ def read_material(config) -> Material:
         spec = importlib.util.find_spec(PACKAGE)  # found, not imported
         domains = {"code" if config.code else "standard library": sources}
         if spec is not None:
-            domains[f"package {PACKAGE}"] = read_texts(
-                [f for f in find_files(spec.submodule_search_locations) if f.endswith(".py")]
-            )
+            domains[f"package {PACKAGE}"] = read_texts(python_files(spec.submodule_search_locations))
         domains |= {name: read_texts(paths, config.text_field) for name, paths in config.domains.items()}
     return Material(sources, domains, config.seed, QUICK if config.quick else 1.0)
 
@@ -171,8 +168,7 @@ def main(argv=None):
         draw_capabilities(results, config.plot, describe_model(model), name)
     if config.json is not None:
         found = {"checkpoint": name, "seed": config.seed, "results": [r._asdict() for r in results]}
-        found = json.loads(json.dumps(found), parse_constant=lambda name: None)  # JSON has no NaN: write null
-        write_text(config.json, json.dumps(found, indent=1) + "\n")
+        write_json(config.json, found)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from math import isnan
 from pathlib import Path
 from typing import Literal
 
-from src.config import before_torch, check_distinct, check_writable, parse_flags, run, write_text
+from src.config import before_torch, check_distinct, check_writable, parse_flags, run, write_json, write_text
 from src.data.corpus import MAX_DOC_MB
 from src.errors import UserError
 from src.evaluation.answer_config import AnswerConfig
@@ -224,11 +224,6 @@ def run_harness(model, tokenizer, config, rule) -> dict:
     results, table = run_tasks(model, tokenizer, config.lm_eval, *options)
     print(table)
     return results
-
-
-def write_json(path, found):
-    found = json.loads(json.dumps(found), parse_constant=lambda name: None)  # JSON has no NaN: write null
-    write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def main(argv=None):

@@ -32,6 +32,7 @@ from experiments.records import keep, records_of
 from src.errors import UserError
 from src.metrics import flops_per_token
 from src.model_config import TRMConfig
+from src.training.curves import scan_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ("trm", "trm-1", "loop", "plain-params", "plain-flops", "plain-deep")
@@ -169,6 +170,15 @@ def train(script: str, config: ArmsConfig, job: Job, flags: dict) -> Path:
     words = [f"--{name}={value}" for name, value in flags.items()]
     run_script(script, ["--config", config.recipe, *words, *config.overrides], config.threads)
     return folder
+
+
+def record_of(folder: Path, job: Job) -> tuple[dict, dict]:
+    """Returns what every record of a finished run has, and the last value of each figure in its metrics.jsonl."""
+    figures = {}
+    for record, _ in scan_metrics(folder):
+        figures |= record
+    record = {"arm": job.arm, "changes": {"lr": job.lr}, "seed": job.seed, "is_sweep": job.is_sweep}
+    return record | {"updates": figures["step"], "seconds": figures["elapsed_s"]}, figures
 
 
 def do_all(config: ArmsConfig, jobs: list[Job], do: Callable[[Job], dict]) -> list[dict]:

@@ -30,7 +30,6 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src when run as a script
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from experiments import records  # noqa: E402
@@ -38,8 +37,9 @@ from src.checkpoint import load_model, resolve  # noqa: E402
 from src.config import parse_flags, run  # noqa: E402
 from src.data.corpus import read_documents  # noqa: E402
 from src.errors import UserError  # noqa: E402
+from src.evaluation.capability_answers import edit_similarity  # noqa: E402
 from src.runtime import choose_device  # noqa: E402
-from src.sampling import generate  # noqa: E402
+from src.sampling import generate, left_padded  # noqa: E402
 
 ARMS = ("both", "left", "left_long", "wrong")
 LEAST_CHARS = 10  # shorter lines, such as `else:`, say little
@@ -135,9 +135,7 @@ def _end(tokenizer, text: str, n: int) -> str:
 
 def write_lines(model, tokenizer, rows: list[list[int]], max_new_tokens: int) -> list[tuple[str, bool]]:
     """Returns the greedy answer to each row of tokens: (its first line, whether the model ended after that line)."""
-    device, width = model.embed.weight.device, max(map(len, rows))
-    ids = torch.tensor([[tokenizer.pad_id] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    ids, mask = left_padded(rows, tokenizer.pad_id, model.embed.weight.device)
     ends, written, open_rows = {*tokenizer.end_ids, *tokenizer.fim.ids}, [[] for _ in rows], set(range(len(rows)))
     ended = [False] * len(rows)
     for column in generate(model, ids, max_new_tokens, 0.0, eos_id=[*ends], attention_mask=mask):
@@ -151,16 +149,6 @@ def write_lines(model, tokenizer, rows: list[list[int]], max_new_tokens: int) ->
             break
     texts = (tokenizer.decode_bytes(made).decode(errors="replace").split("\n")[0] for made in written)
     return list(zip(texts, ended))
-
-
-def edit_similarity(a: str, b: str) -> float:
-    """Returns 1 - (Levenshtein distance) / (length of the longer text); 1 for two empty texts."""
-    row = range(len(b) + 1)
-    for i, x in enumerate(a, 1):
-        row, above = [i], row
-        for j, y in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y)))
-    return 1 - row[-1] / max(len(a), len(b), 1)
 
 
 def measure(model, tokenizer, lines: list[Line], config: InfillConfig) -> dict:

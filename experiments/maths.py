@@ -39,7 +39,6 @@ from src.data.records import Record, read_records  # noqa: E402
 from src.errors import UserError  # noqa: E402
 from src.files.text import read_object  # noqa: E402
 from src.metrics import flops_per_token, format_params  # noqa: E402
-from src.training.curves import scan_metrics  # noqa: E402
 from src.training.train_config import Settings, read_settings  # noqa: E402
 
 HELD_BACK = 500  # training records that the sweep and the validation during a run use, at most a tenth
@@ -216,13 +215,10 @@ def run_job(config: MathsConfig, settings: Settings, data: Data, job: arms.Job) 
     flags |= arms.length(config, job, flops, flops_per_token(recipe).train)
     paths = {"train_paths": data.train, "valid_paths": data.valid}
     folder = arms.train("train_trm_lm.py", config, job, flags | paths)
-    figures = {}
-    for record, _ in scan_metrics(folder):
-        figures |= record
     trained = model.recursion_steps
-    record = {
-        **{"arm": job.arm, "changes": {"lr": job.lr}, "seed": job.seed, "is_sweep": job.is_sweep},
-        **{"updates": figures["step"], "seconds": figures["elapsed_s"], "flops_per_token": flops},
+    record, figures = arms.record_of(folder, job)
+    record |= {
+        "flops_per_token": flops,
         "likelihood": -figures.get("final_valid_loss", figures["valid_loss"]),
         "trained_steps": trained,
     }

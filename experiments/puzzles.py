@@ -31,7 +31,6 @@ from src.metrics import flops_per_token  # noqa: E402
 from src.model_config import TRMConfig, model_settings  # noqa: E402
 from src.tasks.puzzle_config import read_settings  # noqa: E402
 from src.tasks.puzzle_folder import kind_named  # noqa: E402
-from src.training.curves import scan_metrics  # noqa: E402
 
 
 @dataclass
@@ -73,18 +72,13 @@ def update_flops(model: TRMConfig) -> float:
 
 def record_of(folder: Path, job: arms.Job) -> dict:
     """Returns the result of a finished run, {arm, changes, seed, exact, by_step, ...}, from its metrics.jsonl."""
-    figures = {}
-    for record, _ in scan_metrics(folder):
-        figures |= record
+    record, figures = arms.record_of(folder, job)
     prefix = "final_valid" if "final_valid_exact_accuracy" in figures else "valid"
     by_step = {name: figures[name] for name in figures if name.startswith(f"{prefix}_exact_step_")}
-    return {
-        **{"arm": job.arm, "changes": {"lr": job.lr}, "seed": job.seed, "is_sweep": job.is_sweep},
+    return record | {
         "exact": figures[f"{prefix}_exact_accuracy"],
         "cells": figures[f"{prefix}_cell_accuracy"],
         "by_step": list(by_step.values()),
-        "updates": figures["step"],
-        "seconds": figures["elapsed_s"],
     }
 
 

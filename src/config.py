@@ -127,6 +127,12 @@ def write_text(path, text: str, mode: str = "w"):
         raise UserError(f"cannot write {path}: {error.strerror}; correct the path, or free disk space") from None
 
 
+def write_json(path, found: dict):
+    """Write figures as JSON.  Raises UserError if the file cannot be written."""
+    found = json.loads(json.dumps(found), parse_constant=lambda name: None)  # JSON has no NaN: write null
+    write_text(path, json.dumps(found, indent=1) + "\n")
+
+
 def check_writable(path):
     """Raises UserError if a file cannot be written.  Call it before long work, to fail early."""
     is_new = not os.path.exists(path)

@@ -196,12 +196,12 @@ def read_pieces(paths, text_field="text", strict=False, skipped=None, report=Tru
     document is found."""
     if not 1 <= max_doc_mb * 1e6 <= 1e12:
         raise UserError(f"max_doc_mb is {max_doc_mb}: set it over 0 and to at most a million")
-    is_text = isinstance(text_field, str)
+    is_field = isinstance(text_field, str)
     files = find_files(paths, suffixes_of(text_field))
     log = SkipLog(strict, Counter() if skipped is None else skipped, report, int(max_doc_mb * 1e6))
     is_empty = True
     for path in files:
-        for piece in READERS[suffix_of(path)](path, text_field, log) if is_text else text_field.pieces(path, log):
+        for piece in READERS[suffix_of(path)](path, text_field, log) if is_field else text_field.pieces(path, log):
             is_empty = False
             yield piece
     if is_empty:

@@ -11,11 +11,11 @@ import random
 import re
 import textwrap
 import tokenize
-import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from src.data.records import prompt_of
+from src.files.text import parse_python
 
 CONTEXT = 600  # characters before a bracket or an indented line; a multiple of what such a decision needs
 REACH = 200  # most characters between a bracket and its partner
@@ -92,24 +92,14 @@ def functions(texts: list[str], rng: random.Random) -> Iterator[Completion]:
 
 def _documented(text):
     """Returns the functions of a source that have a docstring and at least one more statement, on lines of its own."""
-    nodes = ast.walk(parse(text) or ast.Module([], []))
+    nodes = ast.walk(parse_python(text) or ast.Module([], []))
     found = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     return [n for n in found if ast.get_docstring(n) and len(n.body) > 1 and n.body[1].lineno > n.body[0].end_lineno]
 
 
-def parse(text: str) -> ast.Module | None:
-    """Returns the syntax tree of a text, or None if it is not valid Python. Never executes it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such as invalid escapes in a string
-        try:
-            return ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: NUL, or a number of 5,000 digits
-            return None
-
-
 def is_function(text: str) -> bool:
     """Whether a text is valid Python and starts with a function that has a statement after its docstring."""
-    tree = parse(text)
+    tree = parse_python(text)
     body = getattr(tree.body[0], "body", []) if tree is not None and tree.body else []
     return len(body) > 1
 

@@ -4,6 +4,7 @@ Every reader of text, JSON and names uses this module, so that all scripts read 
 or what their byte order mark says; the mark is not part of the text. All line ends become \\n.
 """
 
+import ast
 import codecs
 import gzip
 import io
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import unicodedata
+import warnings
 import zlib
 
 from src.errors import UserError
@@ -175,3 +177,13 @@ def read_object(path, what: str = "") -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{what} {path} is not a JSON object: copy it again".strip())
     return value
+
+
+def parse_python(text: str) -> ast.Module | None:
+    """Returns the syntax tree of a text, or None if it is not valid Python. Never executes it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # such as invalid escapes in a string
+        try:
+            return ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: NUL, or a number of 5,000 digits
+            return None

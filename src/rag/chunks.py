@@ -7,13 +7,12 @@ LEAST_LINES shares a chunk with what follows it. Every line that is not blank be
 import ast
 import os
 import sys
-import warnings
 from collections import Counter
 from typing import NamedTuple
 
 from src.data.corpus import same_file_key, walk
 from src.errors import UserError, few
-from src.files.text import decode
+from src.files.text import decode, parse_python
 
 MOST_FILE_BYTES = 2_000_000  # a larger text file is data or generated code
 LEAST_LINES = 8  # shorter chunks win by a single common name, and hold too little to help
@@ -102,9 +101,9 @@ def _read(path, skipped: Counter) -> str | None:
 def cut_file(path: str, text: str, most_lines: int = 40) -> list[tuple[int, int]]:
     """Returns the line ranges (first, last), from 1, of the chunks of a file."""
     lines = text.split("\n")
-    bounds = _python_bounds(text, most_lines) if path.endswith((".py", ".pyi")) else None
+    tree = parse_python(text) if path.endswith((".py", ".pyi")) else None
     starts, ranges = [1], []
-    for start in sorted(bounds or ()):
+    for start in sorted(_bounds(tree.body, most_lines) if tree else ()):
         if start - starts[-1] >= min(LEAST_LINES, most_lines):
             starts.append(start)
     for start, following in zip(starts, [*starts[1:], len(lines) + 1]):
@@ -120,17 +119,6 @@ def _trim(lines, first, last):
     while last >= first and not lines[last - 1].strip():
         last -= 1
     return (first, last) if first <= last else None
-
-
-def _python_bounds(text, most_lines) -> list[int] | None:
-    """Returns the first lines of the chunks of Python code, or None if it cannot be parsed."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in somebody else's code
-            tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    return _bounds(tree.body, most_lines)
 
 
 def _bounds(body, most_lines):

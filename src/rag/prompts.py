@@ -7,8 +7,9 @@ from src.data.samples import prepare_code_input
 from src.errors import few
 from src.rag.index import open_retriever
 from src.rag.retriever import fit_context
+from src.training.rag_config import RagConfig
 
-QUERY_TOKENS = 64  # of the end of the prompt that are compared with the index; the default of training
+QUERY_TOKENS = RagConfig.query_tokens  # of the end of the prompt that are compared with the index, as in training
 SENTINELS = 3  # tokens around a prompt and its suffix
 LEAST_NEW = 8  # one in this many tokens of the model's context stays free for new ones
 

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-METHODS = ("tfidf", "bm25", "checkpoint", "sentence")
-
 
 @dataclass
 class RagConfig:
