@@ -37,8 +37,8 @@ def find_files(paths, suffixes=SUFFIXES):
     found = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.path.expanduser(os.fspath(path))
-        if path in _SOURCES and not os.path.lexists(path):
-            files = [file for file in _SOURCES[path]() if _has(file, suffixes)]
+        if path in SOURCES and not os.path.lexists(path):
+            files = [file for file in SOURCES[path]() if _has(file, suffixes)]
         elif os.path.isdir(path):
             files = _files_in(path, suffixes)
         elif glob.has_magic(path) and not os.path.lexists(path):
@@ -144,7 +144,7 @@ def _sources(root, ignored, min_bytes):
             yield path
 
 
-_SOURCES = {
+SOURCES = {  # words that stand for files
     "stdlib": lambda: stdlib_files()[0],
     "stdlib-valid": lambda: stdlib_files()[1],
     "site-packages": package_files,
