@@ -39,8 +39,9 @@ class Chunk(NamedTuple):
 def source_files(paths, suffixes=()) -> list[tuple[str, str]]:
     """Returns sorted (path to show, path to open) of all files in files and folders.
 
-    stdlib, stdlib-valid and site-packages stand for the sources of this Python, as in train_paths. Hidden files and folders are left out. A folder that is reached through several links is entered once, so links that
-    form a circle do no harm. Raises UserError if a path does not exist."""
+    stdlib, stdlib-valid and site-packages stand for the sources of this Python, as in train_paths. Hidden files and
+    folders are left out. A folder that is reached through several links is entered once, so links that form a circle do
+    no harm. Raises UserError if a path does not exist."""
     found = {}
     for path in paths:
         path = os.path.expanduser(os.fspath(path))
