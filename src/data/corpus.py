@@ -216,6 +216,8 @@ def refuse_empty(files, text_field, log):
         wanted, flags = f"the field {text_field!r}", "--text_field"
         if not isinstance(text_field, str):
             wanted, flags = text_field, "--question_field and --answer_field"
+        elif {"question", "answer"} <= {name.lower() for name in log.fields}:
+            flags = "--records true"
         fields = f"available fields: {', '.join(log.fields)} (set {flags})"
         raise NoDocument(f"no record of {few(files)} has {wanted}; {fields}")
     raise NoDocument(f"no document in {few(files)}: {f'nothing usable ({log.summary()})' if log.skipped else 'empty'}")
