@@ -70,8 +70,9 @@ class Bm25Search:
                 allowed[start:stop] = 0
             most = sum(self._idf.get(term, self._rarest) for term in terms)
             found = self._index.get_scores(terms, weight_mask=allowed) / most
-            order = np.argsort(-found, kind="stable")[:k]
-            order = order[found[order] > 0]
+            least = np.partition(found, -k)[-k] if k < self._n else 0
+            best = np.flatnonzero(found >= max(least, np.finfo(found.dtype).tiny))
+            order = best[np.argsort(-found[best], kind="stable")][:k]
             scores[number, : len(order)], rows[number, : len(order)] = found[order], order
         return scores, rows
 
