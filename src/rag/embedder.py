@@ -14,7 +14,7 @@ from src.data.corpus import content_hash
 from src.errors import UserError
 
 IDF_SLOTS = 2**18  # counts of documents are kept by hash: collisions are rare among the terms of a repository
-ROWS = 512  # texts embedded at once, which limits memory
+BATCH = 16  # texts that a model embeds at once
 _WORD = re.compile(r"[^\W\d]\w*")
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+")  # HTTPServer -> HTTP, Server; v2 -> v, 2
 
@@ -106,15 +106,18 @@ class _ModelEmbedder:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Returns (len(texts), dim) float32 unit vectors."""
-        parts = [self._states(list(texts[start : start + 16])) for start in range(0, len(texts), 16)]
-        return unit(np.concatenate([np.zeros((0, self.dim), np.float32), *parts]))
+        return unit(self._all_states(texts))
+
+    def _all_states(self, texts):
+        parts = [self._states(list(texts[start : start + BATCH])) for start in range(0, len(texts), BATCH)]
+        return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
 
 
 class StateEmbedder(_ModelEmbedder):
     """Mean final state over the tokens of a text, of a causal or non-causal language model.
 
-    The mean state of all texts points in much the same direction, so it is subtracted: `fit` learns it. Texts are cut
-    on the left to the model's context."""
+    The states of different texts point in much the same direction. `fit` learns their mean, which is then subtracted.
+    Of a text that is longer than the model's context, the last tokens are used."""
 
     def __init__(self, model, tokenizer, name: str):
         self.model, self.tokenizer, self.dim = model.eval(), tokenizer, model.config.d_model
@@ -124,7 +127,7 @@ class StateEmbedder(_ModelEmbedder):
     def fit(self, texts):
         some = list(texts)[:: max(1, len(texts) // 256)]
         self._mean = np.zeros(self.dim, np.float32)
-        self._mean = self._states(some).mean(0) if some else self._mean
+        self._mean = self._all_states(some).mean(0) if some else self._mean
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -140,16 +143,14 @@ class StateEmbedder(_ModelEmbedder):
 
         from src.data.samples import tokenize_and_pad
 
-        states, rows = [], [tokenize_and_pad(self.tokenizer, text, self.model.config.max_seq_len) for text in texts]
+        rows = [tokenize_and_pad(self.tokenizer, text, self.model.config.max_seq_len) for text in texts]
         device = self.model.embed.weight.device
-        for start in range(0, len(rows), 16):
-            ids, mask = (torch.stack(part).to(device) for part in zip(*rows[start : start + 16]))
-            kept = int(mask.sum(1).max())
-            ids, mask = ids[:, :kept], mask[:, :kept]
-            with torch.inference_mode():
-                y = self.model(ids, attention_mask=mask).carry.y.float()
-            states.append(((y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu().numpy())
-        return np.concatenate(states) - self._mean
+        ids, mask = (torch.stack(part).to(device) for part in zip(*rows))
+        kept = int(mask.sum(1).max())
+        ids, mask = ids[:, :kept], mask[:, :kept]
+        with torch.inference_mode():
+            y = self.model(ids, attention_mask=mask).carry.y.float()
+        return ((y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu().numpy() - self._mean
 
 
 class SentenceEmbedder(_ModelEmbedder):

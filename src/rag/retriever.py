@@ -21,7 +21,7 @@ EMBEDDED = 256  # queries embedded and searched at once
 
 
 class Hit(NamedTuple):
-    """A retrieved chunk. score: cosine, or for bm25 the share of the query's largest possible score."""
+    """A retrieved chunk. score: cosine, or for bm25 the score divided by the largest one that the query can have."""
 
     chunk: Chunk
     score: float
@@ -85,6 +85,7 @@ class RAGRetriever:
     def __init__(self, sources: list[Source], chunks: list[Chunk], search):
         self.sources, self.chunks, self._search, self._lines = sources, chunks, search, None
         files = [chunk.file for chunk in chunks]
+        # ranges (start, stop) of the chunks of each source
         self._rows = [tuple(np.searchsorted(files, (n, n + 1)).tolist()) for n in range(len(sources))]
 
     def near_copies(self, text: str) -> list[int]:
@@ -93,10 +94,6 @@ class RAGRetriever:
             self._lines = LineIndex([source.text for source in self.sources])
         return self._lines.near_copies(text)
 
-    def rows_of(self, files) -> list[tuple[int, int]]:
-        """Returns the ranges (start, stop) of chunks of these sources."""
-        return [self._rows[number] for number in files]
-
     def retrieve(self, queries: Sequence[str], k: int = 1, excluded=None) -> list[list[Hit]]:
         """Returns the k best chunks for each query, best first; fewer if the index has no more.
 
@@ -104,7 +101,7 @@ class RAGRetriever:
         found = []
         for start in range(0, len(queries), EMBEDDED):
             part = slice(start, start + EMBEDDED)
-            hidden = None if excluded is None else [self.rows_of(files) for files in excluded[part]]
+            hidden = excluded and [[self._rows[number] for number in files] for files in excluded[part]]
             for scores, rows in zip(*self._search(queries[part], k, hidden)):
                 pairs = [(self.chunks[row], score) for row, score in zip(rows.tolist(), scores.tolist()) if row >= 0]
                 found.append([Hit(chunk, score, self.sources[chunk.file].path) for chunk, score in pairs])
