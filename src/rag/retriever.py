@@ -84,9 +84,8 @@ class RAGRetriever:
 
     def __init__(self, sources: list[Source], chunks: list[Chunk], search):
         self.sources, self.chunks, self._search, self._lines = sources, chunks, search, None
-        files = [chunk.file for chunk in chunks]
-        # ranges (start, stop) of the chunks of each source
-        self._rows = [tuple(np.searchsorted(files, (n, n + 1)).tolist()) for n in range(len(sources))]
+        firsts = np.searchsorted([chunk.file for chunk in chunks], np.arange(len(sources) + 1)).tolist()
+        self._rows = list(zip(firsts, firsts[1:]))  # (first chunk, first chunk after it) of each source
 
     def near_copies(self, text: str) -> list[int]:
         """Returns the numbers of the sources that are copies or near copies of a text; see `LineIndex`."""
