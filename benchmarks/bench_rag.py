@@ -137,7 +137,7 @@ def sklearn_seconds(texts) -> float | None:
     except ImportError:
         return None
     hashing = HashingVectorizer(analyzer=terms_of, n_features=TextEmbedder().dim, norm=None)
-    return seconds(lambda: TfidfTransformer(sublinear_tf=False).fit_transform(hashing.transform(texts)))
+    return seconds(lambda: TfidfTransformer().fit_transform(hashing.transform(texts)))
 
 
 def bm25s_peer(retriever, queries):

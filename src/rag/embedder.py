@@ -45,6 +45,7 @@ class TextEmbedder:
         self.dim, self.identity = dim, {"method": "tfidf", "dim": dim}
         self._idf = np.ones(IDF_SLOTS, np.float32)
         self._hashes = {}  # word -> hashes of the word and of its parts
+        self._fitted = {}  # text -> its terms, of the texts that were fitted and not yet embedded
 
     def _terms(self, text):
         """Returns (hashes (n,) uint64 of the distinct terms of a text, counts (n,))."""
@@ -58,17 +59,17 @@ class TextEmbedder:
 
     def fit(self, texts: Sequence[str]):
         """Learns from the chunks of an index how rare each term is: idf = ln((1 + n) / (1 + chunks with it)) + 1."""
-        counts, n = np.zeros(IDF_SLOTS, np.int64), 0
+        counts = np.zeros(IDF_SLOTS, np.int64)
+        self._fitted = {text: self._terms(text) for text in texts}
         for text in texts:
-            counts[np.unique(_slots(self._terms(text)[0]))] += 1
-            n += 1
-        self._idf = (np.log((1 + n) / (1 + counts)) + 1).astype(np.float32)
+            counts[np.unique(_slots(self._fitted[text][0]))] += 1
+        self._idf = (np.log((1 + len(texts)) / (1 + counts)) + 1).astype(np.float32)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Returns (len(texts), dim) float32 unit vectors; a text without identifiers gets zeros."""
         out = np.zeros((len(texts), self.dim), np.float32)
         for row, text in zip(out, texts):
-            hashes, counts = self._terms(text)
+            hashes, counts = self._fitted.pop(text, None) or self._terms(text)
             weights = (1 + np.log(counts)) * self._idf[_slots(hashes)]
             signs = np.where(hashes >> np.uint64(63), -1.0, 1.0)
             row += np.bincount((hashes % np.uint64(self.dim)).astype(np.int64), weights * signs, self.dim)
