@@ -61,6 +61,8 @@ class PackedDataset(Dataset):
     window.
     """
 
+    pads = False  # whether rows differ in length, so that batches are padded
+
     def __init__(self, store, seq_len, segment=False, bos_eos=None):
         if len(store) < seq_len + 1:
             raise UserError(
@@ -103,6 +105,8 @@ class WikiJsonlDataset(Dataset):
     `paths` is as in `tokenize_corpus`, or a TokenStore.
     """
 
+    pads = True
+
     def __init__(self, paths, tokenizer, seq_len, text_field="text", **options):
         self.store = (
             paths if isinstance(paths, TokenStore) else tokenize_corpus(paths, tokenizer, text_field, **options)
@@ -144,6 +148,7 @@ class MixedDataset(ConcatDataset):
     def __init__(self, corpora, weights):
         super().__init__(corpora)
         self.weights, self.seq_len = list(weights), corpora[0].seq_len
+        self.pads = any(corpus.pads for corpus in corpora)
 
     @property
     def bytes_per_token(self):

@@ -147,10 +147,13 @@ def _missing_for_compile(device) -> str:
     return "" if (Path(include) / "Python.h").exists() else f"no Python.h in {include} (install the Python headers)"
 
 
-def compile_parts(model) -> None:
-    """Compiles a TRMModel for training. Every visit uses the same graph of the blocks; shapes are static."""
-    model.net.apply_blocks = torch.compile(model.net.apply_blocks, dynamic=False)
-    model.token_loss = torch.compile(model.token_loss, dynamic=False)
+def compile_parts(model, lengths_vary: bool = False) -> None:
+    """Compiles a TRMModel for training. Every visit uses the same graph of the blocks.
+
+    lengths_vary: the rows of one batch are longer than those of another. One graph then serves all lengths; static
+    graphs are faster, but each new length would take as long to compile as the first."""
+    model.net.apply_blocks = torch.compile(model.net.apply_blocks, dynamic=lengths_vary)
+    model.token_loss = torch.compile(model.token_loss, dynamic=lengths_vary)
 
 
 class _FreeCores:

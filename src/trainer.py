@@ -71,7 +71,7 @@ class Trainer:
         config = self.config
         self.raw = model.to(self.device)  # without the DDP wrapper: for its config, evaluation and checkpoints
         if self.compiles:
-            compile_parts(model)
+            compile_parts(model, lengths_vary=self.train_set is not None and self.train_set.pads)
         if config.shard:
             parallel.shard(model, self.device, self.world)
         self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in self._make_optimizers(model)]

@@ -109,7 +109,7 @@ class RearrangedDataset(Dataset):
     of the plain text: the cuts make a small difference, which is neglected."""
 
     def __init__(self, rows, fim):
-        self.rows, self.fim, self.seq_len = rows, fim, rows.seq_len
+        self.rows, self.fim, self.seq_len, self.pads = rows, fim, rows.seq_len, rows.pads
 
     def __len__(self):
         return len(self.rows)

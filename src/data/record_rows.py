@@ -19,6 +19,8 @@ class RecordDataset(Dataset):
     which records are kept, from 0. Prints on stderr how many were dropped. Raises UserError if none is left.
     """
 
+    pads = True
+
     def __init__(
         self, paths, tokenizer, seq_len, question_field=None, answer_field=None, most=None, report=True, **options
     ):

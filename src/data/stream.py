@@ -49,6 +49,7 @@ class StreamingDataset:
         self.shards, self.tokenizer, self.seq_len = shards, tokenizer, seq_len
         self.weights = list(weights or [1.0] * len(shards.corpora))
         self.segment, self.shuffle_buffer, self.fim = segment, shuffle_buffer, fim
+        self.pads = any(shards.are_records)
         measures = (self._measure_records if are else self._measure for are in shards.are_records)
         sizes = [measure(files) for measure, files in zip(measures, shards.corpora)]
         self.bytes_per_token = sum(w * n for w, n in zip(self.weights, sizes)) / sum(self.weights)

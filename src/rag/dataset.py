@@ -27,6 +27,8 @@ class RAGDatasetWrapper(torch.utils.data.Dataset):
     Raises ValueError if the windows have no room for targets.
     """
 
+    pads = False
+
     def __init__(self, dataset: PackedDataset, retriever: RAGRetriever, tokenizer, config: RagConfig, seed: int = 0):
         self.dataset, self.tokenizer, self.config = dataset, tokenizer, config
         self._check_room()

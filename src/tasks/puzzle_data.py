@@ -270,6 +270,8 @@ class PuzzleDraws:
     which is much faster than one by one. Rows with a puzzle id are only moved, because each augmentation has an id of
     its own."""
 
+    pads = False  # boards of one run have equal size
+
     def __init__(self, kind: PuzzleKind, grids: Grids, seed: int, augment: bool):
         self.kind, self.grids, self.seed, self.augment = kind, grids, seed, augment
         self._order = np.lexsort((grids.puzzle_ids, grids.groups))

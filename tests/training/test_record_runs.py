@@ -9,6 +9,7 @@ from texts import write_records
 from trainers import assert_same_checkpoints, during, read_metrics
 
 from src.losses import IGNORE
+from src.runtime import Choice
 
 pytest_plugins = "trainers"  # the fixtures make and corpus
 pytestmark = pytest.mark.usefixtures("unchecked")  # whole runs; the tests of the parts check annotations
@@ -37,6 +38,17 @@ def test_the_validation_loss_is_that_of_the_answers(make, records, tmp_path):
     assert figures["valid_bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / n_bytes, rel=1e-5)
     assert "step 2: validation" in (said := (tmp_path / "run" / "samples.txt").read_text())
     assert "Input: 10 + 0? \n Output:" in said  # the first validation question
+
+
+@pytest.mark.parametrize("changes", [{}, {"streaming": True}, {"mixture": [2, 1]}, {"packing": True}], ids=str)
+def test_rows_of_any_length_share_one_compiled_graph(make, records, corpus, changes, monkeypatch):
+    kinds = []
+    monkeypatch.setattr("src.trainer.choose_compile", lambda *_: Choice(True, "for this test"))
+    monkeypatch.setattr(torch, "compile", lambda part, dynamic: kinds.append(dynamic) or part)
+    text = corpus if changes.get("packing") else records
+    paths = text["train_paths"] + (corpus["train_paths"] if "mixture" in changes else [])
+    make(**{**text, **changes, "train_paths": paths})
+    assert kinds == [text is records] * 2
 
 
 @pytest.mark.parametrize(
