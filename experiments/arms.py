@@ -229,17 +229,27 @@ def do_all(config: RunsConfig, jobs: list[Job], do: Callable[[Job], dict], figur
     a record that is printed when a run is done."""
     known = known_runs(config.output)
     missing = list(dict.fromkeys(job for job in jobs if job not in known))
+
+    def store(record):
+        keep(Path(config.output) / "runs.jsonl", record)
+        known[job_of(record)] = record
+        kind = "sweep" if record["is_sweep"] else f"seed {record['seed']}"
+        line = f"{record['arm']}, {kind}, {spelled(record['changes'])}: {figure} {record[figure]:.4f}"
+        print(f"{line}, {record['updates']:,} steps in {record['seconds']:.0f} s", file=sys.stderr)
+
     pool = ThreadPoolExecutor(config.jobs)
+    futures = {pool.submit(do, job): job for job in missing}
     try:
-        for done in as_completed([pool.submit(do, job) for job in missing]):
-            record = done.result()
-            keep(Path(config.output) / "runs.jsonl", record)
-            known[job_of(record)] = record
-            kind = "sweep" if record["is_sweep"] else f"seed {record['seed']}"
-            line = f"{record['arm']}, {kind}, {spelled(record['changes'])}: {figure} {record[figure]:.4f}"
-            print(f"{line}, {record['updates']:,} steps in {record['seconds']:.0f} s", file=sys.stderr)
+        for done in as_completed(futures):
+            store(done.result())
+    except UserError:  # of one run: those that run beside it are completed and kept, no others are started
+        pool.shutdown(cancel_futures=True)
+        for done, job in futures.items():
+            if job not in known and not done.cancelled() and done.exception() is None:
+                store(done.result())
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error, runs that have not begun are not started
+        pool.shutdown(cancel_futures=True)
     return [known[job] for job in jobs]
 
 
