@@ -345,7 +345,8 @@ def score(ladder: Ladder, rung: Rung, folder: Path, name: str) -> dict:
     name: the weights of a run, which are last, averaged (of the last step), or best (averaged, at the best step)."""
     config, found = ladder.config, folder / f"{name}.json"
     words = ["--paths", ladder.data.valid, f"--ema={json.dumps(name != 'last')}", "--json", found]
-    words += ["--stride", rung.model.max_seq_len, "--device", config.device]
+    length = rung.model.max_seq_len
+    words += ["--stride", length, "--batch_size", max(8, 4096 // length), "--device", config.device]
     arms.run_script("eval_lm.py", [folder / ("best" if name == "best" else "last"), *words], config.threads)
     figures = read_object(found)
     if figures["bits_per_char"] is None:
