@@ -178,7 +178,8 @@ def run_script(name: str, words: list, threads: int) -> None:
         text=True,
     )
     if done.returncode:
-        raise UserError(f"{name} {' '.join(map(str, words))} failed: {done.stderr.strip().splitlines()[-1]}")
+        why = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
+        raise UserError(f"{name} failed: {why} (its flags: {' '.join(map(str, words))})")
 
 
 def length(config: ArmsConfig, job: Job, step_flops: float, recipe_step_flops: float) -> dict:
@@ -222,11 +223,13 @@ def record_of(folder: Path, job: Job) -> tuple[dict, dict]:
     return record | {"updates": figures["step"], "seconds": figures["elapsed_s"]}, figures
 
 
-def do_all(config: RunsConfig, jobs: list[Job], do: Callable[[Job], dict], figure: str = "exact") -> list[dict]:
+def do_all(
+    config: RunsConfig, jobs: list[Job], do: Callable[[Job], dict], figure: str = "exact", tidy=lambda job: None
+) -> list[dict]:
     """Returns the records of runs. Runs that runs.jsonl does not have yet are done first, `jobs` at a time.
 
     do: does one run, and returns its record {arm, changes, seed, is_sweep, updates, seconds, ...}. figure: the field of
-    a record that is printed when a run is done."""
+    a record that is printed when a run is done. tidy: called with each job whose record has been written."""
     known = known_runs(config.output)
     missing = list(dict.fromkeys(job for job in jobs if job not in known))
 
@@ -236,6 +239,7 @@ def do_all(config: RunsConfig, jobs: list[Job], do: Callable[[Job], dict], figur
         kind = "sweep" if record["is_sweep"] else f"seed {record['seed']}"
         line = f"{record['arm']}, {kind}, {spelled(record['changes'])}: {figure} {record[figure]:.4f}"
         print(f"{line}, {record['updates']:,} steps in {record['seconds']:.0f} s", file=sys.stderr)
+        tidy(job_of(record))
 
     pool = ThreadPoolExecutor(config.jobs)
     futures = {pool.submit(do, job): job for job in missing}

@@ -334,9 +334,18 @@ def run_job(ladder: Ladder, job: arms.Job) -> dict:
     if is_small and not job.is_sweep:
         found |= {"slice": curve[:, 1].min(), "curve": curve.tolist(), "best_step": int(curve[curve[:, 1].argmin(), 0])}
         found["best"] = score(ladder, rung, folder, "best")
-    for state in folder.glob("step_*" if job.is_sweep else "step_*/state"):
-        shutil.rmtree(state)  # a finished run is never continued, and its optimizer's state takes the most space
     return record | found
+
+
+def tidy(config: LadderConfig, job: arms.Job) -> None:
+    """Deletes what nobody needs of a run whose record is written: the optimizer's state, of the sweep all weights."""
+    for folder in job.folder(config.output).glob("step_*" if job.is_sweep else "step_*/state"):
+        shutil.rmtree(folder)
+
+
+def do_all(ladder: Ladder, jobs: list[arms.Job], do) -> list[dict]:
+    """Returns the records of runs, and does those that are missing.  do: does one run, as run_job."""
+    return arms.do_all(ladder.config, jobs, do, "bits_per_byte", lambda job: tidy(ladder.config, job))
 
 
 def score(ladder: Ladder, rung: Rung, folder: Path, name: str) -> dict:
@@ -368,7 +377,7 @@ def choose(ladder: Ladder, do) -> dict[str, dict]:
         if len(values) == 1:
             continue
         tried = [(rung, best[rung] | {name: value}) for rung in rungs for value in values]
-        records = arms.do_all(config, [job(*each) for each in tried], do, "bits_per_byte")
+        records = do_all(ladder, [job(*each) for each in tried], do)
         for rung in rungs:
             own = [(r["bits_per_byte"], i) for i, (r, each) in enumerate(zip(records, tried)) if each[0] == rung]
             best[rung] = tried[min(own)[1]][1]
@@ -452,7 +461,7 @@ def main(argv=None):
         def do(job):
             return run_job(ladder, job)
 
-        records = arms.do_all(config, jobs_of(ladder, choose(ladder, do)), do, "bits_per_byte")
+        records = do_all(ladder, jobs_of(ladder, choose(ladder, do)), do)
     tables = tables_of(ladder, records)
     if not tables:
         raise UserError(f"{config.output} has no reported run yet: start it without --table")

@@ -222,6 +222,21 @@ def test_reported_runs(all_rungs):
     assert [dict(j.changes)["max_steps"] for j in found if j.arm in ("plain-deep", "trm")] == [100, 200, 100]
 
 
+def test_the_state_is_deleted_when_the_record_is_written(tmp_path):
+    it = opened(tmp_path, "--rungs", "plain")
+    jobs = [arms.Job("plain", (("lr", 0.1), ("max_steps", 9)), 0, is_sweep) for is_sweep in (True, False)]
+
+    def do(job):
+        folder = job.folder(it.config.output) / "step_00000009"
+        (folder / "state").mkdir(parents=True)
+        (folder / "model.safetensors").write_text("")
+        return record_of(job, bits_per_byte=1.0, updates=9, seconds=1.0)
+
+    ladder.do_all(it, jobs, do)
+    left = [[str(p.relative_to(f)) for p in f.rglob("*")] for f in (job.folder(it.config.output) for job in jobs)]
+    assert left == [[], ["step_00000009", "step_00000009/model.safetensors"]]
+
+
 def test_only_missing_runs_are_done_and_finished_ones_are_kept(tmp_path):
     config, done = arms.RunsConfig(output=str(tmp_path)), []
     jobs = [arms.Job("plain", (("lr", 0.1), ("max_steps", n)), 0, False) for n in (1, 2, 3)]
