@@ -84,6 +84,7 @@ from src.training.train_config import Settings, read_settings  # noqa: E402
 BASE = {
     **{"d_model": 256, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "batch_size": 32},
     **{"latent_steps": 2, "deep_steps": 1, "supervision_steps": 2, "halting": False},
+    "shift_windows": True,
     **{"lr": 1e-3, "min_lr_ratio": 0.1, "warmup_steps": 100, "beta2": 0.99, "weight_decay": 0.1, "ema_decay": 0.995},
 }
 VALID, SLICE = 0.1, 0.05  # shares of the text that are for validation, and of the training text that are held out
@@ -103,7 +104,8 @@ class LadderConfig(arms.RunsConfig):
         text_field: name of the JSON field or parquet column that holds the text
         tokenizer: byte (one token per byte), sentencepiece (trained on the training text), or the path of a tokenizer
         recipe: config file of train_trm_lm.py, of recursion trm, with the settings that all rungs have in common;
-            default: width 256, 2 layers, 3 visits, 2 supervision steps, batches of 32 x 128 tokens, AdamW
+            default: width 256, 2 layers, 3 visits, 2 supervision steps, batches of 32 x 128 tokens, AdamW; windows are
+            cut at other places in each epoch
         rungs: models to train, see above
         control: rung from which differences are taken; one for all tables, or two: for equal tokens, for equal FLOPs.
             Default: plain, and for equal FLOPs plain-deep
