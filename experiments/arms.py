@@ -24,6 +24,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -178,7 +179,8 @@ def run_script(name: str, words: list, threads: int) -> None:
         text=True,
     )
     if done.returncode:
-        why = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        why = f"ended by signal {-done.returncode}" if done.returncode < 0 else said[-1].removeprefix("error: ")
         raise UserError(f"{name} failed: {why} (its flags: {' '.join(map(str, words))})")
 
 
@@ -241,19 +243,30 @@ def do_all(
         print(f"{line}, {record['updates']:,} steps in {record['seconds']:.0f} s", file=sys.stderr)
         tidy(job_of(record))
 
+    stops = threading.Event()  # after an error, runs that have not begun are not started
+
+    def attempt(job):
+        try:
+            return None if stops.is_set() else do(job)
+        except BaseException:
+            stops.set()
+            raise
+
     pool = ThreadPoolExecutor(config.jobs)
-    futures = {pool.submit(do, job): job for job in missing}
+    futures = {pool.submit(attempt, job): job for job in missing}
     try:
         for done in as_completed(futures):
-            store(done.result())
-    except UserError:  # of one run: those that run beside it are completed and kept, no others are started
-        pool.shutdown(cancel_futures=True)
+            if done.result() is not None:
+                store(done.result())
+    except UserError:  # of one run: those that run beside it are completed and kept
+        pool.shutdown()
         for done, job in futures.items():
-            if job not in known and not done.cancelled() and done.exception() is None:
+            if job not in known and done.exception() is None and done.result() is not None:
                 store(done.result())
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        stops.set()
+        pool.shutdown()
     return [known[job] for job in jobs]
 
 

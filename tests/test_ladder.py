@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -250,11 +252,22 @@ def test_only_missing_runs_are_done_and_finished_ones_are_kept(tmp_path):
     arms.do_all(config, jobs[:1], do)
     with pytest.raises(UserError, match="it failed"):
         arms.do_all(config, jobs, lambda job: do(job, fails=jobs[1]))
-    assert done[:2] == jobs[:2] and set(arms.known_runs(tmp_path)) >= {jobs[0]}
+    assert done == jobs[:2] and set(arms.known_runs(tmp_path)) == {jobs[0]}  # the third was not started
     done.clear()
     records = arms.do_all(config, [*jobs, jobs[0]], do)
-    assert jobs[1] in done and jobs[0] not in done and list(map(arms.job_of, records)) == [*jobs, jobs[0]]
+    assert done == jobs[1:] and list(map(arms.job_of, records)) == [*jobs, jobs[0]]
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
+    together = arms.RunsConfig(output=str(tmp_path / "two"), jobs=2)
+    both = threading.Barrier(2)
+
+    def do_together(job):
+        both.wait(10)
+        time.sleep(0 if job == jobs[0] else 0.1)
+        return do(job, fails=jobs[0])
+
+    with pytest.raises(UserError, match="it failed"):
+        arms.do_all(together, jobs[:2], do_together)
+    assert set(arms.known_runs(tmp_path / "two")) == {jobs[1]}  # it ran beside the one that failed
     (tmp_path / "runs.jsonl").write_text("[1]\n")
     with pytest.raises(UserError, match="not a file of runs"):
         arms.do_all(config, jobs, do)
