@@ -159,31 +159,31 @@ def draw(tables: dict[str, dict[str, list[dict]]], path: Path) -> Path:
     axes.set_xlabel("training FLOPs", fontsize=9, color="#555555")
     label_ends(axes, ends)
     seeds = len({r["seed"] for r in records})
-    remark = f"mean of {seeds} seeds; bars: from the lowest to the highest" if seeds > 1 and not is_best else ""
+    how = "" if is_best else "; bars: lowest to highest; equal FLOPs side by side"
+    remark = f"mean of {seeds} seeds{how}" if seeds > 1 else ""
     add_title(figure, "Loss against training FLOPs", remark)
     return save_picture(figure, path)
 
 
 def _scale(axes, values):
-    """Sets a logarithmic x axis for values in a range that may be less than a decade."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    """Sets a logarithmic x axis with round numbers, also for values in a range that is less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log")
-    axes.set_xlim(0.9 * min(values), 1.1 * max(values))
-    steps = np.geomspace(min(values), max(values), 5 if max(values) > 1.5 * min(values) else 1)
-    axes.set_xticks(steps)
+    axes.set_xlim(0.85 * min(values), 1.15 * max(values))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_params(x)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticks([], minor=True)
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _draw_points(axes, groups, colors) -> list[tuple]:
     ends, flops = [], []
-    for rung, parts in groups.items():
+    for i, (rung, parts) in enumerate(groups.items()):
         points = []
+        beside = 1.012 ** (i - len(groups) / 2)  # so that bars at the same place do not cover each other
         for runs in parts:
             losses = list(by_seed(runs).values())
-            points.append((statistics.mean(r["flops"] for r in runs), statistics.mean(losses)))
+            points.append((beside * statistics.mean(r["flops"] for r in runs), statistics.mean(losses)))
             axes.plot([points[-1][0]] * 2, (min(losses), max(losses)), color=colors[rung], linewidth=4, alpha=0.3)
         points.sort()
         axes.plot(*np.array(points).T, color=colors[rung], linewidth=1.4, marker="o", markersize=5, zorder=3)
@@ -205,6 +205,7 @@ def _draw_curves(axes, groups, colors) -> list[tuple]:
         ends.append((mean[-1, 1], f"{rung}, best {best[1]:.3f}", colors[rung]))
         top.append(mean[len(mean) // 4 :, 1].max())
         last.append(mean[:, 1].min())
+    axes.xaxis.set_major_formatter(lambda x, _: format_params(x))
     margin = 0.06 * (max(top) - min(last)) or 0.1
     axes.set_ylim(min(last) - margin, max(top) + margin)
     return ends
