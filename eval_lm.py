@@ -43,6 +43,7 @@ class EvalConfig:
             not given, the released checkpoint is measured
         paths: text to score, or records for --exact_match: files, globs or folders (data/README.md lists the formats).
             If not given, the validation files of this Python's standard library are scored
+        ema: use the averaged weights if the checkpoint has them; false = the weights of its last step
         text_field: name of the JSON field or parquet column that holds the text
         max_doc_mb: skip .jsonl and .parquet documents longer than this many million characters
         max_docs: read at most this many documents or records; with --lm_eval, at most this many examples per task
@@ -62,6 +63,7 @@ class EvalConfig:
 
     checkpoint: str | None = None
     paths: list[str] = field(default_factory=list)
+    ema: bool = True
     text_field: str = "text"
     max_doc_mb: float = MAX_DOC_MB
     max_docs: int | None = None
@@ -230,7 +232,7 @@ def main(argv=None):
     config, answers, rule = parse_args(argv)
     device = choose_device(config.device)
     precision, _ = choose_precision(config.precision, device)
-    model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision])
+    model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision], config.ema)
     choose_stride(model.config, config.stride)
     try:
         rule.check(model.config)

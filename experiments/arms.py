@@ -1,4 +1,7 @@
-"""Shared by puzzles.py and maths.py: a comparison of a recursive model with its controls, which are called arms.
+"""Shared by puzzles.py, maths.py and ladder.py: runs of several models, which are called arms, each with every seed.
+
+runs.jsonl in the output folder has one line per run, so that a comparison that is started again does only the runs that
+are missing. ladder.py has arms of its own; those of puzzles.py and maths.py are described here.
 
 A recipe is a config of a training script, for a model of recursion trm. Each arm is the recipe with another recursion,
 or another number of layers or steps; all other settings are equal. A visit is one pass through the layers of the
@@ -13,14 +16,15 @@ recipe.
     plain-deep    a plain transformer whose answer takes as many FLOPs as an answer of the recipe: it has the layers of
                   the recipe once for each visit of all supervision steps
 
-A sweep chooses a learning rate for each arm; its runs are shorter and are never reported. runs.jsonl in the output
-folder has one line per run, so that a comparison that is started again does only the runs that are missing.
+A sweep chooses a learning rate for each arm; its runs are shorter and are never reported.
 """
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -39,34 +43,19 @@ ARMS = ("trm", "trm-1", "loop", "plain-params", "plain-flops", "plain-deep")
 
 
 @dataclass
-class ArmsConfig:
-    """What to run.
+class RunsConfig:
+    """Settings of every comparison.
 
     Args:
-        recipe: config file of the training script, of recursion trm
-        arms: models to train
         seeds: seeds of weights and of the order of the data; each seed is one run of every arm
-        minutes: training time of a run, compilation included
-        equal_flops: in place of equal minutes, give every arm the FLOPs of this many training steps of the arm trm; a
-            run of the sweep gets the share of them that sweep_minutes is of minutes
-        lrs: learning rates among which the sweep chooses; with a single value, there is no sweep
-        sweep_minutes: training time of a run of the sweep
-        loop_steps: the arm `loop` has as many visits as this number of supervision steps of the recipe
         jobs: number of runs that run at the same time
         threads: number of CPU threads of each run
         device: device of the runs: cpu, cuda or mps
         output: folder for the runs and runs.jsonl
-        overrides: further settings of every run, as --name=value
+        overrides: further settings of every run, as name=value, such as `--overrides d_model=128 batch_size=16`
     """
 
-    recipe: str = ""
-    arms: list[str] = field(default_factory=lambda: list(ARMS))
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    minutes: float = 9.0
-    equal_flops: int | None = None
-    lrs: list[float] = field(default_factory=lambda: [0.002, 0.004, 0.008])
-    sweep_minutes: float = 2.0
-    loop_steps: int = 4
     jobs: int = 1
     threads: int = 1
     device: str = "cpu"
@@ -74,12 +63,47 @@ class ArmsConfig:
     overrides: list[str] = field(default_factory=list)
 
     def __post_init__(self):
+        if not self.seeds:
+            raise ValueError("seeds is empty: give at least one")
+        for name in ("jobs", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
+        self.overrides = [f"--{setting.removeprefix('--')}" for setting in self.overrides]
+        if wrong := [setting for setting in self.overrides if "=" not in setting]:
+            raise ValueError(f"overrides has {wrong[0].removeprefix('--')}: write it as name=value")
+
+
+@dataclass
+class ArmsConfig(RunsConfig):
+    """What to run.
+
+    Args:
+        recipe: config file of the training script, of recursion trm
+        arms: models to train
+        minutes: training time of a run, compilation included
+        equal_flops: in place of equal minutes, give every arm the FLOPs of this many training steps of the arm trm; a
+            run of the sweep gets the share of them that sweep_minutes is of minutes
+        lrs: learning rates among which the sweep chooses; with a single value, there is no sweep
+        sweep_minutes: training time of a run of the sweep
+        loop_steps: the arm `loop` has as many visits as this number of supervision steps of the recipe
+    """
+
+    recipe: str = ""
+    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    minutes: float = 9.0
+    equal_flops: int | None = None
+    lrs: list[float] = field(default_factory=lambda: [0.002, 0.004, 0.008])
+    sweep_minutes: float = 2.0
+    loop_steps: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
         unknown = [arm for arm in self.arms if arm not in ARMS]
         if unknown or not self.arms:
             raise ValueError(f"arms has {unknown}: choose from {', '.join(ARMS)}")
-        if not self.seeds or not self.lrs:
-            raise ValueError("seeds or lrs is empty: give at least one of each")
-        for name in ("loop_steps", "jobs", "threads", "equal_flops"):
+        if not self.lrs:
+            raise ValueError("lrs is empty: give at least one")
+        for name in ("loop_steps", "equal_flops"):
             if (getattr(self, name) or 0) < 1 and getattr(self, name) is not None:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
         for name in ("minutes", "sweep_minutes"):
@@ -88,20 +112,25 @@ class ArmsConfig:
 
 
 class Job(NamedTuple):
-    """One run to do."""
+    """One run to do.  changes: settings of this run in addition to those of its arm, as ((name, value), ...)."""
 
     arm: str
-    lr: float
+    changes: tuple
     seed: int
     is_sweep: bool
 
     def folder(self, output) -> Path:
         kind = "sweep" if self.is_sweep else "run"
-        return Path(output) / f"{kind}_{self.arm}_lr{self.lr:g}_seed{self.seed}"
+        return Path(output) / f"{kind}_{self.arm}_{spelled(dict(self.changes)).replace(' ', '_')}_seed{self.seed}"
+
+
+def spelled(changes: dict) -> str:
+    """Returns settings in a short form, such as `lr0.001 normpre`."""
+    return " ".join(f"{name}{value:g}" if type(value) is float else f"{name}{value}" for name, value in changes.items())
 
 
 def job_of(record: dict) -> Job:
-    return Job(record["arm"], record["changes"]["lr"], record["seed"], record["is_sweep"])
+    return Job(record["arm"], tuple(record["changes"].items()), record["seed"], record["is_sweep"])
 
 
 def arm_flags(arm: str, model: TRMConfig, loop_steps: int, steps_per_update: int = 1) -> dict:
@@ -150,7 +179,9 @@ def run_script(name: str, words: list, threads: int) -> None:
         text=True,
     )
     if done.returncode:
-        raise UserError(f"{name} {' '.join(map(str, words))} failed: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        why = f"ended by signal {-done.returncode}" if done.returncode < 0 else said[-1].removeprefix("error: ")
+        raise UserError(f"{name} failed: {why} (its flags: {' '.join(map(str, words))})")
 
 
 def length(config: ArmsConfig, job: Job, step_flops: float, recipe_step_flops: float) -> dict:
@@ -163,13 +194,26 @@ def length(config: ArmsConfig, job: Job, step_flops: float, recipe_step_flops: f
     return {"max_steps": max(1, round(share * config.equal_flops * recipe_step_flops / step_flops))}
 
 
-def train(script: str, config: ArmsConfig, job: Job, flags: dict) -> Path:
-    """Does one run of a training script with the settings `flags`, and returns its folder."""
+def train(script: str, config: RunsConfig, job: Job, flags: dict, base: list[str]) -> Path:
+    """Does one run of a training script with the settings `flags`, and returns its folder.
+
+    base: flags of the recipe. The overrides come next, so that they do not change what makes an arm. A run that was
+    interrupted is continued."""
     folder = job.folder(config.output)
-    flags = {"save_dir": folder, "seed": job.seed, "lr": job.lr, "device": config.device} | flags
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    run_script(script, ["--config", config.recipe, *words, *config.overrides], config.threads)
+    flags = {"save_dir": folder, "seed": job.seed, "device": config.device} | flags | dict(job.changes)
+    if (folder / "config.yaml").exists():
+        flags["resume"] = True
+    run_script(script, [*base, *config.overrides, *flag_words(flags)], config.threads)
     return folder
+
+
+def flag_words(flags: dict) -> list[str]:
+    """Returns settings as words of a command line."""
+    words = []
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, bool) else value]
+        words += [f"--{name}={values[0]}", *map(str, values[1:])]
+    return words
 
 
 def record_of(folder: Path, job: Job) -> tuple[dict, dict]:
@@ -177,29 +221,75 @@ def record_of(folder: Path, job: Job) -> tuple[dict, dict]:
     figures = {}
     for record, _ in scan_metrics(folder):
         figures |= record
-    record = {"arm": job.arm, "changes": {"lr": job.lr}, "seed": job.seed, "is_sweep": job.is_sweep}
+    record = {"arm": job.arm, "changes": dict(job.changes), "seed": job.seed, "is_sweep": job.is_sweep}
     return record | {"updates": figures["step"], "seconds": figures["elapsed_s"]}, figures
 
 
-def do_all(config: ArmsConfig, jobs: list[Job], do: Callable[[Job], dict]) -> list[dict]:
+def do_all(
+    config: RunsConfig, jobs: list[Job], do: Callable[[Job], dict], figure: str = "exact", tidy=lambda job: None
+) -> list[dict]:
     """Returns the records of runs. Runs that runs.jsonl does not have yet are done first, `jobs` at a time.
 
-    do: does one run, and returns its record {arm, changes, seed, is_sweep, exact, updates, seconds, ...}."""
-    output = Path(config.output) / "runs.jsonl"
+    do: does one run, and returns its record {arm, changes, seed, is_sweep, updates, seconds, ...}. figure: the field of
+    a record that is printed when a run is done. tidy: called with each job whose record has been written."""
+    known = known_runs(config.output)
+    missing = list(dict.fromkeys(job for job in jobs if job not in known))
+
+    def store(record):
+        keep(Path(config.output) / "runs.jsonl", record)
+        known[job_of(record)] = record
+        kind = "sweep" if record["is_sweep"] else f"seed {record['seed']}"
+        line = f"{record['arm']}, {kind}, {spelled(record['changes'])}: {figure} {record[figure]:.4f}"
+        print(f"{line}, {record['updates']:,} steps in {record['seconds']:.0f} s", file=sys.stderr)
+        tidy(job_of(record))
+
+    stops = threading.Event()  # after an error, runs that have not begun are not started
+
+    def attempt(job):
+        try:
+            return None if stops.is_set() else do(job)
+        except BaseException:
+            stops.set()
+            raise
+
+    pool = ThreadPoolExecutor(config.jobs)
+    futures = {pool.submit(attempt, job): job for job in missing}
     try:
-        known = {job_of(record): record for record in (records_of(output) if output.exists() else [])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{output} is not a file of runs of this script ({error}): choose another output") from None
-    with ThreadPoolExecutor(config.jobs) as pool:
-        missing = [job for job in jobs if job not in known]
-        for done in as_completed([pool.submit(do, job) for job in missing]):
-            record = done.result()
-            keep(output, record)
-            known[job_of(record)] = record
-            kind = "sweep" if record["is_sweep"] else f"seed {record['seed']}"
-            line = f"{record['arm']}, {kind}, lr {record['changes']['lr']:g}: exact {record['exact']:.4f}"
-            print(f"{line}, {record['updates']:,} steps in {record['seconds']:.0f} s", file=sys.stderr)
+        for done in as_completed(futures):
+            if done.result() is not None:
+                store(done.result())
+    except UserError:  # of one run: those that run beside it are completed and kept
+        pool.shutdown()
+        for done, job in futures.items():
+            if job not in known and done.exception() is None and done.result() is not None:
+                store(done.result())
+        raise
+    finally:
+        stops.set()
+        pool.shutdown()
     return [known[job] for job in jobs]
+
+
+def known_runs(output) -> dict[Job, dict]:
+    """Returns the records of the runs that are done.  Raises UserError if runs.jsonl is a file of something else."""
+    path = Path(output) / "runs.jsonl"
+    try:
+        return {job_of(record): record for record in (records_of(path) if path.exists() else [])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a file of runs of this script ({error}): choose another output") from None
+
+
+def write_data(output, files: dict[str, str], what: str) -> None:
+    """Writes the data of a comparison, {file name: text}. Raises UserError if its runs so far had other data.
+
+    what: a word for the data, for that message."""
+    folder = Path(output)
+    for name, text in files.items():
+        path = folder / name
+        if (folder / "runs.jsonl").exists() and (not path.exists() or path.read_text(encoding="utf-8") != text):
+            raise UserError(f"the runs in {folder} had other {what}: choose another output")
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def best_rates(config: ArmsConfig, do: Callable[[Job], dict], second: str) -> dict[str, float]:
@@ -208,7 +298,7 @@ def best_rates(config: ArmsConfig, do: Callable[[Job], dict], second: str) -> di
     second: the field of a record that decides between equal accuracies; higher is better."""
     if len(config.lrs) == 1:
         return dict.fromkeys(config.arms, config.lrs[0])
-    jobs = [Job(arm, lr, 0, True) for arm in config.arms for lr in config.lrs]
+    jobs = [Job(arm, (("lr", lr),), 0, True) for arm in config.arms for lr in config.lrs]
     records, key = do_all(config, jobs, do), itemgetter("exact", second)
     best = {arm: max((r for r in records if r["arm"] == arm), key=key) for arm in config.arms}
     return {arm: record["changes"]["lr"] for arm, record in best.items()}
@@ -217,4 +307,5 @@ def best_rates(config: ArmsConfig, do: Callable[[Job], dict], second: str) -> di
 def compare(config: ArmsConfig, do: Callable[[Job], dict], second: str) -> list[dict]:
     """Returns the records of all arms and seeds, each arm with its learning rate from the sweep."""
     rates = best_rates(config, do, second)
-    return do_all(config, [Job(arm, rates[arm], seed, False) for seed in config.seeds for arm in config.arms], do)
+    jobs = [Job(arm, (("lr", rates[arm]),), seed, False) for seed in config.seeds for arm in config.arms]
+    return do_all(config, jobs, do)

@@ -148,20 +148,15 @@ def prepare(config: MathsConfig) -> Data:
     train, test, beyond = _given(config) if config.train_paths else _drawn(config)
     n_valid = max(1, min(HELD_BACK, len(train) // 10))
     parts = {"train": train[n_valid:], "valid": train[:n_valid], "test": test, "beyond": beyond}
-    folder, files = Path(config.output), {}
-    for name, records in parts.items():
-        files[name] = folder / f"{name}.jsonl" if records else None
-        if not records:
-            if name != "beyond":
-                raise UserError(f"there are no records for {name}: give more records, or raise digits or n_train")
-            continue
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        path = files[name]
-        if (folder / "runs.jsonl").exists() and (not path.exists() or path.read_text(encoding="utf-8") != text):
-            raise UserError(f"the runs in {folder} had other records: choose another output")
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    return Data(**files)
+    if empty := [name for name, records in parts.items() if not records and name != "beyond"]:
+        raise UserError(f"there are no records for {empty[0]}: give more records, or raise digits or n_train")
+    texts = {
+        f"{name}.jsonl": "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        for name, records in parts.items()
+        if records
+    }
+    arms.write_data(config.output, texts, "records")
+    return Data(*(Path(config.output) / f"{name}.jsonl" if parts[name] else None for name in Data._fields))
 
 
 def _drawn(config) -> tuple[list[dict], ...]:
@@ -214,7 +209,7 @@ def run_job(config: MathsConfig, settings: Settings, data: Data, job: arms.Job) 
     flops = flops_per_token(model).train
     flags |= arms.length(config, job, flops, flops_per_token(recipe).train)
     paths = {"train_paths": data.train, "valid_paths": data.valid}
-    folder = arms.train("train_trm_lm.py", config, job, flags | paths)
+    folder = arms.train("train_trm_lm.py", config, job, flags | paths, ["--config", config.recipe])
     trained = model.recursion_steps
     record, figures = arms.record_of(folder, job)
     record |= {

@@ -62,7 +62,7 @@ def train(config: PuzzleArmsConfig, model: TRMConfig, job: arms.Job) -> dict:
     flags |= arms.length(config, job, update_flops(arms.changed(model, flags)), update_flops(model))
     if job.is_sweep:
         flags["data_seed"] = config.sweep_data_seed
-    return record_of(arms.train("train_puzzles.py", config, job, flags), job)
+    return record_of(arms.train("train_puzzles.py", config, job, flags, ["--config", config.recipe]), job)
 
 
 def update_flops(model: TRMConfig) -> float:

@@ -31,6 +31,7 @@ from src.data.record_rows import RecordDataset
 from src.data.records import RECORD_SUFFIXES, RecordFields
 from src.data.samples import Sample, collate_batch, window_sample
 from src.data.shards import Shards
+from src.data.shift import ShiftedDataset
 from src.data.stream import StreamingDataset
 from src.data.token_store import (
     HOLD_BACK,
@@ -83,7 +84,10 @@ class PackedDataset(Dataset):
     def __getitem__(self, index):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        wanted = index % len(self) * self.seq_len
+        return self.window(index % len(self) * self.seq_len)
+
+    def window(self, wanted):
+        """Returns the window whose first input is token `wanted`, or the last one if the text ends before."""
         start = min(wanted, self.n_targets - self.seq_len)
         stop = start + self.seq_len + 1
         documents = self.store.documents_of(start + 1, stop) if self.segment else None
@@ -171,7 +175,7 @@ def create_dataloader(dataset, batch_size, seed=0, shuffle=True, start=0, num_wo
     batch k is the same for every num_workers. With shuffle=False it makes one pass in order, and the last batch may be
     smaller.
     """
-    rows = dataset.rows if isinstance(dataset, RearrangedDataset) else dataset
+    rows = getattr(dataset, "rows", dataset)  # RearrangedDataset and ShiftedDataset take a seed with each index
     if not shuffle:
         sampler = range(start, len(rows))
     elif isinstance(rows, MixedDataset):
@@ -256,7 +260,9 @@ def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None, files=Non
     warn_of_loss(*(sum(getattr(store, name) for store in [*stores, valid]) for name in ("n_lost", "n_bytes")))
     sets = list(map(rows_of, stores, fields))
     train_set = MixedDataset(sets, data.mixture) if data.mixture else sets[0]
-    return tokenizer, RearrangedDataset(train_set, fim) if fim else train_set, rows_of(valid, valid_field)
+    if fim or data.shift_windows:
+        train_set = RearrangedDataset(train_set, fim) if fim else ShiftedDataset(train_set)
+    return tokenizer, train_set, rows_of(valid, valid_field)
 
 
 def _record_fields(data):

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from src.cache import KVCache
-from src.layers import positions_and_mask, rotary_of
+from src.layers import head_factors, positions_and_mask, rotary_of
 
 
 class BlockParts(NamedTuple):
@@ -33,6 +33,7 @@ class BlockParts(NamedTuple):
     q_norm: Callable | None
     k_norm: Callable | None
     heads: tuple[int, int, int]  # H, K, E
+    head_gate: Callable | None
     out: Callable
     gate_up: Callable
     down: Callable
@@ -118,7 +119,10 @@ def _attention(block, x, ctx, slot):
     keys, values = ctx.cache.update(slot, qk.narrow(1, H, K), qkv.narrow(1, H + K, K))
     # queries of a group share keys and values, so each group is one matrix product with H/K rows
     q = qk.narrow(1, 0, H).view(B, K, H // K, E)
-    return block.out(F.scaled_dot_product_attention(q, keys, values, ctx.mask).reshape(B, -1))
+    y = F.scaled_dot_product_attention(q, keys, values, ctx.mask)
+    if block.head_gate is not None:
+        y = y.reshape(B, H, E) * head_factors(block.head_gate(x))
+    return block.out(y.reshape(B, -1))
 
 
 def _swiglu(block, x):
@@ -134,6 +138,7 @@ def _look_up(block) -> BlockParts:
         _linear(attn.qkv),
         *(None if n is None else _norm(n) for n in (attn.q_norm, attn.k_norm)),
         (attn.n_heads, attn.n_kv_heads, attn.head_dim),
+        None if attn.head_gate is None else _linear(attn.head_gate),
         *(_linear(linear) for linear in (attn.out, mlp.gate_up, mlp.down)),
     )
 

@@ -236,6 +236,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(D, D, bias=False)
         self.q_norm = norm_of(config, self.head_dim) if config.qk_norm else None
         self.k_norm = norm_of(config, self.head_dim) if config.qk_norm else None
+        self.head_gate = nn.Linear(D, self.n_heads, bias=False) if config.attention_gate else None
 
     def forward(self, x: Float[Tensor, "b t d"], ctx: Context, slot: int) -> Float[Tensor, "b t d"]:
         B, T, D = x.shape
@@ -249,8 +250,16 @@ class Attention(nn.Module):
         q, k = qk.split((H, K), dim=1)
         if ctx.cache is not None:
             k, v = ctx.cache.update(slot, k, v)  # (B, K, S, E): all columns so far
-        y = attention(q, k, v, ctx.mask, ctx.is_causal, self.dropout if self.training else 0.0)
-        return self.out(y.transpose(1, 2).reshape(B, T, D))
+        y = attention(q, k, v, ctx.mask, ctx.is_causal, self.dropout if self.training else 0.0).transpose(1, 2)
+        if self.head_gate is not None:
+            y = y * head_factors(self.head_gate(x))
+        return self.out(y.reshape(B, T, D))
+
+
+def head_factors(logits: Float[Tensor, "*b h"]) -> Float[Tensor, "*b h 1"]:
+    """Returns the factors, from 0 to 2, on the outputs of attention heads: a gate per head, as in arXiv:2505.06708,
+    but times 2, so that it starts at 1 if its weights start at 0."""
+    return (2 * torch.sigmoid(logits))[..., None]
 
 
 class SwiGLU(nn.Module):
@@ -284,7 +293,7 @@ def init_weights(model: nn.Module):
 
     With weight_init `truncated`, all of these are truncated normal distributions with the same variances, except that
     the embedding has variance 1/D and learned positions have variance 1. The halting head starts at "do not halt" (as
-    in the paper). The gate starts open, so that new states pass. Puzzle embeddings start at 0."""
+    in the paper). The gate starts open, so that new states pass. Puzzle embeddings and attention gates start at 0."""
     c = model.config
     is_truncated = c.weight_init == "truncated"
     draw = _truncated_normal if is_truncated else lambda weight, std: weight.normal_(std=std)
@@ -293,6 +302,8 @@ def init_weights(model: nn.Module):
             draw(module.weight, module.in_features**-0.5)
             if module.bias is not None:
                 module.bias.zero_()
+        if isinstance(module, Attention) and module.head_gate is not None:
+            module.head_gate.weight.zero_()
     draw(model.embed.weight, c.d_model**-0.5 if c.tie_embeddings or is_truncated else 1.0)
     if model.pos_embed is not None:
         # a board's cells mean nothing without their places, so these start as large as the scaled token embeddings

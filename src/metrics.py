@@ -134,7 +134,7 @@ def _block_macs(c: TRMConfig, context: int) -> tuple[int, int]:
     swiglu = 3 * c.d_model * c.d_ff
     if c.mixer == "mlp":  # 3 * L * mixer_ff for each of the D channels of a row, shared by its L tokens
         return swiglu + 3 * c.d_model * c.mixer_ff, 0
-    qkv = c.d_model * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
+    qkv = c.d_model * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + c.attention_gate * c.d_model * c.n_heads
     return qkv + c.d_model**2 + swiglu, 2 * context * c.d_model
 
 

@@ -42,6 +42,8 @@ class TRMConfig:
         norm_eps: epsilon inside RMSNorm
         norm_gain: give each RMSNorm a learned weight per channel; the authors' code of TRM has none
         qk_norm: apply RMSNorm to queries and keys, per head
+        attention_gate: multiply the output of each attention head by 2 sigmoid(w x), where x is the input of attention
+            and w is learned; the factor starts at 1
         dropout: dropout probability for attention weights and for the outputs of attention and SwiGLU
         visit_dropout: loop only: in training, probability that a token skips a visit; the first visit is never skipped
         start_noise: loop with injection sum or concat only: in training, start from normal noise with this standard
@@ -99,6 +101,7 @@ class TRMConfig:
     norm_eps: float = 1e-5
     norm_gain: bool = True
     qk_norm: bool = False
+    attention_gate: bool = False
     dropout: float = 0.0
     visit_dropout: float = 0.0
     start_noise: float = 0.0

@@ -71,6 +71,9 @@ def build(seed=0, dtype=torch.float32, **settings):
                 parameter.uniform_(0.5, 1.5)
         if model.puzzle_embed is not None:
             model.puzzle_embed.weight.normal_()
+        for name, parameter in model.named_parameters():
+            if name.endswith("head_gate.weight"):
+                parameter.normal_(std=model.config.d_model**-0.5)
         if model.config.halting:
             model.q_head.weight.normal_(std=0.5)
             model.q_head.bias.fill_(0.1)
@@ -94,6 +97,7 @@ AXES = {
     "positions": ("rope", "learned", "none"),
     "tie_embeddings": (False, True),
     "qk_norm": (False, True),
+    "attention_gate": (False, True),
     "norm_gain": (True, False),
     "attention_window": (None, 3),
 }

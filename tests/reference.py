@@ -60,7 +60,10 @@ class Twin:
                 q = rotate(q, positions, c["rope_theta"], c["rope_scaling"])
                 k = rotate(k, positions, c["rope_theta"], c["rope_scaling"])
             scores = (q @ k.T / math.sqrt(size)).masked_fill(~visible, -math.inf)
-            outs.append(softmax(scores) @ value)
+            out = softmax(scores) @ value
+            if c["attention_gate"]:
+                out = out * (2 / (1 + torch.exp(-(v @ w[name + "head_gate.weight"][head]))))[:, None]
+            outs.append(out)
         return torch.cat(outs, dim=-1) @ w[name + "out.weight"].T
 
     def block(self, h, name, positions, visible):

@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,7 +20,7 @@ import bench_rag  # noqa: E402
 import bench_train  # noqa: E402
 import common  # noqa: E402
 
-from experiments import classify, depth, release, shakespeare  # noqa: E402
+from experiments import classify, depth, release  # noqa: E402
 from src.checkpoint import load_model, save_checkpoint  # noqa: E402
 from src.config import build  # noqa: E402
 from src.errors import UserError  # noqa: E402
@@ -240,10 +239,6 @@ def test_rounds_alternate():
         (bench_memory, ["--corpus_mb", "-1"], "corpus_mb"),
         (bench_data, ["--paths", "data/nowhere"], "data/nowhere does not exist"),
         (bench_data, ["--need", "0"], "need"),
-        (shakespeare, ["--recipe", "gpt"], "gpt"),
-        (shakespeare, [], "recipe is missing"),
-        (shakespeare, ["--recipe", "anchor", "--path", "nowhere.txt"], "char-rnn"),
-        (shakespeare, ["--table", "--output", "nowhere.jsonl"], "nowhere.jsonl"),
         (depth, ["--max_visits", "0"], "max_visits is 0"),
         (depth, ["--least_visits", "9"], "least_visits 9"),
         (depth, ["--family", "puzzles"], "family is puzzles: choose from carries"),
@@ -258,55 +253,6 @@ def test_rounds_alternate():
 def test_a_mistake_is_a_user_error(module, words, said):
     with pytest.raises(UserError, match=said):
         module.main(words)
-
-
-# --- experiments/shakespeare.py ---------------------------------------------------------------------------------------
-
-
-def test_validation_windows_hold_each_character_once():
-    ids = np.arange(23)
-    batches = list(shakespeare.validation_batches(ids, 5, rows=2))
-    inputs, targets = (torch.cat([b[name] for b in batches]).flatten() for name in ("input_ids", "target_ids"))
-    assert targets[targets >= 0].tolist() == list(range(1, 23))
-    assert inputs[: len(ids) - 1].tolist() == list(range(22))
-
-
-def test_random_windows_are_windows_of_the_text():
-    batch = shakespeare.random_batch(np.arange(100), 50, 8, np.random.default_rng(0))
-    assert torch.equal(batch["target_ids"], batch["input_ids"] + 1)
-    assert torch.equal(batch["input_ids"] - batch["input_ids"][:, :1], torch.arange(8).expand(50, 8))
-    assert batch["target_ids"].max() > 90 and batch["input_ids"].min() < 10
-
-
-@pytest.mark.parametrize("name", shakespeare.RECIPES)
-def test_recipes_have_the_parameters_that_are_told(name):
-    settings, _ = shakespeare.RECIPES[name]
-    assert settings.keys() <= shakespeare.MODEL.keys() | shakespeare.TRAIN.keys()
-    with torch.device("meta"):
-        model = TRMModel(TRMConfig(vocab_size=65, **{k: v for k, v in settings.items() if k in shakespeare.MODEL}))
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    expected = {"plain_6": 4.85, "plain_6_post": 4.85}.get(name, 1.64)
-    if name.startswith(("anchor", "choice")):
-        assert millions <= 0.8
-    else:
-        assert millions == pytest.approx(expected, abs=0.005)
-
-
-def test_shakespeare_runs_are_kept_and_tabled(tmp_path, capsys):
-    text, output = tmp_path / "input.txt", tmp_path / "out" / "runs.jsonl"
-    text.write_text("to be, or not to be: that is the question. " * 40)
-    sizes = "--d_model 16 --n_heads 2 --max_seq_len 8 --batch_size 2 --max_steps 2 --compile false --device cpu".split()
-    where = ["--path", str(text), "--output", str(output)]
-    shakespeare.main(["--recipe", "trm_212", "anchor_loop", "--seeds", "0", "1", *where, *sizes])
-    runs = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [(r["recipe"], r["seed"]) for r in runs] == [(n, s) for n in ("trm_212", "anchor_loop") for s in (0, 1)]
-    assert all(0 < r["valid_loss"] < 10 and 0 < r["valid_loss_ema"] < 10 and r["steps"] == 2 for r in runs)
-    assert runs[0]["valid_loss"] != runs[1]["valid_loss"] and runs[0]["changes"]["d_model"] == 16
-    capsys.readouterr()
-    shakespeare.main(["--table", "--output", str(output)])
-    _, first, second = capsys.readouterr().out.splitlines()
-    mean = (runs[0]["valid_loss"] + runs[1]["valid_loss"]) / 2
-    assert first.startswith("trm_212") and f"{mean:.4f}" in first and second.startswith("anchor_loop")
 
 
 # --- experiments/release.py -------------------------------------------------------------------------------------------

@@ -143,9 +143,9 @@ def test_mistakes(words, message, tmp_path):
 
 @pytest.mark.slow
 def test_a_comparison_of_equal_flops_continues_where_it_stopped(tmp_path, capsys):
-    small = "--d_model=16 --n_heads=2 --batch_size=8 --compile=false --eval_every=100000 --precision=fp32".split()
+    small = "d_model=16 n_heads=2 batch_size=8 compile=false eval_every=100000 precision=fp32".split()
     words = ["--digits", "1", "--beyond", "1", "--n_train", "60", "--n_test", "10", "--equal_flops", "6"]
-    words += ["--lrs", "0.004", "--seeds", "0", "--output", str(tmp_path), *(f"--overrides={word}" for word in small)]
+    words += ["--lrs", "0.004", "--seeds", "0", "--output", str(tmp_path), "--overrides", *small]
     maths.main([*words, "--arms", "trm"])
     first = (tmp_path / "runs.jsonl").read_text()
     maths.main([*words, "--arms", "trm", "trm-1", "plain-flops"])

@@ -275,8 +275,8 @@ def test_a_row_alone_is_the_row_in_a_padded_batch(settings, side):
     for row, n in enumerate(lengths):
         mask[row, slice(10 - n, 10) if side == "left" else slice(0, n)] = 1
     # In float64 both are equal up to rounding. These large random weights magnify rounding, and batches of two shapes
-    # round differently: without vector instructions fp32 logits are up to 5e-5 off those of float64.
-    fp32_tolerance = 1e-4 if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else 1e-5
+    # round differently: without vector instructions fp32 logits are up to 5e-5 off those of float64, with them 1.4e-5.
+    fp32_tolerance = 1e-4 if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else 2e-5
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, fp32_tolerance)):
         model = build(dtype=dtype, **settings)
         together = model(ids, attention_mask=mask, return_steps=True).logits

@@ -9,11 +9,12 @@ from src.optim import EMA, AdamW, Muon, SparseSignSGD, learning_rate_factor, mak
 
 SHAPES = [
     {"recursion": "trm", "gate": True, "injection": "concat", "positions": "learned", "qk_norm": True},
-    {"recursion": "loop", "norm": "sandwich", "prelude_layers": 1, "coda_layers": 1},
+    {"recursion": "loop", "norm": "sandwich", "prelude_layers": 1, "coda_layers": 1, "attention_gate": True},
     {"recursion": "none", "norm": "pre", "tie_embeddings": True},
     {"recursion": "trm", "mixer": "mlp", "causal": False, "norm": "pre", "coda_layers": 1, "tie_embeddings": True},
 ]
-DECAYED = {"qkv", "out", "gate_up", "down", "inject_z", "inject_y", "gate", "head"}  # last part of the module name
+# last parts of the modules' names
+DECAYED = {"qkv", "out", "gate_up", "down", "inject_z", "inject_y", "gate", "head", "head_gate"}
 SPARED = {"embed", "pos_embed", "q_head", "norm", "attn_norm", "mlp_norm", "attn_out_norm", "mlp_out_norm"} | {
     *("q_norm", "k_norm", "coda_norm")
 }

@@ -37,7 +37,7 @@ def test_equal_flops_give_each_arm_its_number_of_updates():
 
     def updates(arm, is_sweep=False):
         changed = arms.changed(model, arms.arm_flags(arm, model, config.loop_steps))
-        job = arms.Job(arm, 0.004, 0, is_sweep)
+        job = arms.Job(arm, (("lr", 0.004),), 0, is_sweep)
         return arms.length(config, job, puzzles.update_flops(changed), puzzles.update_flops(model))["max_steps"]
 
     # an update of trm has two visits, that of the loop eight, that of plain-deep the layers of sixteen
@@ -69,9 +69,9 @@ def test_mistakes(words, message, tmp_path):
 
 @pytest.mark.slow
 def test_a_comparison_continues_where_it_stopped(tmp_path, capsys):
-    small = "--d_model=16 --n_heads=2 --n_puzzles=60 --batch_size=8 --compile=false --eval_every=100000".split()
+    small = "d_model=16 n_heads=2 n_puzzles=60 batch_size=8 compile=false eval_every=100000".split()
     words = ["--recipe", "configs/sudoku4.yaml", "--minutes", "0.05", "--lrs", "0.004", "--arms", "trm", "plain-params"]
-    words += ["--output", str(tmp_path), *(f"--overrides={word}" for word in small)]
+    words += ["--output", str(tmp_path), "--overrides", *small]
     puzzles.main([*words, "--seeds", "0"])
     puzzles.main([*words, "--seeds", "0", "1"])
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]

@@ -353,6 +353,7 @@ def _unlike(c: TRMConfig) -> str | None:
         "prelude or coda": c.prelude_layers + c.coda_layers > 0,
         "grouped key/value heads": c.n_kv_heads != c.n_heads,
         "qk_norm": c.qk_norm,
+        "attention_gate": c.attention_gate,
         "tied head": c.tie_embeddings,
         "model without halting head": not c.halting,
         "prefix without puzzle_ids": c.prefix_tokens > 0 and c.puzzle_ids == 0,

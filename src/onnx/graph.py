@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from src.cache import cache_slots
 from src.exits import max_depth
-from src.layers import Context, rotary_table
+from src.layers import Context, head_factors, rotary_table
 from src.model import TRMModel
 
 FUSED_HEAD = 16  # GroupQueryAttention can rotate heads only if their size is a multiple of this
@@ -67,9 +67,14 @@ class GraphAttention(nn.Module):
         self.qkv, self.out = MatMul(attention.qkv.weight), MatMul(attention.out.weight)
         norms = attention.q_norm, attention.k_norm
         self.q_norm, self.k_norm = (None if norm is None else Norm(norm) for norm in norms)
+        self.head_gate = None if attention.head_gate is None else MatMul(attention.head_gate.weight)
 
     def forward(self, x, ctx, slot):
-        return self.out(ctx.cache.attend(self, self.qkv(x), slot))
+        y = ctx.cache.attend(self, self.qkv(x), slot)
+        if self.head_gate is not None:
+            factors = head_factors(self.head_gate(x))
+            y = (y.unflatten(-1, (factors.shape[-2], -1)) * factors).flatten(-2)
+        return self.out(y)
 
 
 PARTS = {  # class name in the model -> its replacement in the graph

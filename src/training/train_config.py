@@ -52,6 +52,7 @@ class DataConfig:
             documents in its window
         packing: join the documents and cut them into full windows, without padding; false = one document per row, cut
             at max_seq_len and padded
+        shift_windows: cut the text into windows at other places in each epoch; by default, only their order changes
         strict: stop with an error at a bad line in a data file; by default, it is reported and skipped
         max_doc_mb: skip documents in .jsonl and .parquet files that are longer than this, in million characters
         mixture: sampling weight of each of the train_paths; `--mixture 3 1` takes three windows of the first for one of
@@ -82,6 +83,7 @@ class DataConfig:
     sp_model: str | None = None
     document_mask: bool = False
     packing: bool = True
+    shift_windows: bool = False
     strict: bool = False
     max_doc_mb: float = MAX_DOC_MB
     mixture: list[float] = field(default_factory=list)
@@ -97,13 +99,13 @@ class DataConfig:
         if self.sp_model is not None and self.tokenizer != "sentencepiece":
             raise ValueError(f"sp_model needs tokenizer sentencepiece, not {self.tokenizer}: leave out one of the two")
         self._check_records()
-        if self.num_workers < 0 or self.num_proc < 1:
-            raise ValueError("num_workers must be 0 or more, num_proc 1 or more")
-        if self.shuffle_buffer < 1:
-            raise ValueError("shuffle_buffer must be 1 or more; 1 does not shuffle")
-        if not self.packing and (self.document_mask or self.streaming):
-            name = "document_mask" if self.document_mask else "streaming"
-            raise ValueError(f"{name} needs packing true: with packing false each row holds one document")
+        if self.num_workers < 0 or self.num_proc < 1 or self.shuffle_buffer < 1:
+            raise ValueError("num_workers must be 0 or more, num_proc and shuffle_buffer 1 or more: correct them")
+        for name in ("document_mask", "streaming", "shift_windows"):
+            if getattr(self, name) and not self.packing:
+                raise ValueError(f"{name} needs packing true: with packing false each row holds one document")
+        if self.shift_windows and (self.mixture or self.records or self.streaming or self.fim_rate or self.rag.paths):
+            raise ValueError("shift_windows is for one text, not for records, streaming, fim_rate, rag: leave it out")
         if not 0 <= self.fim_rate <= 1:
             raise ValueError(f"fim_rate is {self.fim_rate}: set it from 0 to 1")
         if self.fim_rate and self.rag.paths:
@@ -124,9 +126,7 @@ class DataConfig:
             raise ValueError("records needs train_paths: name files with questions and answers")
         for name, default in (("text_field", "text"), ("document_mask", False), ("packing", True), ("fim_rate", 0)):
             if getattr(self, name) != default and not self.mixture:
-                raise ValueError(
-                    f"{name} is for plain text, but records true reads questions and answers: leave it out"
-                )
+                raise ValueError(f"{name} is for plain text, but records true reads questions: leave it out")
 
 
 @dataclass

@@ -6,8 +6,10 @@ import torch
 from texts import BYTE, flat, saved, shards_of, store_of, take
 
 from src.data.loader import create_train_loader
+from src.data.shift import ShiftedDataset
 from src.data.token_store import tokenize_corpus
 from src.dataset import DataConfig, MixedDataset, PackedDataset, WikiJsonlDataset, create_dataloader, prepare_data
+from src.losses import IGNORE
 
 
 @pytest.fixture
@@ -64,6 +66,36 @@ def test_another_length_goes_on_after_the_same_part_of_the_text(packed):
     loader = create_train_loader(padded.with_seq_len(4), 10)
     loader.load_state_dict({"samples": 20, "epoch_samples": len(padded)})
     assert loader.samples == 20 and next(loader)["input_ids"].shape == (10, 4)
+
+
+def test_shifted_windows_hold_every_token_once_in_each_epoch(packed):
+    tokens, shifted = packed.store[:].tolist(), ShiftedDataset(packed)
+    loader, shifts = create_train_loader(shifted, 4, seed=5), []
+    for epoch in range(4):
+        rows = torch.cat([next(loader)["target_ids"] for _ in range(10)])
+        shifts.append(shifted.shift(5, epoch))
+        assert sorted(rows[rows != IGNORE].tolist()) == sorted(tokens[1 + shifts[-1] :])
+    assert len(set(shifts)) == 4 and all(0 <= shift < 8 for shift in shifts)
+
+
+def test_a_run_on_shifted_windows_continues_where_it_stopped(packed):
+    loader, again = (create_train_loader(ShiftedDataset(packed), 6, seed=3) for _ in range(2))
+    expected = [rows(next(loader)) for _ in range(30)]
+    again.load_state_dict({"samples": 6 * 17, "epoch_samples": 40})
+    assert [rows(next(again)) for _ in range(13)] == expected[17:]
+    assert rows(next(iter(create_dataloader(packed, 6, seed=3)))) != expected[0]
+
+
+def test_shifted_windows_are_made_of_one_text(tmp_path):
+    shards_of(tmp_path, 2, 20)
+    options = {"train_paths": [str(tmp_path)], "tokenizer": "byte", "shift_windows": True}
+    options["cache_dir"] = str(tmp_path.with_name("cache"))
+    _, train, valid = prepare_data(DataConfig(**options), None, 8)
+    assert isinstance(train, ShiftedDataset) and isinstance(valid, PackedDataset)
+    assert train.with_seq_len(16).seq_len == 16 and train.bytes_per_token == train.rows.bytes_per_token
+    for more in ({"streaming": True}, {"mixture": [1.0]}, {"fim_rate": 0.5}, {"records": True}, {"packing": False}):
+        with pytest.raises(ValueError, match="shift_windows"):
+            DataConfig(**options | more)
 
 
 def test_the_global_random_state_is_left_alone(packed):

@@ -64,6 +64,17 @@ def test_tables_and_json(home, model, capsys):
     assert found["exit"]["exit"] == "fixed" and found["checkpoint"] == str(home / "trm")
 
 
+def test_the_weights_of_the_last_step_in_place_of_the_average(home, tiny, tmp_path):
+    one, other = (tiny(seed, vocab_size=BYTE.vocab_size, n_layers=1, recursion="none") for seed in (0, 1))
+    save_checkpoint(tmp_path / "both", one, BYTE, ema=dict(other.named_parameters()))
+    losses = []
+    for ema in ("true", "false"):
+        start(home, "--ema", ema, "--json", tmp_path / "found.json", checkpoint=tmp_path / "both")
+        losses.append(json.loads((tmp_path / "found.json").read_text())["loss"])
+    expected = [score_corpus(model, BYTE, TEXTS).figures.loss for model in (other, one)]
+    assert losses == pytest.approx(expected, rel=1e-6) and losses[0] != losses[1]
+
+
 def test_an_exit_rule(home, model, capsys):
     start(home, "--exit", "halt", "--act_threshold", 0.7, "--max_recursion_depth", 2, "--json", home / "halt.json")
     rule = ExitRule("halt", 2, act_threshold=0.7)

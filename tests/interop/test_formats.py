@@ -138,6 +138,7 @@ class TestRefused:
             ({"norm": "sandwich"}, "its norm is sandwich, but a Llama has pre; choose --to hub"),
             ({"positions": "learned"}, "positions is learned"),
             ({"qk_norm": True}, "qk_norm is True"),
+            ({"attention_gate": True}, "attention_gate is True"),
             ({"coda_layers": 1}, "coda_layers is 1"),
             ({"embed_scale": 2.0}, "embed_scale is 2.0"),
         ],

@@ -31,7 +31,7 @@ SHAPES = [*pairwise(CAN_GROW), *MIXER, {"recursion": "loop", "injection": "none"
 FEW = [
     {"recursion": "trm"},
     {"recursion": "trm", "injection": "concat", "gate": True, "tie_embeddings": True, "qk_norm": True},
-    {"recursion": "trm", "norm": "sandwich", "positions": "learned", "n_kv_heads": 2, "coda_layers": 1},
+    {"recursion": "trm", "norm": "sandwich", "attention_gate": True, "n_kv_heads": 2, "coda_layers": 1},
     {"recursion": "trm", "norm": "pre", "mixer": "mlp", "causal": False},
     {"recursion": "loop", "injection": "none", "prelude_layers": 1, "norm": "pre"},
     {"recursion": "none", "norm": "pre", "tie_embeddings": True, "n_kv_heads": 1},
