@@ -16,7 +16,7 @@ const PUZZLES = [
   ["More steps", "The model thinks twice as long. Its answers so far stay the same."],
 ];
 
-export function buildHelp(place, card) {
-  const entries = card.puzzle ? PUZZLES : WRITING;
+export function buildHelp(place, view) {
+  const entries = view === "puzzle" ? PUZZLES : WRITING;
   place.replaceChildren(h("dl", {}, entries.map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", {}, text)))));
 }

@@ -1,7 +1,7 @@
 // Shows what the model thought about one token: its likeliest rivals after every recursion step.
 
 import { count, h, percent, svg } from "./dom.js";
-import { candidates, leaders, nameOf, settledAt, visible } from "./tokens.js";
+import { candidates, leaders, nameOf, settledAt } from "./tokens.js";
 
 const WIDTH = 300; // of the picture, in its own units; the page scales it
 const LEFT = 22; // for the numbers of the steps
@@ -108,12 +108,12 @@ function numbers(steps, row) {
 function leaderNames(token, row) {
   if (row < 12) return [];
   const order = ordered(token);
-  const names = leaders(token);
-  return names.flatMap(([id, text], s) => {
-    if (s > 0 && names[s - 1][0] === id) return [];
+  const ids = leaders(token).map(([id]) => id);
+  return ids.flatMap((id, s) => {
+    if (s > 0 && ids[s - 1] === id) return [];
     const at = order.findIndex((candidate) => candidate.id === id);
     const before = order.slice(0, at).reduce((sum, { p }) => sum + p[s], 0);
-    const name = clip(visible(text), 16);
+    const name = clip(nameOf(order[at]), 16);
     const x = Math.min(across(before) + 4, across(1) - 4 - 7.3 * name.length);
     return [svg("text", { x: Math.max(LEFT + 4, x), y: (s + 0.4) * row, class: "name" }, name)];
   });
@@ -200,9 +200,10 @@ function rivalButton(token, candidate, most, colour, act) {
 function stepTable(token) {
   const hasHalt = token.trace.some(({ halt }) => halt !== null);
   const heads = ["step", "likeliest", "its share", "entropy", ...(hasHalt ? ["halting"] : [])];
+  const names = new Map(candidates(token).map((candidate) => [candidate.id, nameOf(candidate)]));
   const rows = token.trace.map((step, s) => {
-    const [, text, p] = step.top[0];
-    return [s + 1, visible(text), percent(p), step.entropy.toFixed(2), ...(hasHalt ? [step.halt?.toFixed(2)] : [])];
+    const [id, , p] = step.top[0];
+    return [s + 1, names.get(id), percent(p), step.entropy.toFixed(2), ...(hasHalt ? [step.halt?.toFixed(2)] : [])];
   });
   return h(
     "details",

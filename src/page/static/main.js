@@ -1,6 +1,6 @@
 // Starts the page: loads the model card, and connects text, settings and inspector.
 
-import { get, setKey } from "./api.js";
+import { get } from "./api.js";
 import { byId, h, say, warn } from "./dom.js";
 import { askForKey, showCard, showLegend } from "./head.js";
 import { buildHelp } from "./help.js";
@@ -13,6 +13,8 @@ import { figuresOf, partingOf, TextView } from "./text_view.js";
 import { keptBefore, textOf } from "./tokens.js";
 import { noteOf, Writer } from "./writer.js";
 
+const NARROW = matchMedia("(max-width: 70rem)"); // as in style.css: settings and inspector are below the text
+
 async function start() {
   let card;
   try {
@@ -24,10 +26,33 @@ async function start() {
   }
   warn("");
   byId("key").hidden = true;
-  buildHelp(byId("help"), card);
-  if (card.puzzle) new PuzzlePage(byId("puzzle"), card);
-  else new Page(card);
-  if (card.puzzle) showCard(card, null);
+  const views = {};
+  if (card.context) views.writer = new Page(card);
+  if (card.puzzle) views.puzzle = new PuzzlePage(byId("puzzle"), card);
+  const names = Object.keys(views);
+  byId("views").hidden = names.length < 2;
+  for (const button of byId("views").children) {
+    button.addEventListener("click", () => show(button.value));
+  }
+  window.addEventListener("hashchange", () => open(location.hash));
+  open(location.hash);
+
+  // Opens the view that an address belongs to.
+  async function open(fragment) {
+    const isBoard = new URLSearchParams(fragment.slice(1)).has("board");
+    const name = names.length < 2 ? names[0] : isBoard ? "puzzle" : "writer";
+    if (fragment.slice(1) !== views[name].fragment) await views[name].open(fragment);
+    show(name);
+  }
+
+  function show(name) {
+    for (const each of names) byId(each).hidden = each !== name;
+    for (const button of byId("views").children) button.setAttribute("aria-pressed", String(button.value === name));
+    buildHelp(byId("help"), name);
+    if (name === "puzzle") showCard(card, null);
+    else views.writer.refresh();
+    views[name].remember();
+  }
 }
 
 class Page {
@@ -48,9 +73,8 @@ class Page {
       activate: (key) => this.activate(key),
     });
     this.showSettings = buildSettings(byId("settings"), this.settings, card, () => this.settingsChanged());
-    byId("writer").hidden = false;
+    this.fragment = ""; // of the address that shows this text
     this.connect();
-    this.open(location.hash);
   }
 
   connect() {
@@ -62,14 +86,13 @@ class Page {
     for (const [id, action] of Object.entries(actions)) byId(id).addEventListener("click", action);
     connectPair(this.settings, this.card, (name, values) => this.compare(name, values));
     document.addEventListener("keydown", (event) => this.onKey(event));
-    window.addEventListener("hashchange", () => location.hash.slice(1) === this.fragment || this.open(location.hash));
-    const narrow = matchMedia("(max-width: 70rem)");
-    const fold = () => (byId("rail").open = !narrow.matches);
-    narrow.addEventListener("change", fold);
+    const fold = () => (byId("rail").open = !NARROW.matches);
+    NARROW.addEventListener("change", fold);
     fold();
   }
 
   onKey(event) {
+    if (byId("writer").hidden) return;
     const isField = event.target.matches("textarea, input, select");
     const command = event.ctrlKey || event.metaKey;
     const key = event.key.toLowerCase();
@@ -112,6 +135,7 @@ class Page {
   }
 
   preview(key, index) {
+    if (NARROW.matches) return; // the panel would cover the token that is pointed at
     this.hovered = key === null ? null : { key, index };
     this.showInspector();
   }
@@ -160,8 +184,7 @@ class Page {
       if (write) this.writeOn(key);
     } catch (error) {
       warn(error.message);
-      this.view.edit(key, 0);
-      this.view.editing.area.value = text; // nothing that was typed is lost
+      this.view.edit(key, 0, text); // nothing that was typed is lost
     }
   }
 
@@ -200,12 +223,14 @@ class Page {
     const branch = this.history.find(key);
     const token = { ...rival, kind: "taken", steps: 0, p: rival.p.at(-1), trace: branch.tokens[index].trace };
     const tokens = [...branch.tokens.slice(0, index), token];
+    const ends = !token.bytes.length; // a special token: there is nothing to write after it
     this.selected = { key, index };
+    if (!this.settings.keep && ends) return this.commit(changed(this.history.page, key, { tokens }));
     if (!this.settings.keep) return this.writeOn(key, tokens);
     const other = newBranch(tokens, tokens.length, noteOf(this.settings, this.card));
     this.commit({ ...replaced(this.history.page, key, [branch, other]), active: this.numberOf(key) + 1 });
     this.selected = { key: other.key, index };
-    this.run(other.key, this.settings);
+    if (!ends) this.run(other.key, this.settings);
   }
 
   numberOf(key) {
@@ -243,6 +268,7 @@ class Page {
   }
 
   draw() {
+    if (byId("writer").hidden) return;
     const { page } = this.history;
     const written = page.branches.flatMap(({ tokens }) => tokens.filter(({ kind }) => kind === "written"));
     const deepest = Math.max(this.settings.depth ?? this.card.depth, ...written.map(({ steps }) => steps));
@@ -302,6 +328,7 @@ class Page {
   // ---- the address --------------------------------------------------------------------------------------------------
 
   remember() {
+    if (byId("writer").hidden) return;
     this.fragment = toFragment(this.history.branch, this.settings);
     history.replaceState(null, "", `#${this.fragment}`);
   }
@@ -310,18 +337,22 @@ class Page {
     const { text, start, settings } = fromFragment(fragment);
     Object.assign(this.settings, DEFAULTS, settings);
     this.showSettings();
+    this.view.drop();
+    const branch = newBranch();
+    const page = { branches: [branch], active: 0 };
+    if (this.history.branch.tokens.length) this.history.commit(page);
+    else this.history.amend(page);
     try {
       const before = await this.writer.tokenize(text.slice(0, start), true);
       const after = await this.writer.tokenize(text.slice(start), !start);
       const tokens = [...before, ...after];
-      const at = start ? before.length : tokens.length;
-      const branch = newBranch(tokens, at, start ? noteOf(this.settings, this.card) : "");
-      this.history.amend({ branches: [branch], active: 0 });
+      const fields = start ? { tokens, start: before.length, note: noteOf(this.settings, this.card) } : { tokens };
+      this.history.amend(changed(this.history.page, branch.key, fields));
     } catch (error) {
       warn(error.message);
+      this.view.show(this.history.page, { tint: "none", writing: new Map(), selected: null });
+      this.view.edit(branch.key, 0, text);
     }
-    this.refresh();
-    this.remember();
   }
 
   async copyLink() {

@@ -13,14 +13,12 @@ export class PuzzlePage {
     this.blank = blankOf(this.puzzle);
     this.cells = this.puzzle.rows * this.puzzle.columns;
     this.question = new Array(this.cells).fill(this.blank);
-    this.steps = []; // {board, certainty, halt, changed, conflicts}
+    this.steps = []; // {board, certainty, halt, changed, wrong, right}
     this.at = 0; // the step shown; 0 is the question
     this.pen = null; // symbol that a click puts on the board
     this.examples = 0;
     this.build();
-    place.hidden = false;
-    window.addEventListener("hashchange", () => this.open());
-    this.open();
+    this.setQuestion(this.question);
   }
 
   // ---- elements -----------------------------------------------------------------------------------------------------
@@ -95,7 +93,7 @@ export class PuzzlePage {
     return h("div", { class: "legend" },
       h("span", {}, "unsure"), h("span", { class: "swatches", "aria-hidden": "true" }, scale), h("span", {}, "sure"),
       h("span", { class: "key changed" }, "changed"),
-      isSudoku(this.puzzle) ? h("span", { class: "key conflict" }, "twice in a row, column or box") : null);
+      h("span", { class: "key wrong" }, "wrong"));
   }
 
   // ---- typing and drawing -------------------------------------------------------------------------------------------
@@ -145,8 +143,8 @@ export class PuzzlePage {
     this.stop();
     warn("");
     Object.assign(this, { question: board, steps: [], at: 0, answer: null });
-    this.fragment = board.every((symbol) => symbol === this.blank) ? "" : `board=${encodeURIComponent(board.join(""))}`;
-    history.replaceState(null, "", `#${this.fragment}`);
+    this.fragment = `board=${encodeURIComponent(board.every((symbol) => symbol === this.blank) ? "" : board.join(""))}`;
+    this.remember();
     this.show();
   }
 
@@ -155,10 +153,15 @@ export class PuzzlePage {
     this.setQuestion([...known[this.examples++ % known.length]]);
   }
 
-  open() {
-    const fields = new URLSearchParams(location.hash.slice(1));
-    const board = parseBoard(fields.get("board") ?? "", this.puzzle);
-    if (location.hash.slice(1) !== this.fragment || this.fragment === undefined) this.setQuestion(board ?? this.question);
+  // Shows the board of an address.
+  open(fragment) {
+    const board = parseBoard(new URLSearchParams(fragment.slice(1)).get("board") ?? "", this.puzzle);
+    if (board) this.setQuestion(board);
+  }
+
+  // Puts the board into the address.
+  remember() {
+    if (!this.place.hidden) history.replaceState(null, "", `#${this.fragment}`);
   }
 
   async copyLink() {
@@ -181,7 +184,7 @@ export class PuzzlePage {
       const answer = await post("v1/puzzle", { board: question.join(""), steps, exit: null });
       if (question !== this.question) return; // the board was changed meanwhile
       this.answer = answer;
-      this.steps = stepsOf(answer, question, this.puzzle);
+      this.steps = stepsOf(answer, this.puzzle);
       this.at = Math.min(from + 1, this.steps.length);
       say(answer.message);
     } catch (error) {
@@ -226,7 +229,7 @@ export class PuzzlePage {
   show() {
     const step = this.steps[this.at - 1];
     const board = step?.board ?? this.question;
-    const wrong = step?.conflicts ?? conflicts(this.question, this.puzzle);
+    const wrong = step?.wrong ?? conflicts(this.question, this.puzzle);
     this.inputs.forEach((input, cell) => this.showCell(input, cell, board[cell], step, wrong));
     const last = this.steps.length;
     Object.assign(this.slider, { max: last, value: this.at, disabled: !last });
@@ -252,19 +255,19 @@ export class PuzzlePage {
     if (isClue && (step || symbol !== this.blank)) names.push("clue");
     else if (step) names.push(`t${Math.min(LEVELS - 1, Math.floor(LEVELS * step.certainty[cell]))}`);
     if (step?.changed.has(cell)) names.push("changed");
-    if (wrong.has(cell)) names.push("conflict");
+    if (wrong.has(cell)) names.push("wrong");
     input.className = names.join(" ");
     input.title = step && !isClue ? `${percent(step.certainty[cell])} sure` : "";
   }
 
   words(step, wrong) {
-    const twice = wrong.size ? `${count(wrong.size, "cell")} in conflict` : "";
-    if (!step) return twice || "Type a board, paste one, or take an example; then solve it.";
-    const parts = this.at > 1 ? [`${count(step.changed.size, "cell")} changed`] : ["the first answer"];
-    if (isSudoku(this.puzzle)) parts.push(twice || "no conflict");
+    if (!step && wrong.size) return `${count(wrong.size, "cell")} in conflict: a digit is twice in a row, column or box.`;
+    if (!step) return "Type a board, paste one, or take an example; then solve it.";
+    const parts = [this.at > 1 ? `${count(step.changed.size, "cell")} changed` : "The first answer"];
+    if (step.right !== null) parts.push(step.right ? "right" : `${count(wrong.size, "cell")} wrong`);
     if (step.halt !== null) parts.push(`the model is ${percent(step.halt)} sure that it is right`);
-    if (this.at === this.steps.length && this.answer.message) parts.push(this.answer.message);
-    return `${parts.join("; ")}.`.replace("..", ".");
+    if (this.at === this.steps.length) parts.push(`in all: ${this.answer.message}`);
+    return `${parts.join("; ")}.`;
   }
 
   // A bar per step: how many cells changed; and a line: the halting probability.
@@ -289,10 +292,12 @@ export class PuzzlePage {
   }
 }
 
-function stepsOf(answer, question, puzzle) {
-  return answer.steps.map(({ board, certainty, halt }, i) => {
+// Returns the steps of an answer of the server, with the cells that changed and that are wrong. Where the right answer
+// is not known, those are the cells in conflict.
+function stepsOf(answer, puzzle) {
+  return answer.steps.map(({ board, certainty, halt, wrong, right }, i) => {
     const symbols = [...board];
-    const before = i ? [...answer.steps[i - 1].board] : null;
-    return { board: symbols, certainty, halt, changed: changedCells(before, symbols), conflicts: conflicts(symbols, puzzle) };
+    const changed = changedCells(i ? [...answer.steps[i - 1].board] : null, symbols);
+    return { board: symbols, certainty, halt, changed, right, wrong: wrong ? new Set(wrong) : conflicts(symbols, puzzle) };
   });
 }

@@ -87,7 +87,8 @@ function depthScale(card) {
     return `${depth} step${depth === 1 ? "" : "s"}${depth === card.depth ? ", as trained" : ""}`;
   };
   const toValue = (at) => (at === card.depth ? null : at);
-  return () => ({ min: 1, max: card.max_depth, step: 1, words, toValue, fromValue: (value) => value ?? card.depth });
+  const max = Math.min(card.max_depth, Math.max(16, 4 * card.depth)); // deeper ones are seldom useful
+  return () => ({ min: 1, max, step: 1, words, toValue, fromValue: (value) => value ?? card.depth });
 }
 
 // The halting probability is linear, 0 to 1. KL divergences are powers of ten, from 0.0001 to 1 nat.

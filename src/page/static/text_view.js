@@ -148,11 +148,10 @@ export class TextView {
 
   // ---- editing ----------------------------------------------------------------------------------------------------
 
-  // Replaces the tokens of a branch by a field with its text, with the cursor after a token.
-  edit(key, index) {
+  // Replaces the tokens of a branch by a field with its text, or another one, with the cursor after a token.
+  edit(key, index, text = textOf(this.columns.get(key).tokens)) {
+    if (this.editing) return;
     const column = this.columns.get(key);
-    if (!column || this.editing) return;
-    const text = textOf(column.tokens);
     const at = shownTexts(column.tokens).slice(0, index + 1).join("").length;
     const area = h("textarea", {
       class: "text", rows: 6, spellcheck: "false", "aria-label": "The text", "aria-describedby": "edit-hint",
@@ -176,18 +175,20 @@ export class TextView {
     area.setSelectionRange(at, at);
   }
 
-  get edited() {
-    return this.editing?.area.value ?? null;
-  }
-
   // Ends editing; `write` lets the model write on. Without a change of the text, the tokens stay as they are.
   finish(write) {
-    if (!this.editing) return null;
+    const { key, area } = this.editing ?? {};
+    this.drop();
+    return key && this.on.edited(key, area.value, write);
+  }
+
+  // Ends editing without taking over the text.
+  drop() {
+    if (!this.editing) return;
     const { key, area, hint } = this.editing;
     this.editing = null;
     hint.remove();
     area.replaceWith(this.columns.get(key).text);
-    return this.on.edited(key, area.value, write);
   }
 }
 

@@ -2,7 +2,7 @@
 //
 // A token is {id, text, bytes, kind, steps, p, trace}. bytes: its UTF-8 bytes, perhaps part of a character.
 // kind: "typed", "written" by the model, or "taken": a rival that the reader chose. steps: recursion steps it took.
-// p: its probability after the last of them. trace: null, or per step {halt, entropy, top: [[id, text, p, bytes], ...]}.
+// p: its probability after the last of them. trace: null, or per step {halt, entropy, top: [[id, text, p], ...]}.
 
 export const LEVELS = 7; // of the scale of tints, t0 to t6 in style.css
 
@@ -35,9 +35,14 @@ export function spoken(text) {
   return parts.map(([n, name]) => (n === 1 ? name : `${n} ${name}s`)).join(", ") || "part of a character";
 }
 
-// Returns how a token is called outside the text: its own text, even if it is only part of a character.
+// Returns how a token is called outside the text, even if it is only a part of a character or a special token.
 export function nameOf(token) {
-  return visible(token.text) || `#${token.id}`;
+  if (!token.bytes.length) return /^<\w+>$/.test(token.text) ? token.text : `<${token.id}>`;
+  try {
+    return visible(new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(Uint8Array.from(token.bytes)));
+  } catch {
+    return token.bytes.map((byte) => `<${byte.toString(16).toUpperCase().padStart(2, "0")}>`).join("");
+  }
 }
 
 // Returns how many tokens at the start of `tokens` stay as they are when the text is edited into `text`, and the rest
@@ -69,7 +74,7 @@ function isWhole(tokens, index) {
   return last.length - lead >= needed || (next?.bytes.length > 0 && (next.bytes[0] & 0xc0) !== 0x80);
 }
 
-// Returns the likeliest token of each step: [id, text, p, bytes].
+// Returns the likeliest token of each step: [id, text, p].
 export function leaders(token) {
   return (token.trace ?? []).map((step) => step.top[0]);
 }
@@ -85,8 +90,8 @@ export function settledAt(token) {
 // A candidate that is not among the likeliest of a step counts as 0 there.
 export function candidates(token) {
   const found = new Map([[token.id, { id: token.id, text: token.text, bytes: token.bytes }]]);
-  for (const [id, text, , bytes] of [...leaders(token), ...token.trace.flatMap((step) => step.top)]) {
-    if (!found.has(id)) found.set(id, { id, text, bytes: bytes ?? bytesOf(text) });
+  for (const [id, text] of [...leaders(token), ...token.trace.flatMap((step) => step.top)]) {
+    if (!found.has(id)) found.set(id, { id, text, bytes: bytesOf(text) });
   }
   const led = new Set(leaders(token).map(([id]) => id));
   const list = [...found.values()].map((candidate) => ({
@@ -99,9 +104,11 @@ export function candidates(token) {
   return [...list.filter(({ role }) => role !== "other"), ...others];
 }
 
-// Returns the bytes of a candidate's text, in which <0xE3> stands for a byte of an incomplete character.
+// Returns the bytes of a candidate's text: bytes:\xe3\x81 stands for a part of a character; <eos> and <7> have none.
 export function bytesOf(text) {
-  if (/^(<0x[0-9A-F]{2}>)+$/.test(text)) return text.match(/[0-9A-F]{2}(?=>)/g).map((digits) => parseInt(digits, 16));
+  if (/^<(pad|unk|bos|eos|\d+)>$/.test(text)) return [];
+  const part = /^bytes:((?:\\x[0-9a-f]{2})+)$/.exec(text);
+  if (part) return part[1].match(/[0-9a-f]{2}/g).map((digits) => parseInt(digits, 16));
   return [...new TextEncoder().encode(text)];
 }
 

@@ -3,6 +3,7 @@
 import { complete, post } from "./api.js";
 import { count, say, warn } from "./dom.js";
 import { changed } from "./state.js";
+import { textOf } from "./tokens.js";
 
 export class Writer {
   // history: a History. card: the model card. changed(): called after each token.
@@ -23,7 +24,8 @@ export class Writer {
   // Returns the tokens of a text that the reader typed. isFirst: whether it starts the text.
   async tokenize(text, isFirst) {
     if (!text) return [];
-    const { tokens } = await post("v1/tokenize", { text, inside: !isFirst });
+    const { tokens } = await post("v1/tokenize", isFirst ? { text } : { text, inside: true });
+    if (isFirst && textOf(tokens) === ` ${text}`) tokens[0].bytes = tokens[0].bytes.slice(1); // the tokenizer's own space
     return tokens.map((token) => ({ ...token, kind: "typed", steps: 0, p: 1, trace: null }));
   }
 
@@ -38,6 +40,7 @@ export class Writer {
       for await (const { tokens } of complete(this.request(key, settings), controller.signal, this.sayBusy)) {
         const branch = this.history.find(key);
         if (!branch || controller.signal.aborted) break; // closed, or stopped with events still to come
+        if (first === null) warn(""); // that the server was busy
         first ??= performance.now();
         n += tokens.length;
         this.history.amend(changed(this.history.page, key, { tokens: [...branch.tokens, ...tokens.map(asWritten)] }));
@@ -54,13 +57,12 @@ export class Writer {
   }
 
   request(key, settings) {
-    const { tokens } = this.history.find(key);
-    const room = this.card.context - tokens.length - 1; // 1 for BOS
-    if (room < 1) throw new Error(`The context of ${this.card.context} tokens is full: cut the text or edit it, then write on.`);
+    const { start, context } = this.card;
+    const ids = [...start, ...seenBy(this.history.find(key).tokens, context - start.length).map(({ id }) => id)];
     return {
       model: this.card.name,
-      prompt: tokens.map(({ id }) => id),
-      max_tokens: Math.min(settings.length, room),
+      prompt: ids.length ? ids : "",
+      max_tokens: settings.length,
       temperature: settings.temperature,
       top_p: settings.top_p,
       seed: settings.seed,
@@ -68,7 +70,7 @@ export class Writer {
         depth: settings.depth,
         exit: settings.exit || null,
         threshold: settings.exit ? settings.threshold : null,
-        trace: settings.trace,
+        trace: settings.trace || null,
       },
     };
   }
@@ -81,6 +83,12 @@ export class Writer {
   sayBusy(seconds) {
     warn(`The server is busy: trying again in ${count(seconds, "second")}. Stop gives up.`);
   }
+}
+
+// Returns the tokens that the model gets: a text that is longer than the context is cut at its start, as generate.py
+// cuts it while it writes.
+function seenBy(tokens, room) {
+  return tokens.length <= room ? tokens : tokens.slice(-Math.floor(room / 2));
 }
 
 function asWritten(token) {
