@@ -2,17 +2,15 @@
 
 import json
 import re
-import shutil
 from importlib.resources import files
 
 import pytest
-from scripts import serving
+from playwright.sync_api import expect
 
-pytest.importorskip("playwright", reason="the tests of the page need Playwright: pip install playwright")
-from playwright.sync_api import expect, sync_playwright
+from experiments.draw_page import chromium, find_chromium, serving
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the tests of the page need Chromium: apt-get install chromium")
+no_browser = "the tests of the page need Chromium, and none was found: apt-get install chromium"
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason=no_browser)
 GREEDY = "#length=12&temperature=0"
 
 
@@ -23,18 +21,16 @@ def address():
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+def browser():
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
-def page(chromium, address):
+def page(browser, address):
     """A page that has loaded. `page.sent` collects the bodies of its requests by path. Fails if the console had errors,
     or if the page asked another host for something."""
-    context = chromium.new_context(base_url=address, viewport={"width": 1280, "height": 800})
+    context = browser.new_context(base_url=address, viewport={"width": 1280, "height": 800})
     page, errors = context.new_page(), []
     page.sent, page.errors = {}, errors
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
@@ -79,7 +75,7 @@ def test_type_and_write(page):
     write(page, "def main(")
     sent = page.sent["completions"][0]
     assert sent["stream"] and sent["max_tokens"] == 12 and sent["temperature"] == 0
-    assert len(sent["prompt"]) == page.locator(".token.typed").count() > 0
+    assert len(sent["prompt"]) == 1 + page.locator(".token.typed").count() > 1  # BOS, and what was typed
     expect(page.locator(".token.written")).to_have_count(12)
     tints = page.locator(".token.written").evaluate_all("tokens => tokens.map(t => /\\bt[0-6]\\b/.test(t.className))")
     assert all(tints) and text_of(page).startswith("def main(")
@@ -136,7 +132,7 @@ def test_a_rival_beside_the_text(page):
     written(page)
     expect(page.locator(".branch")).to_have_count(2)
     assert text_of(page, 0) == before != text_of(page, 1)
-    typed = len(page.sent["completions"][0]["prompt"])
+    typed = page.locator(".branch").nth(0).locator(".token.typed").count()
     expect(page.locator("#figures")).to_contain_text(f"the same for {typed + 3} tokens, then they part")
     expect(page.locator(".token.parts")).to_have_count(2)
     page.get_by_label("Close Text B").click()

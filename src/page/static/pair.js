@@ -1,6 +1,7 @@
 // The form that asks for two depths, or two seeds, to write the last passage with, side by side.
 
 import { byId } from "./dom.js";
+import { traces } from "./settings.js";
 
 const MOST_SEED = 2 ** 31;
 
@@ -8,7 +9,7 @@ const MOST_SEED = 2 ** 31;
 export function connectPair(settings, card, compare) {
   const [form, button] = [byId("pair"), byId("compare")];
   const { by, left, right } = form.elements;
-  const deep = card.max_depth > 1;
+  const deep = card.max_depth > 1 && traces(card);
   by.options[0].disabled = !deep;
   by.value = deep ? "depth" : "seed";
 

@@ -3,10 +3,15 @@
 import { h } from "./dom.js";
 import { DEFAULTS } from "./state.js";
 
+// Returns whether this model can be asked for other depths, exits and traces; a graph of ONNX is fixed.
+export function traces(card) {
+  return card.backend !== "onnx";
+}
+
 // Fills the form. settings: an object that is changed in place; changed(name) is called after each change.
 // Returns a function that shows the settings again, after they were changed elsewhere.
 export function buildSettings(form, settings, card, changed) {
-  const deep = card.max_depth > 1;
+  const deep = card.max_depth > 1 && traces(card);
   const rules = card.exits.filter((rule) => rule !== "fixed");
   const controls = [
     deep ? slider("depth", "Depth", depthScale(card)) : null,
@@ -17,7 +22,7 @@ export function buildSettings(form, settings, card, changed) {
     number("length", "Tokens to write", 1, card.context),
     number("seed", "Seed", 0, 2 ** 31),
     choice("tint", "Tint", tints(deep)),
-    toggle("trace", "Record what the model thinks", "the model writes a little slower"),
+    traces(card) ? toggle("trace", "Record what the model thinks", "the model writes a little slower") : null,
   ].filter(Boolean);
 
   form.replaceChildren(...controls.map(({ root }) => root));

@@ -2,6 +2,7 @@
 
 import { complete, post } from "./api.js";
 import { count, say, warn } from "./dom.js";
+import { traces } from "./settings.js";
 import { changed } from "./state.js";
 import { textOf } from "./tokens.js";
 
@@ -70,7 +71,7 @@ export class Writer {
         depth: settings.depth,
         exit: settings.exit || null,
         threshold: settings.exit ? settings.threshold : null,
-        trace: settings.trace || null,
+        trace: traces(this.card) && settings.trace ? settings.trace : null,
       },
     };
   }
