@@ -1,10 +1,12 @@
 """Draw the page of serve.py: starts the server, drives the page in Chromium, and takes pictures.
 
+    python train_trm_lm.py --config configs/addition.yaml  # after `python experiments/maths.py --data_only`
     python experiments/draw_page.py                       # writes docs/page.png and docs/page.gif
-    python experiments/draw_page.py runs/adaptive --prompt "def main(" --seed 3
+    python experiments/draw_page.py checkpoints/stdlib --prompt "def main(" --tint certainty --depths
 
-Needs Playwright (requirements-dev.txt) and Chromium (apt-get install chromium). The picture shows a text whose tokens
-are tinted, and what the model thought about one of them; the animation shows a Sudoku that is solved step by step.
+Needs Playwright (requirements-dev.txt) and Chromium (apt-get install chromium). The picture shows what a model that
+adds writes at two depths, and what it thought about one token; the animation shows a Sudoku that is solved step by
+step.
 """
 
 import io
@@ -14,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,31 +36,31 @@ class PageConfig:
         checkpoint: checkpoint or run folder of a language model; the flag name may be left out
         puzzle: checkpoint or run folder of a puzzle model with 9 x 9 Sudokus
         prompt: beginning of the text
+        depths: two depths, whose texts are shown side by side; without a value, there is one text
+        token: which of the written tokens to look at, from 0; with depths, in the second text
         length: tokens to write
-        seed: seed of the text
         temperature: of the text
-        depth: recursion steps per token; default as many as in training
-        exit: rule by which tokens stop early; default none
-        threshold: of the rule
-        token: which written token to look at, from 0; default the one whose likeliest token changed at the latest step
+        seed: of the text
         tint: what the tints stand for: certainty, steps, settled
         picture: file of the picture
         animation: file of the animation
     """
 
-    checkpoint: str = "checkpoints/stdlib"
+    checkpoint: str = "runs/addition"
     puzzle: str = "checkpoints/sudoku"
-    prompt: str = "def main("
-    length: int = 96
+    prompt: str = "Input: 000578230859+000385970256 \n Output:"
+    depths: list[int] = field(default_factory=lambda: [1, 4])
+    token: int = 4
+    length: int = 64
+    temperature: float = 0.0
     seed: int = 1
-    temperature: float = 0.8
-    depth: int | None = None
-    exit: str | None = None
-    threshold: float | None = None
-    token: int | None = None
-    tint: str = "certainty"
+    tint: str = "settled"
     picture: str = str(ROOT / "docs" / "page.png")
     animation: str = str(ROOT / "docs" / "page.gif")
+
+    def __post_init__(self):
+        if len(self.depths) not in (0, 2):
+            raise ValueError(f"depths has {len(self.depths)} values: give two, or none")
 
 
 def find_chromium() -> str | None:
@@ -105,15 +107,20 @@ def chromium():
 
 def draw_text(browser, address: str, config: PageConfig):
     """Lets the model write, selects a token, and writes the picture."""
-    page = browser.new_page(viewport={"width": 1240, "height": 640}, device_scale_factor=1.5)
-    names = ("length", "seed", "temperature", "depth", "exit", "threshold", "tint")
-    settings = {name: getattr(config, name) for name in names}
-    page.goto(f"{address}/#" + "&".join(f"{name}={value}" for name, value in settings.items() if value is not None))
+    page = browser.new_page(viewport={"width": 1240, "height": 730}, device_scale_factor=1.5)
+    settings = {name: getattr(config, name) for name in ("length", "seed", "temperature", "tint")}
+    page.goto(f"{address}/#" + "&".join(f"{name}={value}" for name, value in settings.items()))
     page.get_by_role("textbox", name="The text").fill(config.prompt)
     page.keyboard.press("Control+Enter")
-    page.wait_for_function("document.querySelectorAll('.token.written').length > 0")
-    page.locator("#write").wait_for(state="visible", timeout=120_000)
-    page.locator(".token.written").nth(config.token if config.token is not None else 10).click()
+    page.locator(".token.written").first.wait_for(timeout=60_000)
+    page.locator("#write").wait_for(timeout=120_000)
+    if config.depths:
+        page.locator("#compare").click()
+        page.get_by_label("left").fill(str(config.depths[0]))
+        page.get_by_label("right").fill(str(config.depths[1]))
+        page.get_by_role("button", name="Write both").click()
+        page.locator("#figures strong").wait_for(timeout=120_000)
+    page.locator(".branch").last.locator(".token.written").nth(config.token).click()
     page.mouse.move(0, 0)
     page.screenshot(path=config.picture)
     page.close()
@@ -123,19 +130,21 @@ def draw_board(browser, address: str, config: PageConfig):
     """Solves an example, and writes the steps until nothing changes as an animation."""
     from PIL import Image
 
-    page = browser.new_page(viewport={"width": 960, "height": 700})
+    page = browser.new_page(viewport={"width": 960, "height": 760})
     page.emulate_media(reduced_motion="reduce")  # shows the last step at once
     page.goto(f"{address}/#board=")
     page.get_by_role("button", name="Example").click()
     page.get_by_role("button", name="Solve").click()
     slider = page.locator("#step")
-    page.wait_for_function("document.querySelector('#step').max > 0")
-    slider.focus()
-    page.keyboard.press("Home")
+    page.locator("#step:enabled").wait_for()
+    slider.press("Home")
+    slider.blur()
     shots, quiet = [], 0
+    clip = {"x": 10, "y": page.locator(".board").bounding_box()["y"] - 12, "width": 940, "height": 600}
     while quiet < 2 and len(shots) <= int(slider.get_attribute("max")):
-        shots.append(Image.open(io.BytesIO(page.locator("#puzzle").screenshot())).convert("RGB"))
-        page.keyboard.press("ArrowRight")
+        shots.append(Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB"))
+        page.get_by_role("button", name="Next ›").click()
+        page.mouse.move(0, 0)
         quiet = 0 if len(shots) < 2 or page.locator(".cell.changed").count() else quiet + 1
     # one palette for all frames, so that a frame only needs to store what changed
     palette = shots[len(shots) // 2].quantize(128)

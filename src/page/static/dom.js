@@ -54,8 +54,10 @@ export function size(bytes) {
   return `${value >= 100 || unit === "bytes" ? Math.round(value) : value.toPrecision(2)} ${unit}`;
 }
 
+// A probability in percent; the spaces in it do not break.
 export function percent(p) {
-  return p >= 0.0995 || p === 0 ? `${Math.round(100 * p)} %` : p < 0.001 ? "< 0.1 %" : `${(100 * p).toFixed(1)} %`;
+  const value = p >= 0.0995 || p === 0 ? Math.round(100 * p) : p < 0.001 ? "<\u00a00.1" : (100 * p).toFixed(1);
+  return `${value}\u00a0%`;
 }
 
 export function count(n, what) {

@@ -45,7 +45,7 @@ export function showLegend(tint, deepest, hasTaken) {
   const ends = {
     certainty: ["unsure", "sure"],
     steps: ["1 step", `${deepest} steps`],
-    settled: ["first choice from step 1 on", `only at step ${deepest}`],
+    settled: ["decided at step 1", `at step ${deepest}`],
   }[tint];
   const parts = [];
   if (ends) {

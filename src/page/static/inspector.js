@@ -16,7 +16,7 @@ export function inspect(place, token, index, act) {
     return;
   }
   const parts = [head(token, index, act)];
-  if (token.trace?.length) parts.push(picture(token), rivals(token, act), stepTable(token));
+  if (token.trace?.length) parts.push(why(token), picture(token), rivals(token, act), stepTable(token));
   else if (token.kind === "written") parts.push(h("p", { class: "quiet" }, "Written without a trace."));
   parts.push(actions(act));
   place.replaceChildren(...parts);
@@ -38,13 +38,31 @@ function head(token, index, act) {
   if (token.kind === "typed") facts.push("typed");
   if (token.kind === "taken") facts.push("chosen by you");
   const change = token.kind === "written" && settledAt(token);
-  if (change > 1) facts.push(`first choice since step ${change}`);
+  if (change && token.trace.length > 1) facts.push(`decided at step ${change}`);
   return h(
     "header",
     {},
     h("h2", {}, h("code", {}, nameOf(token)), token.kind === "typed" ? null : h("span", {}, percent(token.p)), close),
     h("p", { class: "quiet" }, facts.join(" · ")),
   );
+}
+
+const RANKS = ["", "the likeliest", "the second likeliest", "the third likeliest"];
+
+// Says in a sentence or two why this token is in the text.
+function why(token) {
+  const changes = leaders(token).filter(([id], s, all) => s === 0 || id !== all[s - 1][0]);
+  const names = new Map(candidates(token).map((candidate) => [candidate.id, nameOf(candidate)]));
+  const last = token.trace.at(-1).top;
+  const rank = last.findIndex(([id]) => id === token.id) + 1;
+  const place = RANKS[rank] || (rank ? `number ${rank} of the likeliest` : `not among the ${last.length} likeliest`);
+  const how = { written: rank === 1 ? "" : ", and was drawn by chance", taken: ", and you chose it" }[token.kind];
+  const parts = [`It was ${place}${how}.`];
+  if (changes.length > 1) {
+    const shown = changes.slice(0, 4).flatMap(([id], i) => [...(i ? [", then "] : []), h("code", {}, names.get(id))]);
+    parts.push(" From step to step, the model preferred ", ...shown, changes.length > 4 ? ", …" : ".");
+  }
+  return h("p", { class: "why" }, parts);
 }
 
 // ---- the picture --------------------------------------------------------------------------------------------------

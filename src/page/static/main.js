@@ -273,7 +273,6 @@ class Page {
     const written = page.branches.flatMap(({ tokens }) => tokens.filter(({ kind }) => kind === "written"));
     const deepest = Math.max(this.settings.depth ?? this.card.depth, ...written.map(({ steps }) => steps));
     const { tint } = this.settings;
-    const atEnd = innerHeight + scrollY > document.documentElement.scrollHeight - 120;
     this.view.show(page, { tint, deepest, writing: this.writer.streams, selected: this.selected });
     if (!page.branches.some(({ tokens }) => tokens.length) && !this.view.editing && !this.writer.isWriting) {
       this.view.edit(this.history.branch.key, 0);
@@ -287,7 +286,7 @@ class Page {
       figuresOf(page, this.card),
     );
     showCard(this.card, { tokens: page.branches.reduce((sum, b) => sum + b.tokens.length, 0), speed: this.writer.speed });
-    if (atEnd && this.writer.isWriting) scrollTo(0, document.documentElement.scrollHeight);
+    if (this.writer.isWriting) this.view.follow(this.history.branch.key);
   }
 
   showButtons() {

@@ -125,6 +125,6 @@ function ruleName(rule) {
 }
 
 function tints(deep) {
-  const all = [["certainty", "certainty"], ["steps", "steps taken"], ["settled", "step of the last change"], ["none", "none"]];
+  const all = [["certainty", "certainty"], ["steps", "steps taken"], ["settled", "step of decision"], ["none", "none"]];
   return all.filter(([name]) => deep || name === "certainty" || name === "none");
 }

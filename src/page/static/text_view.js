@@ -142,6 +142,13 @@ export class TextView {
     this.columns.get(key)?.spans[index]?.scrollIntoView({ block: "nearest" });
   }
 
+  // Keeps the end of a text in view while it is written, unless the reader has scrolled away from it.
+  follow(key) {
+    const last = this.columns.get(key)?.spans.at(-1);
+    const below = last ? last.getBoundingClientRect().bottom - innerHeight : 0;
+    if (below > 0 && below < 100) last.scrollIntoView({ block: "nearest" });
+  }
+
   focus(key, index) {
     this.columns.get(key)?.spans[index]?.focus();
   }
@@ -217,9 +224,7 @@ export function figuresOf(page, card) {
   const { tokens: n, steps, settled } = figures(tokens);
   const parts = [`${count(tokens.length, "token")} of ${card.context.toLocaleString("en")}`];
   if (n) parts.push(`${n} written, in ${steps === 1 ? "1 step" : `${steps.toFixed(steps % 1 ? 2 : 0)} steps`} each`);
-  if (settled !== null && steps > 1) {
-    parts.push(settled === 1 ? "no step changed a first choice" : `no step after ${settled} changed a first choice`);
-  }
+  if (settled !== null && steps > 1) parts.push(`all were decided by step ${settled}`);
   return parts.join(" · ");
 }
 

@@ -37,7 +37,7 @@ export function spoken(text) {
 
 // Returns how a token is called outside the text, even if it is only a part of a character or a special token.
 export function nameOf(token) {
-  if (!token.bytes.length) return /^<\w+>$/.test(token.text) ? token.text : `<${token.id}>`;
+  if (!token.bytes.length) return leaders(token).find(([id]) => id === token.id)?.[1] || token.text || `<${token.id}>`;
   try {
     return visible(new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(Uint8Array.from(token.bytes)));
   } catch {
