@@ -239,15 +239,16 @@ class Page {
 
   // ---- two texts side by side ---------------------------------------------------------------------------------------
 
-  // Writes the last passage once per value of a setting, each in a branch of its own.
+  // Writes the last passage once per value of a setting, each in a branch of its own. Other branches are closed; undo
+  // opens them again.
   async compare(name, values) {
     if (this.view.editing) await this.view.finish(false);
-    const { key, tokens, start } = this.history.branch;
+    const { tokens, start } = this.history.branch;
     const prompt = start && start < tokens.length ? tokens.slice(0, start) : tokens;
     const runs = values.map((value) => ({ ...this.settings, [name]: value }));
     const branches = runs.map((settings) => newBranch(prompt, prompt.length, noteOf(settings, this.card)));
     this.selected = null;
-    this.commit(replaced(this.history.page, key, branches));
+    this.commit({ branches, active: 0 });
     await Promise.all(branches.map((branch, side) => this.run(branch.key, runs[side])));
     say(partingOf(this.history.page));
   }
