@@ -123,32 +123,34 @@ class Engine:
     # ---- the thread ----
 
     def _run(self):
-        with torch.inference_mode():
-            for _ in share_cores(self._turns()):
-                self._deliver()
+        for _ in share_cores(self._turns()):
+            pass
 
     def _turns(self):
-        """Yields after each turn."""
+        """Yields after each turn, until the engine is closed and all texts have ended."""
         while True:
             with self._changed:
                 while not (self.waiting or self.starts or self.again or self.batches):
                     if self.deadline is not None:
                         return
                     self._changed.wait(IDLE_S)
-            self._end_late()
-            self._drop_cancelled()
-            self._take_in()
-            self.n_rows = sum(1 for _ in self._running())
-            self._encode()
-            for rule, batch in list(self.batches.items()):
-                if not batch.rows:
-                    del self.batches[rule]
-                else:
-                    self._guard(batch.rows, lambda batch=batch: self._write(batch))
-            self.n_rows = sum(1 for _ in self._running())
+            self.turn()
             yield
 
-    def _deliver(self):
+    @torch.inference_mode()
+    def turn(self):
+        """Ends and takes in texts, encodes some prompt tokens, and gives one token to every running text."""
+        self._end_late()
+        self._drop_cancelled()
+        self._take_in()
+        self.n_rows = sum(1 for _ in self._running())
+        self._encode()
+        for rule, batch in list(self.batches.items()):
+            if batch.rows:
+                self._guard(batch.rows, lambda batch=batch: self._write(batch))
+            else:
+                del self.batches[rule]
+        self.n_rows = sum(1 for _ in self._running())
         if self._out:
             out, self._out = self._out, []
             self.post(out)
