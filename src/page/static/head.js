@@ -1,20 +1,25 @@
 // The head of the page: what is loaded, what the tints mean, and the key of the API if the server asks for one.
 
-import { setKey } from "./api.js";
-import { byId, count, h, short, size } from "./dom.js";
+import { hasKey, setKey } from "./api.js";
+import { byId, count, h, short, size, warn } from "./dom.js";
 import { LEVELS } from "./tokens.js";
 
 const FAMILIES = { trm: "TRM", loop: "looped transformer", none: "plain transformer" };
 
 // Asks for the key of the API; then calls start().
 export function askForKey(start) {
+  warn(hasKey() ? "The API key is wrong." : "This server asks for its API key.");
   const form = byId("key");
   form.hidden = false;
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    setKey(form.elements.key.value);
-    start();
-  }, { once: true });
+  form.addEventListener(
+    "submit",
+    (event) => {
+      event.preventDefault();
+      setKey(form.elements.key.value);
+      start();
+    },
+    { once: true },
+  );
   form.elements.key.focus();
 }
 

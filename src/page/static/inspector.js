@@ -105,7 +105,11 @@ function bands(token, row) {
   let [leader, other] = [0, 0];
   const shapes = ordered(token).map(({ p, role }) => {
     const right = left.map((start, s) => start + p[s]);
-    const side = (edge) => edge.flatMap((x, s) => [[across(x), s * row], [across(x), (s + 0.8) * row]]);
+    const side = (edge) =>
+      edge.flatMap((x, s) => [
+        [across(x), s * row],
+        [across(x), (s + 0.8) * row],
+      ]);
     const points = [...side(left), ...side(right).reverse()].map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`);
     right.forEach((x, s) => (left[s] = x));
     const name = { written: "written", leader: `rival${leader % 3}`, other: `other${other % 2}` }[role];
@@ -179,12 +183,18 @@ function rivals(token, act) {
     .slice(0, RIVALS);
   const most = Math.max(...list.map(({ p }) => p[last]));
   let leader = 0;
-  const colours = new Map(candidates(token).map(({ id, role }) => [id, role === "leader" ? `rival${leader++ % 3}` : role]));
+  const colours = new Map(
+    candidates(token).map(({ id, role }) => [id, role === "leader" ? `rival${leader++ % 3}` : role]),
+  );
   return h(
     "section",
     { class: "rivals" },
     h("h3", {}, "Take another road"),
-    h("ol", {}, list.map((candidate) => h("li", {}, rivalButton(token, candidate, most, colours.get(candidate.id), act)))),
+    h(
+      "ol",
+      {},
+      list.map((candidate) => h("li", {}, rivalButton(token, candidate, most, colours.get(candidate.id), act))),
+    ),
     h(
       "label",
       { class: "check" },
@@ -207,8 +217,12 @@ function rivalButton(token, candidate, most, colour, act) {
   const label = isWritten ? `${name}, ${share}, as it is in the text` : `Take ${name}, ${share}`;
   return h(
     "button",
-    { class: isWritten ? "rival same" : "rival", "aria-label": label, "aria-disabled": isWritten ? "true" : null,
-      click: isWritten ? null : () => act.take(candidate) },
+    {
+      class: isWritten ? "rival same" : "rival",
+      "aria-label": label,
+      "aria-disabled": isWritten ? "true" : null,
+      click: isWritten ? null : () => act.take(candidate),
+    },
     h("code", {}, clip(name, 18)),
     bar,
     h("span", {}, share),
@@ -230,8 +244,26 @@ function stepTable(token) {
     h(
       "table",
       {},
-      h("thead", {}, h("tr", {}, heads.map((head) => h("th", { scope: "col" }, head)))),
-      h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell) => h("td", {}, cell))))),
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          heads.map((head) => h("th", { scope: "col" }, head)),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        rows.map((row) =>
+          h(
+            "tr",
+            {},
+            row.map((cell) => h("td", {}, cell)),
+          ),
+        ),
+      ),
     ),
   );
 }

@@ -20,8 +20,8 @@ async function start() {
   try {
     card = await get("v1/model_card");
   } catch (error) {
-    warn(error.message);
     if (error.status === 401) askForKey(start);
+    else warn(error.message);
     return;
   }
   warn("");
@@ -79,8 +79,13 @@ class Page {
 
   connect() {
     const actions = {
-      write: () => this.write(), stop: () => this.writer.stop(), again: () => this.again(0), reseed: () => this.again(1),
-      undo: () => this.move("undo"), redo: () => this.move("redo"), edit: () => this.toggleEdit(),
+      write: () => this.write(),
+      stop: () => this.writer.stop(),
+      again: () => this.again(0),
+      reseed: () => this.again(1),
+      undo: () => this.move("undo"),
+      redo: () => this.move("redo"),
+      edit: () => this.toggleEdit(),
       link: () => this.copyLink(),
     };
     for (const [id, action] of Object.entries(actions)) byId(id).addEventListener("click", action);
@@ -280,13 +285,20 @@ class Page {
     }
     this.showButtons();
     this.showInspector();
-    showLegend(tint, deepest, page.branches.some(({ tokens }) => tokens.some(({ kind }) => kind === "taken")));
+    showLegend(
+      tint,
+      deepest,
+      page.branches.some(({ tokens }) => tokens.some(({ kind }) => kind === "taken")),
+    );
     const parting = partingOf(page);
     byId("figures").replaceChildren(
       ...(parting && !this.writer.isWriting ? [h("strong", {}, parting), " "] : []),
       figuresOf(page, this.card),
     );
-    showCard(this.card, { tokens: page.branches.reduce((sum, b) => sum + b.tokens.length, 0), speed: this.writer.speed });
+    showCard(this.card, {
+      tokens: page.branches.reduce((sum, b) => sum + b.tokens.length, 0),
+      speed: this.writer.speed,
+    });
     if (this.writer.isWriting) this.view.follow(this.history.branch.key);
   }
 

@@ -5,6 +5,7 @@ import { blankOf, changedCells, conflicts, edges, EXAMPLES, isSudoku, offered, p
 import { byId, count, h, percent, say, svg, warn } from "./dom.js";
 import { LEVELS } from "./tokens.js";
 
+const SURE = 0.9; // certainty from which an empty cell counts as sure
 const FRAME = 700; // milliseconds per step while it plays
 
 export class PuzzlePage {
@@ -26,7 +27,11 @@ export class PuzzlePage {
   build() {
     const { rows, columns } = this.puzzle;
     this.inputs = [...Array(this.cells).keys()].map((cell) => this.cellInput(cell));
-    this.board = h("div", { class: "board", role: "group", "aria-label": `Board of ${rows} by ${columns}` }, this.inputs);
+    this.board = h(
+      "div",
+      { class: "board", role: "group", "aria-label": `Board of ${rows} by ${columns}` },
+      this.inputs,
+    );
     this.board.style.setProperty("--columns", columns);
     if (!isSudoku(this.puzzle)) this.board.classList.add("dense");
     this.board.addEventListener("keydown", (event) => this.onKey(event));
@@ -48,16 +53,26 @@ export class PuzzlePage {
     this.verdict = h("p", { class: "verdict" });
     this.stepName = h("output", { for: "step" });
     this.place.append(
-      h("div", { class: "bar", role: "toolbar", "aria-label": "Actions" },
-        this.solveButton, this.moreButton, h("span", { class: "gap" }), this.exampleButton,
-        button("Clear", "Empty the board", () => this.setQuestion(new Array(this.cells).fill(this.blank))), this.linkButton),
+      h(
+        "div",
+        { class: "bar", role: "toolbar", "aria-label": "Actions" },
+        this.solveButton,
+        this.moreButton,
+        h("span", { class: "gap" }),
+        this.exampleButton,
+        button("Clear", "Empty the board", () => this.setQuestion(new Array(this.cells).fill(this.blank))),
+        this.linkButton,
+      ),
       h("section", { class: "board-side", "aria-label": "Board" }, this.board, this.pens, this.legend()),
-      h("section", { class: "time", "aria-label": "Steps" },
+      h(
+        "section",
+        { class: "time", "aria-label": "Steps" },
         h("h2", {}, h("label", { for: "step" }, "Step "), this.stepName),
         this.verdict,
         this.chart,
         this.slider,
-        h("div", { class: "row" }, this.backButton, this.playButton, this.onButton)),
+        h("div", { class: "row" }, this.backButton, this.playButton, this.onButton),
+      ),
     );
     this.pens.append(...offered(this.puzzle).map((symbol) => this.penButton(symbol)));
   }
@@ -65,8 +80,13 @@ export class PuzzlePage {
   cellInput(cell) {
     const { columns } = this.puzzle;
     const name = `row ${Math.floor(cell / columns) + 1}, column ${(cell % columns) + 1}`;
-    const input = h("input", { class: ["cell", ...edges(cell, this.puzzle)].join(" "), "aria-label": name,
-      autocomplete: "off", inputmode: isSudoku(this.puzzle) ? "numeric" : "text", tabindex: cell ? -1 : 0 });
+    const input = h("input", {
+      class: ["cell", ...edges(cell, this.puzzle)].join(" "),
+      "aria-label": name,
+      autocomplete: "off",
+      inputmode: isSudoku(this.puzzle) ? "numeric" : "text",
+      tabindex: cell ? -1 : 0,
+    });
     input.dataset.cell = cell;
     input.addEventListener("beforeinput", (event) => this.onType(event, cell));
     input.addEventListener("focus", () => {
@@ -79,7 +99,11 @@ export class PuzzlePage {
 
   penButton(symbol) {
     const name = symbol === this.blank ? "blank" : symbol;
-    const button = h("button", { class: "pen", "aria-pressed": "false", "data-symbol": symbol }, symbol === " " ? "␣" : symbol);
+    const button = h(
+      "button",
+      { class: "pen", "aria-pressed": "false", "data-symbol": symbol },
+      symbol === " " ? "␣" : symbol,
+    );
     button.setAttribute("aria-label", `Put ${name}`);
     button.addEventListener("click", () => {
       this.pen = this.pen === symbol ? null : symbol;
@@ -90,10 +114,15 @@ export class PuzzlePage {
 
   legend() {
     const scale = [...Array(LEVELS).keys()].map((n) => h("i", { class: `t${n}` }));
-    return h("div", { class: "legend" },
-      h("span", {}, "unsure"), h("span", { class: "swatches", "aria-hidden": "true" }, scale), h("span", {}, "sure"),
+    return h(
+      "div",
+      { class: "legend" },
+      h("span", {}, "unsure"),
+      h("span", { class: "swatches", "aria-hidden": "true" }, scale),
+      h("span", {}, "sure"),
       h("span", { class: "key changed" }, "changed"),
-      h("span", { class: "key wrong" }, "wrong"));
+      h("span", { class: "key wrong" }, "wrong"),
+    );
   }
 
   // ---- typing and drawing -------------------------------------------------------------------------------------------
@@ -127,7 +156,7 @@ export class PuzzlePage {
   take(text) {
     const board = parseBoard(text, this.puzzle);
     if (board) this.setQuestion(board);
-    else warn(`The pasted text is no board of ${this.puzzle.rows} by ${this.puzzle.columns} cells of ${offered(this.puzzle).join(" ")}`);
+    else warn(`The pasted text is no board: paste ${this.cells} of the symbols ${offered(this.puzzle).join(" ")}`);
   }
 
   paint(target) {
@@ -253,7 +282,9 @@ export class PuzzlePage {
     input.dataset.symbol = symbol;
     const names = ["cell", ...edges(cell, this.puzzle)];
     if (isClue && (step || symbol !== this.blank)) names.push("clue");
-    else if (step) names.push(`t${Math.min(LEVELS - 1, Math.floor(LEVELS * step.certainty[cell]))}`);
+    else if (step && symbol !== this.blank)
+      names.push(`t${Math.min(LEVELS - 1, Math.floor(LEVELS * step.certainty[cell]))}`);
+    else if (step && step.certainty[cell] < SURE) names.push("doubt"); // an empty cell has no tint when it is sure
     if (step?.changed.has(cell)) names.push("changed");
     if (wrong.has(cell)) names.push("wrong");
     input.className = names.join(" ");
@@ -261,7 +292,8 @@ export class PuzzlePage {
   }
 
   words(step, wrong) {
-    if (!step && wrong.size) return `${count(wrong.size, "cell")} in conflict: a digit is twice in a row, column or box.`;
+    if (!step && wrong.size)
+      return `${count(wrong.size, "cell")} in conflict: a digit is twice in a row, column or box.`;
     if (!step) return "Type a board, paste one, or take an example; then solve it.";
     const parts = [this.at > 1 ? `${count(step.changed.size, "cell")} changed` : "The first answer"];
     if (step.right !== null) parts.push(step.right ? "right" : `${count(wrong.size, "cell")} wrong`);
@@ -275,20 +307,40 @@ export class PuzzlePage {
     const n = this.steps.length;
     const most = Math.max(1, ...this.steps.map(({ changed }) => changed.size));
     const x = (step) => (100 * step) / n;
-    const bars = this.steps.map(({ changed }, i) => svg("rect", {
-      x: x(i + 1) - 30 / n, width: 60 / n, y: 40 - (36 * changed.size) / most, height: (36 * changed.size) / most,
-      class: i + 1 === this.at ? "bar-now" : "bar-step",
-    }));
+    const bars = this.steps.map(({ changed }, i) =>
+      svg("rect", {
+        x: x(i + 1) - 30 / n,
+        width: 60 / n,
+        y: 40 - (36 * changed.size) / most,
+        height: (36 * changed.size) / most,
+        class: i + 1 === this.at ? "bar-now" : "bar-step",
+      }),
+    );
     const points = this.steps.map(({ halt }, i) => `${x(i + 1)},${40 - 36 * (halt ?? 0)}`).join(" ");
     const hasHalt = this.steps.some(({ halt }) => halt !== null);
-    return h("figure", {},
-      svg("svg", { viewBox: "0 0 100 42", preserveAspectRatio: "none", role: "img",
-        "aria-label": "Cells changed, and the halting probability, per step" },
-      svg("line", { x1: 0, x2: 100, y1: 40, y2: 40, class: "axis" }), bars,
-      svg("line", { x1: x(this.at), x2: x(this.at), y1: 0, y2: 40, class: "now" }),
-      hasHalt ? svg("polyline", { points, class: "halting" }) : null),
-      h("figcaption", { class: "quiet" }, h("span", { class: "key bars" }, `cells changed, up to ${most}`),
-        hasHalt ? h("span", { class: "key halting" }, "how sure the model is that the board is right") : null));
+    return h(
+      "figure",
+      {},
+      svg(
+        "svg",
+        {
+          viewBox: "0 0 100 42",
+          preserveAspectRatio: "none",
+          role: "img",
+          "aria-label": "Cells changed, and the halting probability, per step",
+        },
+        svg("line", { x1: 0, x2: 100, y1: 40, y2: 40, class: "axis" }),
+        bars,
+        svg("line", { x1: x(this.at), x2: x(this.at), y1: 0, y2: 40, class: "now" }),
+        hasHalt ? svg("polyline", { points, class: "halting" }) : null,
+      ),
+      h(
+        "figcaption",
+        { class: "quiet" },
+        h("span", { class: "key bars" }, `cells changed, up to ${most}`),
+        hasHalt ? h("span", { class: "key halting" }, "how sure the model is that the board is right") : null,
+      ),
+    );
   }
 }
 
@@ -298,6 +350,13 @@ function stepsOf(answer, puzzle) {
   return answer.steps.map(({ board, certainty, halt, wrong, right }, i) => {
     const symbols = [...board];
     const changed = changedCells(i ? [...answer.steps[i - 1].board] : null, symbols);
-    return { board: symbols, certainty, halt, changed, right, wrong: wrong ? new Set(wrong) : conflicts(symbols, puzzle) };
+    return {
+      board: symbols,
+      certainty,
+      halt,
+      changed,
+      right,
+      wrong: wrong ? new Set(wrong) : conflicts(symbols, puzzle),
+    };
   });
 }

@@ -17,8 +17,16 @@ export function buildSettings(form, settings, card, changed) {
     deep ? slider("depth", "Depth", depthScale(card)) : null,
     deep && rules.length ? choice("exit", "Stop a token early", [["", "no: all steps"], ...rules.map(ruleName)]) : null,
     deep && rules.length ? slider("threshold", "Threshold", thresholdScale(settings)) : null,
-    slider("temperature", "Temperature", plain(0, 1.5, 0.05, (value) => (value === 0 ? "0, greedy" : value.toFixed(2)))),
-    slider("top_p", "Top p", plain(0.05, 1, 0.05, (value) => (value === 1 ? "1, all tokens" : value.toFixed(2)))),
+    slider(
+      "temperature",
+      "Temperature",
+      plain(0, 1.5, 0.05, (value) => (value === 0 ? "0, greedy" : value.toFixed(2))),
+    ),
+    slider(
+      "top_p",
+      "Top p",
+      plain(0.05, 1, 0.05, (value) => (value === 1 ? "1, all tokens" : value.toFixed(2))),
+    ),
     number("length", "Tokens to write", 1, card.context),
     number("seed", "Seed", 0, 2 ** 31),
     choice("tint", "Tint", tints(deep)),
@@ -66,7 +74,11 @@ export function buildSettings(form, settings, card, changed) {
   }
 
   function choice(name, title, options) {
-    const input = h("select", { id: `set-${name}` }, options.map(([value, words]) => h("option", { value }, words)));
+    const input = h(
+      "select",
+      { id: `set-${name}` },
+      options.map(([value, words]) => h("option", { value }, words)),
+    );
     input.addEventListener("change", () => update(name, input.value));
     const root = h("div", { class: "control" }, h("label", { for: `set-${name}` }, title), input);
     return { root, show: () => (input.value = settings[name]) };
@@ -103,14 +115,18 @@ function thresholdScale(settings) {
     const rule = settings.exit;
     if (rule === "kl") {
       return {
-        min: -4, max: 0, step: 0.25,
+        min: -4,
+        max: 0,
+        step: 0.25,
         toValue: (at) => Number((10 ** at).toPrecision(2)),
         fromValue: (value) => Math.log10(value ?? usual.kl),
         words: (value) => `below ${value ?? usual.kl} nats`,
       };
     }
     return {
-      min: 0, max: 1, step: 0.01,
+      min: 0,
+      max: 1,
+      step: 0.01,
       toValue: (at) => at,
       fromValue: (value) => value ?? usual.halt,
       words: (value) => (value === null ? "that of the model" : `above ${value.toFixed(2)}`),
@@ -125,6 +141,11 @@ function ruleName(rule) {
 }
 
 function tints(deep) {
-  const all = [["certainty", "certainty"], ["steps", "steps taken"], ["settled", "step of decision"], ["none", "none"]];
+  const all = [
+    ["certainty", "certainty"],
+    ["steps", "steps taken"],
+    ["settled", "step of decision"],
+    ["none", "none"],
+  ];
   return all.filter(([name]) => deep || name === "certainty" || name === "none");
 }

@@ -24,7 +24,8 @@ export class TextView {
     }
     page.branches.forEach((branch, number) => {
       const column = this.columns.get(branch.key) ?? this.addColumn(branch.key);
-      if (this.place.children[number] !== column.root) this.place.insertBefore(column.root, this.place.children[number]);
+      if (this.place.children[number] !== column.root)
+        this.place.insertBefore(column.root, this.place.children[number]);
       const neighbour = page.branches[number === 0 ? 1 : number - 1];
       const part = neighbour ? partAt(branch.tokens, neighbour.tokens) : null;
       this.showHead(column, branch, number, page, look);
@@ -62,8 +63,12 @@ export class TextView {
     if (at < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
     const last = column.spans.length - 1;
     const to = {
-      ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: last,
-      ArrowDown: this.beside(column, at, 1), ArrowUp: this.beside(column, at, -1),
+      ArrowRight: at + 1,
+      ArrowLeft: at - 1,
+      Home: 0,
+      End: last,
+      ArrowDown: this.beside(column, at, 1),
+      ArrowUp: this.beside(column, at, -1),
     }[event.key];
     if (to !== undefined) {
       column.spans[Math.max(0, Math.min(last, to))].focus();
@@ -84,7 +89,8 @@ export class TextView {
       const box = column.spans[i].getBoundingClientRect();
       const lines = Math.round((direction * (box.top - here.top)) / here.height);
       if (lines >= 2 && best !== at) break;
-      if (lines >= 1 && Math.abs(box.left - here.left) < distance) [best, distance] = [i, Math.abs(box.left - here.left)];
+      if (lines >= 1 && Math.abs(box.left - here.left) < distance)
+        [best, distance] = [i, Math.abs(box.left - here.left)];
     }
     return best;
   }
@@ -159,9 +165,15 @@ export class TextView {
   edit(key, index, text = textOf(this.columns.get(key).tokens)) {
     if (this.editing) return;
     const column = this.columns.get(key);
-    const at = shownTexts(column.tokens).slice(0, index + 1).join("").length;
+    const at = shownTexts(column.tokens)
+      .slice(0, index + 1)
+      .join("").length;
     const area = h("textarea", {
-      class: "text", rows: 6, spellcheck: "false", "aria-label": "The text", "aria-describedby": "edit-hint",
+      class: "text",
+      rows: 6,
+      spellcheck: "false",
+      "aria-label": "The text",
+      "aria-describedby": "edit-hint",
       placeholder: "Type the beginning of a text, and let the model write on.",
       keydown: (event) => {
         if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.finish(true);
@@ -173,7 +185,11 @@ export class TextView {
       input: () => fit(area),
     });
     area.value = text;
-    const hint = h("p", { id: "edit-hint", class: "quiet hint" }, "Ctrl+Enter writes on from the end; Esc shows the tokens.");
+    const hint = h(
+      "p",
+      { id: "edit-hint", class: "quiet hint" },
+      "Ctrl+Enter writes on from the end; Esc shows the tokens.",
+    );
     column.text.replaceWith(area);
     area.after(hint);
     this.editing = { key, area, hint };

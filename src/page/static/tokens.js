@@ -30,7 +30,11 @@ export function visible(text) {
 // The same in words, for screen readers.
 export function spoken(text) {
   if (text.trim()) return text.trim();
-  const names = [["\n", "line break"], ["\t", "tab"], [" ", "space"]];
+  const names = [
+    ["\n", "line break"],
+    ["\t", "tab"],
+    [" ", "space"],
+  ];
   const parts = names.map(([c, name]) => [text.split(c).length - 1, name]).filter(([n]) => n);
   return parts.map(([n, name]) => (n === 1 ? name : `${n} ${name}s`)).join(", ") || "part of a character";
 }
@@ -67,7 +71,10 @@ export function keptBefore(tokens, text) {
 // Returns whether a character ends where a token ends.
 function isWhole(tokens, index) {
   const next = tokens[index + 1];
-  const last = tokens.slice(Math.max(0, index - 3), index + 1).flatMap((token) => token.bytes).slice(-4);
+  const last = tokens
+    .slice(Math.max(0, index - 3), index + 1)
+    .flatMap((token) => token.bytes)
+    .slice(-4);
   const lead = last.findLastIndex((byte) => byte < 0x80 || byte >= 0xc0);
   if (lead < 0) return true;
   const needed = last[lead] < 0x80 ? 1 : last[lead] < 0xe0 ? 2 : last[lead] < 0xf0 ? 3 : 4;

@@ -26,7 +26,8 @@ export class Writer {
   async tokenize(text, isFirst) {
     if (!text) return [];
     const { tokens } = await post("v1/tokenize", isFirst ? { text } : { text, inside: true });
-    if (isFirst && textOf(tokens) === ` ${text}`) tokens[0].bytes = tokens[0].bytes.slice(1); // the tokenizer's own space
+    const adds = isFirst && textOf(tokens) === ` ${text}`; // some tokenizers add a space, which is not part of the text
+    if (adds) tokens[0].bytes = tokens[0].bytes.slice(1);
     return tokens.map((token) => ({ ...token, kind: "typed", steps: 0, p: 1, trace: null }));
   }
 
@@ -101,7 +102,8 @@ export function noteOf(settings, card) {
   const depth = settings.depth ?? card.depth;
   const parts = [`depth ${depth}`, `seed ${settings.seed}`];
   if (card.max_depth === 1) parts.shift();
-  if (settings.exit) parts.splice(1, 0, `exit ${settings.exit}${settings.threshold === null ? "" : ` ${settings.threshold}`}`);
+  if (settings.exit)
+    parts.splice(1, 0, `exit ${settings.exit}${settings.threshold === null ? "" : ` ${settings.threshold}`}`);
   if (settings.temperature === 0) parts.splice(-1, 1, "greedy");
   return parts.join(" · ");
 }
