@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from typing import Any, NamedTuple
 
 from src.errors import one_line
@@ -252,7 +253,7 @@ def _wrong(name, what):
 
 
 def _any_of(value, schemas, name):
-    """Checks a value against the alternative of its type; of several, that with the fewest complaints inside."""
+    """Checks a value against the alternatives of its type. Of several errors, the one furthest inside counts."""
     errors = []
     for schema in schemas:
         try:
@@ -261,8 +262,8 @@ def _any_of(value, schemas, name):
             kind = schema.get("type")
             errors.append((isinstance(kind, str) and _is(value, kind), error))
     fits = [error for is_kind, error in errors if is_kind]
-    if fits:  # the last place in the value that fits some alternative is the most telling
-        raise max(fits, key=lambda error: len(error.message.split(" ")[0]))
+    if fits:
+        raise max(fits, key=lambda error: [int(i) for i in re.findall(r"\[(\d+)\]", error.message.split(" ")[0])])
     words = dict.fromkeys(WORDS[s["type"]] for s in schemas if isinstance(s.get("type"), str) and s["type"] != "null")
     raise _wrong(name, f"is {_kind(value)}: give it {' or '.join(words)}")
 
