@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from typing import NamedTuple
 
-from src.data.corpus import same_file_key, walk
+from src.data.corpus import SOURCES, same_file_key, walk
 from src.errors import UserError, few
 from src.files.text import decode, parse_python
 
@@ -39,14 +39,18 @@ class Chunk(NamedTuple):
 def source_files(paths, suffixes=()) -> list[tuple[str, str]]:
     """Returns sorted (path to show, path to open) of all files in files and folders.
 
-    Hidden files and folders are left out. A folder that is reached through several links is entered once, so links that
-    form a circle do no harm. Raises UserError if a path does not exist."""
+    stdlib, stdlib-valid and site-packages stand for the sources of this Python, as in train_paths. Hidden files and
+    folders are left out. A folder that is reached through several links is entered once, so links that form a circle do
+    no harm. Raises UserError if a path does not exist."""
     found = {}
     for path in paths:
         path = os.path.expanduser(os.fspath(path))
-        if not os.path.exists(path):
+        if path in SOURCES and not os.path.lexists(path):
+            inside = SOURCES[path]()
+        elif not os.path.exists(path):
             raise UserError(f"{path}: there is nothing to retrieve from, no such file or folder: correct the path")
-        inside = walk(path, SKIPPED_FOLDERS, []) if os.path.isdir(path) else [path]
+        else:
+            inside = walk(path, SKIPPED_FOLDERS, []) if os.path.isdir(path) else [path]
         for file in inside:
             is_hidden = os.path.basename(file).startswith(".") and file != path
             if os.path.isfile(file) and not is_hidden and file.endswith(tuple(suffixes) or ""):

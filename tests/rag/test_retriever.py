@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from src.data.corpus import SOURCES
 from src.data.samples import QUERY_MARKER, prepare_code_input
 from src.errors import UserError
 from src.rag import index as index_module
@@ -91,6 +92,14 @@ def test_links_that_form_a_circle_do_no_harm(repo):
     os.symlink(repo / "inner", repo / "again")
     os.symlink("self", repo / "self")
     assert len(read_sources([repo], report=False)) == 3
+
+
+def test_a_word_stands_for_the_sources_of_this_python(repo, monkeypatch):
+    monkeypatch.setitem(SOURCES, "stdlib", lambda: [str(repo / "read.py")])
+    assert [source.real_path for source in read_sources(["stdlib"])] == [str(repo / "read.py")]
+    monkeypatch.chdir(repo.parent)
+    (repo.parent / "stdlib").write_text("a file of that name comes first")
+    assert [source.text for source in read_sources(["stdlib"])] == ["a file of that name comes first"]
 
 
 def test_a_file_with_two_names_is_read_once(repo):

@@ -8,6 +8,7 @@ import pytest
 import make_problems
 from src.data.records import read_records
 from src.errors import UserError
+from src.tasks import problems
 from src.tasks.problems import count_distinct, draw, key_of
 
 
@@ -75,6 +76,21 @@ def test_tasks_of_reasoning_gym(tmp_path):
     for record in make(tmp_path / "boards.parquet", "mini_sudoku", "--size", 5, "--terse", "true"):
         assert all(q in ("_", a) for q, a in zip(record.question.split(), record.answer.split(), strict=True))
         assert record.question.split().count("_") == record.extra["difficulty"]
-    for words, said in [(["chain_smu"], "did you mean chain_sum"), (["chain_sum", "--set", "x=1"], "no such option")]:
+    for words, said in [
+        (["chain_smu"], "did you mean chain_sum"),
+        (["chain_sum", "--set", "x=1"], "no such option"),
+        (["maze", "--set", "max_grid_size=6", "min_dist=30", "max_dist=31"], "makes none of 20 items"),
+    ]:
         with pytest.raises(UserError, match=said):
             make(tmp_path / "x.jsonl", *words)
+
+
+def test_items_that_a_generator_gives_up_on_are_skipped(capsys):
+    class Items(list):
+        def __getitem__(self, number):
+            if number % 2:
+                raise RuntimeError("no path found")
+            return number
+
+    assert list(problems._made("maze", Items(), 50)) == list(range(0, 50, 2))
+    assert capsys.readouterr().err == "maze: item 1 cannot be made (no path found), skipped; so are others\n"
