@@ -217,6 +217,7 @@ def test_stop(page):
     assert 3 < count < 400
     page.wait_for_timeout(200)
     assert page.locator(".token.written").count() == count
+    assert re.search(r"^trm_running 0$", page.request.get("/metrics").text(), re.M), "the server still writes"
     expect(page.locator("#status")).to_contain_text("Stopped")
 
 

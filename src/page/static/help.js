@@ -16,8 +16,9 @@ const WRITING = [
   ["Edit", "Press Edit, or double-click a token. Only what follows the change is tokenized again."],
   [
     "Depth",
-    "The slider sets the recursion steps per token. Compare writes the last passage at two depths, or with two " +
-      "seeds, and marks where the texts part.",
+    "The slider sets the recursion steps per token. The tint “step of decision” shows after which step the model no " +
+      "longer changed its choice. Compare writes the last passage at two depths, or with two seeds, and marks where " +
+      "the texts part.",
   ],
   [
     "Keys",
