@@ -257,13 +257,41 @@ def test_texts_are_text(page):
     page.keyboard.press("Escape")
     expect(page.locator("[role=listbox]")).to_have_text("<img src=x onerror=alert(1)> é京", use_inner_text=False)
     assert page.locator("img").count() == 0
-    halves = page.locator(".token.half").count()
-    assert halves > 0, "this tokenizer spells these characters in bytes"
-    shown = page.evaluate(
-        """async () => (await import("/static/tokens.js")).shownTexts(
-            [[0xe4], [0xba, 0xac, 0x61], [0xe4], [0x62]].map((bytes) => ({ bytes })))"""
-    )
-    assert shown == ["", "京a", "", "�b"]
+    assert page.locator(".token.half").count() > 0, "this tokenizer spells these characters in bytes"
+
+
+def test_what_is_computed_from_tokens(page):
+    """The functions of tokens.js, on tokens that no small model is sure to write."""
+    page.goto("/")
+
+    def call(function, *values):
+        code = f"async (values) => (await import('/static/tokens.js')).{function}(...values)"
+        return page.evaluate(code, values)
+
+    def tokens(*pieces, kind="written"):
+        return [{"id": i, "text": "", "bytes": list(piece), "kind": kind} for i, piece in enumerate(pieces)]
+
+    kyo = tokens(b"\xe4", b"\xba\xaca", b"\xe4", b"b")
+    assert call("shownTexts", kyo) == ["", "京a", "", "\ufffdb"]
+    assert [call("nameOf", token) for token in kyo[:2]] == ["<E4>", "<BA><AC><61>"]
+    # an edit keeps whole characters, and what was written before it; typed tokens are tokenized again
+    assert call("keptBefore", kyo[:2], "京ab") == {"kept": 2, "tail": "b"}
+    assert call("keptBefore", kyo[:2], "京b") == {"kept": 0, "tail": "京b"}
+    text = tokens(b"ab", b"c") + tokens(b"d", b"e", kind="typed")
+    assert call("keptBefore", text, "abcde") == {"kept": 4, "tail": ""}
+    assert call("keptBefore", text, "abcdef") == {"kept": 2, "tail": "def"}
+    assert call("keptBefore", text, "abx") == {"kept": 1, "tail": "x"}
+    assert call("bytesOf", "bytes:\\xe4\\xba") == [0xE4, 0xBA] and call("bytesOf", "é") == [0xC3, 0xA9]
+    assert call("partAt", text, text[:1] + kyo) == 1 and call("partAt", text, text[:2]) is None
+    step = [{"halt": None, "entropy": 1, "top": [[i, name, p]]} for i, name, p in ((1, "a", 0.5), (2, "b", 0.6))]
+    changed = {"id": 2, "text": "b", "bytes": [98], "kind": "written", "steps": 3, "p": 0.7, "trace": [*step, step[1]]}
+    assert call("settledAt", changed) == 2 and call("settledAt", changed | {"trace": step[:1]}) == 1
+    found = call("candidates", changed)
+    assert [(c["id"], c["p"], c["role"]) for c in found] == [
+        (2, [0, 0.6, 0.7], "written"),
+        (1, [0.5, 0, 0], "leader"),
+    ]
+    assert [call("level", changed, tint, 4) for tint in ("certainty", "steps", "settled", "none")] == [4, 4, 2, None]
 
 
 # ---- boards ---------------------------------------------------------------------------------------------------------
