@@ -224,7 +224,12 @@ def test_stop(page):
 def test_reload_from_the_address(page):
     write(page, "def main(", "#length=12&temperature=0.5&seed=7&depth=2&tint=settled")
     text = text_of(page)
-    page.reload()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("#link").click()
+    expect(page.locator("#link")).to_have_text("Copied")
+    link = page.evaluate("navigator.clipboard.readText()")
+    page.goto("/")
+    page.goto(link)
     expect(page.locator("[role=listbox]")).to_have_text(text, use_inner_text=False)
     for name, value in {"seed": "7", "length": "12", "depth": "2", "temperature": "0.5", "tint": "settled"}.items():
         expect(page.locator(f"#set-{name}")).to_have_value(value)

@@ -72,3 +72,17 @@ export function percent(p) {
 export function count(n, what) {
   return `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
 }
+
+let [set, timer] = [0, null];
+
+// Puts a fragment into the address, at most five times a second, because browsers refuse more.
+export function setAddress(fragment) {
+  clearTimeout(timer);
+  const wait = Math.max(0, set + 200 - performance.now());
+  const before = location.hash;
+  timer = setTimeout(() => {
+    if (location.hash !== before) return; // the reader has opened another address
+    set = performance.now();
+    history.replaceState(null, "", `#${fragment}`);
+  }, wait);
+}

@@ -17,6 +17,8 @@ export function inspect(place, token, index, act) {
   }
   const parts = [head(token, index, act)];
   if (token.trace?.length) parts.push(why(token), picture(token), rivals(token, act), stepTable(token));
+  else if (token.kind === "typed")
+    parts.push(h("p", { class: "quiet" }, "Typed, or opened with the page: not predicted."));
   else if (token.kind === "written") parts.push(h("p", { class: "quiet" }, "Written without a trace."));
   parts.push(actions(act));
   place.replaceChildren(...parts);

@@ -1,7 +1,7 @@
 // Starts the page: loads the model card, and connects text, settings and inspector.
 
 import { get } from "./api.js";
-import { byId, h, say, warn } from "./dom.js";
+import { byId, h, say, setAddress, warn } from "./dom.js";
 import { askForKey, showCard, showLegend } from "./head.js";
 import { buildHelp } from "./help.js";
 import { inspect } from "./inspector.js";
@@ -34,7 +34,7 @@ async function start() {
   for (const button of byId("views").children) {
     button.addEventListener("click", () => show(button.value));
   }
-  window.addEventListener("hashchange", () => open(location.hash));
+  window.addEventListener("hashchange", (event) => open(new URL(event.newURL).hash));
   open(location.hash);
 
   // Opens the view that an address belongs to.
@@ -342,7 +342,7 @@ class Page {
   remember() {
     if (byId("writer").hidden) return;
     this.fragment = toFragment(this.history.branch, this.settings);
-    history.replaceState(null, "", `#${this.fragment}`);
+    setAddress(this.fragment);
   }
 
   async open(fragment) {
@@ -371,7 +371,7 @@ class Page {
     await this.view.finish(false);
     this.remember();
     try {
-      await navigator.clipboard.writeText(location.href);
+      await navigator.clipboard.writeText(new URL(`#${this.fragment}`, location.href).href);
       byId("link").textContent = "Copied";
       say("The link is copied.");
       setTimeout(() => (byId("link").textContent = "Copy link"), 1500);

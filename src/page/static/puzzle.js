@@ -2,7 +2,7 @@
 
 import { post } from "./api.js";
 import { blankOf, changedCells, conflicts, edges, EXAMPLES, isSudoku, offered, parseBoard } from "./boards.js";
-import { byId, count, h, percent, say, svg, warn } from "./dom.js";
+import { count, h, percent, say, setAddress, svg, warn } from "./dom.js";
 import { LEVELS } from "./tokens.js";
 
 const SURE = 0.9; // certainty from which an empty cell counts as sure
@@ -55,7 +55,7 @@ export class PuzzlePage {
     this.place.append(
       h(
         "div",
-        { class: "bar", role: "toolbar", "aria-label": "Actions" },
+        { class: "bar", role: "group", "aria-label": "Actions" },
         this.solveButton,
         this.moreButton,
         h("span", { class: "gap" }),
@@ -190,11 +190,11 @@ export class PuzzlePage {
 
   // Puts the board into the address.
   remember() {
-    if (!this.place.hidden) history.replaceState(null, "", `#${this.fragment}`);
+    if (!this.place.hidden) setAddress(this.fragment);
   }
 
   async copyLink() {
-    await navigator.clipboard.writeText(location.href).then(
+    await navigator.clipboard.writeText(new URL(`#${this.fragment}`, location.href).href).then(
       () => say("The link is copied."),
       () => warn("The browser does not allow copying: the link is in the address bar."),
     );

@@ -35,7 +35,13 @@ export class TextView {
   }
 
   addColumn(key) {
-    const text = h("div", { class: "text", role: "listbox", "aria-orientation": "horizontal", tabindex: "-1" });
+    const text = h("div", {
+      class: "text",
+      role: "listbox",
+      "aria-orientation": "horizontal",
+      dir: "auto",
+      tabindex: "-1",
+    });
     const head = h("header");
     const root = h("section", { class: "branch" }, head, text);
     const column = { key, root, head, text, tokens: [], spans: [] };
@@ -171,6 +177,7 @@ export class TextView {
     const area = h("textarea", {
       class: "text",
       rows: 6,
+      dir: "auto",
       spellcheck: "false",
       "aria-label": "The text",
       "aria-describedby": "edit-hint",
