@@ -11,7 +11,6 @@ from torch import Tensor
 from src.exits import ExitRule, max_depth
 from src.runtime import mix_seed
 
-
 LIKELIEST = 256  # tokens among which a nucleus is looked for before all tokens are sorted
 
 
@@ -41,7 +40,7 @@ def filter_logits(
 def _nucleus(logits, top_p, most: int | None = LIKELIEST):
     """Gives -inf to the tokens outside the nucleus, which is looked for among the `most` likeliest tokens first.
 
-    To sort a whole vocabulary takes up to 30 times as long as to find its likeliest tokens, and most nuclei are small."""
+    Sorting a whole vocabulary takes up to 30 times as long as finding its likeliest tokens."""
     size = logits.shape[-1]
     most = size if most is None else min(most, size)
     p, index = logits.softmax(-1).topk(most, dim=-1)
