@@ -230,10 +230,11 @@ async def _write(service: Service, request: Request, is_chat: bool):
 async def _tokenize(service: Service, request: Request):
     body = await _read(service, request)
     schemas.validate(body, schemas.tokenize_schema(service.bounds))
-    tokenizer, decoder = service.tokenizer, StreamDecoder(service.tokenizer, starts_text=True)
+    tokenizer, inside = service.tokenizer, bool(body.get("inside"))
+    decoder = StreamDecoder(tokenizer, starts_text=not inside)
     found = [
         {"id": index, "text": decoder.push(index), "bytes": list(tokenizer.id_to_bytes(index))}
-        for index in tokenizer.encode(body["text"])
+        for index in (tokenizer.encode_inside([body["text"]])[0] if inside else tokenizer.encode(body["text"]))
     ]
     if found:
         found[-1]["text"] += decoder.flush()

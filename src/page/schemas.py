@@ -132,7 +132,8 @@ def chat_schema(b: Bounds):
 
 def tokenize_schema(b: Bounds):
     """The body of POST /v1/tokenize."""
-    return closed({"text": text("a text", b.chars)}, ["text"])
+    inside = flag("the text continues another one, so it gets no space before it, which some tokenizers add")
+    return closed({"text": text("a text", b.chars), "inside": inside}, ["text"])
 
 
 def puzzle_schema(b: Bounds):

@@ -107,6 +107,7 @@ class Service:
             "max_depth": max_depth(config) if self.is_onnx else self.bounds.depth,
             "exits": [exit for exit, has in (("halt", config.halting), ("kl", True)) if has and adapts],
             "context": config.max_seq_len,
+            "start": self.tokenizer.start([self.tokenizer.eos_id])[:-1],
             "vocab_size": self.tokenizer.vocab_size,
             "fim": self.tokenizer.fim is not None,
             "backend": "onnx" if self.is_onnx else "torch",

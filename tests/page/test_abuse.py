@@ -2,6 +2,7 @@
 
 `make test-slow` sends 10,000; the fast test some."""
 
+import copy
 import json
 import random
 
@@ -70,7 +71,7 @@ def spoil(body, rng):
     """Returns a body with a random value replaced, removed or added."""
     path = rng.choice(list(places(body)))
     if not path:
-        return rng.choice(JUNK)
+        return copy.deepcopy(rng.choice(JUNK))
     inner = body
     for key in path[:-1]:
         inner = inner[key]
@@ -78,9 +79,9 @@ def spoil(body, rng):
     if change < 0.2:
         del inner[path[-1]]
     elif change < 0.35 and isinstance(inner, dict):
-        inner[rng.choice(KEYS)] = rng.choice(JUNK)
+        inner[rng.choice(KEYS)] = copy.deepcopy(rng.choice(JUNK))
     else:
-        inner[path[-1]] = rng.choice(JUNK)
+        inner[path[-1]] = copy.deepcopy(rng.choice(JUNK))
     return body
 
 
@@ -105,7 +106,7 @@ def send_many(number: int, seed: int):
                 if rng.random() < 0.9:
                     body.pop(name, None)
             for _ in range(rng.choice([0, 1, 1, 2])):
-                body = spoil(body, rng) if isinstance(body, (dict, list)) and body else rng.choice(JUNK)
+                body = spoil(body, rng) if isinstance(body, (dict, list)) and body else copy.deepcopy(rng.choice(JUNK))
             data = json.dumps(body).encode()
             data = damage(data, rng) if rng.random() < 0.15 else data
             method = rng.choice(["POST"] * 20 + ["GET", "PUT", "DELETE", "PATCH", "OPTIONS"])

@@ -162,6 +162,8 @@ def test_facts(client, service):
     assert card["family"] == "trm" and card["exits"] == ["halt", "kl"] and card["context"] == 64
     assert card["parameters"] == sum(p.numel() for p in service.model.parameters())
     assert card["backend"] == "torch" and card["puzzle"] is None and card["fim"] is False
+    assert card["start"] == [TOKENIZER.bos_id]
+    assert client.post("/v1/tokenize", json={"text": "a", "inside": True}).json()["tokens"][0]["id"] == 97
     tokens = client.post("/v1/tokenize", json={"text": "aé"}).json()["tokens"]
     assert [token["text"] for token in tokens] == ["a", "", "é"]
     assert [token["bytes"] for token in tokens] == [[97], [0xC3], [0xA9]]
