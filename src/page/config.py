@@ -30,7 +30,7 @@ class ServeConfig:
         max_steps: most supervision steps that a request for a puzzle may ask for
         max_seconds: most seconds that a text may take, waiting included; then it ends as at max_tokens
         max_body_kib: most KiB of a request's body
-        body_seconds: most seconds that a client may take to send a request's body
+        body_seconds: most seconds that a client may take to send the headers of a request, and as many for its body
         prefill_tokens: most tokens of waiting prompts that are encoded between two tokens of the running texts
         max_cache_gib: most GiB of key/value cache; lowers max_rows if needed
         grace_seconds: at SIGTERM and Ctrl-C, running texts may be written for this many more seconds; then they end

@@ -1,15 +1,19 @@
 """Runs the application in uvicorn until SIGTERM or Ctrl-C, and ends running texts then."""
 
+import asyncio
 import contextlib
 import signal
 import socket
 import sys
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from src.errors import UserError
 from src.page.service import Service
 
+MORE_CONNECTIONS = 256  # connections that may be open besides those of texts
 LAST_S = 5  # seconds that answers may take to be sent once all texts have ended
 
 
@@ -26,6 +30,36 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(
             f"cannot listen on {host}, port {port} ({error.strerror}): choose another --port or --host"
         ) from None
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1 that closes a connection whose headers are not complete in time, which uvicorn alone does not."""
+
+    head_seconds = 20.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data):
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc):
+        super().connection_lost(exc)
+        self._stop()
+
+    def _watch(self):
+        if self.conn.their_state is not h11.IDLE:  # the headers are complete
+            self._stop()
+        elif self._timer is None and not self.transport.is_closing():
+            self._timer = asyncio.get_running_loop().call_later(self.head_seconds, self.transport.close)
+
+    def _stop(self):
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class _Server(uvicorn.Server):
@@ -56,9 +90,10 @@ def serve(app, service: Service, listening: socket.socket):
     config = uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",
+        http=type("Protocol", (_Protocol,), {"head_seconds": service.config.body_seconds}),
         ws="none",
-        log_level="warning",
+        log_level="error",
+        limit_concurrency=service.config.max_rows + service.config.max_queue + MORE_CONNECTIONS,
         access_log=False,
         server_header=False,
         proxy_headers=False,

@@ -50,15 +50,12 @@ def read_tokens(chosen: Chosen, wanted: list[tuple[int, int | None, int | None]]
     logprobs = chosen.logits[-1][rows].float().log_softmax(-1).cpu()
     written = [chosen.tokens[row] for row in rows]
     own = logprobs.gather(1, torch.tensor(written)[:, None]).squeeze(1).tolist()
-    most = max(top or 0 for _, top, _ in wanted)
-    best = _best(logprobs, most)
-    found = {}
-    for number, (row, top, trace) in enumerate(wanted):
-        token = Token(written[number], chosen.depths[row], max(own[number], LEAST), best[number][: top or 0])
-        if trace is not None:
-            token.trace = _trace(chosen, row, trace, tokenizer)
-        found[row] = token
-    return found
+    best = _best(logprobs, max(top or 0 for _, top, _ in wanted))
+    traces = _traces(chosen, {row: top for row, _, top in wanted if top is not None}, tokenizer)
+    return {
+        row: Token(index, chosen.depths[row], max(p, LEAST), likeliest[: top or 0], traces.get(row))
+        for (row, top, _), index, p, likeliest in zip(wanted, written, own, best)
+    }
 
 
 def score_prompt(tokens: list[Token], logits: torch.Tensor, top: int):
@@ -78,20 +75,34 @@ def _best(logprobs, most):
     return [[(i, max(v, LEAST)) for i, v in zip(*pair)] for pair in zip(ids.tolist(), values.tolist())]
 
 
-def _trace(chosen, row, top, tokenizer) -> list[dict]:
-    """Returns what the model predicted after each recursion step: {"halt", "entropy" (bits), "top": [id, text, p]}."""
-    depth = chosen.depths[row]
-    p = chosen.logits[:depth, row].float().softmax(-1).cpu()
-    entropy = (torch.special.entr(p).sum(-1) / log(2)).tolist()
-    halt = [None] * depth
+def _traces(chosen: Chosen, tops: dict[int, int], tokenizer) -> dict[int, list[dict]]:
+    """Returns what the model predicted after each recursion step: {"halt", "entropy" (bits), "top": [id, text, p]}.
+
+    tops: how many tokens for which row."""
+    if not tops:
+        return {}
+    rows, halts = list(tops), None
+    steps = max(chosen.depths[row] for row in rows)
+    logprobs = chosen.logits[:steps, rows].float().log_softmax(-1)
+    p = logprobs.exp()
+    entropies = (p * logprobs.clamp(min=LEAST)).sum(-1).mul(-1 / log(2)).tolist()
+    values, ids = (part.tolist() for part in p.topk(min(max(tops.values()), p.shape[-1]), dim=-1))
     if chosen.halt_logits is not None:
-        halt = [_short(h) for h in chosen.halt_logits[:depth, row].float().sigmoid().tolist()]
-    values, ids = p.topk(min(top, p.shape[-1]), dim=-1)
-    rivals = [
-        [[i, token_string(tokenizer, i), _short(v)] for i, v in zip(*pair)]
-        for pair in zip(ids.tolist(), values.tolist())
-    ]
-    return [{"halt": h, "entropy": _short(e), "top": r} for h, e, r in zip(halt, entropy, rivals)]
+        halts = chosen.halt_logits[:steps, rows].float().sigmoid().tolist()
+    found = {}
+    for number, (row, top) in enumerate(tops.items()):
+        found[row] = [
+            {
+                "halt": None if halts is None else _short(halts[step][number]),
+                "entropy": _short(entropies[step][number]),
+                "top": [
+                    [index, token_string(tokenizer, index), _short(value)]
+                    for index, value in zip(ids[step][number][:top], values[step][number])
+                ],
+            }
+            for step in range(chosen.depths[row])
+        ]
+    return found
 
 
 def _short(number: float) -> float:

@@ -1,9 +1,12 @@
 """serve.py as a program: its end at SIGTERM, its errors; the released checkpoints; OpenAI's client."""
 
+import contextlib
 import http.client
 import json
+import re
 import signal
 import socket
+import time
 
 import pytest
 from scripts import start
@@ -18,10 +21,17 @@ from src.page.config import ServeConfig
 from src.page.service import open_service
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture(scope="module")
+def program():
+    """(serve.py in a process of its own, its port)."""
+    words = ("--port", 0, "--puzzle", "none", "--grace_seconds", "0.3", "--body_seconds", "0.5", "--device", "cpu")
+    child = start("serve.py", *words)
+    try:
+        lines = iter(child.stderr.readline, "")
+        line = next(line for line in lines if "Ctrl-C ends it" in line)
+        yield child, int(re.fullmatch(r"stdlib: http://127\.0\.0\.1:(\d+) \(Ctrl-C ends it\)\n", line)[1])
+    finally:
+        child.kill()
 
 
 @pytest.fixture(scope="module")
@@ -31,28 +41,61 @@ def released():
         yield client
 
 
-def test_sigterm_ends_a_stream_cleanly():
-    port = free_port()
-    child = start("serve.py", "--port", port, "--puzzle", "none", "--grace_seconds", "0.3", "--device", "cpu")
-    try:
-        for line in child.stderr:
-            if "Ctrl-C ends it" in line:
-                assert line == f"stdlib: http://127.0.0.1:{port} (Ctrl-C ends it)\n"
-                break
-        client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        body = {"prompt": "def ", "max_tokens": 4000, "stream": True, "ignore_eos": True}
-        client.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        answer = client.getresponse()
-        first = answer.readline()
-        child.send_signal(signal.SIGTERM)
-        *lines, done = [line for line in answer.read().decode().split("\n\n") if line]
-        assert first.startswith(b"data: {") and done == "data: [DONE]"
-        ended = json.loads(lines[-1].removeprefix("data: "))["choices"][0]
-        assert (ended["finish_reason"], ended["stop_reason"]) == ("length", "shutdown")
-        _, err = child.communicate(timeout=60)
-        assert child.returncode == 0 and err == ""
-    finally:
-        child.kill()
+def exchange(port, *parts, reads=True) -> bytes:
+    """Sends bytes and returns all that the server sends until it closes the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        for part in parts:
+            connection.sendall(part)
+        answer = b""
+        while reads and (part := connection.recv(2**16)):
+            answer += part
+        return answer
+
+
+def test_rude_clients_disturb_nobody(program):
+    """Half headers, half bodies, huge headers, pipelined requests, no HTTP at all, a reader that does not read."""
+    child, port = program
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+    assert exchange(port, b"GET /health HTTP/1.1\r\nHost: loc") == b""  # closed after --body_seconds
+    answer = exchange(port, head + b'100\r\n\r\n{"prompt": ')
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"the body was not complete after 0.5 s" in answer
+    with contextlib.suppress(ConnectionError):  # the server may close before everything is sent
+        answer = exchange(port, b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 2_000_000)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+    assert exchange(port, b"\x16\x03\x01\x00 no HTTP\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    get = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
+    answers = exchange(port, 3 * (get + b"\r\n") + get + b"Connection: close\r\n\r\n")
+    assert answers.count(b"HTTP/1.1 200 ") == answers.count(b'"id":"stdlib"') == 4
+    body = json.dumps({"prompt": "a", "max_tokens": 4000, "stream": True, "ignore_eos": True}).encode()
+    with socket.create_connection(("127.0.0.1", port)) as lazy:
+        lazy.sendall(head + b"%d\r\n\r\n" % len(body) + body)
+        body = b'{"prompt": "a", "max_tokens": 2}'
+        answer = exchange(port, head + b"%d\r\nConnection: close\r\n\r\n" % len(body) + body)
+        assert b'"completion_tokens":2' in answer
+    for _ in range(200):
+        answer = exchange(port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        if b'"running":0,"waiting":0' in answer:
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail(f"the row of a closed connection is not free: {answer}")
+    assert child.poll() is None
+
+
+def test_sigterm_ends_a_stream_cleanly(program):
+    child, port = program
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    body = {"prompt": "def ", "max_tokens": 4000, "stream": True, "ignore_eos": True}
+    client.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    answer = client.getresponse()
+    first = answer.readline()
+    child.send_signal(signal.SIGTERM)
+    *lines, done = [line for line in answer.read().decode().split("\n\n") if line]
+    assert first.startswith(b"data: {") and done == "data: [DONE]"
+    ended = json.loads(lines[-1].removeprefix("data: "))["choices"][0]
+    assert (ended["finish_reason"], ended["stop_reason"]) == ("length", "shutdown")
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 0 and err == ""
 
 
 def test_an_address_that_is_taken(capsys):
