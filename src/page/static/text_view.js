@@ -39,6 +39,7 @@ export class TextView {
       class: "text",
       role: "listbox",
       "aria-orientation": "horizontal",
+      "aria-describedby": "text-hint",
       dir: "auto",
       tabindex: "-1",
     });
