@@ -162,6 +162,22 @@ def test_edit_tokenizes_only_the_tail(page):
     assert text_of(page) == text
 
 
+def test_write_on_from_the_middle(page):
+    write(page, "def main(")
+    tokens = page.locator("[role=option]").evaluate_all("all => all.map(token => token.textContent)")
+    page.locator(".token.written").nth(2).dblclick()
+    page.keyboard.type("new")
+    page.keyboard.press("Control+Shift+Enter")
+    expect(page.locator(".token.written")).to_have_count(3 + 12)
+    written(page)
+    kept = page.locator("[role=option]").count() - 12
+    assert text_of(page).startswith("".join(tokens[: len(tokens) - 9]) + "new")
+    prompt, first = page.sent["completions"][1]["prompt"], page.sent["completions"][0]["prompt"]
+    assert prompt[: len(first)] == first and len(prompt) == 1 + kept
+    page.keyboard.press("ArrowRight")  # the text has the focus
+    expect(page.locator("[role=option]").nth(1)).to_be_focused()
+
+
 def test_again_and_next_seed(page):
     write(page, "def main(", "#length=12&temperature=1")
     first = text_of(page)

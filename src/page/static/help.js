@@ -13,7 +13,11 @@ const WRITING = [
     "Select a token and click a rival: the text is cut there and goes on with the rival. Undo returns to the old " +
       "text; a check mark keeps both, side by side.",
   ],
-  ["Edit", "Press Edit, or double-click a token. Only what follows the change is tokenized again."],
+  [
+    "Edit",
+    "Press Edit, or double-click a token. Write on from the end, or from the cursor. Only what follows the change is " +
+      "tokenized again.",
+  ],
   [
     "Depth",
     "The slider sets the recursion steps per token. The tint “step of decision” shows after which step the model no " +

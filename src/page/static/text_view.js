@@ -66,9 +66,12 @@ export class TextView {
 
   // The arrows walk through the tokens; up and down go to the line above and below.
   onKey(event, column) {
-    const at = column.spans.indexOf(document.activeElement);
-    if (at < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
     const last = column.spans.length - 1;
+    const isList = document.activeElement === column.text; // has the focus after an edit
+    const at = isList
+      ? column.spans.findIndex((span) => span.tabIndex === 0)
+      : column.spans.indexOf(document.activeElement);
+    if (at < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
     const to = {
       ArrowRight: at + 1,
       ArrowLeft: at - 1,
@@ -184,7 +187,7 @@ export class TextView {
       "aria-describedby": "edit-hint",
       placeholder: "Type the beginning of a text, and let the model write on.",
       keydown: (event) => {
-        if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.finish(true);
+        if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.finish(true, event.shiftKey);
         else if (event.key === "Escape") this.finish(false);
         else return;
         event.preventDefault();
@@ -193,11 +196,9 @@ export class TextView {
       input: () => fit(area),
     });
     area.value = text;
-    const hint = h(
-      "p",
-      { id: "edit-hint", class: "quiet hint" },
-      "Ctrl+Enter writes on from the end; Esc shows the tokens.",
-    );
+    const cut = h("button", { type: "button", click: () => this.finish(true, true) }, "Write on from the cursor");
+    const keys = "Ctrl+Enter writes on from the end, with Shift from the cursor; Esc shows the tokens. ";
+    const hint = h("p", { class: "quiet hint" }, h("span", { id: "edit-hint" }, keys), cut);
     column.text.replaceWith(area);
     area.after(hint);
     this.editing = { key, area, hint };
@@ -206,11 +207,16 @@ export class TextView {
     area.setSelectionRange(at, at);
   }
 
-  // Ends editing; `write` lets the model write on. Without a change of the text, the tokens stay as they are.
-  finish(write) {
-    const { key, area } = this.editing ?? {};
+  // Ends editing; `write` lets the model write on, after the cursor if `isCut`. Without a change of the text, the
+  // tokens stay as they are.
+  finish(write, isCut = false) {
+    if (!this.editing) return null;
+    const { key, area } = this.editing;
+    const hadFocus = document.activeElement === area;
+    const text = isCut ? area.value.slice(0, area.selectionStart) : area.value;
     this.drop();
-    return key && this.on.edited(key, area.value, write);
+    if (hadFocus) this.columns.get(key).text.focus({ preventScroll: true });
+    return this.on.edited(key, text, write);
   }
 
   // Ends editing without taking over the text.
