@@ -13,6 +13,7 @@ once; figures are medians of the rounds.
 
     tokens/s      new tokens of all streams per second, from the first request to the last token
     speedup       relative to one stream
+    cpu ms        milliseconds of CPU time of the server per token, which other programs change little
     first p50/p95 milliseconds until a stream's first token, median and 95th percentile over all streams and rounds
     same          streams whose text is what LanguageModel.write gives for the same prompt and seed
 
@@ -36,6 +37,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
+import psutil
 import torch
 from common import ROOT, machine, median, print_json, print_table
 from generate_peers import transformers_job
@@ -119,10 +121,12 @@ class Server:
         self.process.terminate()
         self.process.wait(60)
 
+    def cpu_s(self) -> float:
+        """Returns the CPU time that the server has used, in seconds."""
+        return sum(psutil.Process(self.process.pid).cpu_times()[:2])
+
     def rss(self) -> float:
         """Returns the resident memory of the server in MiB."""
-        import psutil
-
         return psutil.Process(self.process.pid).memory_info().rss / 2**20
 
 
@@ -179,21 +183,22 @@ def body_of(args, number: int, **more) -> dict:
     return {"prompt": prompt, "seed": number, "max_tokens": args.new_tokens, "ignore_eos": True} | SAMPLING | more
 
 
-async def measure(args, port, lm: LanguageModel) -> list[dict]:
+async def measure(args, server, lm: LanguageModel) -> list[dict]:
     """Returns a row per number of streams, and one for 8 streams with a trace."""
     cases = [(str(n), n, {}) for n in args.streams]
     traced = min(8, max(args.streams))
     cases.append((f"{traced} traced", traced, {"recursion": {"trace": 5}}))
     if str(traced) not in {name for name, _, _ in cases}:
         cases.insert(-1, (str(traced), traced, {}))
-    speeds, firsts, texts = {}, {}, {}
+    speeds, firsts, texts, cpu, port = {}, {}, {}, {}, server.port
     for turn in range(args.repeats + 1):
         for name, n, more in cases:
-            start = time.perf_counter()
+            start, before = time.perf_counter(), server.cpu_s()
             found = await asyncio.gather(*(read_stream(port, body_of(args, i, **more)) for i in range(n)))
             elapsed = time.perf_counter() - start
             if turn:  # the first round warms up
                 speeds.setdefault(name, []).append(n * args.new_tokens / elapsed)
+                cpu.setdefault(name, []).append(1000 * (server.cpu_s() - before) / (n * args.new_tokens))
                 firsts.setdefault(name, []).extend(1000 * stream.first_s for stream in found)
             texts[name] = [stream.text for stream in found]
     rows = []
@@ -202,7 +207,7 @@ async def measure(args, port, lm: LanguageModel) -> list[dict]:
         first = sorted(firsts[name])
         row = {"streams": name, "tokens_s": median(speeds[name]), "first_p50_ms": median(first)}
         row["first_p95_ms"] = first[min(len(first) - 1, int(0.95 * len(first)))]
-        rows.append(row | {"same": same, "of": n})
+        rows.append(row | {"cpu_ms": median(cpu[name]), "same": same, "of": n})
     for row in rows:
         row["speedup"] = row["tokens_s"] / rows[0]["tokens_s"]
     return rows
@@ -281,7 +286,7 @@ def peer_rows(args, lm: LanguageModel, rows: list[dict]) -> list[dict]:
 
 
 async def run_all(args, server, lm) -> dict:
-    facts = {"rows": await measure(args, server.port, lm)}
+    facts = {"rows": await measure(args, server, lm)}
     if args.hold:
         facts["hold"] = await hold(args, server)
     if args.vanish:
@@ -301,8 +306,8 @@ def main(argv=None) -> int:
         lm = load_model(checkpoint)
         with Server(checkpoint, args.threads, args.hold and 64) as server:
             facts = asyncio.run(run_all(args, server, lm))
-    names = ["streams", "tokens_s", "speedup", "first_p50_ms", "first_p95_ms", "same", "of"]
-    heads = ["streams", "tokens/s", "speedup", "first p50 ms", "first p95 ms", "same", "of"]
+    names = ["streams", "tokens_s", "speedup", "cpu_ms", "first_p50_ms", "first_p95_ms", "same", "of"]
+    heads = ["streams", "tokens/s", "speedup", "cpu ms", "first p50 ms", "first p95 ms", "same", "of"]
     print_table(heads, [[row[name] for name in names] for row in facts["rows"]])
     if args.peer:
         facts["peer"] = peer_rows(args, lm, facts["rows"])

@@ -115,8 +115,8 @@ class Start:
 class RunningBatch:
     """Rows that get one more token in each step, all under one exit rule."""
 
-    def __init__(self, model, rule: ExitRule):
-        self.model, self.rule, self.rows = model, rule, []
+    def __init__(self, model, rule: ExitRule, most_rows: int):
+        self.model, self.rule, self.most_rows, self.rows = model, rule, most_rows, []
         self.cache: Any = None
         self.capacity = 0  # rows of the cache
 
@@ -158,6 +158,7 @@ class RunningBatch:
         while width < columns:
             width *= 2
         depth = max_depth(self.model.config, self.rule)
+        capacity = min(capacity, self.most_rows)
         self.cache = self.model.new_cache(capacity, min(width, context), depth=depth, last_only=True)
         self.cache.be_empty()
         for number, row in enumerate(self.rows):

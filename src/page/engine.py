@@ -123,8 +123,17 @@ class Engine:
     # ---- the thread ----
 
     def _run(self):
-        for _ in share_cores(self._turns()):
-            pass
+        try:
+            for _ in share_cores(self._turns()):
+                pass
+        except Exception as error:  # a mistake of this file: nobody may wait for ever
+            traceback.print_exc(file=sys.stderr)
+            with self._changed:
+                self.deadline = time.monotonic()
+                for text in (*self.waiting, *self._running()):
+                    if not text.is_over:
+                        self._end(text, Piece(finish="error", reason=f"the engine failed: {one_line(error)}"))
+            self.post(self._out)
 
     def _turns(self):
         """Yields after each turn, until the engine is closed and all texts have ended."""
@@ -245,7 +254,12 @@ class Engine:
         self._take(start.rows, chosen)
         for number, text in enumerate(start.rows):
             if not text.is_over and not self._has_outgrown(text):
-                self.batches.setdefault(start.rule, RunningBatch(self.model, start.rule)).join(start, number)
+                self._batch(start.rule).join(start, number)
+
+    def _batch(self, rule: ExitRule) -> RunningBatch:
+        if rule not in self.batches:
+            self.batches[rule] = RunningBatch(self.model, rule, self.limits.rows)
+        return self.batches[rule]
 
     def _write(self, batch):
         rows = list(batch.rows)

@@ -168,6 +168,20 @@ def test_a_cancelled_text_frees_its_row_before_the_next_token(tiny):
     assert id(waiting) not in driven.pieces and driven.ids(last) == alone(model, last, 0, 2)
 
 
+def test_a_long_prompt_does_not_stall_the_others(tiny):
+    """Every running text gets a token in every turn while a prompt of 16 tokens is encoded 3 tokens at a time."""
+    model = tiny(vocab_size=TOKENIZER.vocab_size)
+    driven, running, long = Driven(model, prefill_tokens=3), text_of("a", most=50), text_of("x" * 15)
+    driven.engine.submit([running])
+    driven.engine.turn()
+    driven.engine.submit([long])
+    made = []
+    while not long.made:
+        driven.engine.turn()
+        made.append(len(driven.ids(running)))
+    assert len(made) == 6 and [b - a for a, b in zip(made, made[1:])] == [1] * 5
+
+
 def test_random_cancels_leave_nothing_behind(tiny):
     model, rng = tiny(vocab_size=TOKENIZER.vocab_size), random.Random(1)
     driven, live = Driven(model, rows=5, prefill_tokens=7), []
@@ -226,6 +240,18 @@ def test_a_failure_ends_only_the_texts_that_it_concerns(tiny, capsys, monkeypatc
     assert driven.pieces[id(bad)][-1].finish == "error" and "out of memory" in driven.end(bad)
     assert driven.end(good) == "max_tokens"
     assert "RuntimeError" in capsys.readouterr().err
+
+
+def test_nobody_waits_for_an_engine_that_failed(tiny, capsys, monkeypatch):
+    driven = Driven(tiny(vocab_size=TOKENIZER.vocab_size))
+    monkeypatch.setattr(driven.engine, "turn", lambda: 1 / 0)
+    driven.engine.start()
+    driven.engine.submit([text := text_of("a")])
+    driven.engine.join(20)
+    assert not driven.engine.is_alive and driven.end(text) == "the engine failed: division by zero"
+    with pytest.raises(Busy):
+        driven.engine.submit([text_of("b")])
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_the_thread_ends_texts_when_it_closes(tiny):
