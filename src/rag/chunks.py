@@ -1,7 +1,7 @@
 """Reads source files and cuts them into chunks: Python by its syntax tree, other text by lines.
 
-A chunk is a function, a class, or a run of other lines of a module. What is too long is cut, and what is shorter than
-LEAST_LINES shares a chunk with what follows it. Every line that is not blank belongs to exactly one chunk.
+A chunk is a function, a class, or a run of other lines of a module. Chunks that are too long are cut; those with fewer
+than LEAST_LINES are joined with the next one. Every line that is not blank belongs to exactly one chunk.
 """
 
 import ast
@@ -14,8 +14,8 @@ from src.data.corpus import SOURCES, same_file_key, walk
 from src.errors import UserError, few
 from src.files.text import decode, parse_python
 
-MOST_FILE_BYTES = 2_000_000  # a larger text file is data or generated code
-LEAST_LINES = 8  # shorter chunks win by a single common name, and hold too little to help
+MOST_FILE_BYTES = 2_000_000  # a larger text file is mostly data or generated code
+LEAST_LINES = 8  # a shorter chunk is found because of a single common name, and contains too little to help
 SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
 
 
