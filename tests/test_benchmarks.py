@@ -18,7 +18,6 @@ import bench_generate  # noqa: E402
 import bench_memory  # noqa: E402
 import bench_puzzles  # noqa: E402
 import bench_rag  # noqa: E402
-import bench_serve  # noqa: E402
 import bench_train  # noqa: E402
 import common  # noqa: E402
 
@@ -33,20 +32,6 @@ from src.tokenizer import ByteLevelTokenizer  # noqa: E402
 
 def last_json(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-# --- bench_serve ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow  # it starts a server
-def test_bench_serve(capsys):
-    assert bench_serve.main("--quick --hold 4 --vanish 10 --peer transformers".split()) == 0
-    found = last_json(capsys)
-    assert [row["streams"] for row in found["rows"]] == ["1", "3", "3 traced"]
-    assert all(row["same"] == row["of"] for row in found["rows"])
-    assert found["hold"]["answers"] >= 4 and found["hold"]["lost"] == 0
-    assert found["vanish"] == {"clients": 10, "running": 0, "waiting": 0}
-    assert all(row["ratio"] > 0 for row in found["peer"])
 
 
 # --- bench_train ------------------------------------------------------------------------------------------------------
