@@ -24,6 +24,8 @@ class KVCache:
     last column only, (B, 1, V), because generation needs no others.
     """
 
+    takes_pieces = True  # a text can be encoded in several calls
+
     def __init__(
         self, config, batch: int, max_len: int | None, read_steps: int, dtype, device, depth=None, last_only=False
     ):
@@ -39,14 +41,18 @@ class KVCache:
         shape = (slots, batch, config.n_kv_heads, max_len, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self._use_rows(batch)
+        self.segments: Tensor | None = None  # (B, max_len) attention_mask of all columns, if one was ever given
+        self.length = 0
+        self.starts: list[int] = []  # only after `be_empty`: the first real column of each row
+        self.decoding = None  # decode.DecodingTables of this text, from the first decoded token on
+        self.stopped: Bool[Tensor, "b t"] | None = None  # tokens of this call that stopped at an earlier step
+
+    def _use_rows(self, rows: int):
         # A view costs as much as the copy into it, so views are made once. They are made under enable_grad, because a
         # view that is made in inference mode may not be written in another mode.
         with torch.enable_grad():
-            self.slots = [(self.keys[slot], self.values[slot]) for slot in range(slots)]
-        self.segments: Tensor | None = None  # (B, max_len) attention_mask of all columns, if one was ever given
-        self.length = 0
-        self.decoding = None  # decode.DecodingTables of this text, from the first decoded token on
-        self.stopped: Bool[Tensor, "b t"] | None = None  # tokens of this call that stopped at an earlier step
+            self.slots = [(self.keys[slot, :rows], self.values[slot, :rows]) for slot in range(len(self.keys))]
 
     def coda_slot(self, step: int) -> int:
         """Returns the first coda slot of a recursion step.  Raises ValueError if the cache has no slots for it."""
@@ -115,6 +121,60 @@ class KVCache:
     def advance(self, new: int):
         """Counts `new` more columns as filled."""
         self.length, self.stopped = self.length + new, None
+
+    # ---- rows that come and go between calls ----
+
+    def be_empty(self):
+        """Removes all rows. From then on, the batch consists of the rows that `adopt` adds."""
+        self.starts, self.length, self.segments = [], 0, None
+
+    def adopt(self, other: "KVCache", row: int, tokens: int):
+        """Adds a row: the last `tokens` columns of a row of another cache, all of them real tokens.
+
+        The columns end where those of the other rows end. The caller makes sure that row and columns fit."""
+        if not self.starts:
+            self.length = tokens
+        elif tokens > self.length:
+            self._shift(tokens - self.length)
+        start = self.length - tokens
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            mine[:, len(self.starts), :, start : self.length] = theirs.narrow(3, other.length - tokens, tokens)[:, row]
+        self._begin_at([*self.starts, start])
+
+    def drop(self, row: int):
+        """Removes a row. The last row takes its number."""
+        last = len(self.starts) - 1
+        for held in (self.keys, self.values):
+            if row != last:
+                held[:, row, :, : self.length] = held[:, last, :, : self.length]
+        starts = self.starts[:-1]
+        if row != last:
+            starts[row] = self.starts[last]
+        self._begin_at(starts)
+
+    def trim(self):
+        """Removes the padding that all rows have in common."""
+        self._shift(-min(self.starts, default=self.length))
+        self._begin_at(self.starts)
+
+    def _shift(self, by: int):
+        """Moves all columns to the right, or to the left for a negative number."""
+        first, rows = max(0, -by), len(self.starts)
+        if by and rows:
+            for keys, values in self.slots:  # slot by slot, so that little memory is needed for the copy
+                for held in (keys[:rows], values[:rows]):
+                    moved = held.narrow(2, first, self.length - first).clone()
+                    held.narrow(2, first + by, self.length - first).copy_(moved)
+        self.length, self.starts = self.length + by, [start + by for start in self.starts]
+
+    def _begin_at(self, starts: list[int]):
+        """Sets the first real column of every row, and with it which rows there are."""
+        self.starts = starts
+        self._use_rows(len(starts))
+        self.segments = None
+        if any(starts):
+            columns = torch.arange(self.max_len, device=self.keys.device)
+            self.segments = (columns >= torch.tensor(starts, device=self.keys.device)[:, None]).long()
 
 
 def cache_slots(config, read_steps: int = 1, depth: int | None = None) -> int:

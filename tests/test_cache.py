@@ -289,3 +289,50 @@ def test_every_slot_is_written_once_per_call(tiny, case):
     cache.__class__ = RecordingCache
     model(prompt(), cache=cache)
     assert sorted(cache.written) == list(range(cache_slots(model.config)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+@torch.inference_mode()
+def test_rows_join_and_leave_a_cache(tiny, case):
+    """Rows of other caches join, longer and shorter than those there; rows leave; padding is cut. Logits stay right."""
+    model = tiny(**case)
+    texts, lengths = prompt(5, 14), [3, 7, 2, 9, 5]
+    cache = model.new_cache(4, 12)
+    cache.be_empty()
+    rows = []  # [number of the text, tokens in the cache]
+
+    def join(number):
+        other, n = model.new_cache(2, 10), lengths[number]
+        mask = torch.tensor([[0] * (10 - n) + [1] * n, [1] * 10])
+        ids = torch.stack((torch.cat((texts[number, : 10 - n] * 0, texts[number, :n])), texts[0, :10]))
+        model(ids, attention_mask=mask, cache=other)
+        cache.adopt(other, 0, n)
+        rows.append([number, n])
+
+    def leave(row):
+        cache.drop(row)
+        rows[row] = rows[-1]
+        rows.pop()
+
+    def step():
+        logits = model(torch.stack([texts[number, n : n + 1] for number, n in rows]), cache=cache).logits[:, 0]
+        for row, found in zip(rows, logits):
+            row[1] += 1
+            torch.testing.assert_close(found, model(texts[row[0]][None, : row[1]]).logits[0, -1], atol=1e-5, rtol=1e-4)
+
+    join(0)
+    step()
+    join(1)
+    join(2)
+    step()
+    leave(0)
+    step()
+    join(3)
+    join(4)
+    step()
+    leave(rows.index([3, 10]))
+    leave(rows.index([1, 10]))
+    assert cache.length == 10
+    cache.trim()
+    assert cache.length == 6 and cache.starts == [1, 0]
+    step()

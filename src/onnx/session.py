@@ -151,12 +151,13 @@ class OnnxModel:
 
         attention_mask: 0 = padding, on the left. The first call with a cache passes the prompts, each later call one
         token per row. Raises UserError for early exits and for return_steps, which a graph does not support."""
-        self._refuse(exit, return_steps)
+        self.refuse(exit, return_steps)
         logits = self._whole(input_ids, attention_mask) if cache is None else cache.extend(input_ids, attention_mask)
         steps = torch.full(logits.shape[:2], max_depth(self.config))
         return TRMOutput(None, None, None, logits, None, Carry(None, None, steps))
 
-    def _refuse(self, exit, return_steps):
+    def refuse(self, exit: ExitRule | None, return_steps: bool):
+        """Raises UserError for an exit rule or a read-out that the graph does not support."""
         if return_steps:
             raise UserError("an ONNX graph returns only its last recursion step: use the checkpoint to trace all steps")
         if exit is not None and exit.exit != "fixed":
@@ -194,20 +195,55 @@ class OnnxCache:
 
     For a graph without a cache it stores the text so far instead."""
 
+    takes_pieces = False  # the first call passes the whole prompts
+
     def __init__(self, model: OnnxModel, batch: int, max_len: int):
-        runtime, c = need("onnxruntime"), model.config
+        c = model.config
         if max_len > c.max_seq_len:
             raise ValueError(f"the graph has positions for {c.max_seq_len} tokens, not for {max_len}")
         self.model, self.max_len, self.length = model, max_len, 0  # length is in columns and includes padding
         self.lengths = np.zeros(batch, dtype=np.int64)  # real tokens of each row
         self.text = None  # (ids, mask) so far, for a graph without a cache
-        self.binding = model.session.io_binding()
-        kind, _, index = model.device.partition(":")
-        for name in (entry.name for entry in model.session.get_inputs() if entry.name.startswith("past_")):
-            zeros = np.zeros((batch, c.n_kv_heads, max_len, c.head_dim), dtype=np.float32)
-            slot = runtime.OrtValue.ortvalue_from_numpy(zeros, kind, int(index or 0))
+        shape, inputs = (batch, c.n_kv_heads, max_len, c.head_dim), model.session.get_inputs()
+        self.slots = {e.name: np.zeros(shape, np.float32) for e in inputs if e.name.startswith("past_")}
+        self._bind(batch)
+
+    def _bind(self, rows: int):
+        """Lets the graph use the first rows of the buffers. On a CPU it works in them, on a GPU in copies."""
+        runtime, self.binding = need("onnxruntime"), self.model.session.io_binding()
+        kind, _, index = self.model.device.partition(":")
+        for name, buffer in self.slots.items():
+            slot = runtime.OrtValue.ortvalue_from_numpy(buffer[:rows], kind, int(index or 0))
             self.binding.bind_ortvalue_input(name, slot)
             self.binding.bind_ortvalue_output(name.replace("past", "present"), slot)
+
+    def be_empty(self):
+        """Removes all rows. From then on, the batch consists of the rows that `adopt` adds."""
+        self.lengths, self.length = self.lengths[:0], 0
+
+    def adopt(self, other: "OnnxCache", row: int, tokens: int):
+        """Adds a row: the `tokens` tokens of a row of another cache.  Works on a CPU, for a graph with a cache."""
+        for name, buffer in self.slots.items():
+            buffer[len(self.lengths), :, :tokens] = other.slots[name][row, :, :tokens]
+        self._begin_with(np.append(self.lengths, tokens))
+
+    def drop(self, row: int):
+        """Removes a row. The last row takes its number."""
+        last, lengths = len(self.lengths) - 1, self.lengths.copy()
+        for buffer in self.slots.values():
+            buffer[row, :, : lengths[last]] = buffer[last, :, : lengths[last]]
+        lengths[row] = lengths[last]
+        self._begin_with(lengths[:last])
+
+    def trim(self):
+        """Sets `length` to what the longest row needs; padding takes no place here."""
+        self.length = int(self.lengths.max(initial=0))
+
+    def _begin_with(self, lengths):
+        self.lengths = lengths
+        self.trim()
+        if len(lengths):
+            self._bind(len(lengths))
 
     def extend(self, ids: Int[Tensor, "b t"], mask: Int[Tensor, "b t"] | None) -> Float[Tensor, "b 1 v"]:
         """Adds the prompts, or one token per row. Returns the logits of each row's last token.

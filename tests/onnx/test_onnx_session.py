@@ -8,10 +8,14 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from starlette.testclient import TestClient
 
 from src.checkpoint import save_checkpoint
 from src.errors import UserError
 from src.exits import ExitRule
+from src.page.app import create_app
+from src.page.config import ServeConfig
+from src.page.service import open_service
 from src.sampling import generate, generate_ids
 from src.tokenizer import read_tokenizer
 
@@ -188,3 +192,29 @@ def test_folders_that_cannot_be_loaded(copied, exported, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="onnxruntime is not installed: pip install"):
         load_onnx(exported[1])
+
+
+def test_a_graph_writes_rows_that_join_and_leave(exported, monkeypatch):
+    """In serve.py's engine, texts are those of the checkpoint alone; rules that a graph cannot follow are refused."""
+    model, folder = exported
+    service = open_service(ServeConfig(onnx=str(folder), puzzle="none", max_rows=3))
+    with TestClient(create_app(service), "http://127.0.0.1") as client:
+        body = {"prompt": [row[: 2 + n].tolist() for n, row in enumerate(tokens(5, 9))], "seed": 4, "recursion": {}}
+        body |= {"max_tokens": 25, "ignore_eos": True, "logprobs": 0, "echo": True}
+        choices = client.post("/v1/completions", json=body).json()["choices"]
+        for ids, choice in zip(body["prompt"], choices, strict=True):
+            wanted = model.generate(torch.tensor([ids]), 25, seed=4)[0, len(ids) :].tolist()
+            assert [token["id"] for token in choice["recursion"]["tokens"]] == wanted
+            logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+            found = choice["logprobs"]["token_logprobs"][1 : len(ids)]
+            np.testing.assert_allclose(found, expected.detach(), atol=1e-3)
+        card = client.get("/v1/model_card").json()
+        assert card["backend"] == "onnx" and card["exits"] == [] and card["max_depth"] == card["depth"] == 1
+        assert card["parameters"] == sum(p.numel() for p in model.parameters())
+        error = client.post("/v1/completions", json={"prompt": "a", "recursion": {"trace": 1}}).json()["error"]
+        assert error["message"].startswith("recursion: an ONNX graph returns only its last") and error["code"]
+    monkeypatch.setitem(service.model.facts, "cache", False)
+    monkeypatch.setattr("src.onnx.session.load_onnx", lambda *words: (service.model, service.tokenizer))
+    with pytest.raises(UserError, match="was exported without a key/value cache: export it again"):
+        open_service(ServeConfig(onnx=str(folder), puzzle="none"))

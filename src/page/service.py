@@ -1,0 +1,141 @@
+"""What serve.py serves: the model with its engine, facts about both, and the puzzle solver."""
+
+import asyncio
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from src.checkpoint import load_model, resolve
+from src.errors import UserError
+from src.exits import max_depth
+from src.metrics import cache_bytes_per_token, count_parameters, flops_per_token
+from src.model import TRMModel
+from src.page.answers import deliver
+from src.page.config import ServeConfig
+from src.page.engine import Engine, Limits, Text
+from src.page.errors import ApiError, Busy
+from src.page.puzzles import PuzzleSolver
+from src.page.schemas import Bounds
+from src.quantize import quantize
+from src.runtime import DTYPES, GIB, choose_device, choose_precision
+
+SUDOKU = Path("checkpoints/sudoku")
+CHARS_PER_TOKEN = 64  # a prompt with more characters per token of context is refused before it is tokenized
+
+
+class Service:
+    def __init__(self, model, tokenizer, config: ServeConfig, name: str = "model", puzzle: PuzzleSolver | None = None):
+        self.model, self.tokenizer, self.config, self.name, self.puzzle = model, tokenizer, config, name, puzzle
+        self.is_onnx = not isinstance(model, torch.nn.Module)
+        self.created = int(time.time())
+        limits = Limits(self._rows(), config.max_queue, config.prefill_tokens, config.max_seconds)
+        self.engine = Engine(model, tokenizer, limits, self._post)
+        context = model.config.max_seq_len
+        depth = config.max_depth if model.config.recursion != "none" else 1
+        self.bounds = Bounds(
+            *(tokenizer.vocab_size, context, CHARS_PER_TOKEN * context, config.max_prompts, config.max_n),
+            *(config.max_tokens, depth, config.max_steps),
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def _rows(self) -> int:
+        """Returns how many texts can be written at once within the bound of the cache."""
+        config = self.model.config
+        most = int(self.config.max_cache_gib * GIB / (self._cache_bytes() * config.max_seq_len))
+        if most < 1:
+            raise UserError(
+                f"max_cache_gib {self.config.max_cache_gib} holds no text of {config.max_seq_len} tokens: raise it"
+            )
+        if most < self.config.max_rows:
+            print(f"max_cache_gib {self.config.max_cache_gib:g} allows {most} texts at once", file=sys.stderr)
+        return min(most, self.config.max_rows)
+
+    def _cache_bytes(self) -> int:
+        """Returns the bytes of key/value cache per token."""
+        weight = next(self.model.parameters(), torch.zeros(0))
+        return cache_bytes_per_token(self.model.config, weight.element_size())
+
+    def start(self):
+        """Starts the engine. Called in the event loop, which then gets what the engine writes."""
+        self._loop = asyncio.get_running_loop()
+        self.engine.start()
+
+    def _post(self, out):
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(deliver, out)
+
+    def submit(self, texts: list[Text]):
+        """Queues texts. Raises ApiError if there is no room."""
+        most = self.engine.limits.queue
+        if len(texts) > most:
+            raise ApiError(400, f"the request asks for {len(texts)} texts, the queue holds {most}: ask for fewer", "n")
+        try:
+            self.engine.submit(texts)
+        except Busy:
+            if self.engine.deadline is not None:
+                raise ApiError(503, "the server is shutting down: try another one", None, "shutting_down") from None
+            seconds = str(self.engine.retry_after())
+            problem = f"all {most} places of the queue are taken: try again in {seconds} s"
+            raise ApiError(429, problem, None, "queue_full", {"Retry-After": seconds}) from None
+
+    def check_rule(self, rule, reads_steps: bool):
+        """Raises ApiError if an ONNX graph cannot follow an exit rule, or cannot return all steps."""
+        if self.is_onnx:
+            try:
+                self.model.refuse(rule, reads_steps)
+            except UserError as error:
+                raise ApiError(400, f"recursion: {error}", "recursion", "unsupported_parameter") from None
+
+    def card(self) -> dict:
+        """Returns the facts of GET /v1/model_card."""
+        config = self.model.config
+        if self.is_onnx:
+            with torch.device("meta"):
+                parameters = count_parameters(TRMModel(config))["total"]
+        else:
+            parameters = count_parameters(self.model)["total"]
+        adapts = config.recursion != "none" and not self.is_onnx
+        return {
+            "name": self.name,
+            "family": config.recursion,
+            "parameters": parameters,
+            "flops_per_token": flops_per_token(config).decode,
+            "depth": max_depth(config),
+            "max_depth": max_depth(config) if self.is_onnx else self.bounds.depth,
+            "exits": [exit for exit, has in (("halt", config.halting), ("kl", True)) if has and adapts],
+            "context": config.max_seq_len,
+            "start": self.tokenizer.start([self.tokenizer.eos_id])[:-1],
+            "vocab_size": self.tokenizer.vocab_size,
+            "fim": self.tokenizer.fim is not None,
+            "backend": "onnx" if self.is_onnx else "torch",
+            "cache_bytes_per_token": self._cache_bytes(),
+            "puzzle": None if self.puzzle is None else self.puzzle.card(),
+        }
+
+
+def open_service(config: ServeConfig) -> Service:
+    """Loads what a ServeConfig names. Raises UserError if something is missing."""
+    puzzle, device = None, choose_device(config.device)
+    if config.puzzle != "none" and (config.puzzle is not None or SUDOKU.is_dir()):
+        puzzle = PuzzleSolver(config.puzzle or SUDOKU, device)
+    if config.onnx is not None:
+        from src.onnx.session import load_onnx
+
+        model, tokenizer = load_onnx(config.onnx, "cpu" if config.device == "auto" else config.device)
+        if model.device != "cpu":
+            raise UserError("an ONNX graph is served on a CPU only: use --device cpu, or serve the checkpoint")
+        if not model.facts["cache"]:
+            raise UserError(f"{config.onnx} was exported without a key/value cache: export it again with the cache")
+        return Service(model, tokenizer, config, config.name or Path(config.onnx).resolve().name, puzzle)
+    in_int8 = config.precision == "int8"
+    if in_int8 and device.type != "cpu":
+        raise UserError(f"--precision int8 needs a CPU, not {device.type}: use --device cpu or another precision")
+    precision, _ = choose_precision("fp32" if in_int8 else config.precision, device)
+    model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision])
+    if not model.config.causal:
+        raise UserError("this model does not write text: give a language model, and this one as --puzzle")
+    path = resolve(config.checkpoint) if config.checkpoint is None else Path(config.checkpoint).resolve()
+    return Service(quantize(model) if in_int8 else model, tokenizer, config, config.name or path.name, puzzle)

@@ -1,0 +1,384 @@
+// Starts the page: loads the model card, and connects text, settings and inspector.
+
+import { get } from "./api.js";
+import { byId, h, say, setAddress, warn } from "./dom.js";
+import { askForKey, showCard, showLegend } from "./head.js";
+import { buildHelp } from "./help.js";
+import { inspect } from "./inspector.js";
+import { connectPair } from "./pair.js";
+import { PuzzlePage } from "./puzzle.js";
+import { buildSettings } from "./settings.js";
+import { changed, DEFAULTS, fromFragment, History, newBranch, replaced, toFragment, without } from "./state.js";
+import { figuresOf, partingOf, TextView } from "./text_view.js";
+import { keptBefore, textOf } from "./tokens.js";
+import { noteOf, Writer } from "./writer.js";
+
+const NARROW = matchMedia("(max-width: 70rem)"); // as in style.css: settings and inspector are below the text
+
+async function start() {
+  let card;
+  try {
+    card = await get("v1/model_card");
+  } catch (error) {
+    if (error.status === 401) askForKey(start);
+    else warn(error.message);
+    return;
+  }
+  warn("");
+  byId("key").hidden = true;
+  const views = {};
+  if (card.context) views.writer = new Page(card);
+  if (card.puzzle) views.puzzle = new PuzzlePage(byId("puzzle"), card);
+  const names = Object.keys(views);
+  byId("views").hidden = names.length < 2;
+  for (const button of byId("views").children) {
+    button.addEventListener("click", () => show(button.value));
+  }
+  window.addEventListener("hashchange", (event) => open(new URL(event.newURL).hash));
+  open(location.hash);
+
+  // Opens the view that an address belongs to.
+  async function open(fragment) {
+    const isBoard = new URLSearchParams(fragment.slice(1)).has("board");
+    const name = names.length < 2 ? names[0] : isBoard ? "puzzle" : "writer";
+    if (fragment.slice(1) !== views[name].fragment) await views[name].open(fragment);
+    show(name);
+  }
+
+  function show(name) {
+    for (const each of names) byId(each).hidden = each !== name;
+    for (const button of byId("views").children) button.setAttribute("aria-pressed", String(button.value === name));
+    buildHelp(byId("help"), name);
+    if (name === "puzzle") showCard(card, null);
+    else views.writer.refresh();
+    views[name].remember();
+  }
+}
+
+class Page {
+  constructor(card) {
+    this.card = card;
+    this.settings = { ...DEFAULTS };
+    this.history = new History();
+    this.selected = null; // {key, index} of the token that was clicked or focused
+    this.hovered = null;
+    this.writer = new Writer(this.history, card, () => this.refresh());
+    this.view = new TextView(byId("branches"), {
+      select: (key, index) => this.select(key, index),
+      preview: (key, index) => this.preview(key, index),
+      edit: (key, index) => this.edit(key, index),
+      edited: (key, text, write) => this.edited(key, text, write),
+      rivals: () => byId("inspector").querySelector(".rival:not(.same)")?.focus(),
+      close: (key) => this.commit(without(this.history.page, key)),
+      activate: (key) => this.activate(key),
+    });
+    this.showSettings = buildSettings(byId("settings"), this.settings, card, () => this.settingsChanged());
+    this.fragment = ""; // of the address that shows this text
+    this.connect();
+  }
+
+  connect() {
+    const actions = {
+      write: () => this.write(),
+      stop: () => this.writer.stop(),
+      again: () => this.again(0),
+      reseed: () => this.again(1),
+      undo: () => this.move("undo"),
+      redo: () => this.move("redo"),
+      edit: () => this.toggleEdit(),
+      link: () => this.copyLink(),
+    };
+    for (const [id, action] of Object.entries(actions)) byId(id).addEventListener("click", action);
+    connectPair(this.settings, this.card, (name, values) => this.compare(name, values));
+    document.addEventListener("keydown", (event) => this.onKey(event));
+    const fold = () => (byId("rail").open = !NARROW.matches);
+    NARROW.addEventListener("change", fold);
+    fold();
+  }
+
+  onKey(event) {
+    if (byId("writer").hidden) return;
+    const isField = event.target.matches("textarea, input, select");
+    const command = event.ctrlKey || event.metaKey;
+    const key = event.key.toLowerCase();
+    if (event.key === "Escape" && this.writer.isWriting) this.writer.stop();
+    else if (event.key === "Escape" && byId("inspector").contains(event.target)) this.focusSelected();
+    else if (command && event.key === "Enter") this.write();
+    else if (command && key === "z" && !isField) this.move(event.shiftKey ? "redo" : "undo");
+    else if (command && key === "y" && !isField) this.move("redo");
+    else return;
+    event.preventDefault();
+  }
+
+  // ---- what happens -------------------------------------------------------------------------------------------------
+
+  commit(page) {
+    this.writer.stop();
+    this.history.commit(page);
+    this.refresh();
+    this.remember();
+  }
+
+  async move(direction) {
+    this.writer.stop();
+    await this.view.finish(false); // an edit that is not finished is the last change
+    if (this.view.editing) return;
+    this.history[direction]();
+    this.selected = this.hovered = null;
+    this.refresh();
+    this.remember();
+  }
+
+  select(key, index) {
+    this.hovered = null;
+    if (this.selected?.key === key && this.selected.index === index) return;
+    this.selected = { key, index };
+    this.view.reveal(key, index);
+    const active = this.history.page.branches.findIndex((branch) => branch.key === key);
+    this.history.amend({ ...this.history.page, active });
+    this.refresh();
+  }
+
+  preview(key, index) {
+    if (NARROW.matches) return; // the panel would cover the token that is pointed at
+    this.hovered = key === null ? null : { key, index };
+    this.showInspector();
+  }
+
+  deselect() {
+    this.focusSelected();
+    this.selected = this.hovered = null;
+    this.refresh();
+  }
+
+  activate(key) {
+    this.history.amend({ ...this.history.page, active: this.history.page.branches.findIndex((b) => b.key === key) });
+    this.selected = null;
+    this.refresh();
+    this.remember();
+  }
+
+  focusSelected() {
+    if (this.selected) this.view.focus(this.selected.key, this.selected.index);
+  }
+
+  toggleEdit() {
+    if (this.view.editing) this.view.finish(false);
+    else this.edit(this.history.branch.key, this.selected?.index ?? this.history.branch.tokens.length - 1);
+  }
+
+  edit(key, index) {
+    this.writer.stop();
+    if (this.history.branch.key !== key) this.activate(key);
+    this.view.edit(key, index);
+    this.refresh();
+  }
+
+  // Takes over an edited text: only its changed tail is tokenized again.
+  async edited(key, text, write) {
+    const branch = this.history.find(key);
+    const { kept, tail } = keptBefore(branch.tokens, text);
+    try {
+      if (text !== textOf(branch.tokens)) {
+        const tokens = [...branch.tokens.slice(0, kept), ...(await this.writer.tokenize(tail, kept === 0))];
+        this.selected = null;
+        const fields = { tokens, start: write ? tokens.length : Math.min(branch.start, kept) };
+        this.commit(changed(this.history.page, key, fields));
+      }
+      this.refresh();
+      if (write) this.writeOn(key);
+    } catch (error) {
+      warn(error.message);
+      this.view.edit(key, 0, text); // nothing that was typed is lost
+    }
+  }
+
+  write() {
+    if (this.writer.isWriting) return;
+    if (this.view.editing) this.view.finish(true);
+    else this.writeOn(this.history.branch.key);
+  }
+
+  // Writes a passage at the end of a branch, or, with `tokens`, in place of all that follows them.
+  async writeOn(key, tokens = this.history.find(key).tokens, settings = this.settings) {
+    const fields = { tokens, start: tokens.length, note: noteOf(settings, this.card) };
+    this.commit(changed(this.history.page, key, fields));
+    await this.run(key, settings);
+  }
+
+  async run(key, settings) {
+    try {
+      await this.writer.write(key, { ...settings });
+    } finally {
+      this.remember();
+    }
+  }
+
+  again(step) {
+    if (this.view.editing) return this.write();
+    const { key, tokens, start } = this.history.branch;
+    this.settings.seed += step;
+    this.showSettings();
+    this.selected = null;
+    this.writeOn(key, tokens.slice(0, start));
+  }
+
+  // Cuts the text before a token, puts the rival there, and writes on from it.
+  take(key, index, rival) {
+    const branch = this.history.find(key);
+    const token = { ...rival, kind: "taken", steps: 0, p: rival.p.at(-1), trace: branch.tokens[index].trace };
+    const tokens = [...branch.tokens.slice(0, index), token];
+    const ends = !token.bytes.length; // a special token: there is nothing to write after it
+    this.selected = { key, index };
+    if (!this.settings.keep && ends) return this.commit(changed(this.history.page, key, { tokens }));
+    if (!this.settings.keep) return this.writeOn(key, tokens);
+    const other = newBranch(tokens, tokens.length, noteOf(this.settings, this.card));
+    this.commit({ ...replaced(this.history.page, key, [branch, other]), active: this.numberOf(key) + 1 });
+    this.selected = { key: other.key, index };
+    if (!ends) this.run(other.key, this.settings);
+  }
+
+  numberOf(key) {
+    return this.history.page.branches.findIndex((branch) => branch.key === key);
+  }
+
+  // ---- two texts side by side ---------------------------------------------------------------------------------------
+
+  // Writes the last passage once per value of a setting, each in a branch of its own. Other branches are closed; undo
+  // opens them again.
+  async compare(name, values) {
+    if (this.view.editing) await this.view.finish(false);
+    const { tokens, start } = this.history.branch;
+    const prompt = start && start < tokens.length ? tokens.slice(0, start) : tokens;
+    const runs = values.map((value) => ({ ...this.settings, [name]: value }));
+    const branches = runs.map((settings) => newBranch(prompt, prompt.length, noteOf(settings, this.card)));
+    this.selected = null;
+    this.commit({ branches, active: 0 });
+    await Promise.all(branches.map((branch, side) => this.run(branch.key, runs[side])));
+    say(partingOf(this.history.page));
+  }
+
+  // ---- what is shown ------------------------------------------------------------------------------------------------
+
+  settingsChanged() {
+    this.refresh();
+    this.remember();
+  }
+
+  refresh() {
+    if (this.drawn) return;
+    this.drawn = requestAnimationFrame(() => {
+      this.drawn = null;
+      this.draw();
+    });
+  }
+
+  draw() {
+    if (byId("writer").hidden) return;
+    const { page } = this.history;
+    const written = page.branches.flatMap(({ tokens }) => tokens.filter(({ kind }) => kind === "written"));
+    const deepest = Math.max(this.settings.depth ?? this.card.depth, ...written.map(({ steps }) => steps));
+    const { tint } = this.settings;
+    this.view.show(page, { tint, deepest, writing: this.writer.streams, selected: this.selected });
+    if (!page.branches.some(({ tokens }) => tokens.length) && !this.view.editing && !this.writer.isWriting) {
+      this.view.edit(this.history.branch.key, 0);
+    }
+    this.showButtons();
+    this.showInspector();
+    showLegend(
+      tint,
+      deepest,
+      page.branches.some(({ tokens }) => tokens.some(({ kind }) => kind === "taken")),
+    );
+    const parting = partingOf(page);
+    byId("figures").replaceChildren(
+      ...(parting && !this.writer.isWriting ? [h("strong", {}, parting), " "] : []),
+      figuresOf(page, this.card),
+    );
+    showCard(this.card, {
+      tokens: page.branches.reduce((sum, b) => sum + b.tokens.length, 0),
+      speed: this.writer.speed,
+    });
+    if (this.writer.isWriting) this.view.follow(this.history.branch.key);
+  }
+
+  showButtons() {
+    const { isWriting } = this.writer;
+    const { branch, past, future } = this.history;
+    const editing = Boolean(this.view.editing);
+    byId("write").hidden = isWriting;
+    byId("stop").hidden = !isWriting;
+    const hasPassage = branch.tokens.length > 0 && branch.note !== "";
+    byId("again").disabled = byId("reseed").disabled = !hasPassage || editing;
+    byId("undo").disabled = !past.length;
+    byId("redo").disabled = !future.length;
+    byId("edit").setAttribute("aria-pressed", String(editing));
+  }
+
+  showInspector() {
+    const at = this.hovered ?? this.selected;
+    const token = at && this.history.find(at.key)?.tokens[at.index];
+    if (this.inspected === token && this.inspectedAt === at?.index && token) return;
+    [this.inspected, this.inspectedAt] = [token, at?.index];
+    byId("inspector").classList.toggle("some", Boolean(token));
+    inspect(byId("inspector"), token, at?.index, {
+      take: (rival) => this.take(at.key, at.index, rival),
+      cut: () => this.commit(changed(this.history.page, at.key, this.upTo(at))),
+      write: () => this.writeOn(at.key, this.upTo(at).tokens),
+      edit: () => this.edit(at.key, at.index),
+      close: () => this.deselect(),
+      keep: this.settings.keep,
+      setKeep: (flag) => (this.settings.keep = flag),
+    });
+  }
+
+  upTo({ key, index }) {
+    const { tokens, start } = this.history.find(key);
+    return { tokens: tokens.slice(0, index + 1), start: Math.min(start, index + 1) };
+  }
+
+  // ---- the address --------------------------------------------------------------------------------------------------
+
+  remember() {
+    if (byId("writer").hidden) return;
+    this.fragment = toFragment(this.history.branch, this.settings);
+    setAddress(this.fragment);
+  }
+
+  async open(fragment) {
+    const { text, start, settings } = fromFragment(fragment);
+    Object.assign(this.settings, DEFAULTS, settings);
+    this.showSettings();
+    this.view.drop();
+    const branch = newBranch();
+    const page = { branches: [branch], active: 0 };
+    if (this.history.branch.tokens.length) this.history.commit(page);
+    else this.history.amend(page);
+    try {
+      const before = await this.writer.tokenize(text.slice(0, start), true);
+      const after = await this.writer.tokenize(text.slice(start), !start);
+      const tokens = [...before, ...after];
+      const fields = start ? { tokens, start: before.length, note: noteOf(this.settings, this.card) } : { tokens };
+      this.history.amend(changed(this.history.page, branch.key, fields));
+    } catch (error) {
+      warn(error.message);
+      this.view.show(this.history.page, { tint: "none", writing: new Map(), selected: null });
+      this.view.edit(branch.key, 0, text);
+    }
+  }
+
+  async copyLink() {
+    await this.view.finish(false);
+    this.remember();
+    try {
+      await navigator.clipboard.writeText(new URL(`#${this.fragment}`, location.href).href);
+      byId("link").textContent = "Copied";
+      say("The link is copied.");
+      setTimeout(() => (byId("link").textContent = "Copy link"), 1500);
+    } catch {
+      warn("The browser does not allow copying: the link is in the address bar.");
+    }
+  }
+}
+
+start();
