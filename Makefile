@@ -66,6 +66,7 @@ bench: $(DEV)  ## measure speed and memory; each benchmark prints tables and one
 	$(VENV) benchmarks/bench_engine.py
 	$(VENV) benchmarks/bench_puzzles.py
 	$(VENV) benchmarks/bench_serve.py
+	$(VENV) benchmarks/bench_rag.py
 
 clean:          ## remove caches and the runs of demo and puzzles; keep .venv, data and other runs
 	rm -rf runs/demo runs/sudoku4 .pytest_cache .ruff_cache .hypothesis

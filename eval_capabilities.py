@@ -16,6 +16,7 @@ The tests:
     copy         a name that stood once in the context, by distance
     arithmetic   additions, by the number of digits
     depth        bits per byte after each recursion step
+    retrieval    change of bits per byte by code retrieved from other files
 
 The table on stdout has the number of cases and the chance level of each figure, and how this level is known: computed
 or measured. docs/capabilities.md explains the tests. The cases depend on --seed and on the files alone, so two models
@@ -30,7 +31,7 @@ from typing import Literal
 from src.config import before_torch, check_distinct, check_writable, parse_flags, run, write_json
 from src.errors import UserError
 
-NAMES = ("bits", "valid", "lines", "brackets", "indent", "copy", "arithmetic", "depth")
+NAMES = ("bits", "valid", "lines", "brackets", "indent", "copy", "arithmetic", "depth", "retrieval")
 PACKAGE = "accelerate"  # its version is pinned in requirements.txt
 MOST_CHARACTERS = 20_000_000  # of one domain; more text is not read
 QUICK = 0.25  # share of the cases with --quick
@@ -43,9 +44,11 @@ class CapabilityConfig:
     Args:
         checkpoint: checkpoint folder, or run folder (its best checkpoint is used); the flag name may be left out. If
             not given, the released checkpoint is tested
-        only: tests to run, of bits, valid, lines, brackets, indent, copy, arithmetic and depth; all if not given
+        only: tests to run, of bits, valid, lines, brackets, indent, copy, arithmetic, depth and retrieval; all if not
+            given
         code: Python files from which the cases are made: files, globs or folders. If not given, the validation files of
-            this Python's standard library, which training without paths does not use
+            this Python's standard library, which training without paths does not use; for retrieval, the package
+            accelerate
         text: further domains for bits per byte, as NAME=PATH; PATH is a file, glob or folder, and several with the same
             NAME are one domain
         text_field: name of the JSON field or parquet column that holds the text
@@ -113,6 +116,7 @@ from src.data.corpus import find_files, read_documents, stdlib_files
 from src.evaluation.capabilities import TESTS, Material, check_model
 from src.evaluation.capability_report import draw_capabilities, table
 from src.metrics import describe_model
+from src.rag.gain import retrieval_gain
 from src.runtime import DTYPES, choose_device, choose_precision
 
 
@@ -137,14 +141,16 @@ def read_material(config) -> Material:
     if not files:
         raise UserError(f"code has no .py file in {', '.join(config.code)}: the cases are made from Python files")
     sources = read_texts(files)
-    domains = {}
+    domains, package = {}, []
+    spec = importlib.util.find_spec(PACKAGE)  # found, not imported
+    if spec is not None and {"bits", "retrieval"} & {*config.tests}:
+        package = read_texts(python_files(spec.submodule_search_locations))
     if "bits" in config.tests:
-        spec = importlib.util.find_spec(PACKAGE)  # found, not imported
         domains = {"code" if config.code else "standard library": sources}
-        if spec is not None:
-            domains[f"package {PACKAGE}"] = read_texts(python_files(spec.submodule_search_locations))
+        domains |= {f"package {PACKAGE}": package} if package else {}
         domains |= {name: read_texts(paths, config.text_field) for name, paths in config.domains.items()}
-    return Material(sources, domains, config.seed, QUICK if config.quick else 1.0)
+    share = QUICK if config.quick else 1.0
+    return Material(sources, domains, config.seed, share, sources if config.code else package)
 
 
 def main(argv=None):
@@ -156,7 +162,7 @@ def main(argv=None):
     material, results = read_material(config), []
     for name in (bar := tqdm(config.tests, unit="test")):
         bar.set_description(name)
-        found = TESTS[name](model, tokenizer, material)
+        found = (TESTS | {"retrieval": retrieval_gain})[name](model, tokenizer, material)
         if not found:
             bar.write(f"{name}: this model or these files have no case, so the test is left out", file=sys.stderr)
         results += found

@@ -7,36 +7,23 @@
 
 The repositories are installed packages, or folders. They must not be in the model's training text; the defaults are not
 in that of checkpoints/stdlib. Each seed draws files and, in each, one place at the end of a line: the next
-`target_tokens` tokens are the target. All contexts of a target are followed by the same target tokens. `budget` is the
-most tokens of a context, B below; half of them are N. The contexts are:
-
-none          nothing
-random B      a random place of another file of the repository, as many tokens as `retrieved B`
-retrieved B   the chunks that are most similar to the text before the target (the query), without that text itself
-oracle B      of the `oracle` best chunks and `retrieved B`, the context with the lowest loss of the target: a bound
-own N, own B  the last N or B tokens of the file before the target
-X + own       a context X of at most N tokens, then as much of the file's own past as fills the budget B
-
-The file itself and its near copies are never a source of random, retrieved or oracle text. Half as many targets more
-are drawn near the start of files, where the file's own past has fewer than N tokens: there, other files are the only
-way to fill the context, so X + own may have more tokens than `own B`.
+`target_tokens` tokens are the target. Half as many targets more are drawn near the start of files. The docstring of
+src/rag/gain.py explains the contexts of a target, such as `retrieved + own`.
 
 Figures are bits per byte of the targets, and exact matches and edit similarity of the line that the model writes next,
-greedily (without white space at both ends; the similarity is that of difflib). `tokens` is the mean length of a
-context, `shared tokens` the share of a target's distinct tokens that are also in the context, and `shared lines` the
-share of its longer lines. `+-` is the standard deviation over seeds. The last table lets a threshold on the score
-choose between `retrieved + own` and `own B`. Prints tables in Markdown, and writes all figures to `output` as JSON.
+greedily, without white space at both ends. The edit similarity is 1 - edit distance / length of the longer line.
+`tokens` is the mean length of a context, `shared tokens` the share of a target's distinct tokens that are also in the
+context, and `shared lines` the share of its longer lines. `+-` is the standard deviation over seeds. The last table
+lets a threshold on the score choose between `retrieved + own` and `own B`. Prints tables in Markdown, and writes all
+figures to `output` as JSON.
 """
 
 import importlib.util
 import json
-import random
 import statistics
 import sys
 from dataclasses import asdict, dataclass, field
-from difflib import SequenceMatcher
 from importlib import metadata
-from math import log
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -47,16 +34,23 @@ import torch  # noqa: E402
 
 from src.checkpoint import load_model  # noqa: E402
 from src.config import check_writable, parse_flags, run, write_text  # noqa: E402
-from src.data.samples import QUERY_MARKER, prepare_code_input  # noqa: E402
 from src.errors import UserError  # noqa: E402
-from src.evaluation.scoring import choose_stride, score_samples, windows  # noqa: E402
+from src.evaluation.capability_answers import edit_similarity  # noqa: E402
+from src.evaluation.scoring import choose_stride  # noqa: E402
+from src.rag.gain import (  # noqa: E402
+    LEAST_BUDGET,
+    Repository,
+    Target,
+    TargetSettings,
+    bits_of,
+    draw_targets,
+    first_line,
+)
 from src.rag.index import open_retriever  # noqa: E402
 from src.rag.near_copies import line_hashes  # noqa: E402
-from src.rag.retriever import RAGRetriever, fit_context  # noqa: E402
 from src.runtime import DTYPES, choose_device  # noqa: E402
 from src.sampling import generate, left_padded  # noqa: E402
 
-LEAST_PAST = 16  # tokens before a target: with fewer there is hardly anything to search with
 THRESHOLDS = [number / 20 for number in range(21)]
 
 
@@ -110,36 +104,17 @@ class RetrievalConfig:
         if not self.packages or not self.seeds:
             raise ValueError("packages or seeds is empty: give at least one of each")
 
-    def budget_of(self, max_seq_len) -> int:
-        """Returns the budget for a model. Raises UserError if its context has no room for it."""
+    def target_settings(self, max_seq_len) -> TargetSettings:
+        """Returns how targets are made for a model. Raises UserError if its context has no room for the budget."""
         most = max_seq_len - self.target_tokens
         budget = most if self.budget is None else self.budget
-        if not 4 * LEAST_PAST <= budget <= most:
-            wanted = f"set it from {4 * LEAST_PAST} to {most}" if most >= 4 * LEAST_PAST else "lower target_tokens"
+        if not LEAST_BUDGET <= budget <= most:
+            wanted = f"set it from {LEAST_BUDGET} to {most}" if most >= LEAST_BUDGET else "lower target_tokens"
             raise UserError(f"budget is {budget} in a context of {max_seq_len} tokens: {wanted}")
-        return budget
+        return TargetSettings(budget, self.target_tokens, self.query_tokens, self.top_k, self.oracle)
 
 
-# ---- repositories and targets ---------------------------------------------------------------------------------------
-
-
-class Repository(NamedTuple):
-    name: str
-    version: str  # of an installed package; "" for a folder
-    retriever: RAGRetriever
-    ids: list[list[int]]  # tokens of each source
-
-
-class Target(NamedTuple):
-    repository: str
-    path: str
-    is_start: bool  # near the start of its file
-    past: list[int]  # at most `budget` tokens before it
-    ids: list[int]
-    line: str  # the next line that is not blank, stripped
-    contexts: dict[str, list[int]]  # name -> tokens before the target, without BOS
-    score: float  # of the best chunk; 0 if none was found
-    near_copies: list[str]  # paths of the other files that are never a source for this target
+# ---- repositories ---------------------------------------------------------------------------------------------------
 
 
 def find_repository(name: str, tokenizer, config: RetrievalConfig) -> Repository:
@@ -160,125 +135,7 @@ def find_repository(name: str, tokenizer, config: RetrievalConfig) -> Repository
     return Repository(name, version, retriever, ids)
 
 
-def places_of(ids: list[int], tokenizer, low: int, high: int | None, n_tokens: int) -> list[int]:
-    """Returns the indices from low to below high of tokens that begin with a line break and start a whole target."""
-    stop = len(ids) - n_tokens + 1 if high is None else min(high, len(ids) - n_tokens + 1)
-    return [
-        i
-        for i in range(low, stop)
-        if tokenizer.id_to_bytes(ids[i]).startswith(b"\n") and tokenizer.decode_bytes(ids[i : i + n_tokens]).strip()
-    ]
-
-
-def first_line(text: str) -> str:
-    """Returns the first line that is not blank, without white space at both ends."""
-    return text.lstrip().split("\n")[0].rstrip()
-
-
-def draw_targets(repositories: list[Repository], tokenizer, config, budget: int, seed: int) -> list[Target]:
-    """Returns the targets of a seed, the same number from each repository (up to one), in different files if possible.
-
-    Raises UserError if a repository has no file that is long enough."""
-    targets = []
-    for is_start, wanted in ((False, config.n_targets), (True, max(1, config.n_targets // 2))):
-        low, high = (LEAST_PAST, budget // 2) if is_start else (budget, None)
-        for number, repository in enumerate(repositories):
-            rng = random.Random(f"{seed} {repository.name} {is_start}")
-            places = [places_of(ids, tokenizer, low, high, config.target_tokens) for ids in repository.ids]
-            files = [file for file, found in enumerate(places) if found]
-            if not files:
-                raise UserError(
-                    f"packages {repository.name}: no file has {low + config.target_tokens} tokens: choose a larger one"
-                )
-            rng.shuffle(files)
-            share = wanted // len(repositories) + (number < wanted % len(repositories))
-            for draw in range(share):
-                file = files[draw % len(files)]
-                at = rng.choice(places[file])
-                # a generator of its own for random text, so that the places do not depend on top_k or query_tokens
-                own = random.Random(f"{seed} {repository.name} {is_start} {draw}")
-                targets.append(make_target(repository, file, at, is_start, tokenizer, config, budget, own))
-    return targets
-
-
-def make_target(repository, file, at, is_start, tokenizer, config, budget, rng) -> Target:
-    """Returns the target at token `at` of a file, with all of its contexts."""
-    ids, source = repository.ids[file], repository.retriever.sources[file]
-    past, target = ids[max(0, at - budget) : at], ids[at : at + config.target_tokens]
-    excluded = sorted({file, *repository.retriever.near_copies(source.text)})
-    query = tokenizer.decode(past[-config.query_tokens :])
-    most = max(config.top_k, config.oracle)
-    hits = repository.retriever.retrieve([query], most, [excluded])[0] if query.strip() else []
-    contexts = contexts_of(repository, [hit.chunk.text for hit in hits], excluded, past, tokenizer, config, budget, rng)
-    line = first_line(tokenizer.decode(ids[at : at + 4 * config.target_tokens]))
-    copies = [repository.retriever.sources[number].path for number in excluded if number != file]
-    score = hits[0].score if hits else 0.0
-    return Target(repository.name, source.path, is_start, past, target, line, contexts, score, copies)
-
-
-# ---- contexts -------------------------------------------------------------------------------------------------------
-
-
-def contexts_of(repository, texts, excluded, past, tokenizer, config, budget, rng) -> dict[str, list[int]]:
-    """Returns the contexts of a target by name. The candidates of an oracle are named `oracle B 0`, `oracle B 1`, ...
-
-    texts: chunks from other files, best first."""
-    near = budget // 2
-    found = {"none": [], f"own {near}": past[-near:], f"own {budget}": past}
-
-    def with_past(context):
-        return context + past[len(context) - budget :] if len(context) < budget else context
-
-    for room, name, join in ((budget, "{} " + str(budget), list), (near, "{} + own", with_past)):
-        is_last = join is list  # nothing of the file stands between the context and the target
-        retrieved = written(tokenizer, texts[: config.top_k], room, is_last)
-        strange = random_text(repository, excluded, len(retrieved), is_last, tokenizer, rng)
-        found[name.format("random")], found[name.format("retrieved")] = join(strange), join(retrieved)
-        single = [written(tokenizer, [text], room, is_last) for text in texts[: config.oracle]]
-        for number, context in enumerate([retrieved, *single]):
-            found[f"{name.format('oracle')} {number}"] = join(context)
-    return found
-
-
-def written(tokenizer, texts, room: int, is_last: bool) -> list[int]:
-    """Returns chunks and the marker line as at most `room` tokens, in the form that generate.py --rag uses."""
-    text = prepare_code_input(fit_context(tokenizer, texts, room).text, "")
-    # a target begins with a line break itself
-    return tokenizer.encode(text.removesuffix("\n") if is_last else text)[-room:] if text else []
-
-
-def random_text(repository, excluded, n_tokens: int, is_last: bool, tokenizer, rng) -> list[int]:
-    """Returns exactly n_tokens tokens: a random place of a file that is not excluded, then the marker line.
-
-    Returns fewer if no file is long enough."""
-    marker = tokenizer.encode(f"\n{QUERY_MARKER}" + "\n" * (not is_last))
-    wanted = n_tokens - len(marker)
-    files = [n for n, ids in enumerate(repository.ids) if n not in excluded and len(ids) >= wanted]
-    if wanted < 1 or not files:
-        return []
-    ids = repository.ids[rng.choice(files)]
-    start = rng.randrange(len(ids) - wanted + 1)
-    return ids[start : start + wanted] + marker
-
-
 # ---- scores ---------------------------------------------------------------------------------------------------------
-
-
-def bits_of(model, tokenizer, targets: list[Target], config) -> list[dict[str, float]]:
-    """Returns for each target {name of a context: bits of the target after it}."""
-    stride, owners, found = choose_stride(model.config), [], [{} for _ in targets]
-
-    def samples():
-        for number, target in enumerate(targets):
-            for name, context in target.contexts.items():
-                owners.append((number, name))
-                yield from windows(tokenizer.start(list(context)), [target.ids], model.config.max_seq_len, stride)
-
-    for sample, scores in score_samples(model, samples(), config.batch_size):
-        number, name = owners[sample]
-        assert scores.logprobs.shape[-1] == len(targets[number].ids), "every context has the same targets"
-        found[number][name] = -scores.logprobs[-1].double().sum().item() / log(2)
-    return found
 
 
 def choose_oracle(target: Target, bits: dict[str, float]):
@@ -322,7 +179,7 @@ class Result(NamedTuple):
 
 def results_of(model, tokenizer, targets: list[Target], config) -> list[dict[str, Result]]:
     """Returns for each target {name of a context: Result}."""
-    bits = bits_of(model, tokenizer, targets, config)
+    bits = bits_of(model, tokenizer, targets, config.batch_size)
     for target, each in zip(targets, bits):
         choose_oracle(target, each)
     places = [(number, name) for number, target in enumerate(targets) for name in target.contexts]
@@ -337,7 +194,7 @@ def results_of(model, tokenizer, targets: list[Target], config) -> list[dict[str
             bits[number][name],
             len(context),
             line == target.line,
-            SequenceMatcher(None, line, target.line, autojunk=False).ratio(),
+            edit_similarity(line, target.line),
             len(distinct & set(context)) / len(distinct),
             shared,
         )
@@ -486,13 +343,13 @@ def report(facts: dict) -> str:
 def measure(model, tokenizer, repositories, config) -> dict:
     """Returns all figures of a model. Raises UserError if the model cannot be measured."""
     choose_stride(model.config)  # refuses a model that is not causal
-    budget, seeds = config.budget_of(model.config.max_seq_len), []
+    settings, seeds = config.target_settings(model.config.max_seq_len), []
     for seed in config.seeds:
-        targets = draw_targets(repositories, tokenizer, config, budget, seed)
+        targets = draw_targets(repositories, tokenizer, settings, config.n_targets, seed)
         sizes = [len(tokenizer.decode_bytes(target.ids)) for target in targets]
         seeds.append(Seed(targets, sizes, results_of(model, tokenizer, targets, config)))
         print(f"seed {seed}: {len(targets)} targets", file=sys.stderr)
-    return facts_of(config, repositories, seeds, budget)
+    return facts_of(config, repositories, seeds, settings.budget)
 
 
 def parse_args(argv=None) -> RetrievalConfig:
@@ -506,7 +363,7 @@ def main(argv=None) -> None:
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     check_writable(config.output)
     model, tokenizer = load_model(config.checkpoint, choose_device(config.device), DTYPES[config.precision])
-    config.budget_of(model.config.max_seq_len)  # before the indexes are built, which takes a while
+    config.target_settings(model.config.max_seq_len)  # before the indexes are built, which takes a while
     repositories = [find_repository(name, tokenizer, config) for name in config.packages]
     facts = measure(model, tokenizer, repositories, config)
     write_text(config.output, json.dumps(facts, indent=1) + "\n")

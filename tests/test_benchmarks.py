@@ -17,7 +17,7 @@ import bench_engine  # noqa: E402
 import bench_generate  # noqa: E402
 import bench_memory  # noqa: E402
 import bench_puzzles  # noqa: E402
-import bench_serve  # noqa: E402
+import bench_rag  # noqa: E402
 import bench_train  # noqa: E402
 import common  # noqa: E402
 
@@ -32,20 +32,6 @@ from src.tokenizer import ByteLevelTokenizer  # noqa: E402
 
 def last_json(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-# --- bench_serve ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow  # it starts a server
-def test_bench_serve(capsys):
-    assert bench_serve.main("--quick --hold 4 --vanish 10 --peer transformers".split()) == 0
-    found = last_json(capsys)
-    assert [row["streams"] for row in found["rows"]] == ["1", "3", "3 traced"]
-    assert all(row["same"] == row["of"] for row in found["rows"])
-    assert found["hold"]["answers"] >= 4 and found["hold"]["lost"] == 0
-    assert found["vanish"] == {"clients": 10, "running": 0, "waiting": 0}
-    assert all(row["ratio"] > 0 for row in found["peer"])
 
 
 # --- bench_train ------------------------------------------------------------------------------------------------------
@@ -206,6 +192,34 @@ def test_bench_data(capsys):
         10 * one["batches"], rel=0.01
     )
     assert all(0 < row["bytes"] < 10_000 for row in facts["resume"])
+
+
+# --- bench_rag --------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_of_bench_rag(tmp_path, capsys, monkeypatch):
+    for owner, name in sum(bench_rag.PARTS.values(), []):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # the stopwatches are removed after the test
+    (tmp_path / "source").mkdir()
+    text = bench_rag.copy_files(bench_rag.RagBench(paths=["src/data"], quick=True), tmp_path / "source")
+    assert text["lines"] >= 1000 and text["files"] == len(list(tmp_path.glob("source/*/*.py")))
+    job = {"folder": str(tmp_path / "source"), "cache_dir": str(tmp_path / "cache"), "method": "tfidf", "step": "open"}
+    bench_rag.main(["--child", json.dumps(job), "--searches", "3"])
+    facts = last_json(capsys)
+    assert facts["chunks"] > 20 and facts["peak"] > 2**26
+    assert min(facts["parts"].values()) > 0 and sum(facts["parts"].values()) < facts["seconds"]
+    assert all(0 < facts["search"][who]["median"] <= facts["search"][who]["p95"] for who in ("ours", "peer"))
+
+
+@pytest.mark.slow
+def test_bench_rag(capsys):
+    bench_rag.main(["--quick"])
+    facts = last_json(capsys)
+    assert list(facts["methods"]) == ["tfidf", "bm25"] and facts["methods"]["tfidf"]["disk"] > 0
+    for found in facts["methods"].values():
+        assert found["refresh"]["chunks"] >= found["open"]["chunks"] == found["build"]["chunks"]
+    build, unchanged, refresh = (facts["methods"]["tfidf"][step]["parts"] for step in bench_rag.STEPS)
+    assert unchanged["cut"] == unchanged["write"] == 0 < min(refresh["cut"], refresh["write"])
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from experiments import retrieval
 from src.checkpoint import save_checkpoint
 from src.errors import UserError
 from src.model import TRMConfig, TRMModel
+from src.rag import gain
 from src.rag.index import open_retriever
 from src.tokenizer import ByteLevelTokenizer
 
@@ -74,25 +75,23 @@ def repository(tmp_path_factory):
     (folder / "vendored.py").write_text((folder / "module_0.py").read_text().replace("return", "yield"))
     retriever = open_retriever([folder], cache_dir=folder / ".cache", report=False, chunk_lines=10)
     ids = TOKENIZER.encode_batch([source.text for source in retriever.sources])
-    return retrieval.Repository("made", "1.0", retriever, ids)
+    return gain.Repository("made", "1.0", retriever, ids)
 
 
-def settings(**changes):
-    small = {"target_tokens": TARGET, "n_targets": 4, "seeds": [0, 1, 2], "query_tokens": 80, "oracle": 2}
-    return retrieval.RetrievalConfig(**(small | changes))
+SETTINGS = gain.TargetSettings(BUDGET, TARGET, query_tokens=80, oracle=2)
 
 
-def target_at(repository, n, budget=BUDGET):
+def target_at(repository, n):
     """The target after the first line of the shared function of module n, with its contexts."""
     paths = [source.path for source in repository.retriever.sources]
     file = paths.index(f"module_{n}.py")
     at = repository.retriever.sources[file].text.index("\n    ")
-    return retrieval.make_target(repository, file, at, False, TOKENIZER, settings(), budget, random.Random(n))
+    return gain.make_target(repository, file, at, False, TOKENIZER, SETTINGS, random.Random(n))
 
 
 def test_a_model_that_copies_finds_the_target_in_retrieved_code(repository):
     targets = [target_at(repository, n) for n in range(1, 4)]
-    results = retrieval.results_of(Copier(), TOKENIZER, targets, settings(line_tokens=30))
+    results = retrieval.results_of(Copier(), TOKENIZER, targets, retrieval.RetrievalConfig(line_tokens=30))
     for target, each in zip(targets, results):
         assert " = " in target.line and target.score > 0.1
         for name in ("retrieved 240", "oracle 240", "retrieved + own", "oracle + own"):
@@ -107,7 +106,7 @@ def test_a_model_that_copies_finds_the_target_in_retrieved_code(repository):
 
 def test_contexts_are_within_the_budget_and_hold_neither_the_file_nor_a_copy(repository):
     for seed in range(3):
-        targets = retrieval.draw_targets([repository], TOKENIZER, settings(), BUDGET, seed)
+        targets = gain.draw_targets([repository], TOKENIZER, SETTINGS, 4, seed)
         assert [target.is_start for target in targets] == [False] * 4 + [True] * 2
         for target in targets:
             assert len(target.ids) == TARGET and target.ids[0] == ord("\n") + TOKENIZER.encode("\0")[0]
@@ -133,16 +132,16 @@ def test_contexts_are_within_the_budget_and_hold_neither_the_file_nor_a_copy(rep
 
 
 def test_every_context_is_followed_by_the_same_bytes(repository, monkeypatch):
-    seen, score = [], retrieval.score_samples
+    seen, score = [], gain.score_samples
 
     def record(model, samples, *options):
         samples = list(samples)
         seen.extend(bytes(TOKENIZER.decode_bytes(s.target_ids[s.target_ids >= 0].tolist())) for s in samples)
         return score(model, samples, *options)
 
-    monkeypatch.setattr(retrieval, "score_samples", record)
+    monkeypatch.setattr(gain, "score_samples", record)
     targets = [target_at(repository, n) for n in (1, 2)]
-    bits = retrieval.bits_of(Copier(), TOKENIZER, targets, settings())
+    bits = gain.bits_of(Copier(), TOKENIZER, targets)
     wanted = [TOKENIZER.decode_bytes(t.ids) for t in targets for _ in t.contexts]
     assert seen == wanted and [each.keys() for each in bits] == [t.contexts.keys() for t in targets]
 
@@ -155,7 +154,7 @@ def test_the_query_and_the_contexts_do_not_depend_on_the_target(repository):
     ids = list(repository.ids)
     ids[file] = ids[file][:at] + TOKENIZER.encode("\n    return print(0)" * 5)
     other = repository._replace(ids=ids)
-    after = retrieval.make_target(other, file, at, False, TOKENIZER, settings(), BUDGET, random.Random(2))
+    after = gain.make_target(other, file, at, False, TOKENIZER, SETTINGS, random.Random(2))
     assert after.ids != before.ids and after.contexts == before.contexts and after.score == before.score
 
 
@@ -164,7 +163,7 @@ def test_figures_by_hand():
         return retrieval.Result(bits, 3, exact, 0.5, 0.25, (1, 2))
 
     def target(repository, score):
-        return retrieval.Target(repository, "x.py", False, [], [], "", {}, score, [])
+        return gain.Target(repository, "x.py", False, [], [], "", {}, score, [])
 
     def seed(*bits):
         results = [{"own 9": result(a), "retrieved + own": result(b, True)} for a, b in bits]

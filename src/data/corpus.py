@@ -37,8 +37,8 @@ def find_files(paths, suffixes=SUFFIXES):
     found = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.path.expanduser(os.fspath(path))
-        if path in _SOURCES and not os.path.lexists(path):
-            files = [file for file in _SOURCES[path]() if _has(file, suffixes)]
+        if path in SOURCES and not os.path.lexists(path):
+            files = [file for file in SOURCES[path]() if _has(file, suffixes)]
         elif os.path.isdir(path):
             files = _files_in(path, suffixes)
         elif glob.has_magic(path) and not os.path.lexists(path):
@@ -144,7 +144,7 @@ def _sources(root, ignored, min_bytes):
             yield path
 
 
-_SOURCES = {
+SOURCES = {  # words that stand for files
     "stdlib": lambda: stdlib_files()[0],
     "stdlib-valid": lambda: stdlib_files()[1],
     "site-packages": package_files,
@@ -216,6 +216,8 @@ def refuse_empty(files, text_field, log):
         wanted, flags = f"the field {text_field!r}", "--text_field"
         if not isinstance(text_field, str):
             wanted, flags = text_field, "--question_field and --answer_field"
+        elif {"question", "answer"} <= {name.lower() for name in log.fields}:
+            flags = "--records true"
         fields = f"available fields: {', '.join(log.fields)} (set {flags})"
         raise NoDocument(f"no record of {few(files)} has {wanted}; {fields}")
     raise NoDocument(f"no document in {few(files)}: {f'nothing usable ({log.summary()})' if log.skipped else 'empty'}")

@@ -1,6 +1,6 @@
 """Fill-in-the-middle: rows from which a model learns to write the text between a prefix and a suffix.
 
-A document is cut at two characters, and its three parts change their order (arXiv:2207.14255, "PSM"):
+A document is cut at two places, between characters, and its three parts change their order (arXiv:2207.14255, "PSM"):
 
     plain       BOS a document EOS
     rearranged  BOS <prefix> a do <suffix> ment <middle> cu EOS
@@ -106,7 +106,7 @@ class RearrangedDataset(Dataset):
     """The rows of a training set, rearranged by a FillInMiddle: dataset[index, seed] is row `index` with that seed.
 
     rows: a PackedDataset, WikiJsonlDataset or MixedDataset, whose figures it keeps. bytes_per_token is therefore that
-    of the plain text: a little off, because of the cuts."""
+    of the plain text: the cuts make a small difference, which is neglected."""
 
     def __init__(self, rows, fim):
         self.rows, self.fim, self.seq_len = rows, fim, rows.seq_len

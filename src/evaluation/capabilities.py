@@ -2,14 +2,15 @@
 
 Each test makes its cases from Python files by seed (`capability_cases.py`), lets the model answer them
 (`capability_answers.py`), and returns its results with the number of cases and the chance level: what a model without
-the ability reaches. Text that a model writes is parsed at most, never executed.
+the ability reaches. Text that a model writes is parsed at most, never executed. The test of retrieved code has the
+same form, but is in `src/rag/gain.py`, because the core does not import `src/rag`; eval_capabilities.py adds it.
 """
 
 import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from statistics import fmean
 from typing import NamedTuple
@@ -38,11 +39,11 @@ class Result(NamedTuple):
     test: str
     name: str
     value: float
-    unit: str  # "share" of the cases, "bits/byte", or "change" relative to the first recursion step
+    unit: str  # "share" of the cases, "bits/byte", or "change" of bits per byte
     cases: int
     chance: float
     chance_from: str  # how the chance level is known: computed or measured
-    interval: tuple[float, float] | None  # 95 % confidence interval of a share
+    interval: tuple[float, float] | None  # 95 % confidence interval
     best: float | None = None  # of the true text, measured in the same way
 
 
@@ -53,6 +54,7 @@ class Material(NamedTuple):
     domains: dict[str, list[str]]  # name -> texts, for bits per byte
     seed: int = 0
     share: float = 1.0  # of the usual number of cases
+    repository: Sequence[str] = ()  # Python files of one project that the model has not seen, for retrieval
 
     def count(self, usual: int) -> int:
         return max(1, round(usual * self.share))

@@ -46,18 +46,20 @@ def table(results: list[Result]) -> str:
 
 
 def draw_capabilities(results: list[Result], path: str, title: str = "", remark: str = ""):
-    """Draws the results as a PNG: shares and bits per byte on the left, copying and arithmetic on the right.
+    """Draws the results as a PNG: shares, bits per byte and retrieval on the left, copying and arithmetic on the right.
 
     Tests without a result have no plot."""
     left = {"shares": [r for r in results if r.test in TITLES]}
     left["bits"] = [r for r in results if r.unit == "bits/byte" and not isnan(r.value)]
+    left["retrieval"] = [r for r in results if r.test == "retrieval"]
     right = {name: [r for r in results if r.test == name] for name in ("copy", "arithmetic")}
     left, right = ({name: mine for name, mine in part.items() if mine} for part in (left, right))
     rows = [len(mine) + len({r.test for r in mine}) + 2 for mine in left.values()]  # with headings and the axis
     figure, _ = new_figure(max(0.27 * sum(rows), 2.3 * len(right), 2) + 0.4)
     parts = [part for part in (left, right) if part]
     columns = figure.subfigures(1, len(parts), width_ratios=(5, 4)[: len(parts)], squeeze=False)[0]
-    draw = {"shares": _draw_shares, "bits": _draw_bits, "copy": _draw_copying, "arithmetic": _draw_arithmetic}
+    draw = {"shares": _draw_shares, "bits": _draw_bits, "retrieval": _draw_retrieval}
+    draw |= {"copy": _draw_copying, "arithmetic": _draw_arithmetic}
     for column, part in zip(columns, parts):
         grid = column.add_gridspec(len(part), 1, height_ratios=rows if part is left else None)
         for row, (name, mine) in enumerate(part.items()):
@@ -120,6 +122,14 @@ def _draw_bits(axes, results):
     _draw_rows(axes, results, {"bits": "bits per byte", "depth": "by recursion step"})
     axes.set_xlim(0, 1.08 * max(max(r.value, r.chance) for r in results))
     axes.set_xlabel("bits per byte; chance: single bytes", fontsize=9, color="#555555")
+
+
+def _draw_retrieval(axes, results):
+    style_axes(axes, "")
+    _draw_rows(axes, results, {"retrieval": "retrieved code"})
+    axes.axvline(0, color=GREY, linestyle=(0, (3, 3)), linewidth=1, zorder=0)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
+    axes.set_xlabel("change of bits per byte; chance: random text", fontsize=9, color="#555555")
 
 
 def _draw_copying(axes, results):

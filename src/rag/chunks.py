@@ -1,7 +1,7 @@
 """Reads source files and cuts them into chunks: Python by its syntax tree, other text by lines.
 
-A chunk is a function, a class, or a run of other lines of a module. What is too long is cut, and what is shorter than
-LEAST_LINES shares a chunk with what follows it. Every line that is not blank belongs to exactly one chunk.
+A chunk is a function, a class, or a run of other lines of a module. Chunks that are too long are cut; those with fewer
+than LEAST_LINES are joined with the next one. Every line that is not blank belongs to exactly one chunk.
 """
 
 import ast
@@ -10,12 +10,12 @@ import sys
 from collections import Counter
 from typing import NamedTuple
 
-from src.data.corpus import same_file_key, walk
+from src.data.corpus import SOURCES, same_file_key, walk
 from src.errors import UserError, few
 from src.files.text import decode, parse_python
 
-MOST_FILE_BYTES = 2_000_000  # a larger text file is data or generated code
-LEAST_LINES = 8  # shorter chunks win by a single common name, and hold too little to help
+MOST_FILE_BYTES = 2_000_000  # a larger text file is mostly data or generated code
+LEAST_LINES = 8  # a shorter chunk is found because of a single common name, and contains too little to help
 SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
 
 
@@ -39,14 +39,18 @@ class Chunk(NamedTuple):
 def source_files(paths, suffixes=()) -> list[tuple[str, str]]:
     """Returns sorted (path to show, path to open) of all files in files and folders.
 
-    Hidden files and folders are left out. A folder that is reached through several links is entered once, so links that
-    form a circle do no harm. Raises UserError if a path does not exist."""
+    stdlib, stdlib-valid and site-packages stand for the sources of this Python, as in train_paths. Hidden files and
+    folders are left out. A folder that is reached through several links is entered once, so links that form a circle do
+    no harm. Raises UserError if a path does not exist."""
     found = {}
     for path in paths:
         path = os.path.expanduser(os.fspath(path))
-        if not os.path.exists(path):
+        if path in SOURCES and not os.path.lexists(path):
+            inside = SOURCES[path]()
+        elif not os.path.exists(path):
             raise UserError(f"{path}: there is nothing to retrieve from, no such file or folder: correct the path")
-        inside = walk(path, SKIPPED_FOLDERS, []) if os.path.isdir(path) else [path]
+        else:
+            inside = walk(path, SKIPPED_FOLDERS, []) if os.path.isdir(path) else [path]
         for file in inside:
             is_hidden = os.path.basename(file).startswith(".") and file != path
             if os.path.isfile(file) and not is_hidden and file.endswith(tuple(suffixes) or ""):

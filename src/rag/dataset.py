@@ -16,13 +16,14 @@ class RAGDatasetWrapper(torch.utils.data.Dataset):
     """Windows of a PackedDataset whose first `context_tokens` are context: inputs, but not targets.
 
     The context is the file's own past. If a chunk of another file scores at least `threshold`, the chunk and the marker
-    line replace the oldest part of that past. So a window always has seq_len tokens, and retrieval never costs more
-    than it replaces. The query is the text before the first target, and nothing after it. Every later token of the text
-    is a target exactly once; in the first window, the context is one too.
+    line replace the oldest part of that past. So a window has as many tokens, and as many targets, with retrieved code
+    as without. The query is the end of the text before the first target. Every token after the first context is a
+    target exactly once. The first window also learns the file's own past in its context, because no window comes
+    before it.
 
     What is retrieved for a window depends on the text, the index, the settings and (seed, window) alone, so a resumed
-    run sees the same windows. It is found once for a grid of positions, in the constructor; windows of another length
-    (`with_seq_len`) take it from the last position of the grid before their first target, if that is in the same file.
+    run has the same windows. The constructor retrieves chunks for a grid of positions in the text. Windows of another
+    length (`with_seq_len`) use the chunks of the last position before their first target, if it is in the same file.
     Raises ValueError if the windows have no room for targets.
     """
 

@@ -14,7 +14,7 @@ from src.data.corpus import content_hash
 from src.errors import UserError
 
 IDF_SLOTS = 2**18  # counts of documents are kept by hash: collisions are rare among the terms of a repository
-ROWS = 512  # texts embedded at once, which limits memory
+BATCH = 16  # texts that a model embeds at once
 _WORD = re.compile(r"[^\W\d]\w*")
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_A-Za-z]+")  # HTTPServer -> HTTP, Server; v2 -> v, 2
 
@@ -45,6 +45,7 @@ class TextEmbedder:
         self.dim, self.identity = dim, {"method": "tfidf", "dim": dim}
         self._idf = np.ones(IDF_SLOTS, np.float32)
         self._hashes = {}  # word -> hashes of the word and of its parts
+        self._fitted = {}  # text -> its terms, of the texts that were fitted and not yet embedded
 
     def _terms(self, text):
         """Returns (hashes (n,) uint64 of the distinct terms of a text, counts (n,))."""
@@ -58,17 +59,17 @@ class TextEmbedder:
 
     def fit(self, texts: Sequence[str]):
         """Learns from the chunks of an index how rare each term is: idf = ln((1 + n) / (1 + chunks with it)) + 1."""
-        counts, n = np.zeros(IDF_SLOTS, np.int64), 0
+        counts = np.zeros(IDF_SLOTS, np.int64)
+        self._fitted = {text: self._terms(text) for text in texts}
         for text in texts:
-            counts[np.unique(_slots(self._terms(text)[0]))] += 1
-            n += 1
-        self._idf = (np.log((1 + n) / (1 + counts)) + 1).astype(np.float32)
+            counts[np.unique(_slots(self._fitted[text][0]))] += 1
+        self._idf = (np.log((1 + len(texts)) / (1 + counts)) + 1).astype(np.float32)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Returns (len(texts), dim) float32 unit vectors; a text without identifiers gets zeros."""
         out = np.zeros((len(texts), self.dim), np.float32)
         for row, text in zip(out, texts):
-            hashes, counts = self._terms(text)
+            hashes, counts = self._fitted.pop(text, None) or self._terms(text)
             weights = (1 + np.log(counts)) * self._idf[_slots(hashes)]
             signs = np.where(hashes >> np.uint64(63), -1.0, 1.0)
             row += np.bincount((hashes % np.uint64(self.dim)).astype(np.int64), weights * signs, self.dim)
@@ -106,15 +107,18 @@ class _ModelEmbedder:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Returns (len(texts), dim) float32 unit vectors."""
-        parts = [self._states(list(texts[start : start + 16])) for start in range(0, len(texts), 16)]
-        return unit(np.concatenate([np.zeros((0, self.dim), np.float32), *parts]))
+        return unit(self._all_states(texts))
+
+    def _all_states(self, texts):
+        parts = [self._states(list(texts[start : start + BATCH])) for start in range(0, len(texts), BATCH)]
+        return np.concatenate([np.zeros((0, self.dim), np.float32), *parts])
 
 
 class StateEmbedder(_ModelEmbedder):
     """Mean final state over the tokens of a text, of a causal or non-causal language model.
 
-    The mean state of all texts points in much the same direction, so it is subtracted: `fit` learns it. Texts are cut
-    on the left to the model's context."""
+    The states of different texts point in much the same direction. `fit` learns their mean, which is then subtracted.
+    Of a text that is longer than the model's context, the last tokens are used."""
 
     def __init__(self, model, tokenizer, name: str):
         self.model, self.tokenizer, self.dim = model.eval(), tokenizer, model.config.d_model
@@ -124,7 +128,7 @@ class StateEmbedder(_ModelEmbedder):
     def fit(self, texts):
         some = list(texts)[:: max(1, len(texts) // 256)]
         self._mean = np.zeros(self.dim, np.float32)
-        self._mean = self._states(some).mean(0) if some else self._mean
+        self._mean = self._all_states(some).mean(0) if some else self._mean
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -140,16 +144,14 @@ class StateEmbedder(_ModelEmbedder):
 
         from src.data.samples import tokenize_and_pad
 
-        states, rows = [], [tokenize_and_pad(self.tokenizer, text, self.model.config.max_seq_len) for text in texts]
+        rows = [tokenize_and_pad(self.tokenizer, text, self.model.config.max_seq_len) for text in texts]
         device = self.model.embed.weight.device
-        for start in range(0, len(rows), 16):
-            ids, mask = (torch.stack(part).to(device) for part in zip(*rows[start : start + 16]))
-            kept = int(mask.sum(1).max())
-            ids, mask = ids[:, :kept], mask[:, :kept]
-            with torch.inference_mode():
-                y = self.model(ids, attention_mask=mask).carry.y.float()
-            states.append(((y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu().numpy())
-        return np.concatenate(states) - self._mean
+        ids, mask = (torch.stack(part).to(device) for part in zip(*rows))
+        kept = int(mask.sum(1).max())
+        ids, mask = ids[:, :kept], mask[:, :kept]
+        with torch.inference_mode():
+            y = self.model(ids, attention_mask=mask).carry.y.float()
+        return ((y * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu().numpy() - self._mean
 
 
 class SentenceEmbedder(_ModelEmbedder):

@@ -55,22 +55,26 @@ def _updated(folder, sources, embedder, chunk_lines, report):
     """Returns (chunks, store) of the sources, and saves what has changed. The embedder is fitted or restored."""
     # the name's end decides how a file is cut
     digests = [hashlib.sha256(f"{s.path.rpartition('.')[2]}\0{s.text}".encode()).hexdigest()[:32] for s in sources]
-    known, stale, old = _load(folder, embedder)
+    before, stale, old = _load(folder, embedder)
+    rows, row = {}, 0  # digest -> rows of the old store
+    for digest, each in before:
+        rows[digest] = range(row, row := row + len(each))
+    known = dict(before)
     ranges = [
-        known[digest][1] if digest in known else cut_file(source.path, source.text, chunk_lines)
+        known[digest] if digest in known else cut_file(source.path, source.text, chunk_lines)
         for digest, source in zip(digests, sources)
     ]
     chunks = chunks_of(sources, ranges)
+    if old is not None and digests == [digest for digest, _ in before]:
+        return chunks, old
     is_new = np.array([digests[chunk.file] not in known for chunk in chunks], bool)
     stale += int(is_new.sum())
     if old is not None and stale <= REFIT_SHARE * len(chunks):
-        rows = _old_rows(digests, known)
-        if not is_new.any() and np.array_equal(rows, np.arange(len(old))):
-            return chunks, old
+        kept = [row for digest in digests for row in rows.get(digest, ())]
     else:
-        is_new[:], stale, rows = True, 0, np.zeros(0, np.int64)
+        is_new[:], stale, kept = True, 0, []
         embedder.fit([chunk.text for chunk in chunks])
-    store = _merge(old, rows, chunks, is_new, embedder)
+    store = _merge(old, kept, chunks, is_new, embedder)
     _save(folder, store, embedder, digests, ranges, stale)
     if report:
         counts = f"{len(sources)} files, {len(chunks)} chunks, {int(is_new.sum())} of them embedded now"
@@ -78,16 +82,10 @@ def _updated(folder, sources, embedder, chunk_lines, report):
     return chunks, MemoryVectorStore.load(folder, embedder.identity)
 
 
-def _old_rows(digests, known):
-    """Returns the rows of the old store that are still needed, in the order of the new one."""
-    rows = [np.arange(known[d][0], known[d][0] + len(known[d][1])) for d in digests if d in known]
-    return np.concatenate([np.zeros(0, np.int64), *rows])
-
-
 def _merge(old, rows, chunks, is_new, embedder):
     """Returns a store of all chunks in order: those that are not new come from the rows of the old store."""
     vectors = np.empty((len(chunks), embedder.dim), np.float16)
-    if len(rows):
+    if rows:
         vectors[~is_new] = old.take(rows).array
     new = np.flatnonzero(is_new)
     for start in range(0, len(new), EMBEDDED):
@@ -99,22 +97,20 @@ def _merge(old, rows, chunks, is_new, embedder):
 
 
 def _load(folder, embedder):
-    """Returns ({digest: (first row, line ranges)}, chunks embedded since the last fit, store) of an index.
+    """Returns ([(digest, line ranges) of each file], chunks embedded since the last fit, store) of an index.
 
-    Without an index: ({}, 0, None). Raises UserError if it is broken."""
+    Without an index: ([], 0, None). Raises UserError if it is broken."""
     if not (folder / MANIFEST).exists():
-        return {}, 0, None
+        return [], 0, None
     store = MemoryVectorStore.load(folder, embedder.identity)
-    manifest, known, row = read_object(folder / MANIFEST), {}, 0
+    manifest = read_object(folder / MANIFEST)
     try:
         with np.load(folder / LEARNED, allow_pickle=False) as arrays:
             embedder.restore(dict(arrays))
-        for digest, ranges in manifest["files"]:
-            known[digest] = row, [(int(first), int(last)) for first, last in ranges]
-            row += len(ranges)
-        if row != len(store):
+        files = [(str(digest), [(int(first), int(last)) for first, last in each]) for digest, each in manifest["files"]]
+        if sum(len(each) for _, each in files) != len(store):
             raise ValueError("it has another number of chunks")
-        return known, int(manifest["stale"]), store
+        return files, int(manifest["stale"]), store
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(f"the index {folder} is broken ({error}): delete this folder, it is made again") from None
 

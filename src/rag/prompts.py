@@ -9,9 +9,9 @@ from src.rag.index import open_retriever
 from src.rag.retriever import fit_context
 from src.training.rag_config import RagConfig
 
-QUERY_TOKENS = RagConfig.query_tokens  # of the end of the prompt that are compared with the index, as in training
+QUERY_TOKENS = RagConfig.query_tokens  # at the end of the prompt: they are compared with the index, as in training
 SENTINELS = 3  # tokens around a prompt and its suffix
-LEAST_NEW = 8  # one in this many tokens of the model's context stays free for new ones
+LEAST_NEW = 8  # an eighth of the model's context stays free for new tokens
 
 
 class PromptContext:

@@ -21,7 +21,7 @@ EMBEDDED = 256  # queries embedded and searched at once
 
 
 class Hit(NamedTuple):
-    """A retrieved chunk. score: cosine, or for bm25 the share of the query's largest possible score."""
+    """A retrieved chunk. score: cosine, or for bm25 the score divided by the largest one that the query can have."""
 
     chunk: Chunk
     score: float
@@ -70,8 +70,9 @@ class Bm25Search:
                 allowed[start:stop] = 0
             most = sum(self._idf.get(term, self._rarest) for term in terms)
             found = self._index.get_scores(terms, weight_mask=allowed) / most
-            order = np.argsort(-found, kind="stable")[:k]
-            order = order[found[order] > 0]
+            least = np.partition(found, -k)[-k] if k < self._n else 0
+            best = np.flatnonzero(found >= max(least, np.finfo(found.dtype).tiny))
+            order = best[np.argsort(-found[best], kind="stable")][:k]
             scores[number, : len(order)], rows[number, : len(order)] = found[order], order
         return scores, rows
 
@@ -83,18 +84,14 @@ class RAGRetriever:
 
     def __init__(self, sources: list[Source], chunks: list[Chunk], search):
         self.sources, self.chunks, self._search, self._lines = sources, chunks, search, None
-        files = [chunk.file for chunk in chunks]
-        self._rows = [tuple(np.searchsorted(files, (n, n + 1)).tolist()) for n in range(len(sources))]
+        firsts = np.searchsorted([chunk.file for chunk in chunks], np.arange(len(sources) + 1)).tolist()
+        self._rows = list(zip(firsts, firsts[1:]))  # (first chunk, first chunk after it) of each source
 
     def near_copies(self, text: str) -> list[int]:
         """Returns the numbers of the sources that are copies or near copies of a text; see `LineIndex`."""
         if self._lines is None:
             self._lines = LineIndex([source.text for source in self.sources])
         return self._lines.near_copies(text)
-
-    def rows_of(self, files) -> list[tuple[int, int]]:
-        """Returns the ranges (start, stop) of chunks of these sources."""
-        return [self._rows[number] for number in files]
 
     def retrieve(self, queries: Sequence[str], k: int = 1, excluded=None) -> list[list[Hit]]:
         """Returns the k best chunks for each query, best first; fewer if the index has no more.
@@ -103,7 +100,7 @@ class RAGRetriever:
         found = []
         for start in range(0, len(queries), EMBEDDED):
             part = slice(start, start + EMBEDDED)
-            hidden = None if excluded is None else [self.rows_of(files) for files in excluded[part]]
+            hidden = excluded and [[self._rows[number] for number in files] for files in excluded[part]]
             for scores, rows in zip(*self._search(queries[part], k, hidden)):
                 pairs = [(self.chunks[row], score) for row, score in zip(rows.tolist(), scores.tolist()) if row >= 0]
                 found.append([Hit(chunk, score, self.sources[chunk.file].path) for chunk, score in pairs])

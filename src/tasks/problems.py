@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ OWN = ("addition", "copy", "parity", "reverse")
 MOST_DIGITS = 1000
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", dtype=np.uint8)
 _SUM = re.compile(r"(\d+) \+ (\d+)\Z")
+MOST_FAILURES = 20  # items that reasoning-gym fails to make before the first success
 _FRUITLESS = 100_000  # draws in a row without a new problem, after which a generator has found them all
 # metadata of reasoning-gym: what a task's difficulty is
 _DIFFICULTY = {
@@ -141,13 +143,33 @@ def gym_problems(name, tries, seed, options, is_terse=False) -> Iterator[Problem
     except (AssertionError, ValueError, TypeError) as error:
         given = " ".join(f"{option}={value}" for option, value in options.items())
         raise UserError(f"{name} refuses {given or 'its default options'}: {error}; correct --set") from None
-    for number in range(tries):
-        item = items[number]
+    for item in _made(name, items, tries):
         if isinstance(item["answer"], (str, int, float)):  # a few tasks have problems without a single answer
             question = _terse(name, item["metadata"]) if is_terse else item["question"]
             yield Problem(
                 question, str(item["answer"]), item["metadata"], item["metadata"].get(_DIFFICULTY.get(name, ""))
             )
+
+
+def _made(name, items, tries):
+    """Yields the items that reasoning-gym can make. Some generators give up on some seeds: these are skipped.
+
+    Raises UserError if it can make none of the first MOST_FAILURES."""
+    failures = made = 0
+    for number in range(tries):
+        try:
+            item = items[number]
+        except Exception as error:  # whatever a generator of the library raises
+            failures += 1
+            if failures == 1:
+                print(f"{name}: item {number} cannot be made ({error}), skipped; so are others", file=sys.stderr)
+            if failures >= MOST_FAILURES and not made:
+                raise UserError(
+                    f"{name}: reasoning-gym makes none of {failures} items ({error}): change --set"
+                ) from None
+            continue
+        made += 1
+        yield item
 
 
 def _terse(name, metadata):

@@ -314,6 +314,12 @@ def test_no_line_has_the_text_field(tmp_path):
         assert list(read_documents([tmp_path / name], text_field="body"))[0] == "x"
 
 
+def test_records_read_as_text_name_the_flag(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "1 + 1", "answer": "2"}\n')
+    with pytest.raises(UserError, match=r"available fields: question, answer \(set --records true\)"):
+        list(read_documents([tmp_path / "a.jsonl"]))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.py"])
 def test_empty_file(tmp_path, name):
     (tmp_path / name).write_bytes(b"")

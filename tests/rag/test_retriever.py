@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from src.data.corpus import SOURCES
 from src.data.samples import QUERY_MARKER, prepare_code_input
 from src.errors import UserError
 from src.rag import index as index_module
@@ -91,6 +92,14 @@ def test_links_that_form_a_circle_do_no_harm(repo):
     os.symlink(repo / "inner", repo / "again")
     os.symlink("self", repo / "self")
     assert len(read_sources([repo], report=False)) == 3
+
+
+def test_a_word_stands_for_the_sources_of_this_python(repo, monkeypatch):
+    monkeypatch.setitem(SOURCES, "stdlib", lambda: [str(repo / "read.py")])
+    assert [source.real_path for source in read_sources(["stdlib"])] == [str(repo / "read.py")]
+    monkeypatch.chdir(repo.parent)
+    (repo.parent / "stdlib").write_text("a file of that name comes first")
+    assert [source.text for source in read_sources(["stdlib"])] == ["a file of that name comes first"]
 
 
 def test_a_file_with_two_names_is_read_once(repo):
@@ -186,6 +195,14 @@ def test_bm25_scores_are_shares(repo):
     assert Bm25Search(["1", "2"])(["alpha"], 1, None)[1].tolist() == [[-1]]
 
 
+def test_equal_scores_of_bm25_go_to_the_lower_row(repo):
+    pytest.importorskip("bm25s")
+    texts = ["same words", "other text", *["same words"] * 5]
+    scores, rows = Bm25Search(texts)(["same"], 3, None)
+    assert rows.tolist() == [[0, 2, 3]] and len(set(scores[0])) == 1
+    assert Bm25Search(texts)(["same"], 9, [[(0, 1)]])[1].tolist() == [[2, 3, 4, 5, 6, -1, -1, -1, -1]]
+
+
 def test_missing_bm25s_is_one_line(monkeypatch, repo):
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(UserError, match="needs the package bm25s: pip install"):
@@ -233,6 +250,13 @@ def test_only_changed_files_are_embedded_again(repo, monkeypatch):
     assert fresh.chunks == changed.chunks
     for query in ("canvas", "settings path", "value_33"):  # the idf may differ a little, the order of files does not
         assert fresh.retrieve([query])[0][0].path == changed.retrieve([query])[0][0].path
+
+
+def test_an_unchanged_index_is_not_written_again(repo, monkeypatch):
+    (repo / "copy_of_read.py").write_text((repo / "read.py").read_text())  # two files of the same content
+    first = opened(repo)
+    monkeypatch.setattr(index_module, "_save", None)
+    assert opened(repo).chunks == first.chunks
 
 
 def test_many_changes_fit_the_embedder_again(repo, monkeypatch):

@@ -40,6 +40,15 @@ def test_search_equals_a_sort_of_all_scores(block, monkeypatch):
     assert scores == pytest.approx(np.take_along_axis(exact, expected, 1), abs=1e-4)  # rounded
 
 
+def test_components_that_no_query_has_do_not_change_a_score():
+    store, queries = filled(vectors(50)), vectors(20, 1)
+    queries[:, 3:] = 0
+    padded = np.concatenate([queries, vectors(1, 2)])  # a query with all components
+    for alone, together in zip(store.search(queries, 4), store.search(padded, 4)):
+        assert together[:-1] == pytest.approx(alone, abs=1e-4)
+    assert store.search(np.zeros((1, 16), np.float32), 2)[1].tolist() == [[0, 1]]
+
+
 def test_too_few_rows_give_minus_one():
     scores, rows = filled(vectors(3)).search(vectors(2, 1), 5, [[], [(0, 3)]])
     assert sorted(rows[0, :3]) == [0, 1, 2] and rows[0, 3:].tolist() == [-1, -1]

@@ -1,14 +1,17 @@
 """make_problems.py: right answers, distinct questions, disjoint sets, and one clear line for every mistake."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
 import make_problems
+from src.config import run
 from src.data.records import read_records
 from src.errors import UserError
-from src.tasks.problems import count_distinct, draw, key_of
+from src.tasks import problems
+from src.tasks.problems import OWN, count_distinct, draw, key_of
 
 
 def make(path, *words):
@@ -75,6 +78,40 @@ def test_tasks_of_reasoning_gym(tmp_path):
     for record in make(tmp_path / "boards.parquet", "mini_sudoku", "--size", 5, "--terse", "true"):
         assert all(q in ("_", a) for q, a in zip(record.question.split(), record.answer.split(), strict=True))
         assert record.question.split().count("_") == record.extra["difficulty"]
-    for words, said in [(["chain_smu"], "did you mean chain_sum"), (["chain_sum", "--set", "x=1"], "no such option")]:
+    for words, said in [
+        (["chain_smu"], "did you mean chain_sum"),
+        (["chain_sum", "--set", "x=1"], "no such option"),
+        (["maze", "--set", "max_grid_size=6", "min_dist=30", "max_dist=31"], "makes none of 20 items"),
+        (
+            ["caesar_cipher", "--terse", "true"],
+            "--terse: caesar_cipher has no short form; the tasks with one are mini_",
+        ),
+    ]:
         with pytest.raises(UserError, match=said):
             make(tmp_path / "x.jsonl", *words)
+
+
+def test_items_that_a_generator_gives_up_on_are_skipped(capsys):
+    class Items(list):
+        def __getitem__(self, number):
+            if number % 2:
+                raise RuntimeError("no path found")
+            return number
+
+    assert list(problems._made("maze", Items(), 50)) == list(range(0, 50, 2))
+    assert capsys.readouterr().err == "maze: item 1 cannot be made (no path found), skipped; so are others\n"
+
+
+def test_without_reasoning_gym_its_tasks_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    for module in [name for name in sys.modules if name.split(".")[0] == "reasoning_gym"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: make(tmp_path / "x.jsonl", "chain_sum"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and not list(tmp_path.iterdir())
+    assert (
+        line.startswith("error: chain_sum is no task of this project (") and "run pip install reasoning-gym==" in line
+    )
+    make_problems.main(["--list", "true"])
+    assert capsys.readouterr().out.split() == list(OWN)
