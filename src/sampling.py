@@ -73,11 +73,21 @@ def left_padded(rows: list[list[int]], pad_id: int, device) -> tuple[Int[Tensor,
     return ids, mask
 
 
+def row_generator(seed: int, row: int) -> torch.Generator:
+    """Returns the random generator of a row: its draws do not depend on other rows."""
+    return torch.Generator().manual_seed(mix_seed(seed, row))
+
+
+def tokens_kept(max_len: int) -> int:
+    """Returns how many tokens a row keeps when it outgrows a context of max_len tokens."""
+    return max(1, max_len // 2)
+
+
 def fit_window(ids, mask, max_len: int, finished) -> tuple[Tensor, Tensor]:
     """Shortens rows of ids (B, W), left-padded where mask is 0, to at most max_len tokens.  Returns (ids, mask).
 
-    A row longer than max_len keeps its last max_len // 2 tokens (at least 1). A finished row keeps its last token."""
-    keeps = [1 if done else max(1, max_len // 2) for done in finished]
+    A row longer than max_len keeps its last `tokens_kept`. A finished row keeps its last token."""
+    keeps = [1 if done else tokens_kept(max_len) for done in finished]
     rows = [row[real] for row, real in zip(ids, mask.bool())]
     rows = [row[-keep:] if done or len(row) > max_len else row for row, keep, done in zip(rows, keeps, finished)]
     width = max(len(row) for row in rows)
@@ -147,7 +157,7 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
     """Yields (new ids (B,), output of the model) for one token after another."""
     max_len, pad = model.config.max_seq_len, model.config.pad_token_id
     seed = secrets.randbits(62) if seed is None else seed
-    generators = [torch.Generator().manual_seed(mix_seed(seed, row)) for row in range(len(ids))]
+    generators = [row_generator(seed, row) for row in range(len(ids))]
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     mask = torch.ones_like(ids) if mask is None else mask.long()
     ends = None if eos_id is None else torch.tensor(eos_id, device=ids.device).view(-1)

@@ -27,7 +27,8 @@ from src.model_config import ExitRule
 from src.page.batch import Chosen, Row, RunningBatch, Start
 from src.page.errors import Busy
 from src.page.writing import Piece, Token, Writer, read_tokens, score_prompt
-from src.runtime import mix_seed, share_cores
+from src.runtime import share_cores
+from src.sampling import row_generator, tokens_kept
 
 IDLE_S = 0.5  # the thread looks at the time at least this often
 
@@ -59,7 +60,7 @@ class Text(Row):
 
     def seed(self, seed: int, number: int):
         """Gives the text the generator that `sampling.generate` gives to a row with this number."""
-        self.generator = torch.Generator().manual_seed(mix_seed(seed, number))
+        self.generator = row_generator(seed, number)
 
     def read_prompt(self, first: int, logits: Tensor):
         tokens = self.writer.prompt_tokens[first + 1 : first + 1 + len(logits)]
@@ -274,7 +275,7 @@ class Engine:
         context = self.model.config.max_seq_len
         if text.is_over or len(text.ids) <= context:
             return False
-        text.ids = text.ids[-max(1, context // 2) :]
+        text.ids = text.ids[-tokens_kept(context) :]
         text.scores_prompt = False
         self.again.append(text)
         return True

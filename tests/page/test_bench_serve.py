@@ -1,4 +1,4 @@
-"""benchmarks/bench_serve.py at a tiny size: it runs, and its last line is JSON with the quoted figures."""
+"""benchmarks/bench_serve.py at tiny sizes: it runs, and its last line is JSON."""
 
 import json
 import sys
