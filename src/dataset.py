@@ -29,7 +29,7 @@ from src.data.order import EndlessSampler, MixtureSampler, RankBatches, SeededIn
 from src.data.readers import SUFFIXES
 from src.data.record_rows import RecordDataset
 from src.data.records import RECORD_SUFFIXES, RecordFields
-from src.data.samples import Sample, collate_batch, window_sample
+from src.data.samples import Collate, Sample, window_sample
 from src.data.shards import Shards
 from src.data.shift import ShiftedDataset
 from src.data.stream import StreamingDataset
@@ -188,7 +188,7 @@ def create_dataloader(dataset, batch_size, seed=0, shuffle=True, start=0, num_wo
         dataset,
         batch_sampler=RankBatches(sampler, batch_size, rank, world),
         num_workers=num_workers,
-        collate_fn=_Collate(pad_id),
+        collate_fn=Collate(pad_id),
         worker_init_fn=leave_group,
         generator=torch.Generator().manual_seed(seed),  # else iter() draws from the global random state
     )
@@ -200,16 +200,6 @@ def leave_group(worker_id):
     That process may need more batches to finish its step, and stops its workers itself."""
     if hasattr(os, "setpgid"):  # Windows has no process groups
         os.setpgid(0, 0)
-
-
-class _Collate:
-    """collate_batch with its pad_id, as an object that can be pickled for worker processes."""
-
-    def __init__(self, pad_id):
-        self.pad_id = pad_id
-
-    def __call__(self, samples):
-        return collate_batch(samples, self.pad_id)
 
 
 def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None, files=None):

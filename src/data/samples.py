@@ -70,6 +70,16 @@ def _stack(rows, length, fill):
     return out
 
 
+class Collate:
+    """`collate_batch` with its pad_id, as an object that can be pickled for worker processes."""
+
+    def __init__(self, pad_id):
+        self.pad_id = pad_id
+
+    def __call__(self, samples):
+        return collate_batch(samples, self.pad_id)
+
+
 def prepare_code_input(context: str, query: str, query_marker: str = QUERY_MARKER) -> str:
     """Returns the text for a model that continues `query` after it has read `context`, code from other files.
 

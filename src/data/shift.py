@@ -12,7 +12,7 @@ class ShiftedDataset(Dataset):
     except those before its first window. rows: the PackedDataset, whose figures it keeps."""
 
     def __init__(self, rows):
-        self.rows, self.seq_len = rows, rows.seq_len
+        self.rows, self.seq_len, self.pads = rows, rows.seq_len, rows.pads
 
     def __len__(self):
         return len(self.rows)
