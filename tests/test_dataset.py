@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from texts import BYTE, store_of, tokens_of, write
 
 from src.data.corpus import read_documents
+from src.data.samples import collate_batch
 from src.dataset import (
     IGNORE,
     DataConfig,
@@ -20,7 +21,6 @@ from src.dataset import (
     Sample,
     TokenStore,
     WikiJsonlDataset,
-    collate_batch,
     create_dataloader,
     prepare_data,
 )
