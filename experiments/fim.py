@@ -3,8 +3,9 @@
     python experiments/fim.py runs/code                             # lines of the standard library's validation files
     python experiments/fim.py runs/code --paths ~/src/other_project --lines 500 --output runs/fim.jsonl
 
-Lines are drawn from files that the model was not trained on, by a seed, and each is taken out of its file. The model
-writes it greedily, in four ways:
+Lines are drawn from files that the model was not trained on, by a seed, and each is taken out of its file. Its
+indentation stays before it, because tokenizers join line breaks and spaces: a text that ends between the two has tokens
+that models hardly ever see. The model writes the line greedily, in four ways:
 
     both        from the text before and after the line
     left        from the same text before it, without a suffix
@@ -79,7 +80,7 @@ class InfillConfig:
 
 
 class Line(NamedTuple):
-    """A line that was taken out of its document, without its line break, and the text on both sides."""
+    """A line that was taken out of its document, without indentation and line break, and the text on both sides."""
 
     text: str
     before: str
@@ -99,7 +100,7 @@ def draw_lines(documents, tokenizer, n: int, seed: int, most_tokens: int) -> lis
         for line in text.split("\n"):
             end, bare = at + len(line.rstrip("\r")), line.strip()
             if at and end + 2 < len(text) and len(bare) >= LEAST_CHARS and any(map(str.isalpha, bare)):
-                places.append((number, at, end))
+                places.append((number, at + line.index(bare[0]), end))
             at += len(line) + 1
     drawn = []
     for index in np.random.default_rng(seed).permutation(len(places)):
