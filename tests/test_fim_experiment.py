@@ -25,7 +25,7 @@ def test_lines_are_drawn_by_the_seed_and_come_with_their_text():
         assert line.before + line.text + line.after in (TEXT, TEXT.upper())
         assert line.before.rstrip(" ").endswith("\n") and line.after.startswith("\n")
         assert len(line.text) >= 10 and line.text[0] != " "
-    short = fim.draw_lines([TEXT], BYTE, 10, 0, 16)
+    short = fim.draw_lines([TEXT], BYTE, 10, 0, 15)
     assert all(line.text.startswith("def") for line in short)
     with pytest.raises(UserError, match="only 0 usable lines: set a smaller --lines"):
         fim.draw_lines([TEXT], BYTE, 10, 0, 2)
