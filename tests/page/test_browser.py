@@ -53,6 +53,7 @@ def written(page):
     """Waits until the model has written."""
     expect(page.locator("#write")).to_be_visible(timeout=20_000)
     expect(page.locator(".token.written, .token.taken").first).to_be_visible()
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # the last tokens
 
 
 def write(page, text, settings=GREEDY):
