@@ -53,7 +53,7 @@ def written(page):
     """Waits until the model has written."""
     expect(page.locator("#write")).to_be_visible(timeout=20_000)
     expect(page.locator(".token.written, .token.taken").first).to_be_visible()
-    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # the last tokens
+    drawn(page)
 
 
 def write(page, text, settings=GREEDY):
@@ -64,8 +64,14 @@ def write(page, text, settings=GREEDY):
     written(page)
 
 
+def drawn(page):
+    """Waits until the page shows its newest state: it draws once per frame."""
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
 def text_of(page, number=0):
     """Returns the text of a branch as it is shown."""
+    drawn(page)
     return page.locator("[role=listbox]").nth(number).evaluate("list => list.textContent")
 
 
