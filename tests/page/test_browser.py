@@ -32,10 +32,12 @@ def page(browser, address):
     or if the page asked another host for something."""
     context = browser.new_context(base_url=address, viewport={"width": 1280, "height": 800})
     page, errors = context.new_page(), []
-    page.sent, page.errors = {}, errors
+    page.sent, page.errors, page.finished, page.awaited = {}, errors, 0, 0
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: keep(page.sent, errors, address, request))
+    for event in ("requestfinished", "requestfailed"):  # a stream that the page stops reading has failed
+        page.on(event, lambda request: count_finished(page, request))
     page.set_default_timeout(10_000)
     yield page
     context.close()
@@ -49,8 +51,18 @@ def keep(sent, errors, address, request):
         sent.setdefault(request.url.removeprefix(f"{address}/v1/"), []).append(json.loads(request.post_data))
 
 
+def count_finished(page, request):
+    page.finished += request.url.endswith("/completions")
+
+
 def written(page):
-    """Waits until the model has written."""
+    """Waits until the model has written what the page asked for since the last call, and the page shows it."""
+    for _ in range(100):
+        if page.finished > page.awaited and page.finished == len(page.sent.get("completions", [])):
+            break
+        page.wait_for_timeout(20)
+    page.awaited = page.finished
+    drawn(page)
     expect(page.locator("#write")).to_be_visible(timeout=20_000)
     expect(page.locator(".token.written, .token.taken").first).to_be_visible()
     drawn(page)
@@ -251,7 +263,7 @@ def test_reload_from_the_address(page):
     page.locator("#link").click()
     expect(page.locator("#link")).to_have_text("Copied")
     link = page.evaluate("navigator.clipboard.readText()")
-    page.goto("/")
+    page.goto("about:blank")
     page.goto(link)
     expect(page.locator("[role=listbox]")).to_have_text(text, use_inner_text=False)
     for name, value in {"seed": "7", "length": "12", "depth": "2", "temperature": "0.5", "tint": "settled"}.items():

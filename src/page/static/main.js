@@ -34,8 +34,11 @@ async function start() {
   for (const button of byId("views").children) {
     button.addEventListener("click", () => show(button.value));
   }
-  window.addEventListener("hashchange", (event) => open(new URL(event.newURL).hash));
-  open(location.hash);
+  // One address is opened after the other, so that the newest one stays.
+  let opening = Promise.resolve();
+  const openNext = (fragment) => (opening = opening.catch(() => {}).then(() => open(fragment)));
+  window.addEventListener("hashchange", (event) => openNext(new URL(event.newURL).hash));
+  openNext(location.hash);
 
   // Opens the view that an address belongs to.
   async function open(fragment) {
