@@ -137,9 +137,9 @@ def _end(tokenizer, text: str, n: int) -> str:
 def write_lines(model, tokenizer, rows: list[list[int]], max_new_tokens: int) -> list[tuple[str, bool]]:
     """Returns the greedy answer to each row of tokens: (its first line, whether the model ended after that line)."""
     ids, mask = left_padded(rows, tokenizer.pad_id, model.embed.weight.device)
-    ends, written, open_rows = {*tokenizer.end_ids, *tokenizer.fim.ids}, [[] for _ in rows], set(range(len(rows)))
+    ends, written, open_rows = tokenizer.infill_ends, [[] for _ in rows], set(range(len(rows)))
     ended = [False] * len(rows)
-    for column in generate(model, ids, max_new_tokens, 0.0, eos_id=[*ends], attention_mask=mask):
+    for column in generate(model, ids, max_new_tokens, 0.0, eos_id=ends, attention_mask=mask):
         for row in list(open_rows):
             index = int(column[row])
             ended[row] = index in ends

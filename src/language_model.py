@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from src.exits import ExitRule
-from src.runtime import share_cores
+from src.runtime import device_of, share_cores
 from src.sampling import generate, left_padded
 from src.tokenizer import StreamDecoder
 
@@ -98,8 +98,7 @@ def continue_texts(
         rows, ends = _around(tokenizer, prompts, suffix, model.config.max_seq_len)
         # the context must not move on, because the model would lose sight of the suffix
         max_new_tokens = min(max_new_tokens, model.config.max_seq_len + 1 - max(map(len, rows)))
-    device = next(model.parameters(), torch.empty(0)).device  # an ONNX graph has no parameters: CPU
-    ids, mask = left_padded(rows, tokenizer.pad_id, device)
+    ids, mask = left_padded(rows, tokenizer.pad_id, device_of(model))
     decoders = [StreamDecoder(tokenizer, starts_text=not prompt and suffix is None) for prompt in prompts]
     ends, is_open = ends if stop_at_eos else (), [True] * len(rows)
     steps = generate(model, ids, max_new_tokens, eos_id=ends or None, attention_mask=mask, **options)
@@ -123,4 +122,4 @@ def _around(tokenizer, prompts, suffix, max_len) -> tuple[list[list[int]], tuple
     longest = max(map(len, rows))
     if longest > max_len:
         raise ValueError(f"prompt and suffix have {longest} tokens, the context holds {max_len}: shorten one of them")
-    return rows, (*tokenizer.end_ids, *tokenizer.fim.ids)  # a middle that goes on with a sentinel is over as well
+    return rows, tokenizer.infill_ends

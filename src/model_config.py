@@ -236,6 +236,9 @@ def model_settings(config: TRMConfig) -> dict:
     return config.to_dict() | dict.fromkeys(derived)
 
 
+THRESHOLDS = {"halt": "act_threshold", "kl": "kl_threshold"}  # exit rule -> its setting in ExitRule
+
+
 @dataclass(frozen=True)
 class ExitRule:
     """When a token stops recursing. A recursion step is a supervision step (trm) or a visit (loop).
@@ -268,7 +271,7 @@ class ExitRule:
             raise ValueError(f"patience is {self.patience}: set it to 1 or more, up to {DEEPEST}")
         if self.patience > 1 and not self.adapts:
             raise ValueError("patience is for --exit halt and kl: choose one of them, or leave it out")
-        for name, exit in (("act_threshold", "halt"), ("kl_threshold", "kl")):
+        for exit, name in THRESHOLDS.items():
             if getattr(self, name) is not None and self.exit != exit:
                 raise ValueError(f"{name} is for --exit {exit}: choose that, or leave it out")
 

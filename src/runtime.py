@@ -147,6 +147,11 @@ def _missing_for_compile(device) -> str:
     return "" if (Path(include) / "Python.h").exists() else f"no Python.h in {include} (install the Python headers)"
 
 
+def device_of(model) -> torch.device:
+    """Returns the device of a model. An ONNX graph has no parameters, and takes its inputs on the CPU."""
+    return next(model.parameters(), torch.empty(0)).device
+
+
 def compile_parts(model, lengths_vary: bool = False) -> None:
     """Compiles a TRMModel for training. Every visit uses the same graph of the blocks.
 

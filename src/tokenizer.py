@@ -1,9 +1,9 @@
 """Tokenizers: SentencePiece, plain bytes, and Hugging Face's tokenizer.json. Text to token ids and back, without loss.
 
-All three have the same interface: encode, encode_batch, encode_inside, start, infill, decode, decode_bytes,
-id_to_bytes, save, vocab_size, pad_id, bos_id, eos_id, unk_id, end_ids, fim, add_bos, prefix, kind, fingerprint. Every
-id stands for a fixed byte string, so decoding joins byte strings. One character may be spread over several ids;
-StreamDecoder waits for the last of them. Encoding a text never yields BOS, EOS, pad or a sentinel of
+All three have the same interface: encode, encode_batch, encode_inside, start, infill, infill_ends, decode,
+decode_bytes, id_to_bytes, save, vocab_size, pad_id, bos_id, eos_id, unk_id, end_ids, fim, add_bos, prefix, kind,
+fingerprint. Every id stands for a fixed byte string, so decoding joins byte strings. One character may be spread over
+several ids; StreamDecoder waits for the last of them. Encoding a text never yields BOS, EOS, pad or a sentinel of
 fill-in-the-middle, even if the text contains their names.
 
 A checkpoint folder contains one of
@@ -103,6 +103,11 @@ class _Tokenizer:
         """Returns the ids after which a model writes what belongs between the two texts. Needs `fim`."""
         before, after = self.encode(prefix), self.encode_inside([suffix])[0]
         return self.start([self.fim.prefix, *before, self.fim.suffix, *after, self.fim.middle])
+
+    @property
+    def infill_ends(self):
+        """The ids that end what is written after `infill`: a middle that goes on with a sentinel is over as well."""
+        return (*self.end_ids, *self.fim.ids)
 
     def encode_batch(self, texts):
         """Returns the ids of each text (list[list[int]]), without special tokens."""

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from src.page.asked import Asked
 from src.page.engine import Text
 from src.page.errors import ApiError
-from src.page.writing import Token, token_string
+from src.page.writing import Piece, Token, token_string
 
 SLACK_S = 10.0  # a client gets the last pieces within so many seconds after a text must have ended
 
@@ -84,13 +84,7 @@ class Answer(Response):
         return {"id": self.asked.id, "object": kind, "created": self.asked.created, "model": self.service.name}
 
     def _body(self, parts) -> dict:
-        choices = []
-        for number, part in enumerate(parts):
-            text, tokens = part.text, part.tokens
-            if self.asked.echo:
-                before = self.asked.texts[number].writer
-                text, tokens = before.prompt + text, before.prompt_tokens + tokens
-            choices.append(self._choice(number, text, tokens, part.tokens, part))
+        choices = [self._choice(number, part, begins=True) for number, part in enumerate(parts)]
         return self._head() | {"choices": choices, "usage": self._usage()}
 
     def _usage(self) -> dict:
@@ -99,10 +93,11 @@ class Answer(Response):
         usage["total_tokens"] = self.asked.prompt_tokens + made
         return usage | {"recursion_steps": sum(text.steps for text in self.asked.texts)}
 
-    def _choice(self, number, text, tokens, new_tokens, part) -> dict:
-        """Returns one entry of `choices`, of an answer or of a chunk."""
-        ended, writer = part.finish is not None, self.asked.texts[number].writer
-        choice = {"index": number}
+    def _choice(self, number, part: Parts | Piece, begins: bool) -> dict:
+        """Returns one entry of `choices`, of an answer or of a chunk.  begins: with an echo, the prompt comes first."""
+        writer, text, tokens, choice = self.asked.texts[number].writer, part.text, part.tokens, {"index": number}
+        if self.asked.echo and begins:
+            text, tokens = writer.prompt + text, writer.prompt_tokens + tokens
         if self.asked.is_chat:
             content = {"role": "assistant", "content": text}
             choice |= {"delta" if self.asked.stream else "message": content}
@@ -111,9 +106,9 @@ class Answer(Response):
             choice["text"] = text
             shift = 0 if self.asked.echo else len(writer.prompt)
             choice["logprobs"] = self._logprobs(tokens, shift) if self.asked.logprobs else None
-        choice |= {"finish_reason": part.finish, "stop_reason": part.reason if ended else None}
+        choice |= {"finish_reason": part.finish, "stop_reason": part.reason}
         if self.asked.recursion:
-            choice["recursion"] = {"tokens": [self._seen(token) for token in new_tokens]}
+            choice["recursion"] = {"tokens": [self._seen(token) for token in part.tokens]}
         return choice
 
     # ---- tokens ----
@@ -168,7 +163,8 @@ class Answer(Response):
                 if piece.finish == "error":
                     chunks.append(ApiError(500, piece.reason).body())
                 elif piece.text or piece.tokens or piece.finish or number in fresh:
-                    chunks.append(self._chunk(number, piece, number in fresh))
+                    choice = self._choice(number, piece, begins=number in fresh)
+                    chunks.append(self._head(is_chunk=True) | {"choices": [choice]})
                     fresh.discard(number)
             await _send(send, "".join(map(event, chunks)))
         end = ""
@@ -177,13 +173,6 @@ class Answer(Response):
         await _send(send, end + "data: [DONE]\n\n")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         self._log(parts)
-
-    def _chunk(self, number, piece, is_first) -> dict:
-        text, tokens = piece.text, piece.tokens
-        if is_first and self.asked.echo:
-            before = self.asked.texts[number].writer
-            text, tokens = before.prompt + text, before.prompt_tokens + tokens
-        return self._head(is_chunk=True) | {"choices": [self._choice(number, text, tokens, piece.tokens, piece)]}
 
     def _log(self, parts):
         if self.service.config.log_texts:

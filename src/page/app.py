@@ -48,7 +48,7 @@ def create_app(service: Service) -> Starlette:
         await asyncio.to_thread(service.engine.join, 5)
 
     routes = [
-        Route("/", functools.partial(_page), methods=["GET"]),
+        Route("/", _page, methods=["GET"]),
         Route("/health", functools.partial(_health, service), methods=["GET"]),
         Route("/metrics", functools.partial(_metrics, service), methods=["GET"]),
         Route("/openapi.json", functools.partial(_openapi, service), methods=["GET"]),
@@ -174,8 +174,6 @@ async def _gone(request, error):
 
 
 async def _page(request: Request):
-    if not (STATIC / "index.html").is_file():
-        raise ApiError(404, "this server has no page, only the API: see /openapi.json")
     return FileResponse(STATIC / "index.html", headers={"Cache-Control": "no-cache"})
 
 

@@ -4,10 +4,11 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
-from src.model_config import ExitRule
+from src.model_config import THRESHOLDS, ExitRule
 from src.page.engine import Text
 from src.page.errors import ApiError
 from src.page.writing import Writer
+from src.sampling import row_generator
 
 CHAT_STOP = "\nUser:"
 ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
@@ -91,7 +92,7 @@ def around(tokenizer, prompts, suffix):
         raise ApiError(400, problem, "suffix", "unsupported_parameter")
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise ApiError(400, "with a suffix, the prompt must be a text, not token ids: give the text", "prompt")
-    return [tokenizer.infill(prompt, suffix) for prompt in prompts], (*tokenizer.end_ids, *tokenizer.fim.ids)
+    return [tokenizer.infill(prompt, suffix) for prompt in prompts], tokenizer.infill_ends
 
 
 def read_rule(recursion: dict | None, model) -> ExitRule:
@@ -102,8 +103,7 @@ def read_rule(recursion: dict | None, model) -> ExitRule:
         if exit == "fixed" and threshold is not None:
             raise ValueError("recursion.threshold belongs to an exit rule: set recursion.exit, or leave it out")
         depth = int(asked["depth"]) if "depth" in asked else None
-        threshold = {} if threshold is None else {"halt": "act_threshold", "kl": "kl_threshold"}[exit]
-        values = {threshold: float(asked["threshold"])} if threshold else {}
+        values = {} if threshold is None else {THRESHOLDS[exit]: float(threshold)}
         rule = ExitRule(exit, depth, **values).check(model.config)
     except ValueError as error:
         raise ApiError(400, f"recursion: {error}", "recursion", "invalid_value") from None
@@ -133,13 +133,11 @@ def _ask(body, model, tokenizer, rows, ends, most, logprobs, is_inside=False, mo
         # with a suffix, the context must not move on, because the model would lose sight of the suffix
         longest = min(most, context + 1 - len(ids)) if is_inside else most
         for number in range(n):
-            text = Text(list(ids), choice, writer=Writer(tokenizer, ids, stops, ends, longest), rule=rule)
-            text.seed(seed, number)
+            text = Text(list(ids), choice, row_generator(seed, number), reads_steps=trace is not None, rule=rule)
+            text.writer = Writer(tokenizer, ids, stops, ends, longest)
             text.logprobs = None if logprobs is None else int(logprobs)
             text.trace = None if trace is None else int(trace)
-            text.reads_steps = trace is not None
             text.wants_p = logprobs is not None or recursion is not None
-            text.max_tokens = longest
             texts.append(text)
     usage = bool((body.get("stream_options") or {}).get("include_usage"))
     has = (logprobs is not None, recursion is not None)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from src.exits import max_depth
 from src.model_config import ExitRule
+from src.runtime import device_of
 from src.sampling import choose_token, left_padded
 
 FEWEST_ROWS, FEWEST_COLUMNS = 4, 64  # size of the first cache of a batch; it is doubled when it is full
@@ -64,10 +65,6 @@ def _choose(rows: list[Row], output, has_steps: bool) -> Chosen:
         for number, token in zip(numbers, new.tolist()):
             tokens[number] = token
     return Chosen(tokens, output.carry.steps[:, -1].tolist(), logits, halt)
-
-
-def device_of(model) -> torch.device:
-    return next(model.parameters(), torch.empty(0)).device  # an ONNX graph has no parameters: CPU
 
 
 class Start:

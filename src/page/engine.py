@@ -28,7 +28,7 @@ from src.page.batch import Chosen, Row, RunningBatch, Start
 from src.page.errors import Busy
 from src.page.writing import Piece, Token, Writer, read_tokens, score_prompt
 from src.runtime import share_cores
-from src.sampling import row_generator, tokens_kept
+from src.sampling import tokens_kept
 
 IDLE_S = 0.5  # the thread looks at the time at least this often
 
@@ -51,16 +51,11 @@ class Text(Row):
     logprobs: int | None = None  # number of likeliest tokens beside each token's log-probability; None for neither
     trace: int | None = None  # number of likeliest tokens at each recursion step; None for no trace
     wants_p: bool = False  # whether the probability of each token is wanted
-    max_tokens: int = 16
     tag: Any = None  # the caller's own
     born: float = field(default_factory=time.monotonic)
     is_over: bool = False
     made: int = 0  # new tokens
     steps: int = 0  # their recursion steps
-
-    def seed(self, seed: int, number: int):
-        """Gives the text the generator that `sampling.generate` gives to a row with this number."""
-        self.generator = row_generator(seed, number)
 
     def read_prompt(self, first: int, logits: Tensor):
         tokens = self.writer.prompt_tokens[first + 1 : first + 1 + len(logits)]
@@ -172,19 +167,17 @@ class Engine:
             work()
         except Exception as error:  # out of memory, a broken graph: this must not end the thread
             traceback.print_exc(file=sys.stderr)
-            for text in texts:
+            # the cache of a batch with these texts may be half written, so its other texts end as well
+            broken = [rule for rule, batch in self.batches.items() if any(text in batch.rows for text in texts)]
+            for text in (*texts, *(row for rule in broken for row in self.batches[rule].rows)):
                 if not text.is_over:
                     self._end(text, Piece(finish="error", reason=f"the model failed: {one_line(error)}"))
-            for rule, batch in list(self.batches.items()):
-                if any(text in batch.rows for text in texts):
-                    for text in batch.rows:  # its cache may be half written
-                        if not text.is_over:
-                            self._end(text, Piece(finish="error", reason=f"the model failed: {one_line(error)}"))
-                    del self.batches[rule]
+            for rule in broken:
+                del self.batches[rule]
 
     def _end(self, text: Text, piece: Piece):
         text.is_over = True
-        self.counts[f"ended_{piece.reason if piece.finish in ('length', 'error') else 'stop'}"] += 1
+        self.counts[f"ended_{piece.reason if piece.finish == 'length' else piece.finish}"] += 1
         self.seconds_per_text += 0.1 * (time.monotonic() - text.born - self.seconds_per_text)
         self._out.append((text, piece))
 
@@ -292,7 +285,7 @@ class Engine:
         for number, (text, index, depth) in enumerate(zip(texts, chosen.tokens, chosen.depths)):
             if text.is_over:
                 continue
-            if not text.max_tokens:
+            if text.writer.left <= 0:  # the prompt was only to be scored
                 self._end(text, text.writer.end("length", "max_tokens"))
                 continue
             text.ids.append(index)

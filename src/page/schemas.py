@@ -1,6 +1,7 @@
 """What requests may contain, as JSON schemas: `validate` checks a body, and src/page/openapi.py publishes them."""
 
 import difflib
+import functools
 import json
 import re
 from typing import Any, NamedTuple
@@ -91,6 +92,7 @@ def common_properties(b: Bounds):
     }
 
 
+@functools.cache
 def completion_schema(b: Bounds):
     """The body of POST /v1/completions."""
     one, token = text("a text to continue", b.chars), {"type": "integer", "minimum": 0, "maximum": b.vocab_size - 1}
@@ -107,6 +109,7 @@ def completion_schema(b: Bounds):
     return closed(properties | common_properties(b), ["prompt"])
 
 
+@functools.cache
 def chat_schema(b: Bounds):
     """The body of POST /v1/chat/completions."""
     part = closed({"type": {"enum": ["text"]}, "text": text("", b.chars)}, ["type", "text"])
@@ -130,12 +133,14 @@ def chat_schema(b: Bounds):
     return closed(properties | common_properties(b), ["messages"])
 
 
+@functools.cache
 def tokenize_schema(b: Bounds):
     """The body of POST /v1/tokenize."""
     inside = flag("the text continues another one, so it gets no space before it, which some tokenizers add")
     return closed({"text": text("a text", b.chars), "inside": inside}, ["text"])
 
 
+@functools.cache
 def puzzle_schema(b: Bounds):
     """The body of POST /v1/puzzle."""
     properties = {

@@ -14,7 +14,7 @@ from src.model_config import ExitRule
 from src.page.engine import Engine, Limits, Text
 from src.page.errors import Busy
 from src.page.writing import Token, Writer
-from src.sampling import generate
+from src.sampling import generate, row_generator
 from src.tokenizer import ByteLevelTokenizer
 
 TOKENIZER = ByteLevelTokenizer()
@@ -24,9 +24,9 @@ PROMPTS = ["a", "To be", "0123456789abc", "x" * 15]  # up to the context of 16 w
 def text_of(prompt, seed=0, most=12, choice=(1.0, None, None), rule=None, **options) -> Text:
     ids = prompt if isinstance(prompt, list) else TOKENIZER.encode(prompt, bos=True)
     stops, ends = options.pop("stops", ()), options.pop("ends", ())
-    text = Text(list(ids), choice, writer=Writer(TOKENIZER, ids, stops, ends, most), max_tokens=most, **options)
+    text = Text(list(ids), choice, writer=Writer(TOKENIZER, ids, stops, ends, most), **options)
     text.rule = rule or ExitRule()
-    text.seed(seed, 0)
+    text.generator = row_generator(seed, 0)
     return text
 
 
@@ -139,12 +139,12 @@ def test_the_prompt_is_scored_as_eval_lm_scores_it(tiny):
     driven = Driven(model, prefill_tokens=6)
     driven.engine.submit(texts)
     driven.until_over(texts)
-    for text in texts:
+    for text, most in zip(texts, (0, 1) * len(PROMPTS), strict=True):
         ids = [token.id for token in text.writer.prompt_tokens]
         (figures,) = score_continuations(model, [(ids[:1], ids[1:])])
         first, *others = [token.logprob for token in text.writer.prompt_tokens]
         assert first is None and sum(others) == pytest.approx(figures.logprob, abs=1e-4)
-        assert len(driven.ids(text)) == text.max_tokens
+        assert len(driven.ids(text)) == most
 
 
 def test_a_cancelled_text_frees_its_row_before_the_next_token(tiny):

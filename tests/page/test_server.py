@@ -320,7 +320,7 @@ def test_a_key_is_asked_for():
 
 def long_text() -> Text:
     ids = [TOKENIZER.bos_id]
-    text = Text(ids, (0.0, None, None), writer=Writer(TOKENIZER, ids, (), (), 10**6), max_tokens=10**6)
+    text = Text(ids, (0.0, None, None), writer=Writer(TOKENIZER, ids, (), (), 10**6))
     text.tag = asyncio.Queue()
     return text
 
