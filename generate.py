@@ -27,7 +27,7 @@ from src.errors import UserError
 from src.files.text import is_text, read_text
 from src.model_config import ExitRule
 
-__all__ = ["load_model", "main", "parse_args"]
+__all__ = ["main", "parse_args"]
 
 ROWS = 16  # texts in one batch; more prompts are generated in several batches
 
@@ -129,13 +129,12 @@ def parse_args(argv=None) -> tuple[GenerateConfig, ExitRule]:
 
 import torch
 
-from src.checkpoint import load_model
 from src.evaluation.trace import Trace, check_path, print_table, write_json
 from src.evaluation.trace_picture import draw_trace
 from src.exits import max_depth, visits_per_recursion_step
 from src.language_model import continue_texts
-from src.quantize import quantize
-from src.runtime import DTYPES, choose_device, choose_precision, mix_seed
+from src.quantize import load_for_writing
+from src.runtime import choose_device, mix_seed
 
 
 def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRule, context=None):
@@ -212,12 +211,7 @@ def load(config):
             f"no checkpoint folder at {config.checkpoint}: train one with train_trm_lm.py, correct the path, "
             f"or did you mean --prompt {shlex.quote(config.checkpoint)}?"
         )
-    device, in_int8 = choose_device(config.device), config.precision == "int8"
-    if in_int8 and device.type != "cpu":
-        raise UserError(f"--precision int8 needs a CPU, not {device.type}: use --device cpu or another precision")
-    precision, _ = choose_precision("fp32" if in_int8 else config.precision, device)
-    model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision])
-    return quantize(model) if in_int8 else model, tokenizer
+    return load_for_writing(config.checkpoint, choose_device(config.device), config.precision)
 
 
 def read_context(config, model, tokenizer):

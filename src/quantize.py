@@ -11,6 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from src.checkpoint import load_model
+from src.errors import UserError
+from src.language_model import LanguageModel
+from src.runtime import DTYPES, choose_precision
+
 LEVELS = 127  # int8, symmetric about 0
 # torch._weight_int8pack_mm (aten/src/ATen/native/cpu/int8mm_kernel.cpp, tinygemm_kernel) reads the inputs of a row in
 # steps of 16 (AVX-512, also on CPUs with AMX), 8 (AVX2, NEON) or 1. It does not check the width: if the width is not a
@@ -43,6 +48,18 @@ class Int8Linear(nn.Module):
         if mode:
             raise ValueError("int8 weights cannot be trained: load the checkpoint in fp32")
         return super().train(mode)
+
+
+def load_for_writing(folder, device: torch.device, precision: str) -> LanguageModel:
+    """Returns the LanguageModel of a checkpoint or run folder.  precision: auto, fp32, bf16, fp16, or int8 weights.
+
+    Raises UserError as `load_model` does, and for int8 without a CPU."""
+    in_int8 = precision == "int8"
+    if in_int8 and device.type != "cpu":
+        raise UserError(f"--precision int8 needs a CPU, not {device.type}: use --device cpu or another precision")
+    name, _ = choose_precision("fp32" if in_int8 else precision, device)
+    lm = load_model(folder, device, DTYPES[name])
+    return lm._replace(model=quantize(lm.model)) if in_int8 else lm
 
 
 def quantize(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from src.checkpoint import load_model, resolve
+from src.checkpoint import resolve
 from src.errors import UserError
 from src.exits import max_depth
 from src.metrics import cache_bytes_per_token, count_parameters, flops_per_token
@@ -19,8 +19,8 @@ from src.page.engine import Engine, Limits, Text
 from src.page.errors import ApiError, Busy
 from src.page.puzzles import PuzzleSolver
 from src.page.schemas import Bounds
-from src.quantize import quantize
-from src.runtime import DTYPES, GIB, choose_device, choose_precision
+from src.quantize import load_for_writing
+from src.runtime import GIB, choose_device
 
 SUDOKU = Path("checkpoints/sudoku")
 CHARS_PER_TOKEN = 64  # a prompt with more characters per token of context is refused before it is tokenized
@@ -130,12 +130,8 @@ def open_service(config: ServeConfig) -> Service:
         if not model.facts["cache"]:
             raise UserError(f"{config.onnx} was exported without a key/value cache: export it again with the cache")
         return Service(model, tokenizer, config, config.name or Path(config.onnx).resolve().name, puzzle)
-    in_int8 = config.precision == "int8"
-    if in_int8 and device.type != "cpu":
-        raise UserError(f"--precision int8 needs a CPU, not {device.type}: use --device cpu or another precision")
-    precision, _ = choose_precision("fp32" if in_int8 else config.precision, device)
-    model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision])
+    model, tokenizer = load_for_writing(config.checkpoint, device, config.precision)
     if not model.config.causal:
         raise UserError("this model does not write text: give a language model, and this one as --puzzle")
     path = resolve(config.checkpoint) if config.checkpoint is None else Path(config.checkpoint).resolve()
-    return Service(quantize(model) if in_int8 else model, tokenizer, config, config.name or path.name, puzzle)
+    return Service(model, tokenizer, config, config.name or path.name, puzzle)

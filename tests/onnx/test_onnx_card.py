@@ -15,7 +15,7 @@ import torch
 from conftest import build
 
 import generate
-from src.checkpoint import save_checkpoint
+from src.checkpoint import load_model, save_checkpoint
 from src.data.tokenizer_training import train_sentencepiece, train_tokenizer
 from src.errors import UserError
 from src.onnx import export as onnx_export
@@ -127,7 +127,7 @@ def test_the_readmes_example_writes_what_generate_py_writes(export, tmp_path, ca
 def test_the_example_stops_where_a_text_ends(export, tmp_path):
     checkpoint, folder, facts = export("byte", **SHOWN["byte"])
     assert (facts["end_ids"], facts["bos_id"], facts["add_bos"]) == ([258], 257, True)
-    model, tokenizer = generate.load_model(checkpoint)
+    model, tokenizer = load_model(checkpoint)
     ids = model.generate(torch.tensor([[257, *b"the cat"]]), 9, temperature=0)[0, 8:].tolist()
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "onnx.json").write_text(json.dumps(facts | {"end_ids": [258, ids[4]]}))
@@ -189,7 +189,7 @@ def test_graphs_of_onnx_own_operators(export, kind):
     for value in proto.graph.input[4:]:
         feeds[value.name] = np.zeros((1, 1, 8, 16), dtype=np.float32)
     found = torch.from_numpy(onnx.reference.ReferenceEvaluator(proto).run(None, feeds)[0])
-    wanted = generate.load_model(checkpoint)[0](ids).logits[0]
+    wanted = load_model(checkpoint)[0](ids).logits[0]
     if facts["precision"] == "fp32":
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
     else:  # rounded to one part in 254 of the largest weight of a column
