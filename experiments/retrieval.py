@@ -19,7 +19,6 @@ figures to `output` as JSON.
 """
 
 import importlib.util
-import json
 import statistics
 import sys
 from dataclasses import asdict, dataclass, field
@@ -33,7 +32,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from src.checkpoint import load_model  # noqa: E402
-from src.config import check_writable, parse_flags, run, write_text  # noqa: E402
+from src.config import check_writable, parse_flags, run, write_json  # noqa: E402
 from src.errors import UserError  # noqa: E402
 from src.evaluation.capability_answers import edit_similarity  # noqa: E402
 from src.evaluation.scoring import choose_stride  # noqa: E402
@@ -213,7 +212,11 @@ class Seed(NamedTuple):
 
     def part(self, is_start: bool) -> "Seed":
         """Returns the targets near the start of files, or the others."""
-        kept = [n for n, target in enumerate(self.targets) if target.is_start == is_start]
+        return self.where(lambda target: target.is_start == is_start)
+
+    def where(self, is_kept) -> "Seed":
+        """Returns the targets for which is_kept(target) is true."""
+        kept = [n for n, target in enumerate(self.targets) if is_kept(target)]
         return Seed(*([values[n] for n in kept] for values in self))
 
     def bits_per_byte(self, names: list[str]) -> float:
@@ -260,10 +263,7 @@ def best_elsewhere(seeds: list[Seed], budget: int) -> list[float]:
     """Returns bits per byte of each seed with, for each repository, the threshold that is best on all others."""
     names = [list(chosen(seed, 2.0, budget)) for seed in seeds]
     for repository in sorted({target.repository for seed in seeds for target in seed.targets}):
-        others = []
-        for seed in seeds:
-            kept = [n for n, target in enumerate(seed.targets) if target.repository != repository]
-            others.append(Seed(*([values[n] for n in kept] for values in seed)))
+        others = [seed.where(lambda target, left_out=repository: target.repository != left_out) for seed in seeds]
         if not others[0].targets:
             continue
         best = min(thresholds_of(others, budget), key=lambda row: statistics.mean(row["bits_per_byte"]))
@@ -366,7 +366,7 @@ def main(argv=None) -> None:
     config.target_settings(model.config.max_seq_len)  # before the indexes are built, which takes a while
     repositories = [find_repository(name, tokenizer, config) for name in config.packages]
     facts = measure(model, tokenizer, repositories, config)
-    write_text(config.output, json.dumps(facts, indent=1) + "\n")
+    write_json(config.output, facts)
     print(report(facts))
 
 

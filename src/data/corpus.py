@@ -37,7 +37,7 @@ def find_files(paths, suffixes=SUFFIXES):
     found = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.path.expanduser(os.fspath(path))
-        if path in SOURCES and not os.path.lexists(path):
+        if is_word(path):
             files = [file for file in SOURCES[path]() if _has(file, suffixes)]
         elif os.path.isdir(path):
             files = _files_in(path, suffixes)
@@ -53,6 +53,11 @@ def find_files(paths, suffixes=SUFFIXES):
         for file in sorted(files):
             found.setdefault(same_file_key(file), file)
     return sorted(found.values())
+
+
+def is_word(path: str) -> bool:
+    """Whether a path is a word of SOURCES, and not the name of a file."""
+    return path in SOURCES and not os.path.lexists(path)
 
 
 def suffixes_of(text_field):

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from typing import NamedTuple
 
-from src.data.corpus import SOURCES, same_file_key, walk
+from src.data.corpus import SOURCES, is_word, same_file_key, walk
 from src.errors import UserError, few
 from src.files.text import decode, parse_python
 
@@ -45,7 +45,7 @@ def source_files(paths, suffixes=()) -> list[tuple[str, str]]:
     found = {}
     for path in paths:
         path = os.path.expanduser(os.fspath(path))
-        if path in SOURCES and not os.path.lexists(path):
+        if is_word(path):
             inside = SOURCES[path]()
         elif not os.path.exists(path):
             raise UserError(f"{path}: there is nothing to retrieve from, no such file or folder: correct the path")
