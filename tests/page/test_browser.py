@@ -263,7 +263,7 @@ def test_reload_from_the_address(page):
     page.locator("#link").click()
     expect(page.locator("#link")).to_have_text("Copied")
     link = page.evaluate("navigator.clipboard.readText()")
-    page.goto("about:blank")
+    page.goto("/")
     page.goto(link)
     expect(page.locator("[role=listbox]")).to_have_text(text, use_inner_text=False)
     for name, value in {"seed": "7", "length": "12", "depth": "2", "temperature": "0.5", "tint": "settled"}.items():

@@ -137,8 +137,7 @@ class Page {
     if (this.selected?.key === key && this.selected.index === index) return;
     this.selected = { key, index };
     this.view.reveal(key, index);
-    const active = this.history.page.branches.findIndex((branch) => branch.key === key);
-    this.history.amend({ ...this.history.page, active });
+    this.history.amend({ ...this.history.page, active: this.numberOf(key) });
     this.refresh();
   }
 
@@ -155,7 +154,7 @@ class Page {
   }
 
   activate(key) {
-    this.history.amend({ ...this.history.page, active: this.history.page.branches.findIndex((b) => b.key === key) });
+    this.history.amend({ ...this.history.page, active: this.numberOf(key) });
     this.selected = null;
     this.refresh();
     this.remember();
@@ -352,22 +351,24 @@ class Page {
     const { text, start, settings } = fromFragment(fragment);
     Object.assign(this.settings, DEFAULTS, settings);
     this.showSettings();
-    this.view.drop();
-    const branch = newBranch();
-    const page = { branches: [branch], active: 0 };
-    if (this.history.branch.tokens.length) this.history.commit(page);
-    else this.history.amend(page);
+    let [branch, problem] = [newBranch(), null];
     try {
       const before = await this.writer.tokenize(text.slice(0, start), true);
       const after = await this.writer.tokenize(text.slice(start), !start);
-      const tokens = [...before, ...after];
-      const fields = start ? { tokens, start: before.length, note: noteOf(this.settings, this.card) } : { tokens };
-      this.history.amend(changed(this.history.page, branch.key, fields));
+      branch = { ...branch, tokens: [...before, ...after] };
+      if (start) branch = { ...branch, start: before.length, note: noteOf(this.settings, this.card) };
     } catch (error) {
-      warn(error.message);
-      this.view.show(this.history.page, { tint: "none", writing: new Map(), selected: null });
-      this.view.edit(branch.key, 0, text);
+      problem = error;
     }
+    // not before: an empty text would be drawn while the tokens are on their way, and drawing opens it for typing
+    this.view.drop();
+    const page = { branches: [branch], active: 0 };
+    if (this.history.branch.tokens.length) this.history.commit(page);
+    else this.history.amend(page);
+    if (!problem) return;
+    warn(problem.message);
+    this.view.show(page, { tint: "none", writing: new Map(), selected: null });
+    this.view.edit(branch.key, 0, text);
   }
 
   async copyLink() {
