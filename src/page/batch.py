@@ -72,7 +72,8 @@ class Start:
 
     def __init__(self, model, rule: ExitRule, rows: list[Row]):
         self.model, self.rule, self.rows = model, rule, rows
-        self.ids, self.mask = left_padded([row.ids for row in rows], 0, device_of(model))
+        self.ids, mask = left_padded([row.ids for row in rows], 0, device_of(model))
+        self.mask = None if bool(mask.all()) else mask
         depth = max_depth(model.config, rule)
         self.scores = any(row.scores_prompt for row in rows)
         self.cache = model.new_cache(len(rows), self.ids.shape[1], depth=depth, last_only=not self.scores)
@@ -89,9 +90,8 @@ class Start:
         end = min(self.ids.shape[1], self.done + most) if is_single else self.ids.shape[1]
         reads_steps = end == self.ids.shape[1] and any(row.reads_steps for row in self.rows)
         part = slice(self.done, end)
-        mask = None if bool(self.mask.all()) else self.mask
         output = self.model(
-            self.ids[:, part], attention_mask=mask, cache=self.cache, exit=self.rule, return_steps=reads_steps
+            self.ids[:, part], attention_mask=self.mask, cache=self.cache, exit=self.rule, return_steps=reads_steps
         )
         if self.scores:
             self._keep_logits(output, part, reads_steps)
@@ -101,8 +101,7 @@ class Start:
     def _keep_logits(self, output, part, has_steps):
         logits = output.logits[-1] if has_steps else output.logits
         if logits.shape[1] < part.stop - part.start:  # an ONNX graph with a cache returns those of the last column
-            mask = None if bool(self.mask.all()) else self.mask
-            logits = self.model(self.ids, attention_mask=mask, exit=self.rule).logits
+            logits = self.model(self.ids, attention_mask=self.mask, exit=self.rule).logits
         for number, row in enumerate(self.rows):
             if row.scores_prompt:
                 padding = self.ids.shape[1] - len(row.ids)

@@ -239,6 +239,7 @@ def test_a_failure_ends_only_the_texts_that_it_concerns(tiny, capsys, monkeypatc
     driven.until_over([bad, good])
     assert driven.pieces[id(bad)][-1].finish == "error" and "out of memory" in driven.end(bad)
     assert driven.end(good) == "max_tokens"
+    assert driven.engine.counts["ended_error"] == driven.engine.counts["ended_max_tokens"] == 1  # labels of /metrics
     assert "RuntimeError" in capsys.readouterr().err
 
 

@@ -38,29 +38,25 @@ export function warn(text) {
   byId("alert").hidden = !text;
 }
 
+// Returns [value, unit] of a number in the largest of [[size, unit], ...] that it reaches; the unit is "" below them.
+function scaled(number, units) {
+  const [size, unit] = units.find(([size]) => number >= size) ?? [1, ""];
+  return [number / size, unit];
+}
+
+const POWERS = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
+const BINARY = [[2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"]];
+
 // 2391234 -> "2.39M"; three digits.
 export function short(number) {
-  const [value, unit] = [
-    [1e12, "T"],
-    [1e9, "G"],
-    [1e6, "M"],
-    [1e3, "k"],
-  ]
-    .map(([size, name]) => [number / size, name])
-    .find(([value]) => value >= 1) ?? [number, ""];
+  const [value, unit] = scaled(number, POWERS);
   return `${value >= 100 || !unit ? Math.round(value) : value.toPrecision(3)}${unit}`;
 }
 
 // Bytes as KiB, MiB or GiB.
 export function size(bytes) {
-  const [value, unit] = [
-    [2 ** 30, "GiB"],
-    [2 ** 20, "MiB"],
-    [2 ** 10, "KiB"],
-  ]
-    .map(([one, name]) => [bytes / one, name])
-    .find(([value]) => value >= 1) ?? [bytes, "bytes"];
-  return `${value >= 100 || unit === "bytes" ? Math.round(value) : value.toPrecision(2)} ${unit}`;
+  const [value, unit] = scaled(bytes, BINARY);
+  return `${value >= 100 || !unit ? Math.round(value) : value.toPrecision(2)} ${unit || "bytes"}`;
 }
 
 // A probability in percent; the spaces in it do not break.
