@@ -119,6 +119,10 @@ class Job(NamedTuple):
     seed: int
     is_sweep: bool
 
+    def facts(self) -> dict:
+        """Returns what names the run in its record; `job_of` is the inverse."""
+        return {"arm": self.arm, "changes": dict(self.changes), "seed": self.seed, "is_sweep": self.is_sweep}
+
     def folder(self, output) -> Path:
         kind = "sweep" if self.is_sweep else "run"
         return Path(output) / f"{kind}_{self.arm}_{spelled(dict(self.changes)).replace(' ', '_')}_seed{self.seed}"
@@ -221,8 +225,7 @@ def record_of(folder: Path, job: Job) -> tuple[dict, dict]:
     figures = {}
     for record, _ in scan_metrics(folder):
         figures |= record
-    record = {"arm": job.arm, "changes": dict(job.changes), "seed": job.seed, "is_sweep": job.is_sweep}
-    return record | {"updates": figures["step"], "seconds": figures["elapsed_s"]}, figures
+    return job.facts() | {"updates": figures["step"], "seconds": figures["elapsed_s"]}, figures
 
 
 def do_all(

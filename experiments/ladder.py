@@ -320,8 +320,7 @@ def run_job(ladder: Ladder, job: arms.Job) -> dict:
     except UserError as error:
         if not (job.is_sweep and "not finite" in str(error)):
             raise
-        record = {"arm": job.arm, "changes": dict(job.changes), "seed": job.seed, "is_sweep": True}
-        return record | {"updates": 0, "seconds": 0.0, "bits_per_byte": math.inf}
+        return job.facts() | {"updates": 0, "seconds": 0.0, "bits_per_byte": math.inf}
     record, _ = arms.record_of(folder, job)
     if record["updates"] != steps:
         raise UserError(f"the run in {folder} was stopped after step {record['updates']}: start the ladder again")
