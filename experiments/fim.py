@@ -122,10 +122,10 @@ def prompt_ids(tokenizer, line: Line, other: Line, arm: str, room: int) -> list[
         before = _end(tokenizer, line.before, half if arm == "left" else 2 * half)
         ids = tokenizer.encode_inside([before])[0][-room:]
         return ids if len(before) < len(line.before) else tokenizer.start(ids)
-    fim, after = tokenizer.fim, (other if arm == "wrong" else line).after
+    after = (other if arm == "wrong" else line).after
     before = tokenizer.encode_inside([_end(tokenizer, line.before, half)])[0][-half:]
     suffix = tokenizer.encode_inside([after[: 12 * half]])[0][:half]
-    return tokenizer.start([fim.prefix, *before, fim.suffix, *suffix, fim.middle])
+    return tokenizer.start(tokenizer.around(before, suffix))
 
 
 def _end(tokenizer, text: str, n: int) -> str:

@@ -1,8 +1,8 @@
 """Tokenizers: SentencePiece, plain bytes, and Hugging Face's tokenizer.json. Text to token ids and back, without loss.
 
-All three have the same interface: encode, encode_batch, encode_inside, start, infill, infill_ends, decode,
-decode_bytes, id_to_bytes, save, vocab_size, pad_id, bos_id, eos_id, unk_id, end_ids, fim, add_bos, prefix, kind,
-fingerprint. Every id stands for a fixed byte string, so decoding joins byte strings. One character may be spread over
+All three have the same interface: encode, encode_batch, encode_inside, start, infill, around, infill_ends, decode,
+decode_bytes, id_to_bytes, save, vocab_size, pad_id, bos_id, eos_id, unk_id, end_ids, fim, suffix_first, add_bos,
+prefix, kind, fingerprint. Every id stands for a fixed byte string, so decoding joins byte strings. One character may be spread over
 several ids; StreamDecoder waits for the last of them. Encoding a text never yields BOS, EOS, pad or a sentinel of
 fill-in-the-middle, even if the text contains their names.
 
@@ -11,7 +11,7 @@ A checkpoint folder contains one of
 - tokenizer.model (SentencePiece)
 - tokenizer_config.json alone, with {"tokenizer_kind": "byte"}; with "fill_in_the_middle": true there, it has sentinels
 For converted models, tokenizer_config.json also says how texts start and end: {"starts_with_bos": false,
-"end_token_ids": [2, 0]}.
+"end_token_ids": [2, 0]}. {"suffix_first": true} is there if the model was trained with `--fim_order spm`.
 """
 
 import codecs
@@ -61,6 +61,7 @@ class _Tokenizer:
     eos_id: int
     unk_id: int
     fim: FimTokens | None = None  # the sentinels of fill-in-the-middle, if the vocabulary has them
+    suffix_first = False  # whether this model reads the suffix before the prefix
     prefix = ""  # " " if the tokenizer adds a space before every text; `decode` removes it again
     _bytes: list[bytes]  # of every id
     files: dict[str, bytes]  # name in a checkpoint folder -> content
@@ -80,15 +81,17 @@ class _Tokenizer:
         self._more_ends = tuple(i for i in ends if type(i) is int and 0 <= i < self.vocab_size)
         return self
 
-    def _ends_of(self, names):
-        """Calls `set_ends` with the entries of a tokenizer_config.json."""
+    def _take_settings(self, names):
+        """Takes over what the entries of a tokenizer_config.json say about this model's texts."""
+        self.suffix_first = names.get("suffix_first") is True
         return self.set_ends(names.get("starts_with_bos") is not False, as_list(names.get("end_token_ids")))
 
     @property
-    def ends(self):
-        """The settings of `set_ends` that differ from the defaults, as entries of tokenizer_config.json."""
-        ends = {} if self.add_bos else {"starts_with_bos": False}
-        return ends | ({"end_token_ids": list(self.end_ids)} if len(self.end_ids) > 1 else {})
+    def settings(self):
+        """What this model's texts have that differs from the defaults, as entries of tokenizer_config.json."""
+        settings = {} if self.add_bos else {"starts_with_bos": False}
+        settings |= {"end_token_ids": list(self.end_ids)} if len(self.end_ids) > 1 else {}
+        return settings | ({"suffix_first": True} if self.suffix_first else {})
 
     def encode(self, text, bos=False, eos=False):
         """Returns the ids of `text` (list[int]). bos=True applies `start` to them; eos=True appends EOS."""
@@ -101,8 +104,13 @@ class _Tokenizer:
 
     def infill(self, prefix, suffix):
         """Returns the ids after which a model writes what belongs between the two texts. Needs `fim`."""
-        before, after = self.encode(prefix), self.encode_inside([suffix])[0]
-        return self.start([self.fim.prefix, *before, self.fim.suffix, *after, self.fim.middle])
+        return self.start(self.around(self.encode(prefix), self.encode_inside([suffix])[0]))
+
+    def around(self, prefix_ids, suffix_ids):
+        """Returns both parts and the sentinels, in the order this model was trained with; the middle follows."""
+        if self.suffix_first:
+            return [self.fim.prefix, self.fim.suffix, *suffix_ids, self.fim.middle, *prefix_ids]
+        return [self.fim.prefix, *prefix_ids, self.fim.suffix, *suffix_ids, self.fim.middle]
 
     @property
     def infill_ends(self):
@@ -166,8 +174,8 @@ class _Tokenizer:
         os.makedirs(folder, exist_ok=True)
         for name, content in self.files.items():
             Path(folder, name).write_bytes(content)
-        if ends := self.ends:
-            config = json.loads(self.files.get(CONFIG_FILE, b"{}")) | ends
+        if settings := self.settings:
+            config = json.loads(self.files.get(CONFIG_FILE, b"{}")) | settings
             Path(folder, CONFIG_FILE).write_bytes(json.dumps(config).encode())
 
     def _find_prefix(self):
@@ -204,7 +212,7 @@ class TokenizerWrapper(_Tokenizer):
         # only control pieces, because a text could contain another kind of piece
         controls = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_control(i)}
         self.fim = find_fim(controls.get)
-        self._ends_of(names or {})
+        self._take_settings(names or {})
         self._added = ""  # the prefix, if encode_batch has to add it
         self.prefix = self._find_prefix()
         if self.prefix:
@@ -244,7 +252,7 @@ class TokenizerWrapper(_Tokenizer):
         return self._sp
 
     def __reduce__(self):
-        return TokenizerWrapper, (self.files[MODEL_FILE], self.ends)
+        return TokenizerWrapper, (self.files[MODEL_FILE], self.settings)
 
 
 class ByteLevelTokenizer(_Tokenizer):
@@ -265,7 +273,7 @@ class ByteLevelTokenizer(_Tokenizer):
             self.fim = FimTokens(*range(self.vocab_size, self.vocab_size + 3))
             self.vocab_size, self._bytes = self.vocab_size + 3, self._bytes + [b""] * 3
             self.files = {CONFIG_FILE: json.dumps({"tokenizer_kind": "byte", "fill_in_the_middle": True}).encode()}
-        self._ends_of(names)
+        self._take_settings(names)
 
     def encode_batch(self, texts):
         return [list(text.encode()) for text in texts]
@@ -294,7 +302,7 @@ class HFTokenizer(_Tokenizer):
         special.update(self.fim.ids if self.fim else ())  # some files do not mark them as special
         self._bytes = token_bytes(tok, self.vocab_size, special, roles.get("unk_token"))
         keep_apart(tok, special)
-        self._ends_of(names)
+        self._take_settings(names)
         self.prefix = self._find_prefix()
         if " " not in self.decode(self.encode("a a")):
             raise UserError(f"{name} loses the spaces of a text: use a byte-level or SentencePiece-like tokenizer")
@@ -313,7 +321,7 @@ class HFTokenizer(_Tokenizer):
         return [e.ids for e in self._tok.encode_batch(texts, add_special_tokens=False)]
 
     def __reduce__(self):
-        return HFTokenizer, (self.files[JSON_FILE], json.loads(self.files[CONFIG_FILE]) | self.ends)
+        return HFTokenizer, (self.files[JSON_FILE], json.loads(self.files[CONFIG_FILE]) | self.settings)
 
 
 def read_llama2c_tokenizer(path):

@@ -1,9 +1,14 @@
 """Fill-in-the-middle: rows from which a model learns to write the text between a prefix and a suffix.
 
-A document is cut at two places, between characters, and its three parts change their order (arXiv:2207.14255, "PSM"):
+A document is cut at two places, between characters, and its three parts change their order (arXiv:2207.14255). There
+are two orders, "PSM" and "SPM":
 
-    plain       BOS a document EOS
-    rearranged  BOS <prefix> a do <suffix> ment <middle> cu EOS
+    plain  BOS a document EOS
+    psm    BOS <prefix> a do <suffix> ment <middle> cu EOS
+    spm    BOS <prefix> <suffix> ment <middle> a do cu EOS
+
+In the order spm, the middle directly continues the prefix, as in plain text. The paper calls this form variant 2, and
+Code Llama reads it, too.
 
 A model reads this from left to right as before, so it needs no other network and no other loss. Rows are rearranged
 when a batch is made, so that another epoch cuts the same text elsewhere. Each part of a row that belongs to another
@@ -29,14 +34,16 @@ LEAST_CHARS = 16  # shorter parts of a row stay plain: the sentinels would be mo
 class FillInMiddle:
     """Rearranges rows for fill-in-the-middle, as the docstring of this module explains.
 
-    rate: probability that a document, or the part of it that is in a row, is rearranged; 0 to 1. Raises UserError if
-    the tokenizer has no sentinels.
+    rate: probability that a document, or the part of it that is in a row, is rearranged; 0 to 1. order: "psm" or "spm";
+    the tokenizer keeps it, because a user's text must be read in the same order. Raises UserError if the tokenizer has
+    no sentinels.
     """
 
-    def __init__(self, tokenizer, rate):
+    def __init__(self, tokenizer, rate, order="psm"):
         if tokenizer.fim is None:
             advice = "train one by train_tokenizer.py --fim true or train_spm.py --fim true, or use --tokenizer byte"
             raise UserError(f"fim_rate {rate} needs a tokenizer with the sentinels of fill-in-the-middle: {advice}")
+        tokenizer.suffix_first = order == "spm"
         self.tokenizer, self.rate = tokenizer, rate
 
     def __call__(self, sample, seed, most):
@@ -66,7 +73,7 @@ class FillInMiddle:
 
         part: the document's tokens. starts: whether they begin with the document's first token. cuts: two numbers from
         0 to 1, where to cut. The document loses its end if there are too many tokens."""
-        tokenizer, (prefix_id, suffix_id, middle_id, _) = self.tokenizer, self.tokenizer.fim
+        tokenizer = self.tokenizer
         begin = [tokenizer.bos_id] if tokenizer.add_bos and not starts else []  # generation starts with BOS, too
         while True:
             text = tokenizer.decode_bytes(part).decode(errors="ignore")  # a row may cut a character in two
@@ -76,7 +83,7 @@ class FillInMiddle:
             a, b = sorted(int(cut * (len(text) + 1)) for cut in cuts)
             encode = tokenizer.encode_batch if starts else tokenizer.encode_inside
             prefix, (middle, suffix) = encode([text[:a]])[0], tokenizer.encode_inside([text[a:b], text[b:]])
-            row = [*begin, prefix_id, *prefix, suffix_id, *suffix, middle_id, *middle, tokenizer.eos_id]
+            row = [*begin, *tokenizer.around(prefix, suffix), *middle, tokenizer.eos_id]
             if len(row) <= room:
                 return row
             part = part[: max(0, len(part) - (len(row) - room))]

@@ -23,7 +23,7 @@ def to_hf(tokenizer) -> HFTokenizer:
         return tokenizer
     tok = _of_bytes(tokenizer) if tokenizer.kind == "byte" else _of_sentencepiece(tokenizer)
     names = {role: tok.id_to_token(getattr(tokenizer, role.replace("token", "id"))) for role in SPECIAL}
-    return HFTokenizer(tok.to_str().encode(), names).set_ends(tokenizer.add_bos, tokenizer.end_ids)
+    return HFTokenizer(tok.to_str().encode(), names | tokenizer.settings)
 
 
 def to_json(tokenizer) -> tuple[bytes, list[str]]:
@@ -62,7 +62,7 @@ def save_for_transformers(tokenizer, folder, max_len: int) -> list[str]:
     (Path(folder) / JSON_FILE).write_bytes(data)
     names = json.loads(to_hf(tokenizer).files[CONFIG_FILE])
     own = json.loads(tokenizer.files.get(CONFIG_FILE, b"{}"))
-    config = {"pad_token": names["eos_token"], **names, **own, "tokenizer_kind": tokenizer.kind, **tokenizer.ends}
+    config = {"pad_token": names["eos_token"], **names, **own, "tokenizer_kind": tokenizer.kind, **tokenizer.settings}
     config |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": False, "split_special_tokens": True}
     config |= {"padding_side": "left", "model_max_length": max_len, "clean_up_tokenization_spaces": False}
     (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

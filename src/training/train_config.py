@@ -57,10 +57,10 @@ class DataConfig:
         max_doc_mb: skip documents in .jsonl and .parquet files that are longer than this, in million characters
         mixture: sampling weight of each of the train_paths; `--mixture 3 1` takes three windows of the first for one of
             the second; by default, all files are one corpus
-        fim_rate: fill-in-the-middle: probability that a training document, or the part of it that is in a window, is
-            rearranged so that the model learns to write the text between a prefix and a suffix; 0 = never. Records and
-            validation text stay as they are. The tokenizer needs sentinels (`train_tokenizer.py --fim true`); `byte`
-            and a tokenizer that is trained on the spot get them
+        fim_rate: fill-in-the-middle: probability that a training document, or its part in a window, is rearranged so
+            that the model learns to write what is between a prefix and a suffix. Records and validation text stay as
+            they are. Needs sentinels (`train_tokenizer.py --fim true`); `byte` and tokenizers made here have them
+        fim_order: order of a rearranged document: psm = prefix, suffix, middle; spm = suffix, prefix, middle
         streaming: read and tokenize the files during training instead of before it; use it for text that is too large
             to tokenize first
         shuffle_buffer: with streaming, number of windows that each loading process shuffles together, per corpus; 1 =
@@ -88,6 +88,7 @@ class DataConfig:
     max_doc_mb: float = MAX_DOC_MB
     mixture: list[float] = field(default_factory=list)
     fim_rate: float = 0.0
+    fim_order: Literal["psm", "spm"] = "psm"
     streaming: bool = False
     shuffle_buffer: int = 2048
     num_workers: int = 0
