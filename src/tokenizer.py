@@ -2,9 +2,9 @@
 
 All three have the same interface: encode, encode_batch, encode_inside, start, infill, around, infill_ends, decode,
 decode_bytes, id_to_bytes, save, vocab_size, pad_id, bos_id, eos_id, unk_id, end_ids, fim, suffix_first, add_bos,
-prefix, kind, fingerprint. Every id stands for a fixed byte string, so decoding joins byte strings. One character may be spread over
-several ids; StreamDecoder waits for the last of them. Encoding a text never yields BOS, EOS, pad or a sentinel of
-fill-in-the-middle, even if the text contains their names.
+prefix, kind, fingerprint. Every id stands for a fixed byte string, so decoding joins byte strings. One character may be
+spread over several ids; StreamDecoder waits for the last of them. Encoding a text never yields BOS, EOS, pad or a
+sentinel of fill-in-the-middle, even if the text contains their names.
 
 A checkpoint folder contains one of
 - tokenizer.json (Hugging Face), with tokenizer_config.json for the names of its special tokens

@@ -44,6 +44,21 @@ def test_sentinels(with_sentinels, tmp_path):
             assert again.vocab_size == tok.vocab_size and again.encode(CODE) == tok.encode(CODE)
 
 
+def test_the_order_is_kept(with_sentinels, tmp_path):
+    for number, tok in enumerate(with_sentinels):
+        other = pickle.loads(pickle.dumps(tok))
+        other.suffix_first = True
+        prefix, suffix, middle = tok.fim.ids
+        ids = [tok.bos_id, prefix, suffix, *tok.encode("):\n"), middle, *tok.encode("def f(x")]
+        assert other.infill("def f(x", "):\n") == ids != tok.infill("def f(x", "):\n")
+        other.save(tmp_path / str(number))
+        save_for_transformers(other, tmp_path / f"hf{number}", 64)
+        folders = [read_tokenizer(tmp_path / name) for name in (str(number), f"hf{number}")]
+        assert folders[0].fingerprint == tok.fingerprint
+        for again in (*folders, to_hf(other), pickle.loads(pickle.dumps(other))):
+            assert again.suffix_first and again.infill("def f(x", "):\n") == ids
+
+
 def test_a_folder_for_transformers_keeps_them(with_sentinels, tmp_path):
     for number, tok in enumerate(with_sentinels):
         assert to_hf(tok).fim == tok.fim

@@ -48,8 +48,7 @@ class DataConfig:
         tokenizer: sentencepiece, byte (one token per byte), or the path of a tokenizer.json, .model or .bin file or of
             a checkpoint folder
         sp_model: SentencePiece .model file, made by train_spm.py; by default, one is trained on the training text
-        document_mask: let a token attend only to tokens of its own document; by default, also to those of the other
-            documents in its window
+        document_mask: let a token attend only to tokens of its own document; by default, to all of its window
         packing: join the documents and cut them into full windows, without padding; false = one document per row, cut
             at max_seq_len and padded
         shift_windows: cut the text into windows at other places in each epoch; by default, only their order changes
@@ -65,11 +64,9 @@ class DataConfig:
             to tokenize first
         shuffle_buffer: with streaming, number of windows that each loading process shuffles together, per corpus; 1 =
             no shuffling
-        num_workers: number of processes that load batches; 0 = the training process loads them itself; raise it if the
-            GPU waits for data
+        num_workers: processes that load batches; 0 = the training process itself; raise it if the GPU waits for data
         num_proc: number of processes that tokenize the text before training, up to the number of cores
-        cache_dir: folder for tokenized text; by default $HF_DATASETS_CACHE, or ~/.cache/generative-trm if that is not
-            set
+        cache_dir: folder for tokenized text; by default $HF_DATASETS_CACHE if set, else ~/.cache/generative-trm
         rag: Code retrieved from other files at the start of each window, as a section `rag` of the --config file
     """
 
@@ -100,17 +97,19 @@ class DataConfig:
         if self.sp_model is not None and self.tokenizer != "sentencepiece":
             raise ValueError(f"sp_model needs tokenizer sentencepiece, not {self.tokenizer}: leave out one of the two")
         self._check_records()
-        if self.num_workers < 0 or self.num_proc < 1 or self.shuffle_buffer < 1:
+        if min(self.num_workers + 1, self.num_proc, self.shuffle_buffer) < 1:
             raise ValueError("num_workers must be 0 or more, num_proc and shuffle_buffer 1 or more: correct them")
-        for name in ("document_mask", "streaming", "shift_windows"):
-            if getattr(self, name) and not self.packing:
-                raise ValueError(f"{name} needs packing true: with packing false each row holds one document")
+        needing = [name for name in ("document_mask", "streaming", "shift_windows") if getattr(self, name)]
+        if needing and not self.packing:
+            raise ValueError(f"{needing[0]} needs packing true: with packing false each row holds one document")
         if self.shift_windows and (self.mixture or self.records or self.streaming or self.fim_rate or self.rag.paths):
             raise ValueError("shift_windows is for one text, not for records, streaming, fim_rate, rag: leave it out")
         if not 0 <= self.fim_rate <= 1:
             raise ValueError(f"fim_rate is {self.fim_rate}: set it from 0 to 1")
         if self.fim_rate and self.rag.paths:
             raise ValueError("fim_rate and the section rag each change the windows: leave out one of the two")
+        if self.fim_order != "psm" and not self.fim_rate:
+            raise ValueError(f"fim_order {self.fim_order} needs a fim_rate over 0: set it, or leave out fim_order")
         if self.mixture and len(self.mixture) != len(self.train_paths):
             sizes = f"{len(self.mixture)} weights for {len(self.train_paths)} train_paths"
             raise ValueError(f"mixture has {sizes}: give one weight per path")

@@ -48,8 +48,12 @@ def documents_of(sample, tokenizer=BYTE):
             found.append((tokenizer.decode(part), False))
             continue
         assert where[0] == 0 and where == sorted(where) and all(part.count(i) == 1 for i in tokenizer.fim[:3])
-        prefix, suffix, middle = part[1 : where[1]], part[where[1] + 1 : where[2]], part[where[2] + 1 :]
-        found.append((tokenizer.decode([*prefix, *middle, *suffix]), True))
+        first, second, third = part[1 : where[1]], part[where[1] + 1 : where[2]], part[where[2] + 1 :]
+        if tokenizer.suffix_first:  # both sentinels stand before the suffix
+            assert first == []
+            found.append((tokenizer.decode([*third, *second]), True))
+        else:
+            found.append((tokenizer.decode([*first, *third, *second]), True))
     return found
 
 
@@ -78,8 +82,9 @@ def tokenizer(request, tmp_path_factory):
     return train_tokenizer(write(folder / "t.jsonl", TEXTS), 285, folder / "bpe.json", fim=True)
 
 
-def test_the_parts_join_to_the_documents(tokenizer):
-    fim = FillInMiddle(tokenizer, 1.0)
+@pytest.mark.parametrize("order", ["psm", "spm"])
+def test_the_parts_join_to_the_documents(tokenizer, order):
+    fim = FillInMiddle(tokenizer, 1.0, order)
     for seed in range(30):
         texts = TEXTS[seed : seed + 4]
         found = documents_of(fim(row_of(texts, tokenizer), (0, seed), 10_000), tokenizer)
@@ -99,6 +104,20 @@ def test_cuts_are_inside_tokens_and_their_tokens_are_those_of_the_part(tokenizer
         assert ids[: end + 1] == tokenizer.infill(prefix, suffix)  # a model is asked in the tokens it was trained on
         seen.add(len(prefix))
     assert len(seen) == len(text) + 1 or len(seen) > 15
+
+
+def test_the_middle_follows_the_prefix_if_the_suffix_comes_first():
+    sample = FillInMiddle(tokenizer := ByteLevelTokenizer({"fill_in_the_middle": True}), 1.0, "spm")(
+        row_of([TEXTS[0]]), (0, 1), 999
+    )
+    ids = [*sample.input_ids.tolist(), int(sample.target_ids[-1])]
+    at = ids.index(MIDDLE)
+    after = tokenizer.decode(ids[at + 1 : -1])  # prefix and middle
+    assert ids[:3] == [BYTE.bos_id, PREFIX, SUFFIX] and ids[-1] == BYTE.eos_id and TEXTS[0].startswith(after)
+    suffix = TEXTS[0][len(after) :]
+    assert 3 < len(after) < len(TEXTS[0]) and ids[3:at] == BYTE.encode(suffix)
+    assert ids[: at + 3] == tokenizer.infill(after[:2], suffix)  # a model is asked in the tokens it was trained on
+    assert sample.target_ids[at - 1 : at + 1].tolist() == [IGNORE, ids[at + 1]]  # no loss for the sentinel
 
 
 def test_rate_is_the_share_of_documents():
@@ -252,6 +271,8 @@ def test_impossible_settings(tmp_path):
     for rate in (-0.1, 1.1):
         with pytest.raises(ValueError, match=f"fim_rate is {rate}: set it from 0 to 1"):
             DataConfig(fim_rate=rate)
+    with pytest.raises(ValueError, match="fim_order spm needs a fim_rate over 0"):
+        DataConfig(fim_order="spm")
     with pytest.raises(ValueError, match="fim_rate and the section rag each change the windows: leave out one"):
         DataConfig(fim_rate=0.5, rag=RagConfig(paths=["src"]))
     with pytest.raises(UserError, match="fim_rate 0.5 needs a tokenizer with the sentinels of fill-in-the-middle"):
