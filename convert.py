@@ -8,6 +8,7 @@
     python convert.py runs/mine runs/mine.bin --to llama2c                        # for run.c of llama2.c: plain family
     python convert.py runs/mine runs/mine-hub --to hub                            # for the Hugging Face Hub: any family
     python convert.py runs/sudoku runs/theirs/model.pt --to trm                   # for the TRM authors' code
+    python convert.py runs/mine runs/mine-tokenizer --to tokenizer                # for clients of serve.py: any family
 
 The script detects the format of SOURCE from its content. The resulting checkpoint works like any other: with
 generate.py, eval_lm.py and export_onnx.py, or, if it solves puzzles, with train_puzzles.py --init_from. No code in
@@ -27,6 +28,8 @@ token that the source files name. A llama2.c model also stops at BOS. Embedding 
            Without that file, give --n_heads, --deep_steps (H_cycles) and --latent_steps (L_cycles). Of the two rows of
            their halting head, the one that their settings never use is dropped; it is written back as it starts, with
            weight 0 and bias -5. Written back, all_config.yaml has the settings of the model and no others.
+  tokenizer  For a program that tokenizes text itself and asks serve.py for log-probabilities, such as the
+           lm-evaluation-harness. What is said about hf holds here, too.
 """
 
 import sys
@@ -47,7 +50,8 @@ class ConvertConfig:
         tokenizer: the model's tokenizer, if SOURCE does not include it: a tokenizer.json, a SentencePiece .model, a
             llama2.c tokenizer .bin, or byte
         to: checkpoint = a checkpoint folder of this project, hub = the same with a model card, hf = a Hugging Face
-            Llama folder, llama2c = a legacy .bin and its tokenizer, trm = a state dict for the TRM authors' code
+            Llama folder, llama2c = a legacy .bin and its tokenizer, trm = a state dict for the TRM authors' code,
+            tokenizer = the tokenizer alone, as AutoTokenizer of transformers reads it
         license: license named in the model card of hub and hf, such as mit; default: the license in SOURCE, if any
         n_heads: heads of a model of the TRM authors' code, if SOURCE has no all_config.yaml beside it; in the same way:
         deep_steps: T, called H_cycles there
@@ -59,7 +63,7 @@ class ConvertConfig:
 
     paths: list[str] = field(default_factory=list)
     tokenizer: str | None = None
-    to: Literal["checkpoint", "hub", "hf", "llama2c", "trm"] = "checkpoint"
+    to: Literal["checkpoint", "hub", "hf", "llama2c", "trm", "tokenizer"] = "checkpoint"
     license: str | None = None
     n_heads: int | None = None
     deep_steps: int | None = None

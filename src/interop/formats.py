@@ -8,6 +8,7 @@
 | llama2c    | llama2.c's legacy .bin and tokenizer, or its .pt (`src/interop/llama2c.py`) | yes  | .bin    | plain    |
 | gguf       | a GGUF of Llama architecture (`src/interop/gguf_reader.py`)                 | yes  | no      | plain    |
 | trm        | a state dict of the TRM authors' code (`src/interop/trm_official.py`)       | yes  | yes     | trm      |
+| tokenizer  | the tokenizer alone, for transformers (`src/interop/hf_tokenizer.py`)       | no   | yes     | all      |
 
 The formats checkpoint, hub and trm also hold models that solve puzzles. Such a model has the form of its puzzle
 (`PuzzleForm`) in place of a tokenizer.
@@ -34,6 +35,7 @@ from src.errors import UserError
 from src.files.text import read_object
 from src.interop.gguf_reader import MAGIC, read_gguf, read_gguf_ends, read_gguf_tokenizer
 from src.interop.hf_llama import read_ends, read_hf, write_hf
+from src.interop.hf_tokenizer import save_for_transformers
 from src.interop.llama import check_plain
 from src.interop.llama2c import for_run_c, is_bin, read_bin, read_pt, tokenizer_file, write_bin
 from src.interop.model_card import model_card
@@ -167,7 +169,7 @@ def _without_spare_rows(path, config, weights, tokens):
 
 
 def write(source: Source, dest, to: str = "checkpoint"):
-    """Writes a model in the format `to` (checkpoint, hub, hf, llama2c or trm). A failure leaves nothing behind.
+    """Writes a model in the format `to` (see above), or its tokenizer. A failure leaves nothing behind.
 
     Raises UserError if `dest` exists, or if the format cannot represent the model."""
     dest = Path(dest)
@@ -211,6 +213,10 @@ def _write(source, path, to):
             print(sentence, file=sys.stderr)
     elif to == "trm":
         write_files(path, config, weights, source.path)
+    elif to == "tokenizer":
+        if isinstance(tokenizer, PuzzleForm):
+            raise UserError(f"{source.path} is a puzzle model, which has no tokenizer: choose another model")
+        save_for_transformers(tokenizer, path, config.max_seq_len)
     elif to == "hf":
         write_hf(path, config, weights, tokenizer)
     else:

@@ -127,8 +127,7 @@ def write_hf(folder, c: TRMConfig, weights: dict[str, Tensor], tokenizer):
     config = _hf_config(c, weights) | special | {"pad_token_id": c.pad_token_id}
     for name, values in zip(SETTINGS, (config, special | {"pad_token_id": tokenizer.pad_id})):
         (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    for text in save_for_transformers(tokenizer, folder, c.max_seq_len)[:1]:
-        print(f"{folder.name}: transformers splits some texts into other tokens, for example {text!r}", file=sys.stderr)
+    save_for_transformers(tokenizer, folder, c.max_seq_len)
 
 
 def _hf_config(c, weights) -> dict:

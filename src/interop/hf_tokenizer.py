@@ -4,6 +4,7 @@ A text should get the same ids there as here, including BOS. The texts in PROBES
 """
 
 import json
+import sys
 from pathlib import Path
 
 from src.data.tokenizer_json import CONFIG_FILE, FIM_NAMES, JSON_FILE, MODEL_FILE, SPACE, SPECIAL, byte_characters
@@ -66,6 +67,9 @@ def save_for_transformers(tokenizer, folder, max_len: int) -> list[str]:
     config |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": False, "split_special_tokens": True}
     config |= {"padding_side": "left", "model_max_length": max_len, "clean_up_tokenization_spaces": False}
     (Path(folder) / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    for text in different[:1]:
+        name = Path(folder).name
+        print(f"{name}: transformers splits some texts into other tokens, for example {text!r}", file=sys.stderr)
     return different
 
 

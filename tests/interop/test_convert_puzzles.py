@@ -285,6 +285,7 @@ class TestMistakes:
             ({}, "hf", "a recursive model .recursion trm. is not a Llama: choose --to hub"),
             ({"recursion": "none", "norm": "pre"}, "llama2c", "its causal is False, but a Llama has True"),
             ({"recursion": "loop"}, "trm", "the authors' code has no recursion other than trm"),
+            ({}, "tokenizer", "a puzzle model, which has no tokenizer: choose another model"),
             ({"d_ff": 256}, "trm", "has no embed_scale 1.0"),
             ({"embed_scale": 4.0}, "trm", "has no hidden width 64"),
         ],

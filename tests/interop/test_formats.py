@@ -170,7 +170,7 @@ class TestRefused:
 
 
 class TestWriting:
-    @pytest.mark.parametrize("to", ["checkpoint", "hub", "hf", "llama2c"])
+    @pytest.mark.parametrize("to", ["checkpoint", "hub", "hf", "llama2c", "tokenizer"])
     def test_nothing_is_written_over(self, checkpoint, tmp_path, to):
         folder, _ = checkpoint()
         (tmp_path / "there").write_text("mine")
@@ -178,7 +178,7 @@ class TestWriting:
             write(read_source(folder), tmp_path / "there", to)
         assert (tmp_path / "there").read_text() == "mine"
 
-    @pytest.mark.parametrize("to", ["hub", "hf", "llama2c"])
+    @pytest.mark.parametrize("to", ["hub", "hf", "llama2c", "tokenizer"])
     def test_all_or_nothing(self, checkpoint, tmp_path, monkeypatch, to):
         source, rename = read_source(checkpoint()[0]), os.rename
 
