@@ -10,6 +10,7 @@ The thread calls post([(text, piece), ...]) after each turn. A turn takes in wai
 prompt tokens, and gives one token to every running text, so that a long prompt delays the others only a little.
 """
 
+import functools
 import sys
 import threading
 import time
@@ -26,8 +27,8 @@ from src.errors import one_line
 from src.model_config import ExitRule
 from src.page.batch import Chosen, Row, RunningBatch, Start
 from src.page.errors import Busy
+from src.page.threads import Threads
 from src.page.writing import Piece, Token, Writer, read_tokens, score_prompt
-from src.runtime import share_cores
 from src.sampling import tokens_kept
 
 IDLE_S = 0.5  # the thread looks at the time at least this often
@@ -70,6 +71,7 @@ class Engine:
         self.batches: dict[ExitRule, RunningBatch] = {}
         self.counts: Counter = Counter()  # see src/page/figures.py
         self.again: deque[Text] = deque()  # texts that have outgrown the context
+        self.threads = Threads()
         self.n_rows = 0  # texts that are being written or encoded
         self.deadline: float | None = None  # when the engine closes: then all texts end
         self.seconds_per_text = 1.0  # a running mean
@@ -120,8 +122,8 @@ class Engine:
 
     def _run(self):
         try:
-            for _ in share_cores(self._turns()):
-                pass
+            while self._wait():
+                self.turn()
         except Exception as error:  # a mistake of this file: nobody may wait for ever
             traceback.print_exc(file=sys.stderr)
             with self._changed:
@@ -130,17 +132,17 @@ class Engine:
                     if not text.is_over:
                         self._end(text, Piece(finish="error", reason=f"the engine failed: {one_line(error)}"))
             self.post(self._out)
+        finally:
+            self.threads.restore()
 
-    def _turns(self):
-        """Yields after each turn, until the engine is closed and all texts have ended."""
-        while True:
-            with self._changed:
-                while not (self.waiting or self.starts or self.again or self.batches):
-                    if self.deadline is not None:
-                        return
-                    self._changed.wait(IDLE_S)
-            self.turn()
-            yield
+    def _wait(self) -> bool:
+        """Waits until there is a text. Returns False if the engine is closed and all texts have ended."""
+        with self._changed:
+            while not (self.waiting or self.starts or self.again or self.batches):
+                if self.deadline is not None:
+                    return False
+                self._changed.wait(IDLE_S)
+        return True
 
     @torch.inference_mode()
     def turn(self):
@@ -152,7 +154,8 @@ class Engine:
         self._encode()
         for rule, batch in list(self.batches.items()):
             if batch.rows:
-                self._guard(batch.rows, lambda batch=batch: self._write(batch))
+                work = functools.partial(self._write, batch)
+                self._guard(batch.rows, functools.partial(self.threads.run, len(batch.rows), work))
             else:
                 del self.batches[rule]
         self.n_rows = sum(1 for _ in self._running())
@@ -257,8 +260,7 @@ class Engine:
 
     def _write(self, batch):
         rows = list(batch.rows)
-        chosen = batch.step()
-        self._take(rows, chosen)
+        self._take(rows, batch.step())
         for text in rows:
             if self._has_outgrown(text) or text.is_over:
                 batch.leave(text)
