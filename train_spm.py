@@ -2,6 +2,7 @@
 
     python train_spm.py --input train_texts.txt --model_prefix data/spm
     python train_spm.py --input wiki.jsonl.gz --model_prefix data/spm --vocab_size 8000 --model_type unigram
+    python train_spm.py --input novel.txt --model_prefix data/char --model_type char --byte_fallback false
     python train_spm.py --input gsm8k/train.jsonl --records --model_prefix data/maths --vocab_size 1000
     python train_trm_lm.py --train_paths train_texts.txt --sp_model data/spm.model     # train a model with it
 
@@ -31,7 +32,8 @@ class SPMConfig:
         input: text to train on: files, globs or folders (data/README.md lists the formats)
         model_prefix: path of the output files without the suffixes .model and .vocab
         vocab_size: number of pieces, including special tokens and byte pieces
-        model_type: algorithm: bpe (faster to train) or unigram
+        model_type: algorithm: bpe (faster to train), unigram, or char (each piece is one character; vocab_size is the
+            most pieces there may be)
         character_coverage: share of the characters in the text that get a piece of their own, from 0.9 to 1; rarer
             characters are written as bytes. 0.9995 suits Japanese
         byte_fallback: write rare characters as bytes; if false, they become an unknown token and are lost
@@ -60,8 +62,8 @@ class SPMConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.model_type not in ("bpe", "unigram"):
-            raise ValueError(f"model_type is {self.model_type!r}: set it to bpe or unigram")
+        if self.model_type not in ("bpe", "unigram", "char"):
+            raise ValueError(f"model_type is {self.model_type!r}: set it to bpe, unigram or char")
         if not 0.9 <= self.character_coverage <= 1.0:
             raise ValueError(f"character_coverage is {self.character_coverage}: set it from 0.9 to 1.0")
         if not 0 <= self.seed < 2**32:

@@ -106,7 +106,7 @@ def test_train_spm_refuses(tmp_path):
         (["--input", str(tmp_path / "no.txt")], "no.txt does not exist"),
         (["--input", str(text)], "vocab_size 16000 is too large for this text: the largest possible is"),
         (["--input", str(text), "--vocab_size", "20"], "too small"),
-        (["--input", str(text), "--model_type", "words"], "set it to bpe or unigram"),
+        (["--input", str(text), "--model_type", "words"], "set it to bpe, unigram or char"),
         (["--input", str(text), "--seed", "-1"], "seed is -1: set it from 0 to 4294967295"),
         (["--input", str(text), "--model_prefix", ""], "model_prefix is '', which has no file name"),
         (["--input", str(text), "--vocab_size", "275", "--model_prefix", str(text / "m")], "cannot write"),

@@ -133,7 +133,8 @@ def train_sentencepiece(
     """Trains SentencePiece on documents (an iterable of str, or the path of a text file); returns a TokenizerWrapper.
 
     The settings make it lossless: no normalization, spaces are kept, rare characters become bytes. A line break is one
-    piece, and so are frequent combinations of line breaks and indentation. pad, unk, BOS and EOS have ids 0, 1, 2, 3;
+    piece, and so are frequent combinations of line breaks and indentation. With model_type char, each piece is one
+    character, and vocab_size is the most that there may be. pad, unk, BOS and EOS have ids 0, 1, 2, 3;
     with fim, the sentinels of fill-in-the-middle follow. The same text gives the same model, byte for byte. Writes
     {model_prefix}.model and .vocab unless model_prefix is None. Of longer texts, a random sample of `max_sentences`
     lines is used. verbose prints the equivalent spm_train command on stderr. Raises UserError if vocab_size is too
@@ -144,7 +145,8 @@ def train_sentencepiece(
     head, texts = _peek(iter(texts), SAMPLE_CHARS)
     flags = spm_flags(vocab_size, model_type, character_coverage, byte_fallback, split_by_unicode_script, max_sentences)
     flags["split_digits"] = split_digits
-    flags["user_defined_symbols"] = [s.replace(" ", SPACE) for s in frequent_line_breaks(head)]
+    breaks = ["\n"] if model_type == "char" else frequent_line_breaks(head)
+    flags["user_defined_symbols"] = [s.replace(" ", SPACE) for s in breaks]
     if fim:
         flags["control_symbols"] = list(FIM_NAMES[0])
     if verbose:
@@ -168,6 +170,7 @@ def spm_flags(vocab_size, model_type, character_coverage, byte_fallback, split_b
     return {
         "vocab_size": vocab_size,
         "model_type": model_type,
+        "hard_vocab_limit": model_type != "char",  # a text has as many characters as it has
         "character_coverage": character_coverage,
         "byte_fallback": byte_fallback,
         "split_by_unicode_script": split_by_unicode_script,

@@ -113,6 +113,19 @@ def test_vocabulary_too_large_names_the_largest(model_type):
     assert train_sentencepiece(TEXTS, vocab_size=largest, model_type=model_type).vocab_size == largest
 
 
+def test_a_piece_for_each_character():
+    text = "to be,\n    or not 22\n"
+    tok = train_sentencepiece([text], vocab_size=500, model_type="char", byte_fallback=False, character_coverage=1.0)
+    assert (
+        tok.vocab_size == 4 + len(set(text))
+        and len(tok.encode(text)) == len(text)
+        and tok.decode(tok.encode(text)) == text
+    )
+    assert tok.lost_bytes("to z", tok.encode("to z")) == 1  # there is no z, and no byte to write it with
+    with_bytes = train_sentencepiece([text], vocab_size=500, model_type="char")
+    assert with_bytes.vocab_size == 256 + 4 + len(set(text)) and with_bytes.decode(with_bytes.encode("zü")) == "zü"
+
+
 def test_vocabulary_too_small_names_what_is_needed():
     with pytest.raises(UserError, match="too small.* need 3[0-9][0-9]"):
         train_sentencepiece(TEXTS, vocab_size=50)
