@@ -24,13 +24,14 @@ TEXT = "def x(bamo):yk+lu-3\n"  # no character twice, so that its order is quick
 def folder(request, tmp_path_factory):
     """The checkpoint of a model that was trained on one document, in each order of its parts."""
     torch.manual_seed(0)
+    byte = ByteLevelTokenizer({"fill_in_the_middle": True})  # it keeps the order
     jaxtyping.config.update("jaxtyping_disable", True)  # the checks would take most of the time
     size = {"d_model": 32, "n_heads": 2, "n_layers": 2, "d_ff": 64, "max_seq_len": 48, "recursion": "none"}
     ids = {"vocab_size": BYTE.vocab_size, "pad_token_id": BYTE.pad_id}
     model = TRMModel(TRMConfig(**size, **ids, norm="pre", tie_embeddings=True))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     row = np.array([BYTE.eos_id, *BYTE.encode(TEXT, eos=True)])
-    row, fim, steps = window_sample(row, None, (BYTE.bos_id, BYTE.eos_id)), FillInMiddle(BYTE, 0.9, request.param), 200
+    row, fim, steps = window_sample(row, None, (BYTE.bos_id, BYTE.eos_id)), FillInMiddle(byte, 0.9, request.param), 200
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-2 * min(1, step / 20) * (1 - step / steps)
         batch = collate_batch([fim(row, (step, number), 48) for number in range(16)])
@@ -39,7 +40,7 @@ def folder(request, tmp_path_factory):
         optimizer.step()
     jaxtyping.config.update("jaxtyping_disable", False)
     path = tmp_path_factory.mktemp("infill") / "one"
-    save_checkpoint(path, model, BYTE)
+    save_checkpoint(path, model, byte)
     return path
 
 

@@ -59,13 +59,13 @@ class DataConfig:
         fim_rate: fill-in-the-middle: probability that a training document, or its part in a window, is rearranged so
             that the model learns to write what is between a prefix and a suffix. Records and validation text stay as
             they are. Needs sentinels (`train_tokenizer.py --fim true`); `byte` and tokenizers made here have them
-        fim_order: order of a rearranged document: psm = prefix, suffix, middle; spm = suffix, prefix, middle
+        fim_order: psm = prefix, suffix, middle; spm = suffix, prefix, middle; default: as the tokenizer had, or psm
         streaming: read and tokenize the files during training instead of before it; use it for text that is too large
             to tokenize first
         shuffle_buffer: with streaming, number of windows that each loading process shuffles together, per corpus; 1 =
             no shuffling
         num_workers: processes that load batches; 0 = the training process itself; raise it if the GPU waits for data
-        num_proc: number of processes that tokenize the text before training, up to the number of cores
+        num_proc: processes that tokenize the text before training, up to the number of cores
         cache_dir: folder for tokenized text; by default $HF_DATASETS_CACHE if set, else ~/.cache/generative-trm
         rag: Code retrieved from other files at the start of each window, as a section `rag` of the --config file
     """
@@ -85,7 +85,7 @@ class DataConfig:
     max_doc_mb: float = MAX_DOC_MB
     mixture: list[float] = field(default_factory=list)
     fim_rate: float = 0.0
-    fim_order: Literal["psm", "spm"] = "psm"
+    fim_order: Literal["psm", "spm"] | None = None
     streaming: bool = False
     shuffle_buffer: int = 2048
     num_workers: int = 0
@@ -108,7 +108,7 @@ class DataConfig:
             raise ValueError(f"fim_rate is {self.fim_rate}: set it from 0 to 1")
         if self.fim_rate and self.rag.paths:
             raise ValueError("fim_rate and the section rag each change the windows: leave out one of the two")
-        if self.fim_order != "psm" and not self.fim_rate:
+        if self.fim_order and not self.fim_rate:
             raise ValueError(f"fim_order {self.fim_order} needs a fim_rate over 0: set it, or leave out fim_order")
         if self.mixture and len(self.mixture) != len(self.train_paths):
             sizes = f"{len(self.mixture)} weights for {len(self.train_paths)} train_paths"

@@ -1,6 +1,7 @@
 """Fill-in-the-middle: what is in a rearranged row, which tokens are targets, determinism and resume."""
 
 import io
+import pickle
 from itertools import islice
 
 import numpy as np
@@ -84,7 +85,9 @@ def tokenizer(request, tmp_path_factory):
 
 @pytest.mark.parametrize("order", ["psm", "spm"])
 def test_the_parts_join_to_the_documents(tokenizer, order):
+    tokenizer = pickle.loads(pickle.dumps(tokenizer))  # it keeps the order
     fim = FillInMiddle(tokenizer, 1.0, order)
+    assert FillInMiddle(tokenizer, 1.0).tokenizer.suffix_first == (order == "spm")
     for seed in range(30):
         texts = TEXTS[seed : seed + 4]
         found = documents_of(fim(row_of(texts, tokenizer), (0, seed), 10_000), tokenizer)
@@ -263,6 +266,10 @@ def test_prepare_data(tmp_path):
         assert not torch.isin(valid, torch.tensor(tok.fim[:3])).any()
         again, *_ = prepare_data(DataConfig(**options, tokenizer=str(tmp_path / tokenizer), fim_rate=1.0), None, 48)
         assert again.fim == tok.fim and again.fingerprint == tok.fingerprint
+    ordered = DataConfig(**options, tokenizer="byte", fim_rate=1.0, fim_order="spm")
+    prepare_data(ordered, None, 48, tmp_path / "spm")
+    again, *_ = prepare_data(DataConfig(**options, tokenizer=str(tmp_path / "spm"), fim_rate=1.0), None, 48)
+    assert again.suffix_first and not tok.suffix_first
     plain, *_ = prepare_data(DataConfig(**options), 320, 48)
     assert plain.fim is None and tok.vocab_size == plain.vocab_size == 320
 
