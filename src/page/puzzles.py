@@ -1,9 +1,11 @@
 """Boards solved for the page, step by step."""
 
 import threading
+from pathlib import Path
 
 from src.checkpoint import load_network, resolve
 from src.errors import UserError
+from src.metrics import count_parameters
 from src.page.errors import ApiError
 from src.tasks.arc import Arc
 from src.tasks.board_trace import BoardTrace
@@ -18,6 +20,7 @@ class PuzzleSolver:
     """A puzzle model. Solves one board at a time."""
 
     def __init__(self, folder, device="cpu"):
+        self.name = Path(folder).resolve().name
         folder = resolve(folder)
         self.kind, self.model = read_form(folder).kind, load_network(folder, device)
         if isinstance(self.kind, Arc):
@@ -26,8 +29,10 @@ class PuzzleSolver:
 
     def card(self) -> dict:
         kind = self.kind
-        facts = {"kind": kind.name, "rows": kind.height, "columns": kind.width}
-        return facts | {"symbols": list(kind.symbols[1:]), "steps": self.model.config.recursion_steps}
+        model = {"name": self.name, "family": self.model.config.recursion}
+        model |= {"parameters": count_parameters(self.model)["total"], "steps": self.model.config.recursion_steps}
+        board = {"kind": kind.name, "rows": kind.height, "columns": kind.width, "symbols": list(kind.symbols[1:])}
+        return model | board
 
     def solve(self, board: str, steps: int | None, halts: bool, is_over) -> dict:
         """Returns the board after each step. Stops early if is_over() is true. Raises ApiError for a wrong board."""
@@ -57,4 +62,7 @@ class PuzzleSolver:
             | {name: step[name] for name in ("halt", "changed", "wrong", "right")}
             for step in trace.steps
         ]
-        return {"steps": steps, "solved": bool(trace.steps[-1]["right"]), "message": trace.summary()}
+        message = trace.summary()
+        if self.kind.has_rules and not grids.labels.any():
+            message += "; the board has several solutions, and any of them counts as right"
+        return {"steps": steps, "solved": bool(trace.steps[-1]["right"]), "message": message}

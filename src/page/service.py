@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from src.checkpoint import resolve
+from src.data.records import prompt_of
 from src.errors import UserError
 from src.exits import max_depth
 from src.metrics import cache_bytes_per_token, count_parameters, flops_per_token
@@ -21,6 +23,7 @@ from src.page.puzzles import PuzzleSolver
 from src.page.schemas import Bounds
 from src.quantize import load_for_writing
 from src.runtime import GIB, choose_device
+from src.training.run_folder import settings_of
 
 SUDOKU = Path("checkpoints/sudoku")
 CHARS_PER_TOKEN = 64  # a prompt with more characters per token of context is refused before it is tokenized
@@ -30,6 +33,7 @@ class Service:
     def __init__(self, model, tokenizer, config: ServeConfig, name: str = "model", puzzle: PuzzleSolver | None = None):
         self.model, self.tokenizer, self.config, self.name, self.puzzle = model, tokenizer, config, name, puzzle
         self.is_onnx = not isinstance(model, torch.nn.Module)
+        self.example: str | None = None  # a prompt like those that the model was trained on
         self.created = int(time.time())
         limits = Limits(self._rows(), config.max_queue, config.prefill_tokens, config.max_seconds)
         self.engine = Engine(model, tokenizer, limits, self._post)
@@ -107,6 +111,7 @@ class Service:
             "max_depth": max_depth(config) if self.is_onnx else self.bounds.depth,
             "exits": [exit for exit, has in (("halt", config.halting), ("kl", True)) if has and adapts],
             "context": config.max_seq_len,
+            "example": self.example,
             "start": self.tokenizer.start([self.tokenizer.eos_id])[:-1],
             "vocab_size": self.tokenizer.vocab_size,
             "fim": self.tokenizer.fim is not None,
@@ -134,4 +139,20 @@ def open_service(config: ServeConfig) -> Service:
     if not model.config.causal:
         raise UserError("this model does not write text: give a language model, and this one as --puzzle")
     path = resolve(config.checkpoint) if config.checkpoint is None else Path(config.checkpoint).resolve()
-    return Service(model, tokenizer, config, config.name or path.name, puzzle)
+    service = Service(model, tokenizer, config, config.name or path.name, puzzle)
+    service.example = example_prompt(resolve(config.checkpoint))
+    return service
+
+
+def example_prompt(checkpoint: Path) -> str | None:
+    """Returns the prompt of the samples that a run wrote; None outside a run, or if the samples had no prompt.
+
+    A run on records with no `sample_prompt` took its first validation question, which only samples.txt has."""
+    run = checkpoint.parent
+    settings = settings_of(run)
+    if settings.get("sample_prompt") or not settings.get("records"):
+        return settings.get("sample_prompt") or None
+    samples = run / "samples.txt"
+    text = samples.read_text(encoding="utf-8", errors="replace") if samples.exists() else ""
+    found = re.search("^" + re.escape(prompt_of("@")).replace("@", "(?:.*?)"), text, re.M | re.S)
+    return found[0] if found else None

@@ -3,6 +3,7 @@
 import json
 import re
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
@@ -15,8 +16,11 @@ GREEDY = "#length=12&temperature=0"
 
 
 @pytest.fixture(scope="module")
-def address():
-    with serving("checkpoints/stdlib", "--puzzle", "checkpoints/sudoku") as address:
+def address(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")  # a run folder with the released model
+    (run / "config.yaml").write_text('sample_prompt: "def main("\n')
+    (run / "best").symlink_to(Path("checkpoints/stdlib").resolve())
+    with serving(str(run), "--puzzle", "checkpoints/sudoku") as address:
         yield address
 
 
@@ -91,7 +95,12 @@ def text_of(page, number=0):
 
 
 def test_type_and_write(page):
-    write(page, "def main(")
+    page.goto(f"/{GREEDY}")
+    page.get_by_role("button", name="Example").click()  # types the prompt of the run's samples
+    expect(page.get_by_role("textbox", name="The text")).to_have_value("def main(")
+    expect(page.get_by_role("button", name="Example")).to_be_hidden()
+    page.keyboard.press("Control+Enter")
+    written(page)
     sent = page.sent["completions"][0]
     assert sent["stream"] and sent["max_tokens"] == 12 and sent["temperature"] == 0
     assert len(sent["prompt"]) == 1 + page.locator(".token.typed").count() > 1  # BOS, and what was typed
@@ -127,6 +136,7 @@ def test_take_a_rival_undo_redo(page):
     rival.click()
     written(page)
     expect(page.locator(".token.taken")).to_have_count(1)
+    expect(page.locator(".token.taken")).to_be_focused()
     prompt = page.sent["completions"][1]["prompt"]  # ids of the text up to the rival, and that of the rival
     assert prompt[: len(first)] == first and len(prompt) == len(first) + 3
     assert len(page.sent["tokenize"]) == 1, "tokens that are kept are not tokenized again"
@@ -152,7 +162,7 @@ def test_a_rival_beside_the_text(page):
     expect(page.locator(".branch")).to_have_count(2)
     assert text_of(page, 0) == before != text_of(page, 1)
     typed = page.locator(".branch").nth(0).locator(".token.typed").count()
-    expect(page.locator("#figures")).to_contain_text(f"the same for {typed + 3} tokens, then they part")
+    expect(page.locator("#figures")).to_contain_text(f"the same for {typed + 3} tokens, then they part. Text B: ")
     expect(page.locator(".token.parts")).to_have_count(2)
     page.get_by_label("Close Text B").click()
     expect(page.locator(".branch")).to_have_count(1)
@@ -194,7 +204,7 @@ def test_write_on_from_the_middle(page):
     prompt, first = page.sent["completions"][1]["prompt"], page.sent["completions"][0]["prompt"]
     assert prompt[: len(first)] == first and len(prompt) == 1 + kept
     page.keyboard.press("ArrowRight")  # the text has the focus
-    expect(page.locator("[role=option]").nth(1)).to_be_focused()
+    expect(page.locator("[role=option]").nth(kept)).to_be_focused()  # the first token of the new passage
 
 
 def test_again_and_next_seed(page):
@@ -218,9 +228,16 @@ def test_depth_and_two_depths(page):
     slider = page.get_by_role("slider", name="Depth")
     slider.focus()
     page.keyboard.press("ArrowRight")
+    expect(page.locator("#figures strong")).to_contain_text("Again writes the last passage with them")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#figures strong")).to_have_count(0)
+    page.keyboard.press("ArrowRight")
     page.locator("#again").click()
     written(page)
     assert page.sent["completions"][-1]["recursion"]["depth"] == 2
+    expect(page.locator("#figures")).to_contain_text(
+        re.compile(r"choice changed (after step 1 of 2|in the last step, 2)$")
+    )
     expect(page.locator(".branch .note")).to_have_text("depth 2 · greedy")
     page.locator("#compare").click()
     page.get_by_label("left").fill("1")
@@ -339,6 +356,8 @@ def test_what_is_computed_from_tokens(page):
 
 def test_board(page):
     page.goto("/#board=")
+    expect(page.locator("#card")).to_contain_text("sudoku, TRM")
+    expect(page.locator(".verdict")).to_contain_text("0 or a space for an empty cell")
     board = page.get_by_role("group", name="Board of 9 by 9")
     board.get_by_label("row 1, column 1", exact=True).focus()
     page.keyboard.type("55")
@@ -407,6 +426,9 @@ def test_a_narrow_screen(page):
     box, sheet = token.bounding_box(), page.locator("#inspector").bounding_box()
     assert box["y"] + box["height"] <= sheet["y"], "the panel does not cover the token"
     page.get_by_label("Close this panel").click()
+    token.click()
+    page.locator(".rival:not(.same)").first.click()
+    expect(page.locator("#inspector h2 code")).to_be_hidden()  # so that the new text can be read
     page.get_by_role("button", name="Puzzle").click()
     page.get_by_role("button", name="Example").click()
     page.get_by_role("button", name="Solve").click()

@@ -18,7 +18,7 @@ from src.checkpoint import load_model
 from src.errors import UserError
 from src.page.app import create_app
 from src.page.config import ServeConfig
-from src.page.service import open_service
+from src.page.service import example_prompt, open_service
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,11 @@ def test_wrong_settings(settings, message):
 
 def test_a_board_is_solved(released):
     board = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
-    assert released.get("/v1/model_card").json()["puzzle"] == {
+    card = released.get("/v1/model_card").json()["puzzle"]
+    assert card.pop("parameters") > 500_000
+    assert card == {
+        "name": "sudoku",
+        "family": "trm",
         "kind": "sudoku9",
         "rows": 9,
         "columns": 9,
@@ -146,6 +150,24 @@ def test_a_board_is_solved(released):
     )
     answer = released.post("/v1/puzzle", json={"board": "55" + board[2:]})
     check_error(answer, 400, "the board cannot be solved: row 1 has 5 twice", "board")
+    two = "534..8912672195348198342567859..1423426853791713924856961537284287419635345286179"  # 6 and 7, or 7 and 6
+    answer = released.post("/v1/puzzle", json={"board": two, "steps": 1}).json()
+    assert answer["message"].endswith("; the board has several solutions, and any of them counts as right")
+
+
+def test_the_example_of_a_run(tmp_path):
+    checkpoint, config = tmp_path / "best", tmp_path / "config.yaml"
+    assert example_prompt(checkpoint) is None  # not a run
+    config.write_text("records: false\nsample_prompt: Once\n")
+    assert example_prompt(checkpoint) == "Once"
+    config.write_text('records: true\nsample_prompt: ""\n')
+    assert example_prompt(checkpoint) is None  # no samples yet
+    (tmp_path / "samples.txt").write_text(
+        "=== step 5: a\nInput: 1+2 \n Output: 3\n=== step 9: b\nInput: 1+2 \n Output:"
+    )
+    assert example_prompt(checkpoint) == "Input: 1+2 \n Output:"
+    config.write_text("records: false\n")
+    assert example_prompt(checkpoint) is None
 
 
 def test_the_released_model_answers_as_generate_py(released):

@@ -69,6 +69,18 @@ export function count(n, what) {
   return `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
 }
 
+// Copies a link with a fragment, and says so on the button that was pressed.
+export async function copyLink(button, fragment) {
+  try {
+    await navigator.clipboard.writeText(new URL(`#${fragment}`, location.href).href);
+  } catch {
+    return warn("The browser does not allow copying: the link is in the address bar.");
+  }
+  button.textContent = "Copied";
+  say("The link is copied.");
+  setTimeout(() => (button.textContent = "Copy link"), 1500);
+}
+
 let [set, timer] = [0, null];
 
 // Puts a fragment into the address, at most five times a second, because browsers refuse more.

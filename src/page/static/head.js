@@ -23,15 +23,30 @@ export function askForKey(start) {
   form.elements.key.focus();
 }
 
-// Shows what is loaded, and what the last passage cost. measured: {tokens, speed} or null.
+// Shows what is loaded, and what the last passage cost. measured: {tokens, speed}.
 export function showCard(card, measured) {
-  const facts = [
-    ["model", `${card.name}, ${FAMILIES[card.family] ?? card.family}`],
-    ["parameters", short(card.parameters)],
+  showFacts([
+    ...factsOf(card),
     ["FLOPs per token", card.flops_per_token ? short(card.flops_per_token) : "?"],
     ["backend", card.backend],
+    ["cache", cacheOf(card, measured.tokens)],
+    ["speed", speedOf(measured.speed)],
+  ]);
+}
+
+// Shows which puzzle model is loaded.
+export function showPuzzleCard(puzzle) {
+  showFacts([...factsOf(puzzle), ["steps in training", puzzle.steps]]);
+}
+
+function factsOf({ name, family, parameters }) {
+  return [
+    ["model", `${name}, ${FAMILIES[family] ?? family}`],
+    ["parameters", short(parameters)],
   ];
-  if (measured) facts.push(["cache", cacheOf(card, measured.tokens)], ["speed", speedOf(measured.speed)]);
+}
+
+function showFacts(facts) {
   byId("card").replaceChildren(...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
 }
 

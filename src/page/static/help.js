@@ -9,6 +9,12 @@ const WRITING = [
       "shows, in the panel beside the text, what was likely after every recursion step.",
   ],
   [
+    "The panel",
+    "Each band is a token that the model might have written, as wide as its probability after that step, before " +
+      "temperature and top p. Entropy says how undecided the model was: at 0 bits, it was certain. Halting is how " +
+      "sure the model was that it needs no more steps.",
+  ],
+  [
     "Another road",
     "Select a token and click a rival: the text is cut there and goes on with the rival. Undo returns to the old " +
       "text; a check mark keeps both, side by side.",
@@ -20,9 +26,9 @@ const WRITING = [
   ],
   [
     "Depth",
-    "The slider sets the recursion steps per token. The tint “step of decision” shows after which step the model no " +
-      "longer changed its choice. Compare writes the last passage at two depths, or with two seeds, and marks where " +
-      "the texts part.",
+    "The slider sets the recursion steps per token; Again writes the last passage with them. The line below the text " +
+      "says after which step no choice changed, and the tint “step of decision” shows it for each token. Compare " +
+      "writes the last passage at two depths, or with two seeds, and marks where the texts part.",
   ],
   [
     "Keys",

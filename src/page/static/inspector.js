@@ -208,7 +208,8 @@ function rivals(token, act) {
 
 function rivalButton(token, candidate, most, colour, act) {
   const p = candidate.p.at(-1);
-  const share = p > 0 ? percent(p) : "–"; // not among the likeliest after the last step
+  // not among the likeliest after the last step: less than the last of them
+  const share = p > 0 ? percent(p) : `< ${percent(token.trace.at(-1).top.at(-1)[2])}`.replace("< <", "<");
   const isWritten = candidate.id === token.id;
   const bar = svg(
     "svg",

@@ -1,19 +1,22 @@
 // Starts the page: loads the model card, and connects text, settings and inspector.
 
 import { get } from "./api.js";
-import { byId, h, say, setAddress, warn } from "./dom.js";
-import { askForKey, showCard, showLegend } from "./head.js";
+import { byId, copyLink, h, say, setAddress, warn } from "./dom.js";
+import { askForKey, showCard, showLegend, showPuzzleCard } from "./head.js";
 import { buildHelp } from "./help.js";
 import { inspect } from "./inspector.js";
 import { connectPair } from "./pair.js";
 import { PuzzlePage } from "./puzzle.js";
 import { buildSettings } from "./settings.js";
-import { changed, DEFAULTS, fromFragment, History, newBranch, replaced, toFragment, without } from "./state.js";
+import { changed, DEFAULTS, fromFragment, History, newBranch, replaced, toFragment } from "./state.js";
+import { without, writingOf } from "./state.js";
 import { figuresOf, partingOf, TextView } from "./text_view.js";
 import { keptBefore, textOf } from "./tokens.js";
 import { noteOf, Writer } from "./writer.js";
 
 const NARROW = matchMedia("(max-width: 70rem)"); // as in style.css: settings and inspector are below the text
+
+const STALE = "The settings have changed: Again writes the last passage with them.";
 
 async function start() {
   let card;
@@ -52,7 +55,7 @@ async function start() {
     for (const each of names) byId(each).hidden = each !== name;
     for (const button of byId("views").children) button.setAttribute("aria-pressed", String(button.value === name));
     buildHelp(byId("help"), name);
-    if (name === "puzzle") showCard(card, null);
+    if (name === "puzzle") showPuzzleCard(card.puzzle);
     else views.writer.refresh();
     views[name].remember();
   }
@@ -65,8 +68,9 @@ class Page {
     this.history = new History();
     this.selected = null; // {key, index} of the token that was clicked or focused
     this.hovered = null;
+    this.used = null; // the settings of the last passage, as writingOf() gives them
     this.writer = new Writer(this.history, card, () => this.refresh());
-    this.view = new TextView(byId("branches"), {
+    this.view = new TextView(byId("branches"), card.example, {
       select: (key, index) => this.select(key, index),
       preview: (key, index) => this.preview(key, index),
       edit: (key, index) => this.edit(key, index),
@@ -137,7 +141,7 @@ class Page {
     if (this.selected?.key === key && this.selected.index === index) return;
     this.selected = { key, index };
     this.view.reveal(key, index);
-    this.history.amend({ ...this.history.page, active: this.numberOf(key) });
+    this.history.amend({ ...this.history.page, active: this.history.numberOf(key) });
     this.refresh();
   }
 
@@ -154,7 +158,7 @@ class Page {
   }
 
   activate(key) {
-    this.history.amend({ ...this.history.page, active: this.numberOf(key) });
+    this.history.amend({ ...this.history.page, active: this.history.numberOf(key) });
     this.selected = null;
     this.refresh();
     this.remember();
@@ -209,6 +213,7 @@ class Page {
   }
 
   async run(key, settings) {
+    this.used = writingOf(this.settings);
     try {
       await this.writer.write(key, { ...settings });
     } finally {
@@ -231,17 +236,22 @@ class Page {
     const token = { ...rival, kind: "taken", steps: 0, p: rival.p.at(-1), trace: branch.tokens[index].trace };
     const tokens = [...branch.tokens.slice(0, index), token];
     const ends = !token.bytes.length; // a special token: there is nothing to write after it
-    this.selected = { key, index };
-    if (!this.settings.keep && ends) return this.commit(changed(this.history.page, key, { tokens }));
-    if (!this.settings.keep) return this.writeOn(key, tokens);
-    const other = newBranch(tokens, tokens.length, noteOf(this.settings, this.card));
-    this.commit({ ...replaced(this.history.page, key, [branch, other]), active: this.numberOf(key) + 1 });
-    this.selected = { key: other.key, index };
-    if (!ends) this.run(other.key, this.settings);
+    let at = key;
+    if (this.settings.keep) {
+      const other = newBranch(tokens, tokens.length, noteOf(this.settings, this.card));
+      this.commit({ ...replaced(this.history.page, key, [branch, other]), active: this.history.numberOf(key) + 1 });
+      at = other.key;
+      if (!ends) this.run(at, this.settings);
+    } else if (ends) this.commit(changed(this.history.page, key, { tokens }));
+    else this.writeOn(key, tokens);
+    this.returnTo(at, index);
   }
 
-  numberOf(key) {
-    return this.history.page.branches.findIndex((branch) => branch.key === key);
+  // Puts the focus on a token, which the panel then shows. On a narrow screen, the panel would cover the new text.
+  returnTo(key, index) {
+    this.selected = NARROW.matches ? null : { key, index };
+    this.refresh();
+    requestAnimationFrame(() => this.view.focus(key, this.selected ? index : null));
   }
 
   // ---- two texts side by side ---------------------------------------------------------------------------------------
@@ -262,7 +272,13 @@ class Page {
 
   // ---- what is shown ------------------------------------------------------------------------------------------------
 
+  // Whether writing the last passage again would use other settings.
+  get isStale() {
+    return this.used !== null && this.used !== writingOf(this.settings) && this.history.hasPassage;
+  }
+
   settingsChanged() {
+    if (this.isStale) say(STALE);
     this.refresh();
     this.remember();
   }
@@ -292,11 +308,8 @@ class Page {
       deepest,
       page.branches.some(({ tokens }) => tokens.some(({ kind }) => kind === "taken")),
     );
-    const parting = partingOf(page);
-    byId("figures").replaceChildren(
-      ...(parting && !this.writer.isWriting ? [h("strong", {}, parting), " "] : []),
-      figuresOf(page, this.card),
-    );
+    const news = this.writer.isWriting ? "" : this.isStale ? STALE : partingOf(page);
+    byId("figures").replaceChildren(...(news ? [h("strong", {}, news), " "] : []), figuresOf(page, this.card));
     showCard(this.card, {
       tokens: page.branches.reduce((sum, b) => sum + b.tokens.length, 0),
       speed: this.writer.speed,
@@ -306,12 +319,12 @@ class Page {
 
   showButtons() {
     const { isWriting } = this.writer;
-    const { branch, past, future } = this.history;
+    const { past, future } = this.history;
     const editing = Boolean(this.view.editing);
     byId("write").hidden = isWriting;
     byId("stop").hidden = !isWriting;
-    const hasPassage = branch.tokens.length > 0 && branch.note !== "";
-    byId("again").disabled = byId("reseed").disabled = !hasPassage || editing;
+    byId("again").disabled = byId("reseed").disabled = !this.history.hasPassage || editing;
+    byId("again").classList.toggle("due", this.isStale && !isWriting && !editing);
     byId("undo").disabled = !past.length;
     byId("redo").disabled = !future.length;
     byId("edit").setAttribute("aria-pressed", String(editing));
@@ -351,6 +364,7 @@ class Page {
     const { text, start, settings } = fromFragment(fragment);
     Object.assign(this.settings, DEFAULTS, settings);
     this.showSettings();
+    this.used = writingOf(this.settings);
     let [branch, problem] = [newBranch(), null];
     try {
       const before = await this.writer.tokenize(text.slice(0, start), true);
@@ -374,14 +388,7 @@ class Page {
   async copyLink() {
     await this.view.finish(false);
     this.remember();
-    try {
-      await navigator.clipboard.writeText(new URL(`#${this.fragment}`, location.href).href);
-      byId("link").textContent = "Copied";
-      say("The link is copied.");
-      setTimeout(() => (byId("link").textContent = "Copy link"), 1500);
-    } catch {
-      warn("The browser does not allow copying: the link is in the address bar.");
-    }
+    copyLink(byId("link"), this.fragment);
   }
 }
 

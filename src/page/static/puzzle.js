@@ -2,7 +2,7 @@
 
 import { post } from "./api.js";
 import { blankOf, changedCells, conflicts, edges, EXAMPLES, isSudoku, offered, parseBoard } from "./boards.js";
-import { count, h, percent, say, setAddress, svg, warn } from "./dom.js";
+import { copyLink, count, h, percent, say, setAddress, svg, warn } from "./dom.js";
 import { LEVELS } from "./tokens.js";
 
 const SURE = 0.9; // certainty from which an empty cell counts as sure
@@ -48,7 +48,7 @@ export class PuzzlePage {
     this.backButton = button("‹ Back", "One step back (left arrow on the slider)", () => this.go(this.at - 1));
     this.onButton = button("Next ›", "One step forwards (right arrow on the slider)", () => this.go(this.at + 1));
     this.exampleButton = button("Example", "Fill in an example", () => this.example());
-    this.linkButton = button("Copy link", "Copy a link to this board", () => this.copyLink());
+    this.linkButton = button("Copy link", "Copy a link to this board", () => copyLink(this.linkButton, this.fragment));
     this.chart = h("div", { class: "chart" });
     this.verdict = h("p", { class: "verdict" });
     this.stepName = h("output", { for: "step" });
@@ -193,13 +193,6 @@ export class PuzzlePage {
     if (!this.place.hidden) setAddress(this.fragment);
   }
 
-  async copyLink() {
-    await navigator.clipboard.writeText(new URL(`#${this.fragment}`, location.href).href).then(
-      () => say("The link is copied."),
-      () => warn("The browser does not allow copying: the link is in the address bar."),
-    );
-  }
-
   // ---- solving ------------------------------------------------------------------------------------------------------
 
   async solve(steps) {
@@ -294,7 +287,8 @@ export class PuzzlePage {
   words(step, wrong) {
     if (!step && wrong.size)
       return `${count(wrong.size, "cell")} in conflict: a digit is twice in a row, column or box.`;
-    if (!step) return "Type a board, paste one, or take an example; then solve it.";
+    const empty = isSudoku(this.puzzle) ? ", with 0 or a space for an empty cell" : "";
+    if (!step) return `Type a board${empty}; or paste one, or take an example. Then solve it.`;
     const parts = [this.at > 1 ? `${count(step.changed.size, "cell")} changed` : "The first answer"];
     if (step.right !== null) parts.push(step.right ? "right" : `${count(wrong.size, "cell")} wrong`);
     if (step.halt !== null) parts.push(`the model is ${percent(step.halt)} sure that it is right`);

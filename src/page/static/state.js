@@ -19,6 +19,11 @@ export const DEFAULTS = {
   keep: false, // whether taking a rival opens a new branch
 };
 
+// Returns the settings that change what the model writes, as a text.
+export function writingOf({ tint, keep, ...settings }) {
+  return JSON.stringify(settings);
+}
+
 let keys = 0;
 
 export function newBranch(tokens = [], start = 0, note = "") {
@@ -38,6 +43,15 @@ export class History {
 
   find(key) {
     return this.page.branches.find((branch) => branch.key === key);
+  }
+
+  numberOf(key) {
+    return this.page.branches.findIndex((branch) => branch.key === key);
+  }
+
+  // Whether there is a passage that could be written again.
+  get hasPassage() {
+    return this.branch.tokens.length > 0 && this.branch.note !== "";
   }
 
   // Replaces the page; undo returns to the one before.

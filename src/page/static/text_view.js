@@ -5,11 +5,15 @@ import { figures, level, nameOf, partAt, shownTexts, spoken, textOf } from "./to
 
 const NAMES = "ABCDEFGH";
 
+function textName(number) {
+  return `Text ${NAMES[number] ?? number + 1}`;
+}
+
 export class TextView {
-  // place: the element for the branches. on: functions select(key, index), preview(key, index), edit(key, index),
-  // edited(key, text, write), close(key), activate(key).
-  constructor(place, on) {
-    Object.assign(this, { place, on });
+  // place: the element for the branches. example: a prompt to begin with, or null. on: functions select(key, index),
+  // preview(key, index), edit(key, index), edited(key, text, write), close(key), activate(key).
+  constructor(place, example, on) {
+    Object.assign(this, { place, example, on });
     this.columns = new Map(); // key of a branch -> its column
     this.editing = null; // {key, area} while a text is edited
   }
@@ -73,7 +77,7 @@ export class TextView {
       : column.spans.indexOf(document.activeElement);
     if (at < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
     const to = {
-      ArrowRight: at + 1,
+      ArrowRight: isList ? at : at + 1,
       ArrowLeft: at - 1,
       Home: 0,
       End: last,
@@ -108,7 +112,7 @@ export class TextView {
   // ---- what is shown ----------------------------------------------------------------------------------------------
 
   showHead(column, branch, number, page, look) {
-    const name = `Text ${NAMES[number] ?? number + 1}`;
+    const name = textName(number);
     const many = page.branches.length > 1;
     const isActive = page.branches[page.active] === branch;
     const title = many ? name : "Text";
@@ -146,7 +150,8 @@ export class TextView {
       if (label === texts[index]) span.removeAttribute("aria-label");
       else span.setAttribute("aria-label", label);
     });
-    const inTab = look.selected?.key === branch.key ? look.selected.index : 0;
+    const first = branch.start < branch.tokens.length ? branch.start : 0; // of the last passage
+    const inTab = look.selected?.key === branch.key ? look.selected.index : first;
     spans.forEach((span, index) => (span.tabIndex = index === inTab ? 0 : -1));
     column.tokens = branch.tokens;
     column.text.classList.toggle("writing", look.writing.has(branch.key));
@@ -165,8 +170,11 @@ export class TextView {
     if (below > 0 && below < 100) last.scrollIntoView({ block: "nearest" });
   }
 
+  // Puts the focus on a token; without an index, on the whole text, which then does not scroll.
   focus(key, index) {
-    this.columns.get(key)?.spans[index]?.focus();
+    const column = this.columns.get(key);
+    if (index === null) column?.text.focus({ preventScroll: true });
+    else column?.spans[index]?.focus();
   }
 
   // ---- editing ----------------------------------------------------------------------------------------------------
@@ -193,16 +201,26 @@ export class TextView {
         event.preventDefault();
         event.stopPropagation();
       },
-      input: () => fit(area),
+      input: () => adapt(),
     });
+    const adapt = () => {
+      example.hidden = !this.example || area.value !== "";
+      fit(area);
+    };
+    const takeExample = () => {
+      area.value = this.example;
+      adapt();
+      area.focus();
+    };
+    const example = h("button", { type: "button", click: takeExample }, "Example");
     area.value = text;
     const cut = h("button", { type: "button", click: () => this.finish(true, true) }, "Write on from the cursor");
     const keys = "Ctrl+Enter writes on from the end, with Shift from the cursor; Esc shows the tokens. ";
-    const hint = h("p", { class: "quiet hint" }, h("span", { id: "edit-hint" }, keys), cut);
+    const hint = h("p", { class: "quiet hint" }, h("span", { id: "edit-hint" }, keys), cut, " ", example);
     column.text.replaceWith(area);
     area.after(hint);
     this.editing = { key, area, hint };
-    fit(area);
+    adapt();
     area.focus();
     area.setSelectionRange(at, at);
   }
@@ -251,11 +269,19 @@ function labelOf(token, text, parts) {
 // Says in one line how long the active text is, and how many steps it took.
 export function figuresOf(page, card) {
   const { tokens } = page.branches[page.active];
-  const { tokens: n, steps, settled } = figures(tokens);
-  const parts = [`${count(tokens.length, "token")} of ${card.context.toLocaleString("en")}`];
-  if (n) parts.push(`${n} written, in ${steps === 1 ? "1 step" : `${steps.toFixed(steps % 1 ? 2 : 0)} steps`} each`);
-  if (settled !== null && steps > 1) parts.push(`all were decided by step ${settled}`);
-  return parts.join(" · ");
+  const { tokens: n, steps, most, settled } = figures(tokens);
+  const context = card.context.toLocaleString("en");
+  const isLong = tokens.length > card.context;
+  const fits = isLong ? `more than the context of ${context}: the model reads the end` : `context ${context}`;
+  const parts = [`${count(tokens.length, "token")}, ${fits}`];
+  const each = steps % 1 ? `${steps.toFixed(2)} steps on average` : `${count(steps, "step")} each`;
+  if (n) parts.push(`${n} written, in ${each}`);
+  if (settled !== null && most > 1) {
+    if (settled === most) parts.push(`a choice changed in the last step, ${most}`);
+    else parts.push(`no choice changed after step ${settled} of ${most}`);
+  }
+  const name = page.branches.length > 1 ? `${textName(page.active)}: ` : "";
+  return name + parts.join(" · ");
 }
 
 export function partingOf(page) {

@@ -134,13 +134,15 @@ export function partAt(one, other) {
   return null;
 }
 
-// Returns {tokens, mean steps, last step after which the likeliest token of some token changed} of what was written.
+// Returns {tokens, mean steps, most steps, last step in which the likeliest token of some token changed} of what was
+// written.
 export function figures(tokens) {
   const written = tokens.filter((token) => token.kind === "written");
   const settled = written.map(settledAt).filter((step) => step !== null);
   return {
     tokens: written.length,
     steps: written.reduce((sum, token) => sum + token.steps, 0) / Math.max(1, written.length),
+    most: Math.max(0, ...written.map((token) => token.steps)),
     settled: settled.length ? Math.max(...settled) : null,
   };
 }

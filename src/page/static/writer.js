@@ -77,9 +77,11 @@ export class Writer {
     };
   }
 
+  // Tokens that arrive together, as those of a short passage may, say nothing about the time between them.
   measure(begun, first, n) {
-    const seconds = (performance.now() - first) / 1000;
-    this.speed = { rate: n > 1 ? (n - 1) / seconds : null, first: (first - begun) / 1000 };
+    const [all, later] = [begun, first].map((from) => (performance.now() - from) / 1000);
+    const rate = later > 0.02 ? (n - 1) / later : n / all;
+    this.speed = { rate: n > 1 ? rate : null, first: (first - begun) / 1000 };
   }
 
   sayBusy(seconds) {
