@@ -27,8 +27,13 @@ const WRITING = [
   [
     "Depth",
     "The slider sets the recursion steps per token; Again writes the last passage with them. The line below the text " +
-      "says after which step no choice changed, and the tint “step of decision” shows it for each token. Compare " +
-      "writes the last passage at two depths, or with two seeds, and marks where the texts part.",
+      "says after which step no choice changed, and the tint “step of decision” shows it for each token.",
+  ],
+  [
+    "Compare",
+    "Writes the last passage at two depths, or with two seeds, side by side, and marks where the texts part. At " +
+      "temperature 0, chance plays no part: the seed changes nothing, and texts of two depths part only where the " +
+      "choice of the model differs.",
   ],
   [
     "Keys",

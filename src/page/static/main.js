@@ -274,7 +274,8 @@ class Page {
 
   // Whether writing the last passage again would use other settings.
   get isStale() {
-    return this.used !== null && this.used !== writingOf(this.settings) && this.history.hasPassage;
+    const isUsed = this.used === null || this.used === writingOf(this.settings);
+    return !isUsed && this.history.hasPassage && !this.view.editing && !this.writer.isWriting;
   }
 
   settingsChanged() {
@@ -324,7 +325,7 @@ class Page {
     byId("write").hidden = isWriting;
     byId("stop").hidden = !isWriting;
     byId("again").disabled = byId("reseed").disabled = !this.history.hasPassage || editing;
-    byId("again").classList.toggle("due", this.isStale && !isWriting && !editing);
+    byId("again").classList.toggle("due", this.isStale);
     byId("undo").disabled = !past.length;
     byId("redo").disabled = !future.length;
     byId("edit").setAttribute("aria-pressed", String(editing));
