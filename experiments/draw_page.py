@@ -48,9 +48,9 @@ class PageConfig:
 
     checkpoint: str = "runs/addition"
     puzzle: str = "checkpoints/sudoku"
-    prompt: str = "Input: 000578230859+000385970256 \n Output:"
+    prompt: str = "Input: 000005217729+000586940063 \n Output:"
     depths: list[int] = field(default_factory=lambda: [1, 4])
-    token: int = 4
+    token: int = 11
     length: int = 64
     temperature: float = 0.0
     seed: int = 1
