@@ -20,9 +20,8 @@ BYTE = ByteLevelTokenizer({"fill_in_the_middle": True})
 TEXT = "def x(bamo):yk+lu-3\n"  # no character twice, so that its order is quickly learned
 
 
-@pytest.fixture(scope="module", params=["psm", "spm"])
-def folder(request, tmp_path_factory):
-    """The checkpoint of a model that was trained on one document, in each order of its parts."""
+def trained(order, path):
+    """Trains a model on one document, in one order of its parts, writes it to a folder, and returns the folder."""
     torch.manual_seed(0)
     byte = ByteLevelTokenizer({"fill_in_the_middle": True})  # it keeps the order
     jaxtyping.config.update("jaxtyping_disable", True)  # the checks would take most of the time
@@ -31,7 +30,7 @@ def folder(request, tmp_path_factory):
     model = TRMModel(TRMConfig(**size, **ids, norm="pre", tie_embeddings=True))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     row = np.array([BYTE.eos_id, *BYTE.encode(TEXT, eos=True)])
-    row, fim, steps = window_sample(row, None, (BYTE.bos_id, BYTE.eos_id)), FillInMiddle(byte, 0.9, request.param), 200
+    row, fim, steps = window_sample(row, None, (BYTE.bos_id, BYTE.eos_id)), FillInMiddle(byte, 0.9, order), 200
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-2 * min(1, step / 20) * (1 - step / steps)
         batch = collate_batch([fim(row, (step, number), 48) for number in range(16)])
@@ -39,9 +38,13 @@ def folder(request, tmp_path_factory):
         model(**batch).loss.backward()
         optimizer.step()
     jaxtyping.config.update("jaxtyping_disable", False)
-    path = tmp_path_factory.mktemp("infill") / "one"
     save_checkpoint(path, model, byte)
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return trained("psm", tmp_path_factory.mktemp("infill") / "one")
 
 
 @pytest.fixture
@@ -57,11 +60,20 @@ def call(folder, capfd):
     return call
 
 
+def share_right(lm):
+    """Returns the share of middles that are written as they were."""
+    places = [(start, end) for start in range(1, 20, 3) for end in range(start + 2, len(TEXT), 3)]
+    return np.mean([lm.write(TEXT[:a], 30, temperature=0, suffix=TEXT[b:]) == TEXT for a, b in places])
+
+
+def test_the_suffix_may_come_first(tmp_path):
+    lm = load_model(trained("spm", tmp_path / "spm"))
+    assert lm.tokenizer.suffix_first and share_right(lm) >= 0.9
+
+
 def test_it_writes_what_is_between_prefix_and_suffix(folder):
     lm = load_model(folder)
-    places = [(start, end) for start in range(1, 20, 3) for end in range(start + 2, len(TEXT), 3)]
-    right = [lm.write(TEXT[:a], 30, temperature=0, suffix=TEXT[b:]) == TEXT for a, b in places]
-    assert sum(right) >= 0.9 * len(right)
+    assert share_right(lm) >= 0.9
     assert lm.write(TEXT[:5], 30, temperature=0) == TEXT  # text without a suffix is continued as before
     before = {lm.write(TEXT[:3], 30, temperature=0, suffix=TEXT[b:]) for b in (6, 10, 15)}
     assert before == {TEXT}  # the suffix decides where the middle ends
