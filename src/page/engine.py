@@ -235,6 +235,8 @@ class Engine:
     def _encode(self):
         """Encodes waiting prompts: about limits.prefill_tokens tokens."""
         budget = self.limits.prefill_tokens
+        if self.starts:
+            self.threads.use_all()
         while self.starts and budget > 0:
             start = self.starts[0]
             width = min(start.left, budget)

@@ -57,6 +57,10 @@ class Threads:
         turn()
         self.plans[key] = numbers, numbers.send(time.perf_counter() - start)
 
+    def use_all(self):
+        """Sets as many threads as there are free cores: prompts have enough work for all."""
+        _set(free_cores(self.most))
+
     def restore(self):
         _set(self.most)
 

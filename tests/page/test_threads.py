@@ -54,9 +54,13 @@ def test_each_number_of_rows_has_its_own(monkeypatch):
     for _ in range(200):
         for rows in (2, 64):
             ours.run(rows, lambda rows=rows: turn(rows))
+    ours.run(2, lambda: turn(2))
+    assert set_to[-1] == 1
+    ours.use_all()
+    assert set_to[-1] == 2
     ours.restore()
     trials = TRIAL + 1
-    assert used == {(2, 2): trials, (2, 1): 200 - trials, (64, 1): trials, (64, 2): 200 - trials}
+    assert used == {(2, 2): trials, (2, 1): 201 - trials, (64, 1): trials, (64, 2): 200 - trials}
     assert set_to[-1] == 2
 
 
