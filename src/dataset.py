@@ -231,9 +231,11 @@ def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None, files=Non
         tokenizer = _tokenizer_of(data, vocab_size, (piece for piece, _ in shards.heads(ON_THE_SPOT_BYTES)))
     else:
         tokenizer = _tokenizer_of(data, vocab_size, *_text_for_tokenizer(data, corpora, fields, not valid_files))
-    fim = FillInMiddle(tokenizer, data.fim_rate, data.fim_order) if data.fim_rate else None
+    if data.fim_order is not None:
+        tokenizer.suffix_first = data.fim_order == "spm"
     if save_dir is not None:
         tokenizer.save(save_dir)
+    fim = FillInMiddle(tokenizer, data.fim_rate) if data.fim_rate else None
     if data.streaming:
         options = (data.mixture, data.document_mask, data.shuffle_buffer, fim)
         train_set = StreamingDataset(shards, tokenizer, seq_len, *options)

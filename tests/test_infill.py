@@ -23,14 +23,14 @@ TEXT = "def x(bamo):yk+lu-3\n"  # no character twice, so that its order is quick
 def trained(order, path):
     """Trains a model on one document, in one order of its parts, writes it to a folder, and returns the folder."""
     torch.manual_seed(0)
-    byte = ByteLevelTokenizer({"fill_in_the_middle": True})  # it keeps the order
+    byte = ByteLevelTokenizer({"fill_in_the_middle": True, "suffix_first": order == "spm"})
     jaxtyping.config.update("jaxtyping_disable", True)  # the checks would take most of the time
     size = {"d_model": 32, "n_heads": 2, "n_layers": 2, "d_ff": 64, "max_seq_len": 48, "recursion": "none"}
     ids = {"vocab_size": BYTE.vocab_size, "pad_token_id": BYTE.pad_id}
     model = TRMModel(TRMConfig(**size, **ids, norm="pre", tie_embeddings=True))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     row = np.array([BYTE.eos_id, *BYTE.encode(TEXT, eos=True)])
-    row, fim, steps = window_sample(row, None, (BYTE.bos_id, BYTE.eos_id)), FillInMiddle(byte, 0.9, order), 200
+    row, fim, steps = window_sample(row, None, (BYTE.bos_id, BYTE.eos_id)), FillInMiddle(byte, 0.9), 200
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-2 * min(1, step / 20) * (1 - step / steps)
         batch = collate_batch([fim(row, (step, number), 48) for number in range(16)])

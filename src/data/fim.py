@@ -34,16 +34,15 @@ LEAST_CHARS = 16  # shorter parts of a row stay plain: the sentinels would be mo
 class FillInMiddle:
     """Rearranges rows for fill-in-the-middle, as the docstring of this module explains.
 
-    rate: probability that a document, or the part of it that is in a row, is rearranged; 0 to 1. order: psm or spm; the
-    tokenizer keeps it, because the model must be asked in the same order. None: that of the tokenizer. Raises UserError
-    if the tokenizer has no sentinels.
+    rate: probability that a document, or the part of it that is in a row, is rearranged; 0 to 1. The order is that of
+    the tokenizer, which keeps it because the model must be asked in the same one. Raises UserError if the tokenizer has
+    no sentinels.
     """
 
-    def __init__(self, tokenizer, rate, order=None):
+    def __init__(self, tokenizer, rate):
         if tokenizer.fim is None:
             advice = "train one by train_tokenizer.py --fim true or train_spm.py --fim true, or use --tokenizer byte"
             raise UserError(f"fim_rate {rate} needs a tokenizer with the sentinels of fill-in-the-middle: {advice}")
-        tokenizer.suffix_first = tokenizer.suffix_first if order is None else order == "spm"
         self.tokenizer, self.rate = tokenizer, rate
 
     def __call__(self, sample, seed, most):

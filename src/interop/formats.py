@@ -180,6 +180,8 @@ def write(source: Source, dest, to: str = "checkpoint"):
         check_free(path)
     if to in ("hf", "llama2c"):
         check_plain(source.config, source.path, to)
+    if to == "tokenizer" and isinstance(source.tokenizer, PuzzleForm):
+        raise UserError(f"{source.path} is a puzzle model, which has no tokenizer: choose another model")
     beside = dest.with_name(f".{dest.name}.partial")  # renamed when everything is written
     try:
         shutil.rmtree(beside, ignore_errors=True)
@@ -214,8 +216,6 @@ def _write(source, path, to):
     elif to == "trm":
         write_files(path, config, weights, source.path)
     elif to == "tokenizer":
-        if isinstance(tokenizer, PuzzleForm):
-            raise UserError(f"{source.path} is a puzzle model, which has no tokenizer: choose another model")
         save_for_transformers(tokenizer, path, config.max_seq_len)
     elif to == "hf":
         write_hf(path, config, weights, tokenizer)

@@ -10,7 +10,6 @@ The thread calls post([(text, piece), ...]) after each turn. A turn takes in wai
 prompt tokens, and gives one token to every running text, so that a long prompt delays the others only a little.
 """
 
-import functools
 import sys
 import threading
 import time
@@ -154,8 +153,7 @@ class Engine:
         self._encode()
         for rule, batch in list(self.batches.items()):
             if batch.rows:
-                work = functools.partial(self._write, batch)
-                self._guard(batch.rows, functools.partial(self.threads.run, len(batch.rows), work))
+                self._guard(batch.rows, lambda batch=batch: self._write(batch))
             else:
                 del self.batches[rule]
         self.n_rows = sum(1 for _ in self._running())
@@ -262,7 +260,7 @@ class Engine:
 
     def _write(self, batch):
         rows = list(batch.rows)
-        self._take(rows, batch.step())
+        self._take(rows, self.threads.run(len(rows), batch.step))
         for text in rows:
             if self._has_outgrown(text) or text.is_over:
                 batch.leave(text)

@@ -30,10 +30,12 @@ CHARS_PER_TOKEN = 64  # a prompt with more characters per token of context is re
 
 
 class Service:
-    def __init__(self, model, tokenizer, config: ServeConfig, name: str = "model", puzzle: PuzzleSolver | None = None):
+    def __init__(
+        self, model, tokenizer, config: ServeConfig, name="model", puzzle: PuzzleSolver | None = None, example=None
+    ):
         self.model, self.tokenizer, self.config, self.name, self.puzzle = model, tokenizer, config, name, puzzle
         self.is_onnx = not isinstance(model, torch.nn.Module)
-        self.example: str | None = None  # a prompt like those that the model was trained on
+        self.example: str | None = example  # a prompt like those that the model was trained on
         self.created = int(time.time())
         limits = Limits(self._rows(), config.max_queue, config.prefill_tokens, config.max_seconds)
         self.engine = Engine(model, tokenizer, limits, self._post)
@@ -139,9 +141,8 @@ def open_service(config: ServeConfig) -> Service:
     if not model.config.causal:
         raise UserError("this model does not write text: give a language model, and this one as --puzzle")
     path = resolve(config.checkpoint) if config.checkpoint is None else Path(config.checkpoint).resolve()
-    service = Service(model, tokenizer, config, config.name or path.name, puzzle)
-    service.example = example_prompt(resolve(config.checkpoint))
-    return service
+    example = example_prompt(resolve(config.checkpoint))
+    return Service(model, tokenizer, config, config.name or path.name, puzzle, example)
 
 
 def example_prompt(checkpoint: Path) -> str | None:

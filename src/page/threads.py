@@ -8,16 +8,17 @@ rows, and on what else this machine does. So the engine tries.
 import statistics
 import time
 from collections.abc import Callable, Generator
+from typing import Any
 
 import torch
 
 from src.runtime import free_cores
 
-TRIAL, PERIOD = 16, 1000  # turns for which a number is tried; turns until all are tried again
+TRIAL, PERIOD = 16, 1000  # steps for which a number is tried; steps until all are tried again
 
 
 def plan(most: int) -> Generator[int, float, None]:
-    """Yields the number of threads for each turn; `send` the seconds that this turn took."""
+    """Yields the number of threads for each step; `send` the seconds that this step took."""
     numbers = [most]
     while numbers[-1] > 1:
         numbers.append(numbers[-1] // 2)
@@ -35,18 +36,18 @@ def plan(most: int) -> Generator[int, float, None]:
 
 
 class Threads:
-    """Sets torch's number of threads for each turn. `restore` sets the number that there was at the start."""
+    """Sets torch's number of threads for each step. `restore` sets the number that there was at the start."""
 
     def __init__(self):
         self.most = torch.get_num_threads()
         self.plans: dict[tuple[int, int], tuple[Generator[int, float, None], int]] = {}
 
-    def run(self, rows: int, turn: Callable[[], None]):
-        """Runs a turn of so many rows, with the number of threads that is best for about so many."""
+    def run(self, rows: int, step: Callable[[], Any]):
+        """Returns step() of so many rows, run with the number of threads that is best for about so many."""
         most = free_cores(self.most)
         if most == 1:
             _set(1)
-            return turn()
+            return step()
         key = most, rows.bit_length()
         if key not in self.plans:
             new = plan(most)
@@ -54,8 +55,9 @@ class Threads:
         numbers, number = self.plans[key]
         _set(number)
         start = time.perf_counter()
-        turn()
+        done = step()
         self.plans[key] = numbers, numbers.send(time.perf_counter() - start)
+        return done
 
     def use_all(self):
         """Sets as many threads as there are free cores: prompts have enough work for all."""

@@ -97,11 +97,11 @@ class DataConfig:
         if self.sp_model is not None and self.tokenizer != "sentencepiece":
             raise ValueError(f"sp_model needs tokenizer sentencepiece, not {self.tokenizer}: leave out one of the two")
         self._check_records()
-        if min(self.num_workers + 1, self.num_proc, self.shuffle_buffer) < 1:
+        if self.num_workers < 0 or self.num_proc < 1 or self.shuffle_buffer < 1:
             raise ValueError("num_workers must be 0 or more, num_proc and shuffle_buffer 1 or more: correct them")
-        needing = [name for name in ("document_mask", "streaming", "shift_windows") if getattr(self, name)]
-        if needing and not self.packing:
-            raise ValueError(f"{needing[0]} needs packing true: with packing false each row holds one document")
+        for name in ("document_mask", "streaming", "shift_windows"):
+            if getattr(self, name) and not self.packing:
+                raise ValueError(f"{name} needs packing true: with packing false each row holds one document")
         if self.shift_windows and (self.mixture or self.records or self.streaming or self.fim_rate or self.rag.paths):
             raise ValueError("shift_windows is for one text, not for records, streaming, fim_rate, rag: leave it out")
         if not 0 <= self.fim_rate <= 1:

@@ -85,9 +85,10 @@ def tokenizer(request, tmp_path_factory):
 
 @pytest.mark.parametrize("order", ["psm", "spm"])
 def test_the_parts_join_to_the_documents(tokenizer, order):
-    tokenizer = pickle.loads(pickle.dumps(tokenizer))  # it keeps the order
-    fim = FillInMiddle(tokenizer, 1.0, order)
-    assert FillInMiddle(tokenizer, 1.0).tokenizer.suffix_first == (order == "spm")
+    tokenizer = pickle.loads(pickle.dumps(tokenizer))
+    tokenizer.suffix_first = order == "spm"
+    fim = FillInMiddle(tokenizer, 1.0)
+    assert fim.tokenizer.suffix_first == (order == "spm")
     for seed in range(30):
         texts = TEXTS[seed : seed + 4]
         found = documents_of(fim(row_of(texts, tokenizer), (0, seed), 10_000), tokenizer)
@@ -110,9 +111,8 @@ def test_cuts_are_inside_tokens_and_their_tokens_are_those_of_the_part(tokenizer
 
 
 def test_the_middle_follows_the_prefix_if_the_suffix_comes_first():
-    sample = FillInMiddle(tokenizer := ByteLevelTokenizer({"fill_in_the_middle": True}), 1.0, "spm")(
-        row_of([TEXTS[0]]), (0, 1), 999
-    )
+    tokenizer = ByteLevelTokenizer({"fill_in_the_middle": True, "suffix_first": True})
+    sample = FillInMiddle(tokenizer, 1.0)(row_of([TEXTS[0]]), (0, 1), 999)
     ids = [*sample.input_ids.tolist(), int(sample.target_ids[-1])]
     at = ids.index(MIDDLE)
     after = tokenizer.decode(ids[at + 1 : -1])  # prefix and middle

@@ -8,8 +8,9 @@ import { inspect } from "./inspector.js";
 import { connectPair } from "./pair.js";
 import { PuzzlePage } from "./puzzle.js";
 import { buildSettings } from "./settings.js";
-import { changed, DEFAULTS, fromFragment, History, newBranch, replaced, toFragment } from "./state.js";
-import { without, writingOf } from "./state.js";
+import {
+  changed, DEFAULTS, fromFragment, History, newBranch, replaced, toFragment, without, writingOf,
+} from "./state.js";
 import { figuresOf, partingOf, TextView } from "./text_view.js";
 import { keptBefore, textOf } from "./tokens.js";
 import { noteOf, Writer } from "./writer.js";
