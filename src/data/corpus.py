@@ -12,6 +12,7 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
+from src.data.licences import packages_of_files
 from src.data.readers import READERS, SUFFIXES, SkipLog, suffix_of
 from src.errors import UserError, few
 from src.files.text import check_is_file, is_text
@@ -27,18 +28,18 @@ class NoDocument(UserError):
     """The error for files that contain no usable document."""
 
 
-def find_files(paths, suffixes=SUFFIXES):
+def find_files(paths, suffixes=SUFFIXES, held_out=()):
     """Returns the sorted data files in `paths` (files, globs, folders). A file that has several names is listed once.
 
-    Three words stand for the sources of this Python, unless there is a file of that name: stdlib and stdlib-valid for
-    the two parts of `stdlib_files`, and site-packages for `package_files`. Prints on stderr which other files of a
-    folder are skipped. Raises UserError if a path does not exist, cannot be searched, or yields no file with one of the
-    suffixes."""
-    found = {}
+    The words of SOURCES stand for the sources of this Python, unless there is a file of that name. held_out: files that
+    a word does not stand for, though they are among its sources. Prints on stderr which other files of a folder are
+    skipped. Raises UserError if a path does not exist, cannot be searched, or yields no file with one of the suffixes.
+    """
+    found, others = {}, set(map(same_file_key, held_out))
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.path.expanduser(os.fspath(path))
         if is_word(path):
-            files = [file for file in SOURCES[path]() if _has(file, suffixes)]
+            files = [f for f in files_of_word(path) if _has(f, suffixes) and same_file_key(f) not in others]
         elif os.path.isdir(path):
             files = _files_in(path, suffixes)
         elif glob.has_magic(path) and not os.path.lexists(path):
@@ -56,8 +57,17 @@ def find_files(paths, suffixes=SUFFIXES):
 
 
 def is_word(path: str) -> bool:
-    """Whether a path is a word of SOURCES, and not the name of a file."""
-    return path in SOURCES and not os.path.lexists(path)
+    """Whether a path is a word of SOURCES or one package, such as site-packages/numpy, and not the name of a file."""
+    is_package = path.startswith("site-packages/") and path.count("/") == 1
+    return (path in SOURCES or is_package) and not os.path.lexists(path)
+
+
+def files_of_word(word: str) -> list[str]:
+    """Returns the files that a word stands for, see `is_word`.  Raises UserError if there are none."""
+    if word in SOURCES:
+        return SOURCES[word]()
+    name = word.removeprefix("site-packages/")
+    return package_files([os.path.join(root, name) for root in _package_roots()])
 
 
 def suffixes_of(text_field):
@@ -126,17 +136,36 @@ def stdlib_files(min_bytes=_LEAST_BYTES, valid_share=20):
     return parts
 
 
-def package_files(roots=None):
+def _package_roots():
+    paths = sysconfig.get_paths()
+    return list(dict.fromkeys((paths["purelib"], paths["platlib"])))
+
+
+def package_files(roots=None, permissive=False):
     """Returns the .py files of the packages that are installed for the running interpreter.
 
     Tests, copies of other packages, and files that are tiny or not UTF-8 are left out. roots: folders to search; by
-    default, the site-packages of this interpreter."""
-    paths = sysconfig.get_paths()
-    roots = dict.fromkeys((paths["purelib"], paths["platlib"]) if roots is None else roots)
+    default, the site-packages of this interpreter. permissive: leave out packages whose licence is not known to be
+    permissive, see `licence_of`, and name them on stderr."""
+    roots = _package_roots() if roots is None else roots
     files = [path for root in roots if os.path.isdir(root) for path in _sources(root, _PACKAGE_SKIPS, _LEAST_BYTES)]
+    if permissive:
+        files = _permissive(files, roots)
     if not files:
         raise UserError(f"{', '.join(map(str, roots))} contains no sources of packages: give folders instead")
     return files
+
+
+def _permissive(files, roots):
+    """Returns the files that belong to a package with a permissive licence, and says on stderr what is left out."""
+    owners, left = packages_of_files(roots), {}
+    for path in files:
+        package = owners.get(os.path.realpath(path))
+        if not (package and package.is_permissive):
+            left[path] = f"{package.name} ({package.licence})" if package else f"{os.path.basename(path)} (no package)"
+    if left:
+        print(f"left out, licence not known to be permissive: {few(dict.fromkeys(left.values()))}", file=sys.stderr)
+    return [path for path in files if path not in left]
 
 
 def _sources(root, ignored, min_bytes):
@@ -153,6 +182,7 @@ SOURCES = {  # words that stand for files
     "stdlib": lambda: stdlib_files()[0],
     "stdlib-valid": lambda: stdlib_files()[1],
     "site-packages": package_files,
+    "permissive-packages": lambda: package_files(permissive=True),
 }
 
 

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from typing import NamedTuple
 
-from src.data.corpus import SOURCES, is_word, same_file_key, walk
+from src.data.corpus import files_of_word, is_word, same_file_key, walk
 from src.errors import UserError, few
 from src.files.text import decode, parse_python
 
@@ -39,14 +39,14 @@ class Chunk(NamedTuple):
 def source_files(paths, suffixes=()) -> list[tuple[str, str]]:
     """Returns sorted (path to show, path to open) of all files in files and folders.
 
-    stdlib, stdlib-valid and site-packages stand for the sources of this Python, as in train_paths. Hidden files and
+    Words such as stdlib and site-packages stand for the sources of this Python, as in train_paths. Hidden files and
     folders are left out. A folder that is reached through several links is entered once, so links that form a circle do
     no harm. Raises UserError if a path does not exist."""
     found = {}
     for path in paths:
         path = os.path.expanduser(os.fspath(path))
         if is_word(path):
-            inside = SOURCES[path]()
+            inside = files_of_word(path)
         elif not os.path.exists(path):
             raise UserError(f"{path}: there is nothing to retrieve from, no such file or folder: correct the path")
         else:
