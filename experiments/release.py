@@ -8,10 +8,15 @@ Writes the second folder as a checkpoint, and prints the size of each file. Then
 checkpoints on the first validation batches. If they differ by more than 0.001 nats per token, the exit code is 1. Of a
 puzzle model, it compares the share of the run's held-out puzzles that are solved. This may differ by 0.005, because
 many steps in sequence make rounding grow.
+
+Of a model that was trained on installed packages, LICENCES.md lists the packages with their licences, as they are
+installed now.
 """
 
 import json
 import math
+import os
+import platform
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src whe
 
 from src.checkpoint import load_model, load_network, resolve, save_checkpoint  # noqa: E402
 from src.config import parse_flags, run  # noqa: E402
+from src.data.corpus import find_files, is_word, package_roots  # noqa: E402
+from src.data.licences import packages_of_files  # noqa: E402
 from src.data.tokenizer_json import PUZZLE_FILE  # noqa: E402
 from src.dataset import DataConfig, create_dataloader, prepare_data  # noqa: E402
 from src.errors import UserError
@@ -77,6 +84,23 @@ def release(run_folder, output) -> Path:
     return source
 
 
+def write_licences(output: Path, settings: dict) -> None:
+    """Writes LICENCES.md if the run read installed packages.  settings: those of the run."""
+    paths, held_out = settings.get("train_paths") or [], settings.get("valid_paths") or []
+    if not (words := [path for path in paths if is_word(path)]):
+        return
+    owners = packages_of_files(package_roots())
+    files = find_files(words, (".py",), find_files(held_out) if held_out else ())
+    packages = {owners[path] for path in map(os.path.realpath, files) if path in owners}
+    if not packages:
+        return
+    rows = "".join(f"| {each.name} {each.version} | {each.licence} |\n" for each in sorted(packages))
+    if "stdlib" in words:
+        rows = f"| the standard library of Python {platform.python_version()} | PSF-2.0 |\n{rows}"
+    text = f"This model was trained on the sources of these packages:\n\n| package | licence |\n|---|---|\n{rows}"
+    (output / "LICENCES.md").write_text(text, encoding="utf-8")
+
+
 def losses(folders, args: ReleaseConfig) -> list[float]:
     """Returns the loss of each checkpoint in nats per token, on the same first validation batches."""
     found = []
@@ -105,13 +129,15 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     output = Path(args.folders[1])
     source = release(args.folders[0], output)
+    settings = read_yaml(source.parent / "config.yaml") if (source.parent / "config.yaml").exists() else {}
+    write_licences(output, settings)
     sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir())}
     for name, size in sizes.items():
         print(f"{name:20}{size:>12,} bytes")
     print(f"{'total':20}{sum(sizes.values()):>12,} bytes")
     is_puzzle = (output / PUZZLE_FILE).is_file()
     if is_puzzle:
-        before, after = shares_solved((source, output), read_yaml(source.parent / "config.yaml"))
+        before, after = shares_solved((source, output), settings)
     else:
         before, after = losses((source, output), args)
     most = LARGEST_CHANGE_SOLVED if is_puzzle else LARGEST_CHANGE

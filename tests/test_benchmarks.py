@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from texts import install
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))  # as when they are run as scripts
@@ -23,6 +24,7 @@ import common  # noqa: E402
 from experiments import classify, depth, release  # noqa: E402
 from src.checkpoint import load_model, save_checkpoint  # noqa: E402
 from src.config import build  # noqa: E402
+from src.data import corpus  # noqa: E402
 from src.errors import UserError  # noqa: E402
 from src.metrics import flops_per_token  # noqa: E402
 from src.model import TRMConfig, TRMModel  # noqa: E402
@@ -291,6 +293,20 @@ def test_release_keeps_the_averaged_weights_in_half_the_bytes(finished_run, tmp_
     assert f"{total:,} bytes" in capsys.readouterr().out
     monkeypatch.setattr(release, "LARGEST_CHANGE", 0.0)  # fp16 changes the loss slightly
     assert release.main([str(run), str(output), "--valid_paths", str(text)]) == 1
+
+
+def test_release_names_the_licences_of_the_packages_it_was_trained_on(tmp_path, monkeypatch):
+    install(tmp_path, one="License: MIT", two="License: MPL-2.0", zero="License: BSD")
+    for module in (corpus, release):
+        monkeypatch.setattr(module, "package_roots", lambda: [tmp_path])
+    found = tmp_path / "LICENCES.md"
+    release.write_licences(tmp_path, {"train_paths": ["stdlib"]})
+    release.write_licences(tmp_path, {"train_paths": [str(tmp_path / "one")]})
+    assert not found.exists()
+    settings = {"train_paths": ["stdlib", "permissive-packages"], "valid_paths": ["site-packages/zero"]}
+    release.write_licences(tmp_path, settings)
+    rows = [line for line in found.read_text().splitlines() if line.startswith("| ")]
+    assert rows[1].startswith("| the standard library of Python 3.") and rows[2:] == ["| one 1.5 | MIT |"]
 
 
 def test_release_of_a_puzzle_model_compares_the_puzzles_it_solves(tmp_path, capsys):

@@ -96,3 +96,14 @@ def saved(state):
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+def install(folder, **licences):
+    """Writes packages of one file, with the metadata that installers write.  licences: {name: line of METADATA}."""
+    for name, licence in licences.items():
+        (folder / name).mkdir()
+        (folder / name / "a.py").write_text("x = 1\n" * 40 + name)
+        info = folder / f"{name}-1.5.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: 1.5\n{licence}\n")
+        (info / "RECORD").write_text(f"{name}/a.py,,\n")

@@ -67,7 +67,7 @@ def files_of_word(word: str) -> list[str]:
     if word in SOURCES:
         return SOURCES[word]()
     name = word.removeprefix("site-packages/")
-    return package_files([os.path.join(root, name) for root in _package_roots()])
+    return package_files([os.path.join(root, name) for root in package_roots()])
 
 
 def suffixes_of(text_field):
@@ -136,7 +136,8 @@ def stdlib_files(min_bytes=_LEAST_BYTES, valid_share=20):
     return parts
 
 
-def _package_roots():
+def package_roots():
+    """Returns the folders of the packages that are installed for the running interpreter."""
     paths = sysconfig.get_paths()
     return list(dict.fromkeys((paths["purelib"], paths["platlib"])))
 
@@ -147,7 +148,7 @@ def package_files(roots=None, permissive=False):
     Tests, copies of other packages, and files that are tiny or not UTF-8 are left out. roots: folders to search; by
     default, the site-packages of this interpreter. permissive: leave out packages whose licence is not known to be
     permissive, see `licence_of`, and name them on stderr."""
-    roots = _package_roots() if roots is None else roots
+    roots = package_roots() if roots is None else roots
     files = [path for root in roots if os.path.isdir(root) for path in _sources(root, _PACKAGE_SKIPS, _LEAST_BYTES)]
     if permissive:
         files = _permissive(files, roots)

@@ -15,7 +15,7 @@ _CLASSIFIERS = {
     *("Public Domain", "Python Software Foundation License", "The Unlicense (Unlicense)", "zlib/libpng License"),
 }
 _WORDS = {"apache", "bsd", "isc", "mit", "psf"}
-_OTHER_WORDS = {"agpl", "cc", "cddl", "commercial", "epl", "eupl", "gnu", "gpl", "lgpl", "mozilla", "mpl", "proprietary"}
+_OTHER_WORDS = set("agpl cc cddl commercial epl eupl gnu gpl lgpl mozilla mpl proprietary".split())
 _LONGEST_NAME = 60  # characters; a longer field holds the text of a licence, not its name
 
 
@@ -47,7 +47,7 @@ def licence_of(metadata) -> tuple[str, bool]:
 
 
 def packages_of_files(roots) -> dict[str, Package]:
-    """Returns {real path of a .py file: the package that installed it}, for the packages that are installed in `roots`."""
+    """Returns {real path of a .py file: the package that installed it}, for the packages in the folders `roots`."""
     found = {}
     for each in importlib.metadata.distributions(path=list(map(str, roots))):
         package = Package(each.metadata["Name"], each.version, *licence_of(each.metadata))

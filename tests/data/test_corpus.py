@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from texts import BYTE, write
+from texts import BYTE, install, write
 
 from src.data import corpus, readers
 from src.data.corpus import find_files, fingerprint_files, package_files, read_documents, read_pieces, stdlib_files
@@ -70,16 +70,9 @@ def test_package_files(tmp_path):
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     """A folder of installed packages: one, two (under the MPL), three, and a module that no package installed."""
-    source = "x = 1\n" * 40
-    for name, licence in (("one", "License-Expression: MIT"), ("two", "License: MPL-2.0"), ("three", "License: BSD")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.py").write_text(source + name)
-        info = tmp_path / f"{name}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: 1.0\n{licence}\n")
-        (info / "RECORD").write_text(f"{name}/a.py,,\n")
-    (tmp_path / "own.py").write_text(source)
-    monkeypatch.setattr("src.data.corpus._package_roots", lambda: [tmp_path])
+    install(tmp_path, one="License-Expression: MIT", two="License: MPL-2.0", three="License: BSD")
+    (tmp_path / "own.py").write_text("x = 1\n" * 40)
+    monkeypatch.setattr("src.data.corpus.package_roots", lambda: [tmp_path])
     return tmp_path
 
 
