@@ -9,7 +9,8 @@
 
 Text is scored after each recursion step. Each document is scored separately, starting from BOS. Each of its tokens
 counts once. BOS and EOS, which mark the beginning and the end of a document, do not count. A document longer than the
-model's context is scored in overlapping windows, which advance by --stride tokens.
+model's context is scored in overlapping windows, which advance by --stride tokens. The perplexity per word counts the
+end of a line as a word, as published figures of WikiText-2 do.
 
 With --exact_match, the model answers the questions of records greedily at each recursion depth, and each answer is
 compared with that of the record as a string.
@@ -155,12 +156,18 @@ def measure_text(model, tokenizer, config, rule) -> dict:
     print(f"{n.tokens:,} tokens, {n.bytes:,} bytes, {n.chars:,} characters\n")
     names = ["step", "nats/token", "bits/byte", "bits/character", "perplexity", "accuracy"]
     formats = ("{:.4f}", "{:.4f}", "{:.4f}", "{:,.2f}", "{:.2%}")
-    rows = [
-        [str(i), *("-" if isnan(v) else f.format(v) for f, v in zip(formats, step))]
-        for i, step in enumerate(score.steps, 1)
-    ]
+    rows = []
+    for i, step in enumerate(score.steps, 1):
+        values = (step.loss, step.bits_per_byte, step.bits_per_char, step.perplexity, step.accuracy)
+        rows.append([str(i), *("-" if isnan(v) else f.format(v) for f, v in zip(formats, values))])
     print_table(names, rows)
-    print(f"\nmean recursion depth {score.depth:.2f} of {max_depth(model.config)} trained, ", end="")
+    print()
+    last = score.figures
+    if not isnan(last.nats_per_char):
+        # a text without spaces has words of any length
+        per_word = f", perplexity {last.word_perplexity:,.6g} per word or line end" if n.chars < 20 * n.words else ""
+        print(f"in the end {last.nats_per_char:.4f} nats/character{per_word}")
+    print(f"mean recursion depth {score.depth:.2f} of {max_depth(model.config)} trained, ", end="")
     print(f"{score.visits:.2f} visits per token, {score.saved:.1%} saved")
     steps = [step._asdict() for step in score.steps]
     depth = {"depth": score.depth, "visits": score.visits, "saved": score.saved}

@@ -359,9 +359,8 @@ def score(ladder: Ladder, rung: Rung, folder: Path, name: str) -> dict:
     words += ["--stride", length, "--batch_size", max(8, 4096 // length), "--device", config.device]
     arms.run_script("eval_lm.py", [folder / ("best" if name == "best" else "last"), *words], config.threads)
     figures = read_object(found)
-    if figures["bits_per_char"] is None:
+    if figures["nats_per_char"] is None:
         raise UserError("the tokenizer loses a part of the validation text: choose tokenizer byte, or another one")
-    figures["nats_per_char"] = figures["bits_per_char"] * math.log(2)
     return {key: figures[key] for key in ("nats_per_char", "bits_per_byte", "bytes", "chars")}
 
 

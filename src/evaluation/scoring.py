@@ -181,16 +181,19 @@ class Size:
     tokens: int = 0
     bytes: int = 0
     chars: int = 0
+    words: int = 0  # separated by white space; the end of a line is a word too, as in WikiText's published figures
     lost: int = 0  # bytes that the tokenizer cannot represent
 
 
 class Figures(NamedTuple):
-    """Figures over all targets. Those per byte and per character are NaN if the tokenizer loses part of the text."""
+    """Figures over all targets. Those per byte, character and word are NaN if the tokenizer loses part of the text."""
 
     loss: float  # nats per token
     bits_per_byte: float
     bits_per_char: float
+    nats_per_char: float
     perplexity: float  # per token
+    word_perplexity: float
     accuracy: float  # share of targets that the model ranks first
 
 
@@ -245,6 +248,7 @@ def _document(pieces, tokenizer, size, max_tokens):
 
     All ids are scored, except the first one of a document without BOS: there is no token to predict it from."""
     skips = not tokenizer.add_bos  # leave out the first id
+    last = " "  # character of the piece before
     for piece, is_last in pieces:
         ids = tokenizer.encode(piece)
         size.lost += tokenizer.lost_bytes(piece, ids)
@@ -253,7 +257,11 @@ def _document(pieces, tokenizer, size, max_tokens):
         data = piece.encode() if len(scored) == len(ids) else tokenizer.decode_bytes(scored)
         size.tokens += len(scored)
         size.bytes += len(data)
-        size.chars += len(data.decode(errors="replace"))  # an incomplete character at the cut counts as one
+        text = data.decode(errors="replace")
+        size.chars += len(text)  # an incomplete character at the cut counts as one
+        is_one_word = not (text[:1] or " ").isspace() and not last.isspace()  # of the end of a piece and the next start
+        size.words += len(text.split()) + text.count("\n") - is_one_word
+        last = text[-1:] or last
         yield kept
         if is_last or size.tokens == max_tokens:
             return
@@ -282,7 +290,8 @@ def score_windows(model, samples, size, batch_size, rule, per_step, bar) -> Scor
 
 def _figures(logprob, likeliest, size) -> Figures:
     loss = -logprob / size.tokens
-    bytes, chars = (nan, nan) if size.lost else (size.bytes, size.chars)
-    perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()  # gives inf; math.exp would raise OverflowError
+    bytes, chars, words = (nan, nan, nan) if size.lost else (size.bytes, size.chars, max(1, size.words))
     per_byte, per_char = (bits_per_byte(loss, number / size.tokens) for number in (bytes, chars))
-    return Figures(loss, per_byte, per_char, perplexity, likeliest / size.tokens)
+    # of a tensor, because math.exp raises OverflowError where this gives inf
+    perplexity, per_word = torch.tensor([loss, -logprob / words], dtype=torch.float64).exp().tolist()
+    return Figures(loss, per_byte, per_char, -logprob / chars, perplexity, per_word, likeliest / size.tokens)

@@ -56,6 +56,10 @@ def test_tables_and_json(home, model, capsys):
     assert [row[:3] for row in rows_of(table)] == [
         [str(step), f"{f.loss:.4f}", f"{f.bits_per_byte:.4f}"] for step, f in enumerate(expected.steps, 1)
     ]
+    last = expected.figures
+    line, depth = depth.split("\n", 1)
+    per_word = f"perplexity {last.word_perplexity:,.6g} per word or line end"
+    assert line == f"in the end {last.nats_per_char:.4f} nats/character, {per_word}"
     assert depth == "mean recursion depth 3.00 of 3 trained, 12.00 visits per token, 0.0% saved\n"
     found = json.loads((home / "found.json").read_text())
     assert found["loss"] == pytest.approx(expected.figures.loss, rel=1e-6)

@@ -59,11 +59,19 @@ def test_strided_score_is_that_of_a_slow_loop(model, stride):
     expected = slow_logprob(model, map(of_bytes, TEXTS), window_start(stride))
     n, chars = sum(len(text.encode()) for text in TEXTS), sum(map(len, TEXTS))
     score = score_corpus(model, BYTE, TEXTS, stride=stride, batch_size=3)
-    assert score.size == Size(documents=4, tokens=n, bytes=n, chars=chars)
+    assert score.size == Size(documents=4, tokens=n, bytes=n, chars=chars, words=9 + 1 + 4 + 2 + 1)
     assert score.figures.loss == pytest.approx(-expected / n, rel=1e-5)
     assert score.figures.bits_per_byte == pytest.approx(-expected / math.log(2) / n, rel=1e-5)
     assert score.figures.bits_per_char == pytest.approx(-expected / math.log(2) / chars, rel=1e-5)
+    assert score.figures.nats_per_char == pytest.approx(-expected / chars, rel=1e-5)
     assert score.figures.perplexity == pytest.approx(math.exp(-expected / n), rel=1e-4)
+    assert score.figures.word_perplexity == pytest.approx(math.exp(-expected / 17), rel=1e-4)
+
+
+def test_words_and_ends_of_lines_are_counted_across_the_pieces_of_a_document(model):
+    pieces = [("two wo", False), ("rds\n", False), ("", False), (" and three", False), (" more", True), ("one", True)]
+    assert score_corpus(model, BYTE, pieces).size.words == 2 + 1 + 3 + 1
+    assert score_corpus(model, BYTE, pieces, max_tokens=8).size.words == 2  # "two word"
 
 
 @pytest.mark.parametrize("family", ["none", "loop", "trm"])
@@ -91,9 +99,9 @@ def test_bits_per_character_of_japanese_are_three_times_those_per_byte(model):
 
 
 def test_tokens_and_documents_are_bounded(model):
-    assert score_corpus(model, BYTE, TEXTS, max_docs=2).size == Size(2, 45, 45, 45)
-    assert score_corpus(model, BYTE, TEXTS, max_tokens=45).size == Size(2, 45, 45, 45)
-    assert score_corpus(model, BYTE, TEXTS[3:], max_tokens=7).size == Size(1, 7, 7, 3)  # the third character is cut
+    assert score_corpus(model, BYTE, TEXTS, max_docs=2).size == Size(2, 45, 45, 45, 10)
+    assert score_corpus(model, BYTE, TEXTS, max_tokens=45).size == Size(2, 45, 45, 45, 10)
+    assert score_corpus(model, BYTE, TEXTS[3:], max_tokens=7).size == Size(1, 7, 7, 3, 1)  # the third character is cut
     cut, whole = score_corpus(model, BYTE, TEXTS[:1], max_tokens=9), score_corpus(model, BYTE, [TEXTS[0][:9]])
     assert cut == whole
 
