@@ -57,6 +57,7 @@ class TrainBench:
         d_model: width of the model
         n_heads: number of attention heads
         vocab_size: number of tokens in the vocabulary
+        dropout: probability of dropout; it adds no FLOPs, so its cost shows in the ratios
         matmul_size: n of the n x n x n matrix products
         compile: use torch.compile; if not given, decided as in training
         profile: instead of measuring speed, profile one step on the CPU and group its time by kind of operation
@@ -71,6 +72,7 @@ class TrainBench:
     d_model: int = 384
     n_heads: int = 6
     vocab_size: int = 65
+    dropout: float = 0.0
     matmul_size: int = 2048
     compile: bool | None = None
     profile: bool = False
@@ -92,7 +94,7 @@ def parse_args(argv=None) -> tuple[TrainBench, RuntimeConfig]:
 
 
 def model_config(args: TrainBench, family: str) -> TRMConfig:
-    sizes = {"vocab_size": args.vocab_size, "d_model": args.d_model, "n_heads": args.n_heads}
+    sizes = {"vocab_size": args.vocab_size, "d_model": args.d_model, "n_heads": args.n_heads, "dropout": args.dropout}
     return build(TRMConfig, {**sizes, "max_seq_len": args.seq_len, **FAMILIES[family]})
 
 

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from src.dropout import dropout
+
 MOST_SCORES = 2**27  # B * H * T * T, the largest number of scores held at once in the backward pass
-SHORT = (
-    128  # up to this T (a 9 x 9 board has 81), batched products without a causal mask are faster than the flash kernel
-)
+SHORT = 128  # T up to which batched products without a causal mask are faster than the flash kernel; a board has 81
 
 
 class _CausalCPU(torch.autograd.Function):
@@ -40,18 +40,21 @@ class _CausalCPU(torch.autograd.Function):
         return tuple(t.view(B, H, T, E) for t in (grad_q, grad_k, grad_v))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, p: float) -> Tensor:
     """softmax(q k^T / sqrt(E)) v.  q (B, H, T, E); k, v (B, K, S, E) with H a multiple of K -> (B, H, T, E).
 
-    mask: True where a query may attend.  is_causal: without a mask, each query attends to its own and earlier keys."""
-    is_plain = mask is None and not dropout and q.dtype == k.dtype == torch.bfloat16 and q.device.type == "cpu"
+    mask: True where a query may attend.  is_causal: without a mask, each query attends to its own and earlier keys.
+    p: probability of dropout."""
+    is_plain = mask is None and not p and q.dtype == k.dtype == torch.bfloat16 and q.device.type == "cpu"
+    if p and q.device.type == "cpu":
+        return _with_dropout(q, k, v, mask, is_causal, p)
     if is_plain and is_causal and _is_slow_in_torch(q, k):
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
         return _CausalCPU.apply(q, k, v)
     if is_plain and not is_causal and _is_short(q, k):
         return _by_products(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _by_products(q, k, v):
@@ -60,6 +63,22 @@ def _by_products(q, k, v):
     q, k, v = (t.reshape(B * H, -1, E) for t in (q, k, v))
     scores = torch.bmm(q.float(), k.float().transpose(1, 2)) * E**-0.5  # fp32: exp would amplify rounding
     return torch.bmm(scores.softmax(-1).to(v.dtype), v).view(B, H, T, E)
+
+
+def _with_dropout(q, k, v, mask, is_causal, p):
+    """Attention with dropout of its weights, on a CPU.  Keeps all scores.
+
+    If the caller is compiled, the work between the two products is fused."""
+    (T, E), S, groups = q.shape[-2:], k.shape[2], q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
+    if mask is None and is_causal:
+        mask = torch.ones(T, S, dtype=torch.bool).tril()
+    with torch.autocast("cpu", enabled=False):  # scores in fp32: exp would amplify rounding
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * E**-0.5
+        # not -inf, which would make the row of a query that sees no key NaN
+        seen = scores if mask is None else scores.masked_fill(~mask, torch.finfo(wide).min)
+        return dropout(seen.softmax(-1), scores, p).to(v.dtype) @ v
 
 
 def _is_short(q, k) -> bool:

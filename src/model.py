@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src.cache import KVCache
 from src.decode import OneTokenContext, decode_one_token, one_token_context
+from src.dropout import Dropout
 from src.exits import Leaving, max_depth, stops, visits_per_recursion_step
 from src.layers import (
     Attention,
@@ -384,7 +385,7 @@ class TinyBlock(nn.Module):
         self.attn_out_norm = norm_of(c) if sandwich else nn.Identity()
         self.mlp_out_norm = norm_of(c) if sandwich else nn.Identity()
         self.post = c.norm == "post"
-        self.drop = nn.Dropout(c.dropout)
+        self.drop = Dropout(c.dropout)
 
     def forward(self, h: Float[Tensor, "b t d"], ctx: Context, slot: int) -> Float[Tensor, "b t d"]:
         if self.post:
