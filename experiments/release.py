@@ -90,7 +90,7 @@ def write_licences(output: Path, settings: dict) -> None:
     if not (words := [path for path in paths if is_word(path)]):
         return
     owners = packages_of_files(package_roots())
-    files = find_files(words, (".py",), find_files(held_out) if held_out else ())
+    files = find_files(words, (".py",), lambda: find_files(held_out))
     packages = {owners[path] for path in map(os.path.realpath, files) if path in owners}
     if not packages:
         return

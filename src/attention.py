@@ -49,9 +49,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
     if p and q.device.type == "cpu":
         return _with_dropout(q, k, v, mask, is_causal, p)
     if is_plain and is_causal and _is_slow_in_torch(q, k):
-        groups = q.shape[1] // k.shape[1]
-        k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
-        return _CausalCPU.apply(q, k, v)
+        return _CausalCPU.apply(q, *_for_all_heads(q, k, v))
     if is_plain and not is_causal and _is_short(q, k):
         return _by_products(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, enable_gqa=q.shape[1] != k.shape[1])
@@ -65,12 +63,18 @@ def _by_products(q, k, v):
     return torch.bmm(scores.softmax(-1).to(v.dtype), v).view(B, H, T, E)
 
 
+def _for_all_heads(q, k, v) -> list[Tensor]:
+    """Repeats keys and values (B, K, S, E) that several query heads share -> (B, H, S, E)."""
+    groups = q.shape[1] // k.shape[1]
+    return [t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v)]
+
+
 def _with_dropout(q, k, v, mask, is_causal, p):
     """Attention with dropout of its weights, on a CPU.  Keeps all scores.
 
     If the caller is compiled, the work between the two products is fused."""
-    (T, E), S, groups = q.shape[-2:], k.shape[2], q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
+    (T, E), S = q.shape[-2:], k.shape[2]
+    k, v = _for_all_heads(q, k, v)
     if mask is None and is_causal:
         mask = torch.ones(T, S, dtype=torch.bool).tril()
     with torch.autocast("cpu", enabled=False):  # scores in fp32: exp would amplify rounding

@@ -312,19 +312,25 @@ def first_records(data, vocab_size, seq_len, files, n):
 def find_text(data):
     """Returns (training files as one list per corpus, validation files) for a DataConfig."""
     suffixes = RECORD_SUFFIXES if data.records else SUFFIXES
-    valid_files = find_files(data.valid_paths, suffixes) if data.valid_paths else []
+
+    @functools.cache
+    def find_valid():
+        return find_files(data.valid_paths, suffixes)
+
+    own = []
     if not data.train_paths:
         train_files, own = stdlib_files()
         print(f"no train_paths: using the Python standard library, {len(train_files)} files", file=sys.stderr)
-        corpora, valid_files = [train_files], valid_files or own
+        corpora = [train_files]
     elif data.mixture:
-        suffixes = tuple(dict.fromkeys(SUFFIXES + suffixes))
-        corpora = [find_files(path, suffixes, valid_files) for path in data.train_paths]
+        either = tuple(dict.fromkeys(SUFFIXES + suffixes))
+        corpora = [find_files(path, either, find_valid) for path in data.train_paths]
     else:
-        corpora = [find_files(data.train_paths, suffixes, valid_files)]
-    if data.valid_paths:
-        _warn_of_training_text(valid_files, sorted(set(itertools.chain(*corpora))))
-    return corpora, valid_files
+        corpora = [find_files(data.train_paths, suffixes, find_valid)]
+    if not data.valid_paths:
+        return corpora, own
+    _warn_of_training_text(find_valid(), sorted(set(itertools.chain(*corpora))))
+    return corpora, find_valid()
 
 
 def _warn_of_training_text(valid_files, train_files):

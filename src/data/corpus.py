@@ -28,17 +28,18 @@ class NoDocument(UserError):
     """The error for files that contain no usable document."""
 
 
-def find_files(paths, suffixes=SUFFIXES, held_out=()):
+def find_files(paths, suffixes=SUFFIXES, held_out=tuple):
     """Returns the sorted data files in `paths` (files, globs, folders). A file that has several names is listed once.
 
-    The words of SOURCES stand for the sources of this Python, unless there is a file of that name. held_out: files that
-    a word does not stand for, though they are among its sources. Prints on stderr which other files of a folder are
-    skipped. Raises UserError if a path does not exist, cannot be searched, or yields no file with one of the suffixes.
-    """
-    found, others = {}, set(map(same_file_key, held_out))
+    The words of SOURCES stand for the sources of this Python, unless there is a file of that name. held_out: called if
+    there is a word; returns files that a word does not stand for, though they are among its sources. Prints on stderr
+    which other files of a folder are skipped. Raises UserError if a path does not exist, cannot be searched, or yields
+    no file with one of the suffixes."""
+    found = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.path.expanduser(os.fspath(path))
         if is_word(path):
+            others = set(map(same_file_key, held_out()))
             files = [f for f in files_of_word(path) if _has(f, suffixes) and same_file_key(f) not in others]
         elif os.path.isdir(path):
             files = _files_in(path, suffixes)

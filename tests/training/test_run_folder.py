@@ -98,7 +98,7 @@ class TestMoved:
         monkeypatch.chdir(tmp_path)
         folder = make("here", train_paths=["text/a.jsonl"], valid_paths=["text/b.jsonl"]).folder
         monkeypatch.chdir(tmp_path / "text")
-        with pytest.raises(UserError, match=rf"text/b.jsonl does not exist in {tmp_path}/text$"):
+        with pytest.raises(UserError, match=rf"text/a.jsonl does not exist in {tmp_path}/text$"):
             train_trm_lm.main(["--config", str(folder / "config.yaml"), "--resume"])
 
     def test_a_flag_wins_and_a_new_run_takes_the_settings_alone(self, moved, tmp_path):

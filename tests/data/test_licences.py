@@ -1,0 +1,63 @@
+"""Words that stand for installed packages, and the licences of packages."""
+
+import email.message
+import os
+
+import pytest
+from texts import install
+
+from src.data.corpus import find_files
+from src.data.licences import licence_of
+from src.dataset import DataConfig, prepare_data
+from src.errors import UserError
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A folder of installed packages: one, two (under the MPL), three, and a module that no package installed."""
+    install(tmp_path, one="License-Expression: MIT", two="License: MPL-2.0", three="License: BSD")
+    (tmp_path / "own.py").write_text("x = 1\n" * 40)
+    monkeypatch.setattr("src.data.corpus.package_roots", lambda: [tmp_path])
+    return tmp_path
+
+
+def test_words_for_packages(packages, monkeypatch, capsys):
+    names = lambda *args: [os.path.relpath(p, packages) for p in find_files(*args)]  # noqa: E731
+    assert names("site-packages") == ["one/a.py", "own.py", "three/a.py", "two/a.py"]
+    assert names(["site-packages/two"]) == ["two/a.py"] and capsys.readouterr().err == ""
+    assert names("permissive-packages") == ["one/a.py", "three/a.py"]
+    assert "not known to be permissive: own.py (no package), two (MPL-2.0)\n" in capsys.readouterr().err
+    held_out = find_files("site-packages/one")
+    assert names("permissive-packages", (".py",), lambda: held_out) == ["three/a.py"]
+    assert names(held_out, (".py",), lambda: held_out) == ["one/a.py"]  # a file that is named is there
+    for word in ("site-packages/four", "site-packages/one/a"):
+        with pytest.raises(UserError, match=word.split("/")[1]):
+            find_files(word)
+    config = DataConfig(["permissive-packages"], ["site-packages/one"], tokenizer="byte", cache_dir=str(packages / "c"))
+    _, train, valid = prepare_data(config, None, 16)
+    assert b"three" in bytes(train.store[:].tolist()[:-1]) and b"one" not in bytes(train.store[:].tolist()[:-1])
+    assert bytes(valid.store[:].tolist()[:-1]).endswith(b"one")
+
+
+@pytest.mark.parametrize(
+    "fields, licence, is_permissive",
+    [
+        ({"License-Expression": "MIT"}, "MIT", True),
+        ({"License-Expression": "mit AND (Apache-2.0 WITH LLVM-exception)"}, None, True),
+        ({"License-Expression": "MIT OR GPL-3.0-only", "License": "MIT"}, None, False),
+        ({"Classifier": "License :: OSI Approved :: BSD License", "License": "any text"}, "BSD License", True),
+        ({"Classifier": "License :: OSI Approved :: Mozilla Public License 2.0 (MPL 2.0)"}, None, False),
+        ({"Classifier": "License :: OSI Approved", "License": "MIT"}, "OSI Approved", False),
+        ({"Classifier": "Typing :: Typed", "License": "3-Clause BSD License"}, "3-Clause BSD License", True),
+        ({"License": "Apache 2.0 and LGPL"}, None, False),
+        ({"License": "Permission is hereby granted, as by MIT, " * 9}, "unknown", False),
+        ({"License": "See LICENSE"}, "See LICENSE", False),
+        ({}, "unknown", False),
+    ],
+)
+def test_licence_of_a_package(fields, licence, is_permissive):
+    metadata = email.message.Message()
+    for name, value in fields.items():
+        metadata[name] = value
+    found = licence_of(metadata)
+    assert found[1] is is_permissive and licence in (None, found[0])
