@@ -149,7 +149,6 @@ class Engine:
         self._end_late()
         self._drop_cancelled()
         self._take_in()
-        self.n_rows = sum(1 for _ in self._running())
         self._encode()
         for rule, batch in list(self.batches.items()):
             if batch.rows:
@@ -208,12 +207,13 @@ class Engine:
 
     def _take_in(self):
         """Makes Starts of waiting texts while there are free rows. Short prompts with equal rules share one."""
-        texts, free = list(self.again), self.limits.rows - sum(1 for _ in self._running())
+        texts, rows = list(self.again), sum(1 for _ in self._running())
         self.again.clear()
         with self._changed:
-            while self.waiting and free > 0:
+            while self.waiting and rows < self.limits.rows:
                 texts.append(self.waiting.popleft())
-                free -= 1
+                rows += 1
+            self.n_rows = rows  # at once: `submit` may come before the texts are in a Start
         alike: dict[ExitRule, list[Text]] = {}
         for text in texts:
             group = alike.setdefault(text.rule, [])

@@ -15,6 +15,7 @@ from src.page import schemas
 from src.page.app import create_app
 from src.page.config import ServeConfig
 from src.page.engine import Text
+from src.page.errors import Busy
 from src.page.schemas import validate
 from src.page.service import Service
 from src.page.writing import Writer
@@ -338,6 +339,23 @@ def test_a_full_queue_answers_429():
         )
         service.engine.cancel(texts)
         assert complete(client, prompt="a")["choices"]
+
+
+def test_a_text_that_leaves_the_queue_frees_no_place_before_it_has_a_row(monkeypatch):
+    engine = new_service(max_rows=1, max_queue=1).engine
+    begin, groups = engine._begin, []
+
+    def begin_late(group):
+        with pytest.raises(Busy):
+            engine.submit([long_text()])
+        groups.append(len(group))
+        begin(group)
+
+    monkeypatch.setattr(engine, "_begin", begin_late)
+    monkeypatch.setattr(engine, "post", lambda pieces: None)
+    engine.submit([long_text(), long_text()])
+    engine.turn()
+    assert groups == [1] and engine.n_rows == 1 and len(engine.waiting) == 1
 
 
 async def call(app, body, until):
