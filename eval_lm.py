@@ -52,9 +52,9 @@ class EvalConfig:
         stride: tokens by which the windows over a long document advance; half the context if not given
         batch_size: windows scored at once, or questions answered at once; default 8, and 256 for --exact_match
         json: also write the figures to this JSON file
-        depth_curve: .png file to draw, with bits per byte against the mean visits per token for each exit rule; the
-            numbers are written to a .json beside it. The largest depth is that of training, or --max_recursion_depth if
-            that is larger
+        depth_curve: .png file to draw, with bits per byte against FLOPs per token: fixed depths, each exit rule, exits
+            calibrated on the other half of the text, and an oracle that knows every loss. The numbers are written to a
+            .json beside it. The largest depth is that of training, or --max_recursion_depth if that is larger
         lm_eval: run these tasks of the lm-evaluation-harness (names or YAML files) instead of scoring text
         include_path: folder with additional tasks for --lm_eval
         num_fewshot: solved examples shown before each question of --lm_eval; if not given, as many as the task defines
@@ -178,10 +178,11 @@ def print_points(points, full):
     """Print a row per point of a depth curve; `full` is the point whose bits per byte the others are compared with."""
     rows = [
         [p.exit, f"{p.setting:g}", f"{p.depth:.2f}", f"{p.visits:.2f}", f"{p.saved:.1%}", f"{p.bits_per_byte:.4f}"]
-        + [f"{p.bits_per_byte / full.bits_per_byte - 1:+.2%}"]
+        + [f"{p.bits_per_byte / full.bits_per_byte - 1:+.2%}", f"{p.random:.4f}", f"{p.gain:+.4f} ± {p.gain_error:.4f}"]
         for p in points
     ]
-    print_table(["exit", "setting", "depth", "visits/token", "saved", "bits/byte", "change"], rows)
+    names = ["exit", "setting", "depth", "visits/token", "FLOPs saved", "bits/byte", "change", "by chance", "gain"]
+    print_table(names, rows)
 
 
 def draw_curve(model, tokenizer, config, rule) -> dict:
@@ -193,7 +194,9 @@ def draw_curve(model, tokenizer, config, rule) -> dict:
         points = depth_curve(model, tokenizer, pieces, rule.max_recursion_depth, **options, **bounds, bar=bar)
     best, full = cheapest_points(points, trained), full_point(points, trained)
     print_points(points, full)
-    print("\nfewest visits within 1 % of the bits per byte at the trained depth:\n")
+    print("\nby chance: if as many tokens, chosen at random, stopped after each step")
+    print("gain: bits per byte below fixed depths of equal FLOPs, ± standard error over windows of text")
+    print("\nfewest FLOPs within 1 % of the bits per byte at the trained depth:\n")
     print_points(best.values(), full)
     shallow = min((p for p in points if p.exit == "fixed" and p.setting <= trained), key=lambda p: p.bits_per_byte)
     if shallow is not full:  # stopping early then helps only because fewer steps are better

@@ -97,36 +97,66 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
     The prefix tokens of a puzzle are computed too; their cost is added to that of the other tokens.
     Decoding: the forward pass of one new token with a cache of `context` tokens, with every visit, and the coda and
     head once. For a model that is not causal: the forward pass over `context` tokens, divided by their number."""
-    context = context or config.max_seq_len
-    steps, D = config.train_steps, config.d_model
+    steps, costs = config.train_steps, _costs(config, context or config.max_seq_len)
+    prelude, coda = config.prelude_layers, config.coda_layers
+    cycles = 1 if config.recursion == "none" else config.deep_steps
+    grad_cycles = cycles if config.recursion == "none" else config.grad_deep_steps
+    is_loop = config.recursion == "loop"
+    has_loss = [w > 0 for w in loss_weights(config, config.deep_steps)] if is_loop else [True] * steps
+    readouts, readout = sum(has_loss), coda * costs.block + costs.head + costs.halt
+    entries = 1 if config.full_bptt else steps  # times that the prelude runs
+    # act_target stable reads out the answer of the step before a second time, without gradient
+    second_looks = sum(has_loss[1:]) if config.halting and config.act_target == "stable" else 0
+    with_grad = entries * prelude * costs.block + steps * grad_cycles * costs.cycle + readouts * readout
+    without = steps * (cycles - grad_cycles) * costs.cycle + second_looks * readout
+    layers_with = entries * prelude + steps * grad_cycles * costs.layers + readouts * coda
+    layers_without = steps * (cycles - grad_cycles) * costs.layers + second_looks * coda
+    decode_matmul, decode_attention = _decode_macs(config, costs, config.recursion_steps, 1, 1)
+    return Flops(
+        train_matmul=round(6 * with_grad + 2 * without),
+        train_attention=round((6 * layers_with + 2 * layers_without) * costs.attention),
+        decode_matmul=round(2 * decode_matmul),
+        decode_attention=round(2 * decode_attention),
+    )
+
+
+def decode_flops(config: TRMConfig, depth: float, answers: float = 1, heads: float = 1, context: int | None = None):
+    """Returns the FLOPs per token of decoding with `depth` recursion steps; all numbers may be means over tokens.
+
+    answers: how many answers of a token pass the coda and the halting head. heads: how many pass the head. Rules that
+    look at each answer before they go on need as many as there are steps. Otherwise as in `flops_per_token`."""
+    costs = _costs(config, context or config.max_seq_len)
+    return 2 * sum(_decode_macs(config, costs, depth, answers, heads))
+
+
+class _Costs(NamedTuple):
+    """Multiply-adds per token.  cycle: products with weights in a deep step, which has `layers` layers."""
+
+    block: float
+    attention: float  # of one layer: scores and values
+    cycle: float
+    layers: int
+    head: int
+    halt: float
+
+
+def _costs(config: TRMConfig, context: int) -> _Costs:
     block, attention, extras = (
         macs if not config.prefix_tokens else macs * (context + config.prefix_tokens) / context  # tokens share its work
         for macs in (*_block_macs(config, context + config.prefix_tokens), _cycle_extras(config))
     )
-    prelude, coda = config.prelude_layers, config.coda_layers
-    readout = coda * block + D * config.vocab_size
-    halt = (D if config.causal else D / context) if config.halting else 0
     cycles = 1 if config.recursion == "none" else config.deep_steps
-    grad_cycles = cycles if config.recursion == "none" else config.grad_deep_steps
-    layers_per_cycle = config.visits_per_step // cycles * config.n_layers
-    cycle = layers_per_cycle * block + extras
-    is_loop = config.recursion == "loop"
-    has_loss = [w > 0 for w in loss_weights(config, config.deep_steps)] if is_loop else [True] * steps
-    readouts = sum(has_loss)
-    entries = 1 if config.full_bptt else steps  # times that the prelude runs
-    # act_target stable reads out the answer of the step before a second time, without gradient
-    second_looks = sum(has_loss[1:]) if config.halting and config.act_target == "stable" else 0
-    with_grad = entries * prelude * block + steps * grad_cycles * cycle + readouts * (readout + halt)
-    without = steps * (cycles - grad_cycles) * cycle + second_looks * (readout + halt)
-    layers_with = entries * prelude + steps * grad_cycles * layers_per_cycle + readouts * coda
-    layers_without = steps * (cycles - grad_cycles) * layers_per_cycle + second_looks * coda
-    layers = prelude + steps * cycles * layers_per_cycle + coda
-    return Flops(
-        train_matmul=round(6 * with_grad + 2 * without),
-        train_attention=round((6 * layers_with + 2 * layers_without) * attention),
-        decode_matmul=round(2 * (prelude * block + steps * cycles * cycle + readout + halt)),
-        decode_attention=round(2 * layers * attention),
-    )
+    layers = config.visits_per_step // cycles * config.n_layers
+    halt = (config.d_model if config.causal else config.d_model / context) if config.halting else 0
+    return _Costs(block, attention, layers * block + extras, layers, config.d_model * config.vocab_size, halt)
+
+
+def _decode_macs(config, costs: _Costs, depth, answers, heads) -> tuple[float, float]:
+    """Returns the multiply-adds per token of decoding: (products with weights, attention scores and values)."""
+    cycles = depth * (config.deep_steps if config.recursion == "trm" else 1)  # a step of the loop is one visit
+    ends = config.prelude_layers + answers * config.coda_layers
+    matmul = ends * costs.block + cycles * costs.cycle + answers * costs.halt + heads * costs.head
+    return matmul, (ends + cycles * costs.layers) * costs.attention
 
 
 def _block_macs(c: TRMConfig, context: int) -> tuple[int, int]:

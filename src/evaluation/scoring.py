@@ -25,6 +25,7 @@ from tqdm import tqdm
 from src.data.readers import cut
 from src.data.samples import Sample, collate_batch
 from src.errors import UserError
+from src.evaluation.exit_controls import exit_features
 from src.exits import ExitRule, max_depth, visits_per_recursion_step
 from src.losses import IGNORE, bits_per_byte
 from src.tokenizer import warn_of_loss
@@ -40,6 +41,7 @@ class TokenScores(NamedTuple):
     logprobs: Float[Tensor, "s *n"]  # nats
     is_likeliest: Bool[Tensor, "s *n"]
     depth: Int[Tensor, "*n"]  # recursion steps that the model took to predict it
+    features: Float[Tensor, "f s *n"]  # of `exit_controls.exit_features`, for calibrated exits; F = 0 if not asked for
 
 
 @torch.inference_mode()
@@ -50,16 +52,22 @@ def score_tokens(
     attention_mask: Int[Tensor, "b t"] | None = None,
     rule: ExitRule | None = None,
     per_step: bool = False,
+    features: bool = False,
 ) -> TokenScores:
     """Returns the scores (S, B, T) of target_ids, where target_ids[t] follows input_ids[t] and -100 means no target.
 
     attention_mask: 0 = padding; None = no padding.
     rule: when a token stops recursing; default: the trained depth.
-    per_step: score the prediction after each recursion step; otherwise only after each token's last step."""
+    per_step: score the prediction after each recursion step; otherwise only after each token's last step.
+    features: also return what a calibrated exit rule sees; needs per_step."""
     output = model(input_ids, attention_mask=attention_mask, exit=rule or ExitRule(), return_steps=per_step)
     steps = output.logits if per_step else output.logits[None]
     logprobs = torch.stack([_logprobs(logits, target_ids) for logits in steps])
-    return TokenScores(logprobs, steps.argmax(-1) == target_ids, output.carry.steps)
+    seen = logprobs.new_empty(0, *logprobs.shape)
+    if features:
+        halts = [None] * len(steps) if output.halt_logits is None else output.halt_logits
+        seen = torch.stack([exit_features(*each) for each in zip(steps, [None, *steps[:-1]], halts)], dim=1)
+    return TokenScores(logprobs, steps.argmax(-1) == target_ids, output.carry.steps, seen)
 
 
 def _logprobs(logits, targets):
@@ -68,7 +76,12 @@ def _logprobs(logits, targets):
 
 
 def score_samples(
-    model, samples: Iterable[Sample], batch_size: int = 8, rule: ExitRule | None = None, per_step: bool = False
+    model,
+    samples: Iterable[Sample],
+    batch_size: int = 8,
+    rule: ExitRule | None = None,
+    per_step: bool = False,
+    features: bool = False,
 ) -> Iterator[tuple[int, TokenScores]]:
     """Yields (number of the sample, TokenScores (S, N) of its N targets) for each sample, grouped by similar length.
 
@@ -81,7 +94,8 @@ def score_samples(
             for start in range(0, len(chunk), batch_size):
                 numbers, rows = zip(*chunk[start : start + batch_size])
                 batch = {name: t.to(device) for name, t in collate_batch(rows).items()}
-                scores = [part.cpu() for part in score_tokens(model, **batch, rule=rule, per_step=per_step)]
+                found = score_tokens(model, **batch, rule=rule, per_step=per_step, features=features)
+                scores = [part.cpu() for part in found]
                 is_target = batch["target_ids"].cpu() != IGNORE
                 for row, number in enumerate(numbers):
                     yield number, TokenScores(*(part[..., row, :][..., is_target[row]] for part in scores))

@@ -103,10 +103,10 @@ def test_depth_curve(home, model, capsys):
     start(home, "--depth_curve", home / "curve.png", "--max_docs", 1, "--max_tokens", 12, "--max_recursion_depth", 4)
     assert (home / "curve.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((home / "curve.json").read_text())
-    everything, _, cheapest, *note = capsys.readouterr().out.split("\n\n")
+    everything, _, _, cheapest, *note = capsys.readouterr().out.split("\n\n")
     rows = rows_of(everything)
     assert len(rows) == len(found["points"]) and [row[0] for row in rows[:4]] == ["fixed"] * 4
-    assert {row[0] for row in rows} == {"fixed", "halt", "kl"}
+    assert {row[0] for row in rows} == {"fixed", "halt", "kl", "oracle"}
     fixed = score_corpus(model, BYTE, [TEXTS[0][:12]], rule=ExitRule(max_recursion_depth=4), per_step=True)
     assert [row[5] for row in rows[:4]] == [f"{f.bits_per_byte:.4f}" for f in fixed.steps]
     assert rows[2][6] == "+0.00%"
