@@ -168,9 +168,9 @@ def cheapest_points(points: list[CurvePoint], trained_depth: int, within: float 
     left out, and so is the oracle, which no model can follow."""
     limit = (1 + within) * full_point(points, trained_depth).bits_per_byte
     cheapest = {}
-    for name in NAMES.keys() - {"oracle"}:
+    for name in NAMES:
         good = [p for p in points if p.exit == name and p.bits_per_byte <= limit]
-        if good:
+        if good and name != "oracle":
             cheapest[name] = min(good, key=lambda p: p.flops)
     return cheapest
 
