@@ -178,10 +178,11 @@ def print_points(points, full):
     """Print a row per point of a depth curve; `full` is the point whose bits per byte the others are compared with."""
     rows = [
         [p.exit, f"{p.setting:g}", f"{p.depth:.2f}", f"{p.visits:.2f}", f"{p.saved:.1%}", f"{p.bits_per_byte:.4f}"]
-        + [f"{p.bits_per_byte / full.bits_per_byte - 1:+.2%}", f"{p.random:.4f}", f"{p.gain:+.4f} ± {p.gain_error:.4f}"]
+        + [f"{p.bits_per_byte / full.bits_per_byte - 1:+.2%}", f"{p.random:.4f}", f"{p.gain:+.4f}"]
+        + ["-" if isnan(p.gain_error) else f"{p.gain_error:.4f}"]  # of a single window
         for p in points
     ]
-    names = ["exit", "setting", "depth", "visits/token", "FLOPs saved", "bits/byte", "change", "by chance", "gain"]
+    names = ["exit", "setting", "depth", "visits/token", "saved", "bits/byte", "change", "random", "gain", "error"]
     print_table(names, rows)
 
 
@@ -194,8 +195,9 @@ def draw_curve(model, tokenizer, config, rule) -> dict:
         points = depth_curve(model, tokenizer, pieces, rule.max_recursion_depth, **options, **bounds, bar=bar)
     best, full = cheapest_points(points, trained), full_point(points, trained)
     print_points(points, full)
-    print("\nby chance: if as many tokens, chosen at random, stopped after each step")
-    print("gain: bits per byte below fixed depths of equal FLOPs, ± standard error over windows of text")
+    print("\nsaved, change: of the FLOPs and of the bits per byte at the trained depth")
+    print("random: bits per byte if as many tokens, chosen at random, stopped after each step")
+    print("gain: bits per byte below fixed depths of equal FLOPs; error: its standard error, over windows of text")
     print("\nfewest FLOPs within 1 % of the bits per byte at the trained depth:\n")
     print_points(best.values(), full)
     shallow = min((p for p in points if p.exit == "fixed" and p.setting <= trained), key=lambda p: p.bits_per_byte)

@@ -40,7 +40,10 @@ def find_files(paths, suffixes=SUFFIXES, held_out=tuple):
         path = os.path.expanduser(os.fspath(path))
         if is_word(path):
             others = set(map(same_file_key, held_out()))
-            files = [f for f in files_of_word(path) if _has(f, suffixes) and same_file_key(f) not in others]
+            named = [f for f in files_of_word(path) if _has(f, suffixes)]
+            files = [f for f in named if same_file_key(f) not in others]
+            if named and not files:
+                raise UserError(f"{path}: valid_paths has all of its files, so that none is left: name fewer there")
         elif os.path.isdir(path):
             files = _files_in(path, suffixes)
         elif glob.has_magic(path) and not os.path.lexists(path):
@@ -67,8 +70,12 @@ def files_of_word(word: str) -> list[str]:
     """Returns the files that a word stands for, see `is_word`.  Raises UserError if there are none."""
     if word in SOURCES:
         return SOURCES[word]()
-    name = word.removeprefix("site-packages/")
-    return package_files([os.path.join(root, name) for root in package_roots()])
+    paths = [os.path.join(root, word.removeprefix("site-packages/")) for root in package_roots()]
+    folders = [path for path in paths if os.path.isdir(path)]
+    modules = [f"{path}.py" for path in paths if os.path.isfile(f"{path}.py")]
+    if not folders and not modules:
+        raise UserError(f"{word}: no such package is installed: give the name that `import` takes")
+    return modules + (package_files(folders) if folders else [])
 
 
 def suffixes_of(text_field):

@@ -30,9 +30,16 @@ def test_words_for_packages(packages, monkeypatch, capsys):
     held_out = find_files("site-packages/one")
     assert names("permissive-packages", (".py",), lambda: held_out) == ["three/a.py"]
     assert names(held_out, (".py",), lambda: held_out) == ["one/a.py"]  # a file that is named is there
+    assert names("site-packages/own") == ["own.py"]  # a module without a folder
     for word in ("site-packages/four", "site-packages/one/a"):
         with pytest.raises(UserError, match=word.split("/")[1]):
             find_files(word)
+    with pytest.raises(
+        UserError, match="site-packages/four: no such package is installed: give the name that `import`"
+    ):
+        find_files("site-packages/four")
+    with pytest.raises(UserError, match="permissive-packages: valid_paths has all of its files"):
+        find_files("permissive-packages", (".py",), lambda: find_files("site-packages"))
     config = DataConfig(["permissive-packages"], ["site-packages/one"], tokenizer="byte", cache_dir=str(packages / "c"))
     _, train, valid = prepare_data(config, None, 16)
     assert b"three" in bytes(train.store[:].tolist()[:-1]) and b"one" not in bytes(train.store[:].tolist()[:-1])
