@@ -1,9 +1,9 @@
 """Measure a language model: loss, bits per byte and accuracy on text, or exact match of its answers to questions.
 
     python eval_lm.py                                             # the released checkpoint on its validation text
-    python eval_lm.py runs/ja_wiki --paths data/ja_wiki/valid_*.jsonl.gz --max_tokens 100000 --json ja_wiki.json
+    python eval_lm.py runs/ja_wiki --paths data/ja_wiki/validation_*.jsonl.gz --max_tokens 100000 --json ja_wiki.json
     python eval_lm.py runs/trm --exit halt --act_threshold 0.8    # let each token stop recursing early
-    python eval_lm.py runs/trm --depth_curve runs/curve.png       # draw bits per byte against recursion depth
+    python eval_lm.py runs/trm --depth_curve runs/curve.png       # draw bits per byte against FLOPs per token
     python eval_lm.py runs/trm --lm_eval capitals --include_path my_tasks    # EleutherAI's lm-evaluation-harness
     python eval_lm.py runs/addition --exact_match --paths data/test.jsonl --wrong wrong.jsonl --plot exact.png
 
@@ -42,8 +42,8 @@ class EvalConfig:
     Args:
         checkpoint: checkpoint folder, or run folder (its best checkpoint is used); the flag name may be left out. If
             not given, the released checkpoint is measured
-        paths: text to score, or records for --exact_match: files, globs or folders (data/README.md lists the formats).
-            If not given, the validation files of this Python's standard library are scored
+        paths: text to score, or records for --exact_match: files, globs, folders, or words such as site-packages/numpy
+            (see data/README.md). If not given, the validation files of the standard library are scored
         ema: use the averaged weights if the checkpoint has them; false = the weights of its last step
         text_field: name of the JSON field or parquet column that holds the text
         max_doc_mb: skip .jsonl and .parquet documents longer than this many million characters
@@ -195,9 +195,10 @@ def draw_curve(model, tokenizer, config, rule) -> dict:
         points = depth_curve(model, tokenizer, pieces, rule.max_recursion_depth, **options, **bounds, bar=bar)
     best, full = cheapest_points(points, trained), full_point(points, trained)
     print_points(points, full)
-    print("\nsaved, change: of the FLOPs and of the bits per byte at the trained depth")
+    print("\nsetting: recursion steps, threshold, or (calibrated, oracle) the price of a step in nats")
+    print("saved: share of the FLOPs at the trained depth; change: of the bits per byte there")
     print("random: bits per byte if as many tokens, chosen at random, stopped after each step")
-    print("gain: bits per byte below fixed depths of equal FLOPs; error: its standard error, over windows of text")
+    print("gain: bits per byte below the best mixture of fixed depths that costs no more; error: its standard error")
     print("\nfewest FLOPs within 1 % of the bits per byte at the trained depth:\n")
     print_points(best.values(), full)
     shallow = min((p for p in points if p.exit == "fixed" and p.setting <= trained), key=lambda p: p.bits_per_byte)

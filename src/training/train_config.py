@@ -36,8 +36,8 @@ class DataConfig:
     """The text to train on, and how it becomes windows of tokens.
 
     Args:
-        train_paths: training text: files, globs or folders (data/README.md lists the formats), or words: stdlib (the
-            default) for this Python's standard library, site-packages, site-packages/NAME or permissive-packages
+        train_paths: training text: files, globs, folders, or words: stdlib, site-packages, site-packages/NAME,
+            permissive-packages (see data/README.md). By default stdlib, with stdlib-valid as valid_paths
         valid_paths: validation text, given like train_paths; by default, a part of the training text is held back
         text_field: name of the text field in .jsonl files, or of the text column in .parquet files
         records: train on questions with answers, one per row; the loss covers the answers only. In a mixture, paths
