@@ -84,7 +84,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status = 500
+        status = 499  # the client went away before there was an answer
 
         async def send_more(message):
             nonlocal status
@@ -101,6 +101,9 @@ class Guard:
                 await _error(problem)(scope, receive, send_more)
             else:
                 await self.app(scope, receive, send_more)
+        except Exception:
+            status = 500
+            raise
         finally:
             self.service.engine.counts[f"status_{status}"] += 1
 
@@ -248,7 +251,8 @@ async def _puzzle(service: Service, request: Request):
     gone = asyncio.create_task(until_gone(request.receive))
     try:
         solve = functools.partial(service.puzzle.solve, body["board"], steps, body.get("exit") == "halt", gone.done)
-        return JSONResponse(await asyncio.to_thread(solve))
+        with service.puzzle.place():  # here, because to_thread has a queue of its own, without a bound
+            return JSONResponse(await asyncio.to_thread(solve))
     finally:
         gone.cancel()
 

@@ -10,6 +10,7 @@ The thread calls post([(text, piece), ...]) after each turn. A turn takes in wai
 prompt tokens, and gives one token to every running text, so that a long prompt delays the others only a little.
 """
 
+import contextlib
 import sys
 import threading
 import time
@@ -124,13 +125,14 @@ class Engine:
             while self._wait():
                 self.turn()
         except Exception as error:  # a mistake of this file: nobody may wait for ever
-            traceback.print_exc(file=sys.stderr)
             with self._changed:
                 self.deadline = time.monotonic()
                 for text in (*self.waiting, *self._running()):
-                    if not text.is_over:
-                        self._end(text, Piece(finish="error", reason=f"the engine failed: {one_line(error)}"))
+                    self._end(text, Piece(finish="error", reason=f"the engine failed: {one_line(error)}"))
+                self.waiting.clear()
+                self.n_rows = 0
             self.post(self._out)
+            _print_traceback()
         finally:
             self.threads.restore()
 
@@ -166,17 +168,20 @@ class Engine:
         try:
             work()
         except Exception as error:  # out of memory, a broken graph: this must not end the thread
-            traceback.print_exc(file=sys.stderr)
+            _print_traceback()
             # the cache of a batch with these texts may be half written, so its other texts end as well
             broken = [rule for rule, batch in self.batches.items() if any(text in batch.rows for text in texts)]
             for text in (*texts, *(row for rule in broken for row in self.batches[rule].rows)):
-                if not text.is_over:
-                    self._end(text, Piece(finish="error", reason=f"the model failed: {one_line(error)}"))
+                self._end(text, Piece(finish="error", reason=f"the model failed: {one_line(error)}"))
             for rule in broken:
                 del self.batches[rule]
 
     def _end(self, text: Text, piece: Piece):
-        text.is_over = True
+        """Ends a text with its last piece, unless it is over. A client may cancel it at any time."""
+        with self._changed:
+            if text.is_over:
+                return
+            text.is_over = True
         self.counts[f"ended_{piece.reason if piece.finish == 'length' else piece.finish}"] += 1
         self.seconds_per_text += 0.1 * (time.monotonic() - text.born - self.seconds_per_text)
         self._out.append((text, piece))
@@ -194,7 +199,7 @@ class Engine:
         closes = self.deadline is not None and now >= self.deadline
         with self._changed:
             for text in (*self.waiting, *self._running()):
-                if not text.is_over and (closes or now - text.born > self.limits.seconds):
+                if closes or now - text.born > self.limits.seconds:
                     self._end(text, text.writer.end("length", "shutdown" if closes else "seconds"))
             self.waiting = deque(text for text in self.waiting if not text.is_over)
 
@@ -247,11 +252,14 @@ class Engine:
         chosen = start.encode(width)
         if chosen is None:
             return
-        self.counts["prompt_tokens"] += sum(len(text.ids) for text in start.rows)
+        # a text that has outgrown the context is encoded again, but has no new prompt
+        self.counts["prompt_tokens"] += sum(len(text.ids) for text in start.rows if not text.made)
         self._take(start.rows, chosen)
         for number, text in enumerate(start.rows):
             if not text.is_over and not self._has_outgrown(text):
-                self._batch(start.rule).join(start, number)
+                batch = self._batch(start.rule)
+                # if this fails, the cache of the batch may be half changed
+                self._guard([*batch.rows, text], lambda batch=batch, number=number: batch.join(start, number))
 
     def _batch(self, rule: ExitRule) -> RunningBatch:
         if rule not in self.batches:
@@ -299,3 +307,9 @@ class Engine:
                 self._end(text, piece)
             else:
                 self._out.append((text, piece))
+
+
+def _print_traceback():
+    """Prints the traceback of the current exception, unless stderr is a pipe that nobody reads any more."""
+    with contextlib.suppress(OSError, ValueError):
+        traceback.print_exc(file=sys.stderr)

@@ -1,5 +1,6 @@
 """Boards solved for the page, step by step."""
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -34,19 +35,27 @@ class PuzzleSolver:
         board = {"kind": kind.name, "rows": kind.height, "columns": kind.width, "symbols": list(kind.symbols[1:])}
         return model | board
 
-    def solve(self, board: str, steps: int | None, halts: bool, is_over) -> dict:
-        """Returns the board after each step. Stops early if is_over() is true. Raises ApiError for a wrong board."""
+    @contextlib.contextmanager
+    def place(self):
+        """A place among the boards that are solved or wait. Raises ApiError if all are taken."""
         if not self._places.acquire(blocking=False):
             raise ApiError(
                 429, "other boards are being solved: try again in 1 s", None, "queue_full", {"Retry-After": "1"}
             )
         try:
+            yield
+        finally:
+            self._places.release()
+
+    def solve(self, board: str, steps: int | None, halts: bool, is_over) -> dict:
+        """Returns the board after each step. Stops early if is_over() is true. Raises ApiError for a wrong board.
+
+        Take a `place` first. This blocks while another board is being solved."""
+        try:
             with self._one:
                 return self._solve(board, Effort(steps=steps, halts=halts), is_over)
         except UserError as error:
             raise ApiError(400, str(error), "board", "invalid_value") from None
-        finally:
-            self._places.release()
 
     def _solve(self, board, effort, is_over):
         effort.check(self.model, self.kind)

@@ -14,6 +14,7 @@ from src.errors import UserError
 from src.page.service import Service
 
 MORE_CONNECTIONS = 256  # connections that may be open besides those of texts
+MOST_AHEAD = 65536  # bytes of later requests that are kept while one is answered
 LAST_S = 5  # seconds that answers may take to be sent once all texts have ended
 
 
@@ -45,6 +46,9 @@ class _Protocol(H11Protocol):
     def data_received(self, data):
         super().data_received(data)
         self._watch()
+        # uvicorn stops reading when more arrives before its answer is complete, and would not see the client leave
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < MOST_AHEAD:
+            self.flow.resume_reading()
 
     def connection_lost(self, exc):
         super().connection_lost(exc)

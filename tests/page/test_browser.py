@@ -61,7 +61,7 @@ def count_finished(page, request):
 
 def written(page):
     """Waits until the model has written what the page asked for since the last call, and the page shows it."""
-    for _ in range(100):
+    for _ in range(1000):
         if page.finished > page.awaited and page.finished == len(page.sent.get("completions", [])):
             break
         page.wait_for_timeout(20)
@@ -269,7 +269,11 @@ def test_stop(page):
     assert 3 < count < 400
     page.wait_for_timeout(200)
     assert page.locator(".token.written").count() == count
-    assert re.search(r"^trm_running 0$", page.request.get("/metrics").text(), re.M), "the server still writes"
+    for _ in range(100):
+        if stopped := re.search(r"^trm_running 0$", page.request.get("/metrics").text(), re.M):
+            break
+        page.wait_for_timeout(50)
+    assert stopped, "the server still writes"
     expect(page.locator("#status")).to_contain_text("Stopped")
 
 

@@ -3,6 +3,7 @@
 Tests call `turn` themselves, so that nothing depends on time."""
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from src.evaluation.scoring import score_continuations
 from src.language_model import LanguageModel
 from src.model_config import ExitRule
+from src.page.batch import RunningBatch
 from src.page.engine import Engine, Limits, Text
 from src.page.errors import Busy
 from src.page.writing import Token, Writer
@@ -243,6 +245,67 @@ def test_a_failure_ends_only_the_texts_that_it_concerns(tiny, capsys, monkeypatc
     assert "RuntimeError" in capsys.readouterr().err
 
 
+def test_a_text_that_cannot_join_ends_the_texts_of_its_batch(tiny, capsys, monkeypatch):
+    """The cache may be half changed, so that the others would go on with wrong keys and values."""
+    driven = Driven(tiny(vocab_size=TOKENIZER.vocab_size))
+    first, second, third = (text_of(name, most=5) for name in "abc")
+    driven.engine.submit([first])
+    driven.engine.turn()
+    join, failures = RunningBatch.join, ["out of memory"]
+
+    def failing(self, start, number):
+        if failures:
+            raise RuntimeError(failures.pop())
+        join(self, start, number)
+
+    monkeypatch.setattr(RunningBatch, "join", failing)
+    driven.engine.submit([second, third])
+    driven.until_over([first, second, third])
+    assert driven.end(first) == driven.end(second) == "the model failed: out of memory"
+    assert driven.end(third) == "max_tokens" and len(driven.ids(third)) == 5
+    assert "RuntimeError" in capsys.readouterr().err
+
+
+def test_an_engine_that_fails_without_stderr_ends_its_texts(tiny, monkeypatch):
+    driven = Driven(tiny(vocab_size=TOKENIZER.vocab_size))
+
+    def broken_pipe(*words, **options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(driven.engine, "turn", lambda: 1 / 0)
+    monkeypatch.setattr("traceback.print_exc", broken_pipe)
+    driven.engine.submit([text := text_of("a")])
+    driven.engine.start()
+    driven.engine.join(20)
+    assert driven.end(text) == "the engine failed: division by zero" and not driven.engine.waiting
+    with pytest.raises(Busy):
+        driven.engine.submit([text_of("b")])
+
+
+def test_a_text_that_ends_while_its_client_leaves_is_counted_once(tiny, monkeypatch):
+    driven = Driven(tiny(vocab_size=TOKENIZER.vocab_size))
+    text = text_of("a", most=1)
+    take = type(text.writer).take
+
+    def take_late(self, token):
+        driven.engine.cancel([text])
+        return take(self, token)
+
+    monkeypatch.setattr(type(text.writer), "take", take_late)
+    driven.engine.submit([text])
+    driven.engine.turn()
+    assert driven.engine.counts["cancelled"] == 1 and driven.engine.counts["ended_max_tokens"] == 0
+
+
+def test_prompt_tokens_count_once(tiny):
+    driven = Driven(tiny(vocab_size=TOKENIZER.vocab_size, max_seq_len=16))
+    text = text_of("abcd", most=40)  # it outgrows the context several times
+    prompt = len(text.ids)
+    driven.engine.submit([text])
+    driven.until_over([text])
+    assert driven.engine.counts["prompt_tokens"] == prompt and text.made == 40
+
+
 def test_nobody_waits_for_an_engine_that_failed(tiny, capsys, monkeypatch):
     driven = Driven(tiny(vocab_size=TOKENIZER.vocab_size))
     monkeypatch.setattr(driven.engine, "turn", lambda: 1 / 0)
@@ -260,6 +323,8 @@ def test_the_thread_ends_texts_when_it_closes(tiny):
     text = text_of("a", most=10**6)
     driven.engine.start()
     driven.engine.submit([text])
+    while not driven.pieces:
+        time.sleep(0.01)
     driven.engine.close(0.2)
     driven.engine.join(20)
     assert not driven.engine.is_alive and driven.end(text) == "shutdown" and driven.ids(text)

@@ -72,6 +72,11 @@ def test_rude_clients_disturb_nobody(program):
         body = b'{"prompt": "a", "max_tokens": 2}'
         answer = exchange(port, head + b"%d\r\nConnection: close\r\n\r\n" % len(body) + body)
         assert b'"completion_tokens":2' in answer
+    body = b'{"prompt": "a", "max_tokens": 4000, "ignore_eos": true}'
+    with socket.create_connection(("127.0.0.1", port)) as hasty:  # sends more, and goes before the answer
+        hasty.sendall(head + b"%d\r\n\r\n" % len(body) + body)
+        time.sleep(0.1)
+        hasty.sendall(b"\r\n")
     for _ in range(200):
         answer = exchange(port, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         if b'"running":0,"waiting":0' in answer:

@@ -399,6 +399,7 @@ def test_a_client_that_goes_away_frees_its_rows(stream):
 
     asyncio.run(scenario())
     assert not engine.is_alive and engine.n_rows == 0 and not engine.waiting
+    assert engine.counts["status_200"] == stream and engine.counts["status_499"] == (not stream)
 
 
 # ---- the published document -----------------------------------------------------------------------------------------
