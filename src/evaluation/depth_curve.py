@@ -208,8 +208,8 @@ def draw_depth_curve(points: list[CurvePoint], trained_depth: int, path: str, ti
             label = f"{p.setting:g} (trained)" if p is full else f"{p.setting:g}"
             axes.annotate(label, (1 - p.saved, p.bits_per_byte), **place)
     axes.plot(1, full.bits_per_byte, "s", color=INK, markersize=6, zorder=5)
-    inside = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8, "color": GREY}
-    axes.text(0.01, 1.005 * full.bits_per_byte, "at most 1 % over the trained depth", **inside)
+    inside = {"transform": axes.get_yaxis_transform(), "va": "center", "ha": "right", "fontsize": 8, "color": GREY}
+    axes.text(0.99, 1.005 * full.bits_per_byte, "at most 1 % over the trained depth", **inside)
     label_ends(axes, labels, lines=2)
     add_title(figure, title, remark)
     return save_picture(figure, path)
