@@ -24,6 +24,7 @@ The rungs. L and `visits` are the layers and the visits per supervision step of 
 loop-ends, gated and late have as many layer applications per token as the loop. Where three kinds of layers do not fit
 into the parameters of plain, they are narrower, so that all rungs but plain-deep and plain-wide have equally many
 parameters. `rung+name=value+name=value` is a rung with other settings, which also replace those that make the rung.
+The sweep leaves these settings as they are.
 
 Without valid_paths, the last tenth of the text is for validation, or every tenth document if there are many documents.
 For each rung, the settings in `sweep` are chosen one after the other, each with the values chosen so far and the first
@@ -365,25 +366,29 @@ def score(ladder: Ladder, rung: Rung, folder: Path, name: str) -> dict:
 
 
 def choose(ladder: Ladder, do) -> dict[str, dict]:
-    """Returns {rung: the settings that the sweep chose}: one setting after the other, by bits per byte of the slice."""
+    """Returns {rung: the settings that the sweep chose}: one setting after the other, by bits per byte of the slice.
+
+    A setting in the name of a rung is not swept for this rung."""
     config, rungs = ladder.config, ladder.rungs
-    best = {rung: {name: values[0] for name, values in config.choices.items()} for rung in rungs}
+    fixed = {rung: split_rung(rung)[1] for rung in rungs}
+    best = {rung: {name: fixed[rung].get(name, values[0]) for name, values in config.choices.items()} for rung in rungs}
 
     def job(rung, changes):
         steps = max(1, round(config.sweep_share * rungs[rung].steps))
         return arms.Job(rung, (*changes.items(), ("max_steps", steps)), SWEEP_SEED, True)
 
     for name, values in config.choices.items():
-        if len(values) == 1:
+        swept = [rung for rung in rungs if name not in fixed[rung]]
+        if len(values) == 1 or not swept:
             continue
-        tried = [(rung, best[rung] | {name: value}) for rung in rungs for value in values]
+        tried = [(rung, best[rung] | {name: value}) for rung in swept for value in values]
         records = do_all(ladder, [job(*each) for each in tried], do)
-        for rung in rungs:
+        for rung in swept:
             own = [(r["bits_per_byte"], i) for i, (r, each) in enumerate(zip(records, tried)) if each[0] == rung]
             best[rung] = tried[min(own)[1]][1]
     rates = [value for value in config.choices.get("lr", ()) if type(value) is not str]
     for rung in rungs if len(rates) > 1 else ():
-        if best[rung]["lr"] in (min(rates), max(rates)):
+        if "lr" not in fixed[rung] and best[rung]["lr"] in (min(rates), max(rates)):
             print(f"{rung}: lr {best[rung]['lr']:g} is at the end of the values tried: try more", file=sys.stderr)
     return best
 

@@ -211,6 +211,21 @@ def test_the_sweep_chooses_one_setting_after_the_other(tmp_path, capsys):
     assert ladder.choose(it, do) == best and len(done) == 8  # all of them are in runs.jsonl
 
 
+def test_a_setting_in_the_name_of_a_rung_is_not_swept(tmp_path, capsys):
+    it = opened(tmp_path, "--sweep", "lr=0.1,0.2", "norm=pre", "--rungs", "plain", "trm+lr=0.2", "late+norm=post+lr=0.3")
+    done = []
+
+    def do(job):
+        done.append(job)
+        return record_of(job, bits_per_byte=dict(job.changes)["lr"], updates=1, seconds=1.0)
+
+    best = ladder.choose(it, do)
+    assert best["plain"] == {"lr": 0.1, "norm": "pre"} and best["trm+lr=0.2"] == {"lr": 0.2, "norm": "pre"}
+    assert best["late+norm=post+lr=0.3"] == {"lr": 0.3, "norm": "post"}
+    assert [(job.arm, dict(job.changes)["lr"]) for job in done] == [("plain", 0.1), ("plain", 0.2)]
+    assert capsys.readouterr().err.count("is at the end of the values tried") == 1  # of plain only
+
+
 def test_reported_runs(all_rungs):
     best = dict.fromkeys(all_rungs.rungs, {"lr": 0.1})
     config = replace(all_rungs.config, seeds=[0, 1])
