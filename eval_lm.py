@@ -176,12 +176,19 @@ def measure_text(model, tokenizer, config, rule) -> dict:
 
 def print_points(points, full):
     """Print a row per point of a depth curve; `full` is the point whose bits per byte the others are compared with."""
-    rows = [
-        [p.exit, f"{p.setting:g}", f"{p.depth:.2f}", f"{p.visits:.2f}", f"{p.saved:.1%}", f"{p.bits_per_byte:.4f}"]
-        + [f"{p.bits_per_byte / full.bits_per_byte - 1:+.2%}", f"{p.random:.4f}", f"{p.gain:+.4f}"]
-        + ["-" if isnan(p.gain_error) else f"{p.gain_error:.4f}"]  # of a single window
-        for p in points
-    ]
+    rows = []
+    for p in points:
+        change, gain = p.bits_per_byte / full.bits_per_byte - 1, round(p.gain, 4) + 0.0  # +0.0 in place of -0.0
+        error = "-" if isnan(p.gain_error) else f"{p.gain_error:.4f}"  # it needs more than one window
+        row = [
+            p.exit,
+            f"{p.setting:g}",
+            f"{p.depth:.2f}",
+            f"{p.visits:.2f}",
+            f"{p.saved:.1%}",
+            f"{p.bits_per_byte:.4f}",
+        ]
+        rows.append([*row, f"{change:+.2%}", f"{p.random:.4f}", f"{gain:+.4f}", error])
     names = ["exit", "setting", "depth", "visits/token", "saved", "bits/byte", "change", "random", "gain", "error"]
     print_table(names, rows)
 
