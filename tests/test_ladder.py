@@ -212,8 +212,8 @@ def test_the_sweep_chooses_one_setting_after_the_other(tmp_path, capsys):
 
 
 def test_a_setting_in_the_name_of_a_rung_is_not_swept(tmp_path, capsys):
-    it = opened(tmp_path, "--sweep", "lr=0.1,0.2", "norm=pre", "--rungs", "plain", "trm+lr=0.2", "late+norm=post+lr=0.3")
-    done = []
+    words = ["--sweep", "lr=0.1,0.2", "norm=pre", "--rungs", "plain", "trm+lr=0.2", "late+norm=post+lr=0.3"]
+    it, done = opened(tmp_path, *words), []
 
     def do(job):
         done.append(job)
