@@ -38,7 +38,7 @@ puzzles: $(CORE)  ## train a solver of 4 x 4 Sudoku that improves from step to s
 	$(VENV) train_puzzles.py --config configs/sudoku4.yaml
 	$(VENV) solve_puzzles.py runs/sudoku4 --board 3....2....4..1.. --trace runs/sudoku4/board.png
 
-depth: $(CORE)  ## train a loop on 4 sequential steps and run it on 28, beside plain transformers (5 minutes; FAMILY=all: the other tasks as well)
+depth: $(CORE)  ## train a loop on 4 sequential steps and run it on 28, beside plain transformers (5 minutes; FAMILY=all: all tasks)
 	$(VENV) experiments/depth.py --family $(or $(FAMILY),carries)
 
 test: $(DEV)  ## run the tests (a few minutes)

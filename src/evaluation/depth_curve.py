@@ -87,8 +87,6 @@ def depth_curve(
     samples = list(corpus_windows(config, tokenizer, documents, size, stride, max_docs, max_tokens))
     if size.lost:
         raise UserError("the tokenizer loses part of the text, so there are no bits per byte: use other text")
-    if not size.tokens:
-        raise UserError("there is no token to score: give non-empty text")
     rules = [ExitRule("halt", deepest, act_threshold=a) for a in act_thresholds if config.halting]
     # kl compares two steps, so no token stops before step 2: with 2 steps in all, there is nothing to stop
     rules += [ExitRule("kl", deepest, kl_threshold=k) for k in kl_thresholds if deepest > 2]
@@ -111,11 +109,7 @@ def depth_curve(
 
 def _score(model, samples, batch_size, rule, bar, every_step=False) -> TokenScores:
     """Returns the scores of all targets, in the order of the samples."""
-    rows = []
-    for row in score_samples(model, samples, batch_size, rule, every_step, features=every_step):
-        rows.append(row)
-        if bar is not None:
-            bar.update(row[1].depth.numel())
+    rows = score_samples(model, samples, batch_size, rule, every_step, features=every_step, bar=bar)
     ordered = [scores for _, scores in sorted(rows, key=itemgetter(0))]
     return TokenScores(*(torch.cat(part, -1) for part in zip(*ordered)))
 

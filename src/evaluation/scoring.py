@@ -82,10 +82,11 @@ def score_samples(
     rule: ExitRule | None = None,
     per_step: bool = False,
     features: bool = False,
+    bar: tqdm | None = None,
 ) -> Iterator[tuple[int, TokenScores]]:
     """Yields (number of the sample, TokenScores (S, N) of its N targets) for each sample, grouped by similar length.
 
-    Rows are padded on the right and masked, so a sample's scores do not depend on its batch."""
+    Rows are padded on the right and masked, so a sample's scores do not depend on its batch. bar counts targets."""
     device, numbered, was_training = model.embed.weight.device, enumerate(samples), model.training
     model.eval()
     try:
@@ -98,6 +99,8 @@ def score_samples(
                 scores = [part.cpu() for part in found]
                 is_target = batch["target_ids"].cpu() != IGNORE
                 for row, number in enumerate(numbers):
+                    if bar is not None:
+                        bar.update(int(is_target[row].sum()))
                     yield number, TokenScores(*(part[..., row, :][..., is_target[row]] for part in scores))
     finally:
         model.train(was_training)
@@ -175,12 +178,10 @@ def score_continuations(
                 owners.append(len(results) - 1)
                 yield window
 
-    for number, scores in score_samples(model, samples(), batch_size, rule):
+    for number, scores in score_samples(model, samples(), batch_size, rule, bar=bar):
         total, is_greedy = results[owners[number]]
         logprob = total + scores.logprobs[-1].double().sum().item()
         results[owners[number]] = Continuation(logprob, is_greedy and bool(scores.is_likeliest[-1].all()))
-        if bar is not None:
-            bar.update(scores.depth.numel())
     return results
 
 
@@ -236,13 +237,24 @@ def score_corpus(
 
     Reads at most max_docs documents and max_tokens tokens; the last document may be cut. bar counts tokens.
     Raises UserError if there is nothing to score, or if `choose_stride` rejects the model or the stride."""
-    size = Size()
-    samples = corpus_windows(model.config, tokenizer, documents, size, stride, max_docs, max_tokens)
-    return score_windows(model, samples, size, batch_size, rule, per_step, bar)
+    config, rule, size = model.config, rule or ExitRule(), Size()
+    samples = corpus_windows(config, tokenizer, documents, size, stride, max_docs, max_tokens)
+    most = max_depth(config, rule) if per_step else 1
+    sums, depth = torch.zeros(most, 2, dtype=torch.float64), 0
+    for _, scores in score_samples(model, samples, batch_size, rule, per_step, bar=bar):
+        parts = torch.stack((scores.logprobs.double().sum(-1), scores.is_likeliest.double().sum(-1)), dim=-1)
+        missing = most - len(parts)  # steps that no token of this sample ran: they repeat the last one
+        sums += torch.cat((parts, parts[-1:].expand(missing, -1)))
+        depth += scores.depth.sum().item()
+    steps = [_figures(*row, size) for row in sums.tolist()]
+    warn_of_loss(size.lost, size.bytes)
+    visits = visits_per_recursion_step(config) * depth / size.tokens
+    saved = 1 - depth / size.tokens / max_depth(config)
+    return Score(size, steps[-1], steps if per_step else [], depth / size.tokens, visits, saved)
 
 
 def corpus_windows(config, tokenizer, documents, size, stride=None, max_docs=None, max_tokens=None) -> Iterator[Sample]:
-    """Yields documents as windows and adds what they contain to `size`. Arguments as in `score_corpus`."""
+    """Yields documents as windows and adds what they contain to `size`. Arguments and errors as in `score_corpus`."""
     stride = choose_stride(config, stride)
     pieces = itertools.chain.from_iterable(cut(d) if isinstance(d, str) else (d,) for d in documents)
     for first in pieces:
@@ -254,7 +266,9 @@ def corpus_windows(config, tokenizer, documents, size, stride=None, max_docs=Non
             prefix, ids = piece[:1] or prefix, itertools.chain((piece[1:],), ids)
         yield from windows(prefix, ids, config.max_seq_len, stride)
         if size.documents == max_docs or size.tokens == max_tokens:
-            return
+            break
+    if not size.tokens:
+        raise UserError("there is no token to score: give non-empty text")
 
 
 def _document(pieces, tokenizer, size, max_tokens):
@@ -279,27 +293,6 @@ def _document(pieces, tokenizer, size, max_tokens):
         yield kept
         if is_last or size.tokens == max_tokens:
             return
-
-
-def score_windows(model, samples, size, batch_size, rule, per_step, bar) -> Score:
-    """Scores the windows that `corpus_windows` yields, with the same `size`, which counts what they contain."""
-    config, rule = model.config, rule or ExitRule()
-    most = max_depth(config, rule) if per_step else 1
-    sums, depth = torch.zeros(most, 2, dtype=torch.float64), 0
-    for _, scores in score_samples(model, samples, batch_size, rule, per_step):
-        parts = torch.stack((scores.logprobs.double().sum(-1), scores.is_likeliest.double().sum(-1)), dim=-1)
-        missing = most - len(parts)  # steps that no token of this sample ran: they repeat the last one
-        sums += torch.cat((parts, parts[-1:].expand(missing, -1)))
-        depth += scores.depth.sum().item()
-        if bar is not None:
-            bar.update(scores.depth.numel())
-    if not size.tokens:
-        raise UserError("there is no token to score: give non-empty text")
-    steps = [_figures(*row, size) for row in sums.tolist()]
-    warn_of_loss(size.lost, size.bytes)
-    visits = visits_per_recursion_step(config) * depth / size.tokens
-    saved = 1 - depth / size.tokens / max_depth(config)
-    return Score(size, steps[-1], steps if per_step else [], depth / size.tokens, visits, saved)
 
 
 def _figures(logprob, likeliest, size) -> Figures:
