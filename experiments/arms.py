@@ -34,11 +34,14 @@ from typing import NamedTuple
 
 from experiments.records import keep, records_of
 from src.errors import UserError
+from src.files.folders import replace_file
+from src.files.text import read_object
 from src.metrics import flops_per_token
 from src.model_config import TRMConfig
 from src.training.curves import scan_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
+STOPPED = ": continue with --resume true"  # in the last message of a run that a signal has ended
 ARMS = ("trm", "trm-1", "loop", "plain-params", "plain-flops", "plain-deep")
 
 
@@ -147,7 +150,7 @@ def arm_flags(arm: str, model: TRMConfig, loop_steps: int, steps_per_update: int
     return {
         "trm": {},
         "trm-1": {"supervision_steps": 1},
-        "loop": {"recursion": "loop", "deep_steps": loop_steps * visits},
+        "loop": {"recursion": "loop", "deep_steps": loop_steps * visits, "grad_deep_steps": loop_steps * visits},
         "plain-params": {"recursion": "none"},
         "plain-deep": {"recursion": "none", "n_layers": layers * visits * model.supervision_steps},
     }[arm]
@@ -186,6 +189,8 @@ def run_script(name: str, words: list, threads: int) -> None:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         why = f"ended by signal {-done.returncode}" if done.returncode < 0 else said[-1].removeprefix("error: ")
         raise UserError(f"{name} failed: {why} (its flags: {' '.join(map(str, words))})")
+    if STOPPED in done.stderr:  # by a signal to this process alone: it saved its state, but is not done
+        raise UserError(f"{name} was stopped: start again, and it continues (its flags: {' '.join(map(str, words))})")
 
 
 def length(config: ArmsConfig, job: Job, step_flops: float, recipe_step_flops: float) -> dict:
@@ -195,7 +200,8 @@ def length(config: ArmsConfig, job: Job, step_flops: float, recipe_step_flops: f
     if config.equal_flops is None:
         return {"max_steps": 10**7, "max_minutes": config.sweep_minutes if job.is_sweep else config.minutes}
     share = config.sweep_minutes / config.minutes if job.is_sweep else 1
-    return {"max_steps": max(1, round(share * config.equal_flops * recipe_step_flops / step_flops))}
+    steps = max(1, round(share * config.equal_flops * recipe_step_flops / step_flops))
+    return {"max_steps": steps, "max_minutes": None}
 
 
 def train(script: str, config: RunsConfig, job: Job, flags: dict, base: list[str]) -> Path:
@@ -215,7 +221,8 @@ def flag_words(flags: dict) -> list[str]:
     """Returns settings as words of a command line."""
     words = []
     for name, value in flags.items():
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, bool) else value]
+        is_word = isinstance(value, bool) or value is None  # true, false, null
+        values = value if isinstance(value, list) else [json.dumps(value) if is_word else value]
         words += [f"--{name}={values[0]}", *map(str, values[1:])]
     return words
 
@@ -292,7 +299,23 @@ def write_data(output, files: dict[str, str], what: str) -> None:
         if (folder / "runs.jsonl").exists() and (not path.exists() or path.read_text(encoding="utf-8") != text):
             raise UserError(f"the runs in {folder} had other {what}: choose another output")
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        replace_file(path, text)
+
+
+def keep_settings(output, settings: dict) -> None:
+    """Writes the settings that all runs have in common. Raises UserError if the runs in the folder had others.
+
+    Those that differ from run to run (the folder, the data, the seed) are left out."""
+    path = Path(output) / "recipe.json"
+    own = ("save_dir", "train_paths", "valid_paths", "seed")
+    now = json.loads(json.dumps({name: value for name, value in settings.items() if name not in own}))
+    has_runs = any(any(path.parent.glob(kind)) for kind in ("runs.jsonl", "run_*", "sweep_*"))
+    before = read_object(path) if has_runs and path.exists() else {}
+    for key in now:
+        if before.get(key, now[key]) != now[key]:
+            raise UserError(f"the runs in {path.parent} had {key} {before[key]}, not {now[key]}: choose another output")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(now, indent=1) + "\n")
 
 
 def best_rates(config: ArmsConfig, do: Callable[[Job], dict], second: str) -> dict[str, float]:
@@ -307,8 +330,13 @@ def best_rates(config: ArmsConfig, do: Callable[[Job], dict], second: str) -> di
     return {arm: record["changes"]["lr"] for arm, record in best.items()}
 
 
-def compare(config: ArmsConfig, do: Callable[[Job], dict], second: str) -> list[dict]:
-    """Returns the records of all arms and seeds, each arm with its learning rate from the sweep."""
+def compare(config: ArmsConfig, recipe: dict, do: Callable[[Job], dict], second: str) -> list[dict]:
+    """Returns the records of all arms and seeds, each arm with its learning rate from the sweep.
+
+    recipe: all settings of the recipe, with the overrides. Raises UserError if the runs so far had other settings."""
+    budget = ["minutes", "equal_flops", "sweep_minutes", "loop_steps"]
+    budget += ["threads", "device"] if config.equal_flops is None else []  # they decide what a run does in its minutes
+    keep_settings(config.output, recipe | {name: getattr(config, name) for name in budget})
     rates = best_rates(config, do, second)
     jobs = [Job(arm, (("lr", rates[arm]),), seed, False) for seed in config.seeds for arm in config.arms]
     return do_all(config, jobs, do)

@@ -2,7 +2,7 @@
 
     python experiments/depth.py                   # carries, three seeds, about 5 minutes on two cores (make depth)
     python experiments/depth.py --family all      # all families (make depth FAMILY=all)
-    python experiments/depth.py --family words --seeds 0 1 2 3 4 --max_steps 600
+    python experiments/depth.py --family words --seeds 0 1 2 3 4 --max_steps 600 --output runs/depth_600
     python experiments/depth.py --visit_dropout 0 --start_noise 0 --output runs/without_noise
     python experiments/depth.py --sweep 1e-3 2e-3 4e-3 8e-3 --seeds 100   # learning rates of all models
 
@@ -32,8 +32,8 @@ Exit rules, compared at each difficulty (mean visits are over all answers of a r
 For fixed, random and oracle, all tokens run on, and the answer of a token is read at its depth. In regions, where all
 tokens see each other, rows stop instead of tokens, and there is no halting head.
 
-The settings of the loops were chosen with seeds 0 to 2 and other test rows. So were the learning rates of all models:
---sweep trains with each rate, and tests on the rows that were used for choosing.
+The settings of the loops were chosen with seed 0 and other test rows, the learning rates of the plain models with seed
+100 and these rows: --sweep trains with each rate, and tests on the rows that were used for choosing.
 
 The last line of the output is JSON. Writes depth.png and runs.jsonl (one line per seed and model) to `output`.
 """

@@ -6,7 +6,8 @@
     python experiments/ladder.py --train_paths data/tinyshakespeare/input.txt --corpus_bytes 300000 \\
         --rungs plain plain-deep two-stream trm --sweep lr=0.001,0.002 weight_decay=0.1,0.8 dropout=0,0.1,0.2
     python experiments/ladder.py --train_paths data/tinyshakespeare/input.txt --output runs/muon \\
-        --rungs plain plain+optimizer=muon two-stream two-stream+optimizer=muon     # one setting, on two rungs
+        --rungs plain plain+optimizer=muon two-stream two-stream+optimizer=muon \\
+        --sweep lr=0.001,0.002,0.004,0.008,0.016                                    # one setting, on two rungs
     python experiments/ladder.py --train_paths data/tinyshakespeare/input.txt --table     # tables of the runs so far
 
 The rungs. L and `visits` are the layers and the visits per supervision step of the recipe, a model of recursion trm:
@@ -21,26 +22,28 @@ The rungs. L and `visits` are the layers and the visits per supervision step of 
     trm          the recipe: several supervision steps, without gradient from one to the next
     late         a plain transformer of the size of loop-ends whose middle is looped in the last third of the run
 
-loop-ends, gated and late have as many layer applications per token as the loop. Where three kinds of layers do not fit
-into the parameters of plain, they are narrower, so that all rungs but plain-deep and plain-wide have equally many
-parameters. `rung+name=value+name=value` is a rung with other settings, which also replace those that make the rung.
-The sweep leaves these settings as they are.
+loop-ends, gated and late have as many layer applications per token as the loop. They need at least three layers; if the
+recipe has fewer, they are narrower, so that all rungs but plain-deep and plain-wide have equally many parameters.
+`rung+name=value+name=value` is a rung with other settings, which come before those of the rung, the recipe and the
+sweep. Settings that make a rung or change its cost can be given only in this way, not to the sweep.
 
 Without valid_paths, the last tenth of the text is for validation, or every tenth document if there are many documents.
-For each rung, the settings in `sweep` are chosen one after the other, each with the values chosen so far and the first
-values of the others. These runs are short, and are judged on a slice that is held out of the training text, not on the
-validation text. The reported runs train on all training text, slice included, for as many steps as the table says:
+For each rung, the settings in `sweep` are chosen one after the other. Meanwhile, earlier settings have the values that
+were chosen for them, and later ones have their first value. These runs are short. They are judged on a slice that is
+held out of the training text, not on the validation text. The reported runs train on all training text, slice included,
+for as many steps as the table says:
 
-    equal tokens   every rung but plain-deep and plain-wide has `steps` training steps
+    equal tokens   every rung but plain-deep and plain-wide has the tokens of `steps` training steps of the recipe
     equal FLOPs    every rung has the training FLOPs of `steps` steps of two-stream; visits without gradient count
 
 With corpus_bytes, the text is small and is read many times. Then no run trains on the slice, and each run is reported
 at its best evaluation on the slice (averaged weights). Plain rungs have a run for each share in `budgets` of the FLOPs
-and are reported at the best of these; other rungs run once, at the full FLOPs. There is one table, of equal FLOPs.
+and are reported at the best of these, which favours them; other rungs run once, at the full FLOPs. There is one table,
+of equal FLOPs.
 
 Every reported run is scored on the whole validation text, in windows that do not overlap, with the last weights and
-with the averaged weights. `difference` is that of the averaged weights to those of `control` with the same seed: the
-mean, and its 95 % confidence interval from the paired t distribution; it is bold if 0 is outside. The runs are
+with the averaged weights. `difference` is the reported figure minus that of `control` with the same seed: the mean over
+the seeds, and its 95 % confidence interval from the paired t distribution; it is bold if 0 is outside. The runs are
 subprocesses of train_trm_lm.py, `jobs` at a time. One JSON line per run is in runs.jsonl in `output`. Started again
 with the same flags, it does only the runs that are missing. It prints Markdown tables and draws ladder.png.
 
@@ -72,15 +75,15 @@ from experiments.ladder_rungs import (  # noqa: E402
     split_rung,
     value_of,
 )
-from src.config import parse_flags, run, write_json  # noqa: E402
+from src.config import parse_flags, run  # noqa: E402
 from src.data.corpus import read_documents  # noqa: E402
 from src.data.token_store import ON_THE_SPOT_VOCAB, content_key, on_the_spot, sampled  # noqa: E402
-from src.errors import UserError  # noqa: E402
+from src.errors import UserError, few  # noqa: E402
 from src.files.text import read_object  # noqa: E402
 from src.model_config import TRMConfig  # noqa: E402
 from src.tokenizer import read_tokenizer  # noqa: E402
 from src.training.curves import read_series  # noqa: E402
-from src.training.train_config import Settings, read_settings  # noqa: E402
+from src.training.train_config import Settings, TrainConfig, read_settings  # noqa: E402
 
 BASE = {
     **{"d_model": 256, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "batch_size": 32},
@@ -93,6 +96,11 @@ MOST_SLICE = 300_000  # characters
 MOST_CHARS = 20_000_000  # longer documents are cut, because readers of .jsonl refuse much longer ones
 SWEEP_SEED = 1000  # not among the seeds that are reported
 EVALUATIONS = 20  # of a run with corpus_bytes
+OWN = {  # settings that every run has from the ladder
+    *("save_dir", "seed", "device", "resume", "init_from", "max_steps", "max_minutes", "train_paths", "valid_paths"),
+    *("tokenizer", "sp_model", "text_field", "warmup_steps", "eval_batches", "eval_every", "save_every"),
+    *("keep_checkpoints", "log_every", "sample_tokens", "overfit", "monitoring.tensorboard"),
+}
 
 
 @dataclass
@@ -142,8 +150,15 @@ class LadderConfig(arms.RunsConfig):
             split_rung(name)
         self.rungs = list(dict.fromkeys(self.rungs))
         self.choices = dict(map(_choice, self.sweep))
-        if self.steps < 1 or (self.corpus_bytes or 1) < 1:
+        if self.steps < 1 or self.corpus_bytes is not None and self.corpus_bytes < 1:
             raise ValueError("steps or corpus_bytes is under 1: set it to 1 or more")
+        if taken := OWN.intersection(set().union(self.choices, *(split_rung(name)[1] for name in self.rungs))):
+            raise ValueError(f"{min(taken)} is set by the ladder itself: leave it out of sweep and rungs")
+        given = {setting.removeprefix("--").partition("=")[0] for setting in self.overrides}
+        if taken := given & OWN - {"warmup_steps", "max_minutes"}:
+            raise ValueError(f"{min(taken)} is set by the ladder itself: leave it out of overrides")
+        for name in given & set(self.choices):  # a setting of every run
+            del self.choices[name]
         if not (0 < self.sweep_share <= 1 and self.budgets and all(0 < share <= 1 for share in self.budgets)):
             raise ValueError("sweep_share and budgets are shares: set them above 0, up to 1")
         if len(self.control) > 2 or not set(self.control) <= set(self.rungs):
@@ -196,18 +211,25 @@ def first_bytes(documents: list[str], n: int) -> list[str]:
     raise UserError(f"the training text has {n:,} bytes less than corpus_bytes: lower it, or give more text")
 
 
+def _without(documents: list[str], others: list[str], what: str) -> list[str]:
+    """Returns the documents that are not among `others`, and says on stderr how many are."""
+    known = set(others)
+    own = [text for text in documents if text not in known]
+    if len(own) < len(documents):
+        print(f"{len(documents) - len(own)} training documents left out: they are {what}", file=sys.stderr)
+    return own
+
+
 def split_text(config: LadderConfig) -> dict[str, list[str]]:
     """Returns the documents to train on, those of the slice for the sweep, and those for validation."""
     valid_paths = config.valid_paths or (["stdlib-valid"] if config.train_paths == ["stdlib"] else [])
     train = list(read_documents(config.train_paths, config.text_field))
     if valid_paths:
         valid = list(read_documents(valid_paths, config.text_field))
-        own = [text for text in train if text not in set(valid)]
-        if len(own) < len(train):
-            print(f"{len(train) - len(own)} training documents left out: they are validation text", file=sys.stderr)
     else:
-        own, valid = hold_back(train, VALID)
-    train, part = hold_back(own, SLICE, MOST_SLICE)
+        train, valid = hold_back(train, VALID)
+    train, part = hold_back(_without(train, valid, "validation text"), SLICE, MOST_SLICE)
+    train = _without(train, part, "in the slice")
     if config.corpus_bytes:
         train = first_bytes(train, config.corpus_bytes)
     if not (train and part and valid):
@@ -239,15 +261,24 @@ def prepare(config: LadderConfig) -> Data:
 
 
 class Rung(NamedTuple):
-    """A model to train.  flags: its settings in addition to the recipe's. flops: of training, per token.
+    """A model to train, and the lengths of its runs.
 
-    steps: those with which its run has the FLOPs of `steps` steps of two-stream."""
+    Args:
+        flags: its settings in addition to the recipe's
+        train: the settings of its training
+        flops: of training, per token
+        tokens: per training step
+        steps: training steps of its run at equal FLOPs
+        equal_steps: training steps of its run at equal tokens
+    """
 
     flags: dict
     model: TRMConfig
+    train: TrainConfig
     flops: float
-    parameters: int
+    tokens: int
     steps: int
+    equal_steps: int
 
 
 def recipe_words(config: LadderConfig) -> list[str]:
@@ -262,29 +293,49 @@ def recipe_of(config: LadderConfig, data: Data) -> Settings:
         raise UserError("the recipe must have recursion trm and no records and no curriculum: choose another recipe")
     if settings.train.max_minutes is not None:
         raise UserError("max_minutes ends a run by time, but the ladder compares equal tokens and FLOPs: leave it out")
+    bare = {"prelude_layers": 0, "coda_layers": 0, "gate": False, "injection": "sum"}
+    for name, value in bare.items():
+        if getattr(settings.model, name) != value:
+            raise UserError(f"{name} makes some of the rungs: leave it out of the recipe, or write rung+{name}=...")
     return settings._replace(model=dataclasses.replace(settings.model, vocab_size=data.vocab_size))
 
 
 def rungs_of(config: LadderConfig, settings: Settings, data: Data) -> dict[str, Rung]:
     """Returns {name: rung} for the rungs of the config.  settings: those of the recipe."""
     words = [*recipe_words(config), *config.overrides, f"--tokenizer={data.tokenizer}"]
+    tokens = config.steps * settings.train.batch_size * settings.model.max_seq_len  # of a run at equal tokens
 
-    def parts(name):
+    def rung_of(name, budget=0.0):
         rung, others = split_rung(name)
         flags = rung_flags(rung, settings.model) | others
         own = read_settings([*words, *arms.flag_words(flags)])
         model = dataclasses.replace(own.model, vocab_size=settings.model.vocab_size)
-        return flags, model, mean_flops(model, own.train)
+        flops, step = mean_flops(model, own.train), own.train.batch_size * model.max_seq_len
+        steps = [max(1, round(most)) for most in (budget / flops / step, tokens / step)]
+        return Rung(flags, model, own.train, flops, step, *steps)
 
-    budget = config.steps * parts("two-stream")[2]
-    found = {name: parts(name) for name in config.rungs}
-    return {
-        name: Rung(flags, model, flops, parameters_of(model), max(1, round(budget / flops)))
-        for name, (flags, model, flops) in found.items()
-    }
+    budget = tokens * rung_of("two-stream").flops
+    found = {name: rung_of(name, budget) for name in config.rungs}
+    for name, rung in found.items():
+        for setting in config.choices.keys() - split_rung(name)[1].keys():
+            if setting in rung.flags or any(_costs_more(rung, setting, value) for value in config.choices[setting]):
+                raise UserError(f"{setting} makes the rung {name} or changes its cost: write {name}+{setting}=...")
+    return found
+
+
+def _costs_more(rung: Rung, setting: str, value) -> bool:
+    """Whether a setting changes the FLOPs or the tokens of a training step."""
+    model, train = arms.changed(rung.model, {setting: value}), rung.train
+    if setting in vars(train):
+        train = dataclasses.replace(train, **{setting: value})
+    cost = mean_flops(model, train), train.batch_size * model.max_seq_len
+    return cost != (rung.flops, rung.tokens)
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+LOSES = "the tokenizer loses a part of the text, so there are no bits per byte: choose tokenizer byte, or another one"
 
 
 class Ladder(NamedTuple):
@@ -325,22 +376,28 @@ def run_job(ladder: Ladder, job: arms.Job) -> dict:
     record, _ = arms.record_of(folder, job)
     if record["updates"] != steps:
         raise UserError(f"the run in {folder} was stopped after step {record['updates']}: start the ladder again")
-    tokens = steps * ladder.settings.train.batch_size * rung.model.max_seq_len
-    record |= {"parameters": rung.parameters, "tokens": tokens, "flops": tokens * rung.flops}
+    tokens = steps * rung.tokens
+    parameters = parameters_of(arms.changed(rung.model, dict(job.changes)))
+    record |= {"parameters": parameters, "tokens": tokens, "flops": tokens * rung.flops}
     curve = read_series(folder, "valid_bits_per_byte")["valid_bits_per_byte"]
+    if not len(curve):
+        raise UserError(LOSES)
     if job.is_sweep:
         found = {"bits_per_byte": curve[:, 1].min()}
     else:
         found = {name: score(ladder, rung, folder, name) for name in ("last", "averaged")}
         found["bits_per_byte"] = found["averaged"]["bits_per_byte"]
     if is_small and not job.is_sweep:
-        found |= {"slice": curve[:, 1].min(), "curve": curve.tolist(), "best_step": int(curve[curve[:, 1].argmin(), 0])}
+        found |= {"slice": curve[:, 1].min(), "best_step": int(curve[curve[:, 1].argmin(), 0])}
+        shares = [float(step) / steps for step in curve[:, 0]]  # a step may cost more later in the run
+        spent = [share * tokens * mean_flops(rung.model, rung.train, share) for share in shares]
+        found["curve"] = list(zip(spent, curve[:, 1].tolist()))
         found["best"] = score(ladder, rung, folder, "best")
     return record | found
 
 
 def tidy(config: LadderConfig, job: arms.Job) -> None:
-    """Deletes what nobody needs of a run whose record is written: the optimizer's state, of the sweep all weights."""
+    """Deletes the optimizer's state of a run whose record is written, and of a run of the sweep also its weights."""
     for folder in job.folder(config.output).glob("step_*" if job.is_sweep else "step_*/state"):
         shutil.rmtree(folder)
 
@@ -361,7 +418,7 @@ def score(ladder: Ladder, rung: Rung, folder: Path, name: str) -> dict:
     arms.run_script("eval_lm.py", [folder / ("best" if name == "best" else "last"), *words], config.threads)
     figures = read_object(found)
     if figures["nats_per_char"] is None:
-        raise UserError("the tokenizer loses a part of the validation text: choose tokenizer byte, or another one")
+        raise UserError(LOSES)
     return {key: figures[key] for key in ("nats_per_char", "bits_per_byte", "bytes", "chars")}
 
 
@@ -398,7 +455,7 @@ def lengths(config: LadderConfig, name: str, rung: Rung) -> list[int]:
     if config.corpus_bytes is not None:
         shares = config.budgets if rung.model.recursion == "none" else [1.0]
         return [max(1, round(share * rung.steps)) for share in shares]
-    return [rung.steps] if split_rung(name)[0] in BIGGER else [config.steps, rung.steps]
+    return [rung.steps] if split_rung(name)[0] in BIGGER else [rung.equal_steps, rung.steps]
 
 
 def jobs_of(ladder: Ladder, best: dict[str, dict]) -> list[arms.Job]:
@@ -412,26 +469,11 @@ def jobs_of(ladder: Ladder, best: dict[str, dict]) -> list[arms.Job]:
     ]
 
 
-def keep_settings(ladder: Ladder) -> None:
-    """Writes the settings of the recipe to the output folder. Raises UserError if its runs so far had others."""
-    path = Path(ladder.config.output) / "recipe.json"
-    now = {
-        key: value for key, value in ladder.settings.flat().items() if key not in ("save_dir", "train_paths", "seed")
-    }
-    now = json.loads(json.dumps(now))
-    if path.exists() and (path.parent / "runs.jsonl").exists():
-        before = read_object(path)
-        if changed := [key for key in now if before.get(key, now[key]) != now[key]]:
-            key = changed[0]
-            raise UserError(f"the runs in {path.parent} had {key} {before[key]}, not {now[key]}: choose another output")
-    write_json(path, now)
-
-
 def open_ladder(config: LadderConfig) -> Ladder:
     data = prepare(config)
     settings = recipe_of(config, data)
     ladder = Ladder(config, settings, data, rungs_of(config, settings, data))
-    keep_settings(ladder)
+    arms.keep_settings(config.output, settings.flat())
     return ladder
 
 
@@ -451,16 +493,32 @@ def tables_of(ladder: Ladder, records: list[dict]) -> dict[str, dict[str, list[d
         tables["equal FLOPs, at the best evaluation"] = of(lambda *each: lengths(config, *each), lambda r: r["slice"])
     else:
         same = [name for name in ladder.rungs if split_rung(name)[0] not in BIGGER]
-        tables["equal tokens"] = of(lambda name, _: [config.steps] if name in same else [])
+        tables["equal tokens"] = of(lambda name, rung: [rung.equal_steps] if name in same else [])
         tables["equal FLOPs"] = of(lambda _, rung: [rung.steps])
     return {title: groups for title, groups in tables.items() if groups}
+
+
+def of_newest_settings(records: list[dict]) -> list[dict]:
+    """Returns the reported runs that have the settings of the newest run of their rung, so that no table mixes them.
+
+    Sweeps with other values or other seeds may have chosen other settings before."""
+
+    def chosen(record):
+        return {name: value for name, value in record["changes"].items() if name != "max_steps"}
+
+    reported = [record for record in records if not record["is_sweep"]]
+    newest = {record["arm"]: chosen(record) for record in reported}
+    kept = [record for record in reported if chosen(record) == newest[record["arm"]]]
+    if len(kept) < len(reported):
+        print(f"{len(reported) - len(kept)} runs left out: newer ones have other settings", file=sys.stderr)
+    return kept
 
 
 def main(argv=None):
     (config,) = parse_flags(__doc__, LadderConfig, argv=argv)
     ladder = open_ladder(config)
     if config.table:
-        records = [record for record in arms.known_runs(config.output).values() if not record["is_sweep"]]
+        records = of_newest_settings(list(arms.known_runs(config.output).values()))
     else:
 
         def do(job):
@@ -469,7 +527,9 @@ def main(argv=None):
         records = do_all(ladder, jobs_of(ladder, choose(ladder, do)), do)
     tables = tables_of(ladder, records)
     if not tables:
-        raise UserError(f"{config.output} has no reported run yet: start it without --table")
+        known = few(dict.fromkeys(f"{r['arm']} with {r['changes']['max_steps']:,} steps" for r in records))
+        found = f"its runs are {known}: give their --rungs and --steps" if known else "start it without --table"
+        raise UserError(f"{config.output} has no reported run of these rungs and lengths; {found}")
     print(ladder_report.report(tables, config.control))
     print(f"drawn: {ladder_report.draw(tables, Path(config.output) / 'ladder.png')}", file=sys.stderr)
 

@@ -45,8 +45,8 @@ def t_quantile(freedom: int) -> float:
 def paired(values: dict[int, float], control: dict[int, float]) -> tuple[float, float] | None:
     """Returns (mean, half the width of its 95 % confidence interval) of the differences between two rungs.
 
-    values, control: {seed: figure}. Only seeds that both have count. Returns None without any; the half width is
-    infinite for a single seed."""
+    values, control: {seed: figure}. Seeds that only one of them has are left out. Returns None if none is left; the
+    half width is infinite for a single seed."""
     differences = [values[seed] - control[seed] for seed in values if seed in control]
     if not differences:
         return None
@@ -72,8 +72,8 @@ def report(tables: dict[str, dict[str, list[dict]]], control: list[str]) -> str:
 
 def control_of(title: str, groups: dict, given: list[str]) -> str:
     """Returns the rung from which the differences of a table are taken."""
-    if given:
-        return given[0 if "tokens" in title else -1]
+    if given and (named := given[0 if "tokens" in title else -1]) in groups:
+        return named
     wanted = "plain" if "tokens" in title else "plain-deep"
     return wanted if wanted in groups else next(iter(groups))
 
@@ -200,7 +200,6 @@ def _draw_curves(axes, groups, colors) -> list[tuple]:
         steps = max(r["changes"]["max_steps"] for r in runs)
         curves = [r["curve"] for r in runs if r["changes"]["max_steps"] == steps]
         mean = np.mean(curves, axis=0)
-        mean[:, 0] *= next(r["flops"] for r in runs if r["changes"]["max_steps"] == steps) / steps
         best = draw_judged(axes, mean, colors[rung])
         ends.append((mean[-1, 1], f"{rung}, best {best[1]:.3f}", colors[rung]))
         top.append(mean[len(mean) // 4 :, 1].max())

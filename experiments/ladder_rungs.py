@@ -106,11 +106,13 @@ def _width_of_equal_flops(base: TRMConfig, flags: dict, wanted: float) -> dict:
     return wide(min(heads, heads + group, key=lambda n: abs(cost(n) - wanted)))
 
 
-def mean_flops(model: TRMConfig, train: TrainConfig) -> float:
-    """Returns the training FLOPs per token, as the mean over a run whose depth may depend on the step."""
+def mean_flops(model: TRMConfig, train: TrainConfig, share: float = 1.0) -> float:
+    """Returns the training FLOPs per token, as the mean over a run whose depth may depend on the step.
+
+    share: the part of the run to look at, from its start."""
     steps, depths = 1000, Counter()
     for step in range(steps):
-        now = depth_of_step(train, model, step, step / steps)
+        now = depth_of_step(train, model, step, share * step / steps)
         depths[now.deep_steps, now.supervision_steps, now.grad_deep_steps] += 1
     names = ("deep_steps", "supervision_steps", "grad_deep_steps")
     costs = (n * flops_per_token(replace(model, **dict(zip(names, depth)))).train for depth, n in depths.items())

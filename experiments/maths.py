@@ -307,7 +307,8 @@ def main(argv=None):
     if config.data_only:
         return
     settings = recipe_of(config, data)
-    print(tables(arms.compare(config, lambda job: run_job(config, settings, data, job), "likelihood")))
+    records = arms.compare(config, settings.flat(), lambda job: run_job(config, settings, data, job), "likelihood")
+    print(tables(records))
 
 
 if __name__ == "__main__":

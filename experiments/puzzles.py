@@ -2,8 +2,8 @@
 
     python experiments/puzzles.py --recipe configs/sudoku6.yaml --minutes 9 --jobs 2
     python experiments/puzzles.py --recipe configs/sudoku4.yaml --minutes 2 --seeds 0 1 2 --output runs/arms4
-    python experiments/puzzles.py --recipe configs/sudoku4.yaml --equal_flops 2500 --minutes 4 --sweep_minutes 1
-    python experiments/puzzles.py --recipe configs/sudoku9.yaml --minutes 5 --device cuda --arms trm plain-params
+    python experiments/puzzles.py --recipe configs/sudoku4.yaml --equal_flops 2500 --output runs/arms4_flops
+    python experiments/puzzles.py --recipe configs/sudoku9.yaml --minutes 5 --device cuda --output runs/arms9
 
 The recipe is a config of train_puzzles.py for a model of recursion trm. experiments/arms.py describes the models that
 are compared, which are called arms: trm, trm-1, loop, plain-params, plain-flops and plain-deep.
@@ -14,7 +14,7 @@ every seed.
 
 The runs are subprocesses of train_puzzles.py, `jobs` at a time. Writes one JSON line per run to runs.jsonl in `output`,
 and prints a table with the exact accuracy on all held-out puzzles of every seed. Started again with the same `output`,
-it does only the runs that are missing.
+it does only the runs that are missing; other settings need another `output`.
 """
 
 import statistics
@@ -29,7 +29,7 @@ from src.config import parse_flags, run  # noqa: E402
 from src.errors import UserError  # noqa: E402
 from src.metrics import flops_per_token  # noqa: E402
 from src.model_config import TRMConfig, model_settings  # noqa: E402
-from src.tasks.puzzle_config import read_settings  # noqa: E402
+from src.tasks.puzzle_config import PuzzleSettings, read_settings  # noqa: E402
 from src.tasks.puzzle_folder import kind_named  # noqa: E402
 
 
@@ -47,11 +47,16 @@ class PuzzleArmsConfig(arms.ArmsConfig):
     sweep_data_seed: int = 100
 
 
-def model_of(config: PuzzleArmsConfig) -> TRMConfig:
-    """Returns the settings of the recipe's model, with the overrides, for the cells and symbols of its puzzle."""
+def recipe_of(config: PuzzleArmsConfig) -> PuzzleSettings:
+    """Returns the settings of the recipe, with the overrides."""
     settings = read_settings(["--config", config.recipe, *config.overrides])
     if settings.model.recursion != "trm":
         raise UserError(f"{config.recipe} is a recipe of recursion {settings.model.recursion}: choose one of trm")
+    return settings
+
+
+def model_of(settings: PuzzleSettings) -> TRMConfig:
+    """Returns the settings of the recipe's model, for the cells and symbols of its puzzle."""
     kind = kind_named(settings.puzzle.puzzle)
     return TRMConfig(**model_settings(settings.model) | {"max_seq_len": kind.cells, "vocab_size": kind.vocab_size})
 
@@ -99,8 +104,9 @@ def table(records: list[dict]) -> str:
 
 def main(argv=None):
     (config,) = parse_flags(__doc__, PuzzleArmsConfig, argv=argv)
-    model = model_of(config)
-    print(table(arms.compare(config, lambda job: train(config, model, job), "cells")))
+    recipe = recipe_of(config)
+    model, settings = model_of(recipe), recipe.flat() | {"sweep_data_seed": config.sweep_data_seed}
+    print(table(arms.compare(config, settings, lambda job: train(config, model, job), "cells")))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import arms, ladder, ladder_report  # noqa: E402
-from experiments.ladder_rungs import mean_flops  # noqa: E402
+from experiments.ladder_rungs import mean_flops, parameters_of  # noqa: E402
 from src.errors import UserError  # noqa: E402
 from src.metrics import flops_per_token  # noqa: E402
 from src.model import TRMConfig  # noqa: E402
@@ -85,6 +85,15 @@ def test_training_documents_that_are_validation_text_are_left_out(tmp_path, caps
     assert "3 training documents left out" in capsys.readouterr().err
 
 
+def test_copies_of_text_that_is_held_back_are_left_out(tmp_path, capsys):
+    lines = [json.dumps({"text": f"document {n % 207}"}) for n in range(400)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    parts = ladder.split_text(ladder.LadderConfig(train_paths=[str(tmp_path / "train.jsonl")]))
+    assert not {*parts["valid"]} & {*parts["train"], *parts["slice"]} and not {*parts["train"]} & {*parts["slice"]}
+    said = capsys.readouterr().err
+    assert "they are validation text" in said and "they are in the slice" in said and parts["train"]
+
+
 def test_other_text_or_another_recipe_in_the_folder_of_a_ladder(tmp_path):
     opened(tmp_path, "--rungs", "plain")
     (tmp_path / "out" / "runs.jsonl").write_text("")
@@ -98,7 +107,7 @@ def test_other_text_or_another_recipe_in_the_folder_of_a_ladder(tmp_path):
 
 
 def test_rungs_have_equal_parameters(all_rungs):
-    sizes = {name: rung.parameters for name, rung in all_rungs.rungs.items()}
+    sizes = {name: parameters_of(rung.model) for name, rung in all_rungs.rungs.items()}
     assert all(sizes[name] == pytest.approx(sizes["plain"], rel=0.02) for name in sizes if name not in ladder.BIGGER)
     assert all(sizes[name] > 1.3 * sizes["plain"] for name in ladder.BIGGER)
 
@@ -138,11 +147,34 @@ def test_the_flops_of_a_run_whose_depth_changes(all_rungs):
     assert drawn == pytest.approx(sum(depths) / 4, rel=0.05)
 
 
+def test_the_flops_of_the_beginning_of_a_run(all_rungs):
+    late = all_rungs.rungs["late"]
+    early = flops_per_token(replace(late.model, deep_steps=1, grad_deep_steps=1)).train
+    assert mean_flops(late.model, late.train, 0.5) == early < late.flops
+    assert mean_flops(late.model, late.train, 0.9) > early
+
+
 def test_a_rung_with_other_settings(tmp_path):
     rungs = opened(tmp_path, "--rungs", "trm", "trm+gate=true+supervision_steps=3+lr=0.01").rungs
     plain, other = rungs.values()
     assert other.model.gate and not plain.model.gate and (plain.steps, other.steps) == (750, 473)
     assert other.flags == {"gate": True, "supervision_steps": 3, "lr": 0.01}
+
+
+def test_a_rung_with_other_batches_has_as_many_tokens_and_flops(tmp_path):
+    names = ["plain", "plain+batch_size=8", "plain+max_seq_len=4", "plain+norm=pre"]
+    rungs = opened(tmp_path, "--rungs", *names, "--steps", "100").rungs
+    plain, large, short, _ = (rungs[name] for name in names)
+    assert (plain.tokens, large.tokens, short.tokens) == (32, 64, 16)
+    assert [rung.equal_steps for rung in rungs.values()] == [100, 50, 200, 100]
+    assert large.steps == round(plain.steps / 2)
+    for rung in rungs.values():
+        assert rung.steps * rung.tokens * rung.flops == pytest.approx(plain.steps * 32 * plain.flops, rel=0.01)
+
+
+def test_a_setting_among_the_overrides_is_not_swept(tmp_path):
+    it = opened(tmp_path, "--rungs", "plain", "--sweep", "lr=0.1,0.2", "--overrides", *SMALL, "lr=0.3")
+    assert it.config.choices == {} and it.settings.train.lr == 0.3
 
 
 @pytest.mark.parametrize(
@@ -161,10 +193,20 @@ def test_a_rung_with_other_settings(tmp_path):
         (["--jobs", "0"], "jobs is 0"),
         (["--corpus_bytes", "1000000"], "less than corpus_bytes"),
         (["--train_paths", "nowhere.txt"], "nowhere.txt does not exist"),
-        (["--rungs", "plain", "--table"], "has no reported run yet"),
+        (["--rungs", "plain", "--table"], "has no reported run of these rungs and lengths; start it without --table"),
+        (["--corpus_bytes", "0"], "steps or corpus_bytes is under 1"),
+        (["--rungs", "plain+seed=5"], "seed is set by the ladder itself: leave it out of sweep and rungs"),
+        (["--rungs", "plain+warmup_steps=5"], "warmup_steps is set by the ladder itself"),
+        (["--sweep", "max_steps=5"], "max_steps is set by the ladder itself: leave it out of sweep and rungs"),
+        (["--overrides", "eval_every=5"], "eval_every is set by the ladder itself: leave it out of overrides"),
+        (["--overrides", "gate=true"], "gate makes some of the rungs: leave it out of the recipe, or write rung"),
+        (["--rungs", "gated", "--sweep", "gate=true,false"], "gate makes the rung gated or changes its cost: write"),
+        (["--rungs", "plain", "--sweep", "batch_size=32,64"], "batch_size makes the rung plain or changes its cost"),
+        (["--rungs", "loop", "--sweep", "d_ff=64,128"], r"changes its cost: write loop\+d_ff="),
     ],
 )
-def test_mistakes(words, message, tmp_path):
+def test_mistakes(words, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "run_job", lambda *args: pytest.fail("a run was started"))
     (tmp_path / "text.txt").write_text(TEXT)
     with pytest.raises(UserError, match=message):
         ladder.main(["--train_paths", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out"), *words])
@@ -346,6 +388,21 @@ def test_the_control_of_a_table():
     assert ladder_report.control_of("equal FLOPs", groups, ["plain"]) == "plain"
 
 
+def test_a_control_that_a_table_does_not_have():
+    groups = dict.fromkeys(("loop", "plain"))
+    assert ladder_report.control_of("equal tokens", groups, ["plain-deep"]) == "plain"
+
+
+def test_tables_do_not_mix_settings(capsys):
+    old, other = (reported("plain", seed, 1.5) for seed in (0, 1))
+    new = reported("plain", 0, 1.4)
+    new["changes"] = {"lr": 0.02, "max_steps": 200}
+    sweep = reported("plain", 1000, 1.3) | {"is_sweep": True}
+    assert ladder.of_newest_settings([old, other, new, sweep]) == [new]
+    assert "2 runs left out: newer ones have other settings" in capsys.readouterr().err
+    assert ladder.of_newest_settings([old, other, sweep]) == [old, other] and not capsys.readouterr().err
+
+
 def test_runs_find_their_tables(all_rungs, tmp_path):
     deep = all_rungs.rungs["plain-deep"].steps
     records = [reported(arm, seed, 1.5, steps) for seed in (1, 0) for arm, steps in (("trm", 200), ("trm", 100))]
@@ -370,7 +427,7 @@ def test_a_small_corpus_reports_the_best_evaluation_at_the_best_budget(all_rungs
     assert (half, full, ladder.lengths(small, "trm", it.rungs["trm"])) == (100, 200, [100])
 
     def run_of(arm, seed, steps, on_slice, best):
-        curve = [[steps // 2, on_slice], [steps, on_slice + 0.1]]
+        curve = [[1e9 * steps, on_slice], [2e9 * steps, on_slice + 0.1]]
         return reported(arm, seed, 2.0, steps, slice=on_slice, curve=curve, best=scored(best))
 
     records = [run_of("plain-deep", 0, half, 1.9, 1.70), run_of("plain-deep", 0, full, 1.8, 1.60)]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def test_plain_arms_have_the_parameters_or_the_flops_of_the_recipe():
 
 def test_equal_flops_give_each_arm_its_number_of_updates():
     config = puzzles.PuzzleArmsConfig(recipe="configs/sudoku4.yaml", equal_flops=2500, minutes=4, sweep_minutes=1)
-    model = puzzles.model_of(config)
+    model = puzzles.model_of(puzzles.recipe_of(config))
     assert (model.max_seq_len, model.vocab_size, model.supervision_steps) == (16, 6, 8)
 
     def updates(arm, is_sweep=False):
@@ -65,6 +66,23 @@ def test_the_table_has_every_seed():
 def test_mistakes(words, message, tmp_path):
     with pytest.raises(UserError, match=message):
         puzzles.main([*words, "--output", str(tmp_path)])
+
+
+def test_other_settings_need_another_folder(tmp_path):
+    config = arms.ArmsConfig(output=str(tmp_path / "out"), arms=["trm"], lrs=[0.1], seeds=[0], minutes=1.0)
+    done = []
+
+    def do(job):
+        done.append(job)
+        return job.facts() | {"exact": 0.5, "updates": 1, "seconds": 1.0}
+
+    arms.compare(config, {"d_model": 16, "seed": 0}, do, "exact")
+    arms.compare(replace(config, seeds=[0, 1]), {"d_model": 16, "seed": 1}, do, "exact")
+    assert [job.seed for job in done] == [0, 1]
+    with pytest.raises(UserError, match="had d_model 16, not 32: choose another output"):
+        arms.compare(config, {"d_model": 32}, do, "exact")
+    with pytest.raises(UserError, match="had equal_flops None, not 9: choose another output"):
+        arms.compare(replace(config, equal_flops=9), {"d_model": 16}, do, "exact")
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
-"""Replaces folders (checkpoints, exports) completely or not at all. Files that the writer did not write are kept.
+"""Replaces folders (checkpoints, exports) and files completely or not at all.
 
+Files in a folder that its writer did not write are kept.
 The new folder is first written as `.NAME.writing` next to the old one. Then the old one is renamed to `.NAME.old`, and
 the new one takes its name. After a crash between the two renames, only `.NAME.old` exists; `recover` restores it.
 """
@@ -36,6 +37,13 @@ def replacing(folder, owns: Callable[[str], bool]):
         beside.rename(folder)
     finally:
         recover(folder)
+
+
+def replace_file(path: Path, text: str):
+    """Writes a file as UTF-8: after a crash, it is the old one or the new one.  Raises OSError if it cannot."""
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def recover(folder: Path) -> tuple[Path, Path]:

@@ -44,17 +44,10 @@ def start(folder: Path, settings: dict, lock: "RunLock | None" = None) -> "RunLo
             check_resume(folder, settings, resume=False)
         if "resume" in settings:  # it belongs to one start of the run, not to the run
             settings = settings | {"resume": False}
-        _write(folder / "config.yaml", dump_yaml(settings))
+        folders.replace_file(folder / "config.yaml", dump_yaml(settings))
     except OSError as error:
         raise UserError(f"cannot write to save_dir {folder}: {error.strerror}; choose another folder") from None
     return lock
-
-
-def _write(path: Path, text: str):
-    """Write a file atomically: after a crash, the file is either the old one or the new one."""
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def check_writable(folder: Path, flag: str = "save_dir"):
@@ -132,7 +125,7 @@ def keep_corpus(folder: Path, corpus: dict):
     """Write corpus.json, which records what a run was trained on.
 
     corpus: {part: the files of the part as [(name, bytes, digest), ...], or one fingerprint as a string}."""
-    _write(folder / CORPUS, json.dumps(corpus) + "\n")
+    folders.replace_file(folder / CORPUS, json.dumps(corpus) + "\n")
 
 
 def _changes(part, before, now):
