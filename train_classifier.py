@@ -115,7 +115,8 @@ def read_examples(config, names, *parts) -> dict:
     """Returns {part: its examples} for those of the parts train, dev and test that have a file."""
     paths = {part: getattr(config, part) for part in parts}
     labelled = ("train", "dev") if config.option == "finetune" else ()
-    return {part: task.read_examples(path, names, part in labelled) for part, path in paths.items() if path}
+    ordered = bool(config.label_names) or config.option != "finetune"  # names found in a file are in no known order
+    return {part: task.read_examples(path, names, part in labelled, ordered) for part, path in paths.items() if path}
 
 
 def zero_shot(config, device):

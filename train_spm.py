@@ -64,6 +64,9 @@ class SPMConfig:
     def __post_init__(self):
         if self.model_type not in ("bpe", "unigram", "char"):
             raise ValueError(f"model_type is {self.model_type!r}: set it to bpe, unigram or char")
+        for name, least in (("vocab_size", 1), ("max_sentences", 101)):  # SentencePiece takes no fewer lines
+            if not least <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} is {getattr(self, name)}: set it to {least} or more, up to {2**31 - 1}")
         if not 0.9 <= self.character_coverage <= 1.0:
             raise ValueError(f"character_coverage is {self.character_coverage}: set it from 0.9 to 1.0")
         if not 0 <= self.seed < 2**32:

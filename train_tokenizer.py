@@ -56,6 +56,9 @@ class TokenizerTrainingConfig:
     seed: int = 0
 
     def __post_init__(self):
+        for name in ("vocab_size", "max_bytes"):
+            if not 1 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
         if not 0.9 <= self.character_coverage <= 1.0:
             raise ValueError(f"character_coverage is {self.character_coverage}: set it from 0.9 to 1.0")
         if not os.path.basename(self.model_prefix):

@@ -10,7 +10,7 @@ puzzle model, it compares the share of the run's held-out puzzles that are solve
 many steps in sequence make rounding grow.
 
 Of a model that was trained on installed packages, LICENCES.md lists the packages with their licences, as they are
-installed now.
+installed now. It says how many of the files that the run has read are not among them, unchanged.
 """
 
 import json
@@ -27,15 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src whe
 
 from src.checkpoint import load_model, load_network, resolve, save_checkpoint  # noqa: E402
 from src.config import parse_flags, run  # noqa: E402
-from src.data.corpus import find_files, is_word, package_roots  # noqa: E402
-from src.data.licences import packages_of_files  # noqa: E402
+from src.data.corpus import find_files, fingerprint_files, is_word, package_roots  # noqa: E402
+from src.data.licences import LICENCES, packages_of_files  # noqa: E402
 from src.data.tokenizer_json import PUZZLE_FILE  # noqa: E402
 from src.dataset import DataConfig, create_dataloader, prepare_data  # noqa: E402
-from src.errors import UserError
+from src.errors import UserError, few  # noqa: E402
 from src.evaluation.evaluation import evaluate  # noqa: E402
 from src.files.plain_yaml import read_yaml  # noqa: E402
+from src.files.text import read_object  # noqa: E402
 from src.tasks.puzzle_data import PuzzleConfig, load_puzzles, read_form  # noqa: E402
 from src.tasks.puzzle_eval import answer  # noqa: E402
+from src.training.run_folder import CORPUS  # noqa: E402
 
 LARGEST_CHANGE = 0.001  # nats per token
 LARGEST_CHANGE_SOLVED = 0.005  # share of the puzzles
@@ -84,29 +86,36 @@ def release(run_folder, output) -> Path:
     return source
 
 
-def write_licences(output: Path, settings: dict) -> None:
-    """Writes LICENCES.md if the run read installed packages.  settings: those of the run."""
+def licences(settings: dict, corpus: dict) -> str | None:
+    """Returns the text of LICENCES.md for a run that read installed packages, else None.
+
+    settings, corpus: the run's config.yaml and corpus.json. Raises UserError if a package is no longer installed."""
     paths, held_out = settings.get("train_paths") or [], settings.get("valid_paths") or []
     if not (words := [path for path in paths if is_word(path)]):
-        return
+        return None
     owners = packages_of_files(package_roots())
     files = find_files(words, (".py",), lambda: find_files(held_out))
     packages = {owners[path] for path in map(os.path.realpath, files) if path in owners}
     if not packages:
-        return
+        return None
     rows = "".join(f"| {each.name} {each.version} | {each.licence} |\n" for each in sorted(packages))
     if "stdlib" in words:
         rows = f"| the standard library of Python {platform.python_version()} | PSF-2.0 |\n{rows}"
     text = f"This model was trained on the sources of these packages:\n\n| package | licence |\n|---|---|\n{rows}"
-    (output / "LICENCES.md").write_text(text, encoding="utf-8")
+    read = {tuple(file) for part, found in corpus.items() if part.startswith("train") for file in found}
+    if missing := read - set(fingerprint_files(files)):
+        names = few(sorted({name for name, _, _ in missing}))
+        text += f"\n{len(missing):,} files of the run have changed since, or are no longer counted: {names}.\n"
+    return text
 
 
 def losses(folders, args: ReleaseConfig) -> list[float]:
     """Returns the loss of each checkpoint in nats per token, on the same first validation batches."""
     found = []
+    paths = find_files(args.valid_paths) if args.valid_paths else []  # a word would stand for other training files
     for folder in folders:
         model, tokenizer = load_model(folder)
-        data = DataConfig(train_paths=args.valid_paths, valid_paths=args.valid_paths, tokenizer=str(folder))
+        data = DataConfig(train_paths=paths, valid_paths=paths, tokenizer=str(folder))
         _, _, valid_set = prepare_data(data, None, model.config.max_seq_len)
         batches = create_dataloader(valid_set, args.batch_size, shuffle=False, pad_id=tokenizer.pad_id)
         figures = evaluate(model, batches, valid_set.bytes_per_token, limit=args.batches)
@@ -128,9 +137,14 @@ def shares_solved(folders, settings: dict) -> list[float]:
 def main(argv=None) -> int:
     args = parse_args(argv)
     output = Path(args.folders[1])
+    run_folder = resolve(args.folders[0]).parent
+    settings = read_yaml(run_folder / "config.yaml") if (run_folder / "config.yaml").exists() else {}
+    corpus = read_object(run_folder / CORPUS) if (run_folder / CORPUS).exists() else {}
+    text = licences(settings, corpus)  # first, because it may fail
     source = release(args.folders[0], output)
-    settings = read_yaml(source.parent / "config.yaml") if (source.parent / "config.yaml").exists() else {}
-    write_licences(output, settings)
+    (output / LICENCES).unlink(missing_ok=True)
+    if text is not None:
+        (output / LICENCES).write_text(text, encoding="utf-8")
     sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir())}
     for name, size in sizes.items():
         print(f"{name:20}{size:>12,} bytes")

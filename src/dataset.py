@@ -4,8 +4,7 @@
 2. `src.data.token_store` keeps their tokens on disk, as one flat stream with EOS after each document. The cache key is
    a hash of the files and the tokenizer, so a second run only opens it. `TokenStore` is that stream, memory-mapped.
 3. `PackedDataset` cuts the stream into full windows. `WikiJsonlDataset` is the padded alternative, one document per
-   row. `RecordDataset` has one question with its answer per row. `MixedDataset` combines several corpora, drawn by
-   weight.
+   row. `RecordDataset` has one question with its answer per row. `MixedDataset` draws from several corpora by weight.
 4. `create_dataloader` makes batches, in an order that is a pure function of (seed, epoch, index).
 5. `prepare_data` does all of this, as `DataConfig` (the flags) says.
 
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from src.data.corpus import NoDocument, content_hash, find_files, fingerprint_files, stdlib_files
+from src.data.corpus import NoDocument, content_hash, find_files, fingerprint_files, stdlib_files, without
 from src.data.fim import FillInMiddle, RearrangedDataset
 from src.data.order import EndlessSampler, MixtureSampler, RankBatches, SeededIndices
 from src.data.readers import SUFFIXES
@@ -270,7 +269,7 @@ def fields_of(data, corpora):
     records = _record_fields(data)
     if not data.mixture:
         return [records]
-    are_records = [records.fit(files[0]) for files in corpora]
+    are_records = [any(map(records.fit, files)) for files in corpora]
     if not any(are_records):
         raise UserError(f"none of the mixture's train_paths has {records}: correct --question_field and --answer_field")
     text = few(path for path, are in zip(data.train_paths, are_records) if not are)
@@ -319,12 +318,13 @@ def find_text(data):
 
     own = []
     if not data.train_paths:
-        train_files, own = stdlib_files()
-        print(f"no train_paths: using the Python standard library, {len(train_files)} files", file=sys.stderr)
-        corpora = [train_files]
+        library, own = stdlib_files()
+        corpora = [without(library, find_valid() if data.valid_paths else ())]
+        print(f"no train_paths: using the Python standard library, {len(corpora[0])} files", file=sys.stderr)
     elif data.mixture:
         either = tuple(dict.fromkeys(SUFFIXES + suffixes))
         corpora = [find_files(path, either, find_valid) for path in data.train_paths]
+        corpora = list(map(_record_fields(data).alike, corpora)) if data.records else corpora
     else:
         corpora = [find_files(data.train_paths, suffixes, find_valid)]
     if not data.valid_paths:

@@ -299,14 +299,16 @@ def test_release_names_the_licences_of_the_packages_it_was_trained_on(tmp_path, 
     install(tmp_path, one="License: MIT", two="License: MPL-2.0", zero="License: BSD")
     for module in (corpus, release):
         monkeypatch.setattr(module, "package_roots", lambda: [tmp_path])
-    found = tmp_path / "LICENCES.md"
-    release.write_licences(tmp_path, {"train_paths": ["stdlib"]})
-    release.write_licences(tmp_path, {"train_paths": [str(tmp_path / "one")]})
-    assert not found.exists()
+    assert release.licences({"train_paths": ["stdlib"]}, {}) is None
+    assert release.licences({"train_paths": [str(tmp_path / "one")]}, {}) is None
     settings = {"train_paths": ["stdlib", "permissive-packages"], "valid_paths": ["site-packages/zero"]}
-    release.write_licences(tmp_path, settings)
-    rows = [line for line in found.read_text().splitlines() if line.startswith("| ")]
+    rows = [line for line in release.licences(settings, {}).splitlines() if line.startswith("| ")]
     assert rows[1].startswith("| the standard library of Python 3.") and rows[2:] == ["| one 1.5 | MIT |"]
+    read = {"train 1": corpus.fingerprint_files([tmp_path / "one" / "a.py"]), "valid": [["b.py", 1, ""]]}
+    assert release.licences(settings, read).splitlines()[-1] == "| one 1.5 | MIT |"
+    read["train 2"] = [["old.py", 9, "0123"]]
+    said = "\n1 files of the run have changed since, or are no longer counted: old.py.\n"
+    assert release.licences(settings, read).endswith(said)
 
 
 def test_release_of_a_puzzle_model_compares_the_puzzles_it_solves(tmp_path, capsys):

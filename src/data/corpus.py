@@ -12,7 +12,7 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
-from src.data.licences import packages_of_files
+from src.data.licences import names_another_licence, packages_of_files
 from src.data.readers import READERS, SUFFIXES, SkipLog, suffix_of
 from src.errors import UserError, few
 from src.files.text import check_is_file, is_text
@@ -38,17 +38,19 @@ def find_files(paths, suffixes=SUFFIXES, held_out=tuple):
     found = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.path.expanduser(os.fspath(path))
-        if is_word(path):
-            others = set(map(same_file_key, held_out()))
-            named = [f for f in files_of_word(path) if _has(f, suffixes)]
-            files = [f for f in named if same_file_key(f) not in others]
+        if is_word(word := path.rstrip("/")):
+            named = [f for f in files_of_word(word) if _has(f, suffixes)]
+            files = without(named, held_out())
             if named and not files:
-                raise UserError(f"{path}: valid_paths has all of its files, so that none is left: name fewer there")
+                raise UserError(f"{word}: valid_paths has all of its files, so that none is left: name fewer there")
         elif os.path.isdir(path):
             files = _files_in(path, suffixes)
         elif glob.has_magic(path) and not os.path.lexists(path):
             files = [f for f in glob.glob(path, recursive=True) if _has(f, suffixes) and os.path.isfile(f)]
         elif not os.path.lexists(path):
+            if path.startswith("site-packages/"):
+                package = "/".join(path.split("/")[:2])
+                raise UserError(f"{path} is no package: name a whole one, such as {package}, or give a path")
             raise UserError(f"{path} does not exist" + f" in {os.getcwd()}" * (not os.path.isabs(path)))
         else:
             check_is_file(path, path)
@@ -58,6 +60,12 @@ def find_files(paths, suffixes=SUFFIXES, held_out=tuple):
         for file in sorted(files):
             found.setdefault(same_file_key(file), file)
     return sorted(found.values())
+
+
+def without(files, held_out):
+    """Returns the files that are not among `held_out`, under any of their names."""
+    others = set(map(same_file_key, held_out))
+    return [file for file in files if same_file_key(file) not in others]
 
 
 def is_word(path: str) -> bool:
@@ -166,24 +174,34 @@ def package_files(roots=None, permissive=False):
 
 
 def _permissive(files, roots):
-    """Returns the files that belong to a package with a permissive licence, and says on stderr what is left out."""
-    owners, left = packages_of_files(roots), {}
+    """Returns the files that belong to a package with a permissive licence and name no other licence.
+
+    Says on stderr what is left out."""
+    owners, left, others = packages_of_files(roots), {}, []
     for path in files:
         package = owners.get(os.path.realpath(path))
         if not (package and package.is_permissive):
             left[path] = f"{package.name} ({package.licence})" if package else f"{os.path.basename(path)} (no package)"
+        elif names_another_licence(Path(path).read_bytes()):
+            others.append(path)
     if left:
         print(f"left out, licence not known to be permissive: {few(dict.fromkeys(left.values()))}", file=sys.stderr)
+    if others:
+        print(f"left out, they name a licence that is not permissive: {few(others)}", file=sys.stderr)
+    left |= dict.fromkeys(others)
     return [path for path in files if path not in left]
 
 
 def _sources(root, ignored, min_bytes):
-    """Yields the sorted .py files of a folder that have at least min_bytes and are UTF-8 text."""
+    """Yields the sorted .py files of a folder that can be read, have at least min_bytes and are UTF-8 text."""
     for path in sorted(f for f in walk(root, ignored, []) if f.endswith(".py")):
         if os.path.basename(path).startswith("_sysconfigdata") or not os.path.isfile(path):
             continue
-        source = Path(path).read_bytes()
-        if len(source) >= min_bytes and is_text(source.decode(errors="surrogateescape")):
+        try:
+            source = Path(path).read_bytes()
+        except OSError:  # not readable for this user
+            continue
+        if len(source) >= min_bytes and b"\0" not in source and is_text(source.decode(errors="surrogateescape")):
             yield path
 
 

@@ -127,7 +127,8 @@ def read_parquet(path, text_field, log):
 def parquet_rows(path, log, column=None):
     """Yields (number from 1, {column: value}) of every row, with all columns or only the named one.
 
-    Binary values become text. Logs and skips rows that are not UTF-8, and row groups that are too large."""
+    Binary values become text. If all columns are read, binary values that are not UTF-8 stay bytes: they may be in a
+    column that nobody needs. Otherwise logs and skips such rows. Logs and skips row groups that are too large."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -141,7 +142,7 @@ def parquet_rows(path, log, column=None):
             for first, batch in _parquet_batches(table, path, column, log):
                 for number, values in enumerate(zip(*batch.columns), first):
                     try:
-                        row = dict(zip(batch.schema.names, map(_plain, values)))
+                        row = {name: _plain(value, column is None) for name, value in zip(batch.schema.names, values)}
                     except UnicodeDecodeError:
                         log.add(BAD_UTF8, path, number)
                     else:
@@ -150,10 +151,15 @@ def parquet_rows(path, log, column=None):
         raise UserError(f"{path} cannot be read to its end, is it truncated? ({str(error).splitlines()[0]})") from None
 
 
-def _plain(value):
+def _plain(value, keeps_bytes):
     """Returns the Python value of an Arrow scalar."""
     value = value.as_py()
-    return value.decode() if isinstance(value, bytes) else value
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        if not keeps_bytes:
+            raise
+        return value
 
 
 def _parquet_batches(table, path, column, log):

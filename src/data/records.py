@@ -11,6 +11,7 @@ The shapes of these data sets are known by the names of their fields:
 RECORD_SUFFIXES lists the file formats: one JSON object per line, a row of a table, or an object in a JSON list.
 """
 
+import contextlib
 import itertools
 import os
 import re
@@ -21,11 +22,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from src.data.corpus import MAX_DOC_MB, find_files, refuse_empty
-from src.data.readers import BAD_UTF8, NOT_OBJECT, TOO_LONG, SkipLog, json_objects, parquet_rows, suffix_of
+from src.data.readers import BAD_UTF8, NOT_OBJECT, SUFFIXES, TOO_LONG, SkipLog, json_objects, parquet_rows, suffix_of
 from src.errors import UserError
 from src.files.text import is_text, read_json
 
-RECORD_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json")
+LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")  # a line or row without the fields is skipped
+RECORD_SUFFIXES = (*LINE_SUFFIXES, ".json")
 SHAPES = ((("question",), "answer"), (("Body", "Question"), "Answer"))  # fields of the question, field of the answer
 NO_RECORD, BAD_QUESTION = "no question and answer", "question is not a string"
 BAD_ANSWER = "answer is neither a string nor a number"
@@ -65,10 +67,19 @@ class RecordFields(NamedTuple):
         return [((self.question,) if self.question else q, self.answer or a) for q, a in SHAPES]
 
     def fit(self, path) -> bool:
-        """Whether the first object or row of a file has these fields."""
+        """Whether the first object or row of a file has these fields. False for a file that cannot be read."""
         is_of_records = os.fspath(path).lower().endswith(RECORD_SUFFIXES)
-        rows = ROW_READERS[suffix_of(path)](path, quiet_log()) if is_of_records else ()
-        return any(self._names_in(row) for _, row in itertools.islice(rows, 1))
+        with contextlib.suppress(UserError):
+            rows = ROW_READERS[suffix_of(path)](path, quiet_log()) if is_of_records else ()
+            return any(self._names_in(row) for _, row in itertools.islice(rows, 1))
+        return False
+
+    def alike(self, files) -> list[str]:
+        """Returns the files of a corpus that are read in the same way: as records, if one of them has these fields,
+        else as text."""
+        are_records = {path: self.fit(path) for path in files}
+        suffixes = LINE_SUFFIXES if any(are_records.values()) else SUFFIXES
+        return [path for path in files if are_records[path] or os.fspath(path).lower().endswith(suffixes)]
 
     def pieces(self, path, log):
         """Yields every record of a file as a document of two (piece, is_last) pairs: the prompt, then the answer."""
@@ -91,6 +102,8 @@ class RecordFields(NamedTuple):
         if names is None:
             return NO_RECORD
         *parts, answer = (row[name] for name in names)
+        if any(isinstance(part, bytes) for part in (*parts, answer)):
+            return BAD_UTF8
         if not all(isinstance(part, str) for part in parts):
             return BAD_QUESTION
         question, answer = " ".join(parts).strip(), _as_text(answer)
@@ -102,7 +115,12 @@ class RecordFields(NamedTuple):
             return BAD_UTF8
         if len(question) + len(answer) > max_chars:
             return TOO_LONG
-        return Record(question, answer, str(path), line, {name: row[name] for name in row if name not in names})
+        return Record(question, answer, str(path), line, _others(row, names))
+
+
+def _others(row, names):
+    """Returns the other fields of a row, without binary ones, which no report can show."""
+    return {name: value for name, value in row.items() if name not in names and not isinstance(value, bytes)}
 
 
 def _as_text(answer):

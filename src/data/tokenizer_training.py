@@ -153,10 +153,9 @@ def train_sentencepiece(
         shown = {name: ",".join(value) if isinstance(value, list) else value for name, value in flags.items()}
         shown = {"model_prefix": model_prefix, **shown}
         print("spm_train", *(f"--{k}={shlex.quote(str(v))}" for k, v in shown.items()), file=sys.stderr)
-    spm.set_random_generator_seed(seed)
-    model = io.BytesIO()
+    model, lines = io.BytesIO(), _drawn_lines(texts, max_sentences, seed)
     try:
-        spm.SentencePieceTrainer.train(sentence_iterator=_lines(texts), model_writer=model, minloglevel=2, **flags)
+        spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, minloglevel=2, **flags)
     except RuntimeError as error:
         raise UserError(_explain(str(error), vocab_size)) from None
     tokenizer = TokenizerWrapper(model.getvalue())
@@ -249,6 +248,19 @@ def _lines(texts):
         for line in text.split("\n"):
             for start in range(0, len(line), LINE_CHARS):
                 yield line[start : start + LINE_CHARS]
+
+
+def _drawn_lines(texts, most, seed):
+    """Returns all lines, or `most` of them if there are more, chosen at random.
+
+    SentencePiece chooses in the same way (a reservoir sample), but always with the same seed."""
+    kept, draw = [], random.Random(seed)
+    for number, line in enumerate(_lines(texts)):
+        if number < most:
+            kept.append(line)
+        elif (place := draw.randrange(number + 1)) < most:
+            kept[place] = line
+    return kept
 
 
 def _explain(message, vocab_size):

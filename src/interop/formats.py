@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from src.checkpoint import check_fit, load_config, read_info, read_weights, resolve, save_checkpoint
+from src.data.licences import LICENCES
 from src.data.tokenizer_json import PUZZLE_FILE
 from src.errors import UserError
 from src.files.text import read_object
@@ -173,6 +174,10 @@ def write(source: Source, dest, to: str = "checkpoint"):
 
     Raises UserError if `dest` exists, or if the format cannot represent the model."""
     dest = Path(dest)
+    if not dest.name or (to == "trm" and dest.name == CONFIG):
+        raise UserError(
+            f"DEST {str(dest)!r} is no name for the {'weights' if to == 'trm' else 'model'}: choose another"
+        )
     outputs = [dest]
     if to in ("llama2c", "trm"):
         outputs.append(tokenizer_file(dest) if to == "llama2c" else dest.with_name(CONFIG))
@@ -223,6 +228,8 @@ def _write(source, path, to):
         with torch.device("meta"):
             model = TRMModel(config)
         save_checkpoint(path, model, tokenizer, info=info, weights=weights)
+    if path.is_dir() and (source.path / LICENCES).is_file():
+        shutil.copyfile(source.path / LICENCES, path / LICENCES)
     if to in ("hub", "hf"):
         puzzle = tokenizer.kind.name if isinstance(tokenizer, PuzzleForm) else None
         (path / "README.md").write_text(model_card(path.name, config, info, to, puzzle), encoding="utf-8")

@@ -38,6 +38,7 @@ TEXT_NAMES = ("text", "sentence", "review", "content", "document", "comment", "m
 LABEL_NAMES = ("label", "labels", "class", "category", "sentiment", "target", "rating", "stars", "topic", "intent")
 MOST_CLASSES = 1000
 MOST_LABEL = 200  # characters
+OTHER_TYPES = {".arrow", ".csv", ".feather", ".json", ".parquet", ".xls", ".xlsx"}
 MISSING = {".tsv": "there is no tab between label and text", ".jsonl": "not a JSON object with `label` and `text`"}
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
@@ -64,18 +65,22 @@ def read_label_names(path) -> list[str]:
     return names
 
 
-def read_examples(path, names: list[str], needs_labels: bool = True) -> list[Example]:
+def read_examples(path, names: list[str], needs_labels: bool = True, takes_numbers: bool = True) -> list[Example]:
     """Reads all examples of a file. Raises UserError for a label that is not among the names, and for a missing label.
 
-    With needs_labels false, a file in which no line has a label is accepted too."""
+    With needs_labels false, a file in which no line has a label is accepted too. takes_numbers: a label may also be the
+    position of a name. That is for names in an order of the user's, not for the sorted ones of `find_label_names`."""
     # if names are numbers themselves, a label is always a name
-    numbers = {} if any(map(_NUMBER.fullmatch, names)) else {str(i): i for i in range(len(names))}
+    takes_numbers = takes_numbers and not any(map(_NUMBER.fullmatch, names))
+    numbers = {str(i): i for i in range(len(names))} if takes_numbers else {}
     index = {None: None} | numbers | {name: i for i, name in enumerate(names)}
     rows = _read_rows(path, needs_labels)
     if wrong := next((row for row in rows if row.label not in index), None):
         known = ", ".join(f"{i} {name}" if numbers else name for i, name in enumerate(names))
         where = f"{path}, line {wrong.number}"
-        raise UserError(f"{where}: label {wrong.label!r} is not one of {known}: correct the label or the names")
+        is_number = _NUMBER.fullmatch(wrong.label) and not takes_numbers
+        advice = "say what the numbers mean with --label_names" if is_number else "correct the label or the names"
+        raise UserError(f"{where}: label {wrong.label!r} is not one of {known}: {advice}")
     return [Example(row.text, index[row.label]) for row in rows]
 
 
@@ -122,13 +127,15 @@ def write_answers(path, labels: list[str], texts: list[str]):
 
 def _read_rows(path, needs_labels=True) -> list[Row]:
     """Reads the non-blank lines of a file as rows."""
+    kind = Path(str(path).lower().removesuffix(".gz")).suffix
+    if kind in OTHER_TYPES:
+        raise UserError(f"{path}: files of labelled texts are .tsv, .jsonl or .txt, not {kind}: convert it")
     lines = []
     for number, line in read_lines(path):
         if line is None or not is_text(line):
             raise UserError(f"{path}, line {number} is {'too long' if line is None else 'not UTF-8'}: convert the file")
         if line.strip():
             lines.append((number, line.rstrip("\n")))
-    kind = Path(str(path).lower().removesuffix(".gz")).suffix
     if kind == ".jsonl":
         rows = [_row_of_json(number, line, f"{path}, line {number}") for number, line in lines]
     else:
@@ -157,10 +164,17 @@ def _rows_of_columns(lines, separator, path):
     text, label = _first(header, TEXT_NAMES), _first(header, LABEL_NAMES)
     if text is None or label is None and separator != "\t":  # the first line is not a header
         pairs = ((number, *line.partition(separator)) for number, line in lines)
-        return [
+        rows = [
             Row(number, start.strip() if found else None, (rest if found else start).strip())
             for number, start, found, rest in pairs
         ]
+        first = rows[0].label.lower() if len(rows) > 1 and rows[0].label else None
+        if first in LABEL_NAMES and all((row.label or "").lower() != first for row in rows[1:]):
+            raise UserError(
+                f"{path}, line 1 looks like a header, but {rows[0].text!r} is no known name of the text's column: "
+                "rename that column to text, or remove the line"
+            )
+        return rows
     rows, last = [], max(text, -1 if label is None else label)
     for number, line in lines[1:]:
         cells = line.split(separator, len(names) - 1)  # the last column may contain the separator

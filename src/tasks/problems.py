@@ -43,8 +43,9 @@ class Problem(NamedTuple):
 
 
 def key_of(question: str) -> int:
-    """Returns a 64-bit key. The two orders of a sum of two numbers have the same key."""
-    terms = _SUM.match(question)
+    """Returns a 64-bit key. The two orders of a sum of two numbers have the same key, and so has the same question with
+    other white space around it, which files of records do not keep."""
+    terms = _SUM.match(question := question.strip())
     return content_hash(" + ".join(sorted(terms.groups())).encode() if terms else question.encode())
 
 
@@ -127,7 +128,7 @@ def all_tasks() -> list[str]:
 
 
 def gym_problems(name, tries, seed, options, is_terse=False) -> Iterator[Problem]:
-    """Yields the items of a reasoning-gym task: item i is made with the seed `seed + i`.
+    """Yields the items of a reasoning-gym task: item i is made with the seed `seed + i`. None if there is no such item.
 
     options: {name: value} of the task's settings. Raises UserError if the task refuses one."""
     from reasoning_gym.factory import DATASETS, create_dataset
@@ -144,7 +145,9 @@ def gym_problems(name, tries, seed, options, is_terse=False) -> Iterator[Problem
         given = " ".join(f"{option}={value}" for option, value in options.items())
         raise UserError(f"{name} refuses {given or 'its default options'}: {error}; correct --set") from None
     for item in _made(name, items, tries):
-        if isinstance(item["answer"], (str, int, float)):  # a few tasks have problems without a single answer
+        if item is None or not isinstance(item["answer"], (str, int, float)):  # a few problems have several answers
+            yield None
+        else:
             question = _terse(name, item["metadata"]) if is_terse else item["question"]
             yield Problem(
                 question, str(item["answer"]), item["metadata"], item["metadata"].get(_DIFFICULTY.get(name, ""))
@@ -152,7 +155,7 @@ def gym_problems(name, tries, seed, options, is_terse=False) -> Iterator[Problem
 
 
 def _made(name, items, tries):
-    """Yields the items that reasoning-gym can make. Some generators give up on some seeds: these are skipped.
+    """Yields the items of reasoning-gym. Some generators give up on some seeds: then it yields None.
 
     Raises UserError if it can make none of the first MOST_FAILURES."""
     failures = made = 0
@@ -167,9 +170,10 @@ def _made(name, items, tries):
                 raise UserError(
                     f"{name}: reasoning-gym makes none of {failures} items ({error}): change --set"
                 ) from None
-            continue
-        made += 1
-        yield item
+            yield None
+        else:
+            made += 1
+            yield item
 
 
 def _terse(name, metadata):
@@ -200,9 +204,13 @@ def parse_options(words) -> dict:
 
 # ---- selection ------------------------------------------------------------------------------------------------------
 
+_END = object()
+
 
 class Distinct:
-    """Takes problems that are new, and counts the others: repeated ones, and those in the set `excluded` of keys."""
+    """Takes problems that are new, and counts the others: repeated ones, and those in the set `excluded` of keys.
+
+    `drawn` counts all of them, and the Nones in place of problems that could not be made."""
 
     def __init__(self, excluded=()):
         self.excluded, self.seen = set(excluded), set()
@@ -212,11 +220,13 @@ class Distinct:
         """Yields up to `size` new problems; fewer if there are no more, or if no new ones are found any more."""
         fruitless = 0
         while len(self.seen) < size and fruitless < _FRUITLESS:
-            problem = next(problems, None)
-            if problem is None:
+            problem = next(problems, _END)
+            if problem is _END:
                 return
             self.drawn += 1
             fruitless += 1
+            if problem is None:
+                continue
             key = key_of(problem.question)
             if key in self.excluded:
                 self.left_out += 1

@@ -98,6 +98,8 @@ class PuzzleConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more, up to 10,000")
         if self.train_paths and (self.low or self.high):
             raise ValueError("low and high are for generated puzzles: leave them out, or leave out train_paths")
+        if self.train_paths and self.difficulty != "any":
+            raise ValueError("difficulty is for generated puzzles: leave it out, or leave out train_paths")
         if self.valid_paths and not self.train_paths:
             raise ValueError("valid_paths without train_paths: give both, or neither to generate puzzles")
 

@@ -52,7 +52,7 @@ def split_boards(kind: PuzzleKind, text: str) -> list[str]:
 
     Lines that separate the boxes of a Sudoku are ignored. Raises UserError if there is no board."""
     text = text.replace("\r\n", "\n")
-    if "|" not in kind.symbols:
+    if not {"|", " "} & set(kind.symbols):
         text = re.sub(r"^[-+ ]{3,}\n|\|", "", text, flags=re.M)
     boards = []
     for block in re.split(r"\n\n+", text.strip("\n")):

@@ -7,7 +7,7 @@ import pytest
 from texts import install
 
 from src.data.corpus import find_files
-from src.data.licences import licence_of
+from src.data.licences import licence_of, names_another_licence
 from src.dataset import DataConfig, prepare_data
 from src.errors import UserError
 
@@ -31,9 +31,9 @@ def test_words_for_packages(packages, monkeypatch, capsys):
     assert names("permissive-packages", (".py",), lambda: held_out) == ["three/a.py"]
     assert names(held_out, (".py",), lambda: held_out) == ["one/a.py"]  # a file that is named is there
     assert names("site-packages/own") == ["own.py"]  # a module without a folder
-    for word in ("site-packages/four", "site-packages/one/a"):
-        with pytest.raises(UserError, match=word.split("/")[1]):
-            find_files(word)
+    assert names("site-packages/one/") == ["one/a.py"]
+    with pytest.raises(UserError, match="site-packages/one/a is no package: name a whole one, such as site-pack.*/one"):
+        find_files("site-packages/one/a")
     with pytest.raises(
         UserError, match="site-packages/four: no such package is installed: give the name that `import`"
     ):
@@ -44,6 +44,47 @@ def test_words_for_packages(packages, monkeypatch, capsys):
     _, train, valid = prepare_data(config, None, 16)
     assert b"three" in bytes(train.store[:].tolist()[:-1]) and b"one" not in bytes(train.store[:].tolist()[:-1])
     assert bytes(valid.store[:].tolist()[:-1]).endswith(b"one")
+
+
+def test_a_file_may_have_another_licence_than_its_package(packages, capsys):
+    header = "# Adapted from a program under the GNU Lesser General Public License\n"
+    (packages / "one" / "a.py").write_text(header + "x = 1\n" * 40)
+    assert find_files("permissive-packages") == [str(packages / "three" / "a.py")]
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("left out, they name a licence that is not permissive: ") and said[-1].endswith("a.py")
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("Licensed under the GPL-3.0", True),
+        ("# SPDX-License-Identifier: LGPL-2.1-or-later", True),
+        ("GPLv2", True),
+        ("Mozilla Public License", True),
+        ("under CC-BY-SA 4.0", True),
+        ("Attribution-ShareAlike", True),
+        ("Licensed under the Apache License, Version 2.0", False),
+        ("MIT, BSD, CC-BY 4.0, gpl_path, MPLS, sample", False),
+    ],
+)
+def test_licences_that_a_file_names(text, found):
+    assert names_another_licence(text.encode()) is found
+
+
+def test_sources_that_cannot_be_read_are_left_out(packages):
+    (packages / "three" / "b.py").write_bytes(b"x = 1\n" * 40 + b"\0")
+    (packages / "three" / "c.py").mkdir()
+    assert find_files("site-packages/three") == [str(packages / "three" / "a.py")]
+
+
+def test_the_default_text_leaves_out_validation_files(capsys):
+    from src.data.corpus import stdlib_files
+    from src.dataset import find_text
+
+    held = stdlib_files()[0][:3]
+    (train,), valid = find_text(DataConfig(valid_paths=held))
+    assert sorted(valid) == sorted(held) and not set(train) & set(held)
+    assert len(train) == len(stdlib_files()[0]) - 3 and "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -57,6 +98,9 @@ def test_words_for_packages(packages, monkeypatch, capsys):
         ({"Classifier": "License :: OSI Approved", "License": "MIT"}, "OSI Approved", False),
         ({"Classifier": "Typing :: Typed", "License": "3-Clause BSD License"}, "3-Clause BSD License", True),
         ({"License": "Apache 2.0 and LGPL"}, None, False),
+        ({"License": "MIT or GPLv3"}, None, False),
+        ({"License": "MIT with Commons Clause"}, None, False),
+        ({"Classifier": "License :: OSI Approved :: MIT License", "License": "GPL"}, "MIT License, GPL", False),
         ({"License": "Permission is hereby granted, as by MIT, " * 9}, "unknown", False),
         ({"License": "See LICENSE"}, "See LICENSE", False),
         ({}, "unknown", False),

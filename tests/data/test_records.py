@@ -10,7 +10,7 @@ from texts import write_records
 from src.data import records
 from src.data.corpus import NoDocument
 from src.data.readers import BAD_JSON, BAD_UTF8, NOT_OBJECT, TOO_LONG, SkipLog
-from src.data.records import Record, answer_of, final_answer, prompt_of, read_records
+from src.data.records import Record, RecordFields, answer_of, final_answer, prompt_of, read_records
 from src.errors import UserError
 
 GSM8K = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(3)]
@@ -74,6 +74,28 @@ def test_bad_records_are_counted_and_named(tmp_path, capsys):
     path = write_records(tmp_path / "b.parquet", [good | {"question": "a" * 500}, good])
     assert [record.line for record in read_records(path, log=SkipLog(False, counts, False, 400))] == [2]
     assert counts[TOO_LONG] == 1
+
+
+def test_the_files_of_a_corpus_are_read_alike(tmp_path):
+    good = write_records(tmp_path / "gsm.jsonl", GSM8K)
+    for name in ("LICENSE.txt", "book.txt", "info.json"):
+        (tmp_path / name).write_text('{"title": "x"}')
+    licence, book, info = (str(tmp_path / name) for name in ("LICENSE.txt", "book.txt", "info.json"))
+    assert RecordFields().alike([licence, good, info]) == [good]
+    assert RecordFields().alike([book, info]) == [book]
+
+
+def test_a_binary_column_that_nobody_needs(tmp_path):
+    rows = [{"question": "a", "answer": "1", "image": b"\xff\xfe"}, {"question": "b", "answer": "2", "image": None}]
+    path = write_records(tmp_path / "a.parquet", rows)
+    found = list(read_records(path))
+    assert [(r.question, r.answer) for r in found] == [("a", "1"), ("b", "2")] and "image" not in found[0].extra
+    counts = Counter()
+    path = write_records(
+        tmp_path / "b.parquet", [{"question": b"\xff", "answer": "1"}, {"question": b"c", "answer": "3"}]
+    )
+    assert [r.question for r in read_records(path, log=SkipLog(False, counts, False, 100))] == ["c"]
+    assert counts == {BAD_UTF8: 1}
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json"])

@@ -10,6 +10,7 @@ import train_spm
 import train_tokenizer as script
 from src.data.tokenizer_training import (
     _drawn,
+    _drawn_lines,
     before_tail,
     frequent_line_breaks,
     train_sentencepiece,
@@ -193,6 +194,11 @@ def test_a_size_that_does_not_fit_names_the_one_that_does(kind, corpus, tmp_path
 def test_a_sample_is_drawn_from_everywhere_and_in_order():
     texts = [f"{i:03d}é\n" for i in range(1000)]  # 6 bytes each
     some = _drawn(iter(texts), 600, seed=1)
+    given = [text.strip() for text in texts]
+    lines = _drawn_lines(given, 5, seed=1)
+    assert len(lines) == 5 and set(lines) < set(given)
+    assert lines == _drawn_lines(given, 5, seed=1) != _drawn_lines(given, 5, seed=2)
+    assert _drawn_lines(["a\nb", "c"], 9, seed=1) == ["a", "b", "c"]
     assert len(some) == 100 and some == sorted(some) and min(some) < "100" and max(some) > "900"
     assert some == _drawn(iter(texts), 600, seed=1) != _drawn(iter(texts), 600, seed=2)
     assert _drawn(iter(texts), 6000, seed=1) == texts and _drawn(iter(["long" * 9]), 1, seed=1) == ["long" * 9]
@@ -229,6 +235,8 @@ def test_the_script_refuses(corpus, tmp_path, capsys):
         (["--input", str(tmp_path / "no.txt")], "no.txt does not exist"),
         (["--input", str(corpus)], "vocab_size 16000 is too large for this text: the largest possible is"),
         (["--input", str(corpus), "--character_coverage", "2"], "character_coverage is 2.0: set it from 0.9 to 1.0"),
+        (["--input", str(corpus), "--vocab_size", "-1"], "vocab_size is -1: set it to 1 or more"),
+        (["--input", str(corpus), "--max_bytes", "0"], "max_bytes is 0: set it to 1 or more"),
         (["--input", str(corpus), "--model_prefix", f"{corpus}/"], "which has no file name"),
         (["--input", str(corpus / "b.jsonl.gz"), "--text_field", "x"], "available fields: text"),
         (["--input", str(corpus), "--vocab_size", "300", "--model_prefix", no_folder], "cannot write"),

@@ -119,6 +119,13 @@ class TestThroughAllFormats:
         assert_equal(own_state(load_model(tmp_path / "hub")[0]), {n: t + 1 for n, t in own_state(model).items()})
         assert not (tmp_path / "hub" / "ema.safetensors").exists()
 
+    @pytest.mark.parametrize("to", ["hub", "checkpoint"])
+    def test_the_licences_of_its_text_go_along(self, checkpoint, tmp_path, to):
+        folder, _ = checkpoint()
+        (folder / "LICENCES.md").write_text("| numpy | BSD |")
+        write(read_source(folder), tmp_path / "out", to)
+        assert (tmp_path / "out" / "LICENCES.md").read_text() == "| numpy | BSD |"
+
     def test_half_precision_stays(self, checkpoint, tmp_path):
         folder, model = checkpoint(dtype=torch.bfloat16)
         write(read_source(folder), tmp_path / "hub", "hub")

@@ -121,6 +121,10 @@ class TestText:
         text = "\n\n".join(board_text(kind, board) for board in inputs)
         assert [kind.from_text(board).tolist() for board in split_boards(kind, text)] == inputs.tolist()
 
+    def test_a_row_of_floor_is_no_separator(self):
+        maze = Maze(3)
+        assert split_boards(maze, "S  \n   \nG  \n") == ["S  \n   \nG  "]
+
     def test_marks(self, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "80")
         right = SUDOKU.from_text("3412124321344321")

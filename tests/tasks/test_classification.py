@@ -68,6 +68,10 @@ def test_three_forms_of_one_content(tmp_path, name, content):
         ("a.jsonl", b'{"label": 1, "text": \n', "a.jsonl, line 1"),
         ("a.txt", b"1 ||| a\n0 ||| \xff\n", "a.txt, line 2 is not UTF-8"),
         ("a.txt", b"\n \n", "has no labelled text"),
+        ("a.csv", b"1,a\n", "a.csv: files of labelled texts are .tsv, .jsonl or .txt, not .csv: convert it"),
+        ("a.parquet", b"PAR1", "a.parquet: files of labelled texts are .tsv, .jsonl or .txt, not .parquet"),
+        ("a.tsv", b"label\tphrase\n1\ta\n0\tb\n", "a.tsv, line 1 looks like a header, but 'phrase' is no known name"),
+        ("a.txt", b"Label ||| title\n1 ||| a\n", "a.txt, line 1 looks like a header, but 'title' is no known name"),
         ("a.txt.gz", b"1 ||| a\n", "a.txt.gz cannot be read to its end"),
         ("missing/a.txt", None, "a.txt: no such file"),
     ],
@@ -77,6 +81,15 @@ def test_bad_data_is_named(tmp_path, name, content, said):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said.replace("|", r"\|")):
         read_examples(tmp_path / name, NAMES)
+
+
+def test_numbers_need_names_in_a_given_order(tmp_path):
+    (tmp_path / "a.txt").write_text("bad ||| a\n1 ||| b\n")
+    with pytest.raises(
+        UserError, match="line 2: label '1' is not one of bad, good: say what the numbers mean with --la"
+    ):
+        read_examples(tmp_path / "a.txt", NAMES, takes_numbers=False)
+    assert [example.label for example in read_examples(tmp_path / "a.txt", NAMES)] == [0, 1]
 
 
 def test_label_names(tmp_path):

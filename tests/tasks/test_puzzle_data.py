@@ -87,6 +87,7 @@ class TestSources:
         ({"puzzle_lr": 0.0}, "puzzle_lr is 0.0"),
         ({"puzzle_weight_decay": -1.0}, "puzzle_weight_decay is -1.0"),
         ({"train_paths": ["a.csv"], "low": 5}, "low and high are for generated puzzles"),
+        ({"train_paths": ["a.csv"], "difficulty": "guess"}, "difficulty is for generated puzzles: leave it out"),
         ({"valid_paths": ["a.csv"]}, "valid_paths without train_paths"),
     ],
 )
