@@ -1,7 +1,6 @@
 """The training loop: deep supervision, evaluation and checkpoints, in one process or several (accelerate)."""
 
 import contextlib
-import itertools
 import math
 import sys
 import time
@@ -13,9 +12,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from src import checkpoint
 from src.data.loader import create_train_loader
-from src.dataset import create_dataloader
 from src.errors import UserError
-from src.evaluation.evaluation import evaluate, sample_text
+from src.evaluation.evaluation import evaluate_rows, sample_text
 from src.losses import bits_per_byte, bits_text, count_terms
 from src.metrics import describe_model, flops_per_token
 from src.model import TRMConfig, TRMModel
@@ -39,12 +37,12 @@ class Trainer:
         """first: the model config at step 0, if the curriculum has changed it since (None: the model's own)."""
         self.config, self.tokenizer, self.train_set, self.valid_set = config, tokenizer, train_set, valid_set
         self.num_workers, self.folder, self.log, self.lock = num_workers, Path(config.save_dir), None, None
-        self.accelerator, (self.precision, why_precision) = parallel.start_accelerator(config, runtime)
+        self.accelerator, (self.precision, why_precision) = parallel.start_accelerator(config, runtime, model.config)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.agreement = parallel.Agreement(self.world)
         self._plan(first or model.config)
-        flops = self.train_flops(model.config)
+        flops = self.train_flops(first or model.config)  # not of the present stage: a resume must choose as the start
         self.compiles, why_compile = choose_compile(config.compile, self.device, flops, config.max_minutes)
         devices = f"{self.world} x {self.device.type}" if self.world > 1 else self.device.type
         mode = "compiled" if self.compiles else "eager"
@@ -52,15 +50,19 @@ class Trainer:
         self._take_model(model)
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.step, self.elapsed, self.best, self.grad_norm = 0, 0.0, math.inf, 0.0
-        self.time_fraction, self.skipped, self.skipped_in_a_row = 0.0, 0, 0
+        self.time_fraction, self.skipped, self.skipped_in_a_row, self.skipped_at = 0.0, 0, 0, -1
         self.stage, self.loader, self.clock = None, None, Clock(self.compiles)
         self.start_window()
 
     def _plan(self, first: TRMConfig):
-        """Build the schedule of stages, and check that each stage's batch divides evenly."""
+        """Build the schedule of stages, and check that each stage can run. Raises UserError if one cannot."""
         c, stages = self.config, self.config.curriculum.stages
         self.curriculum = curriculum.CurriculumScheduler(stages, first, c.batch_size, c.max_steps, self._windows)
         self.curriculum.check_division(c.grad_accum, self.world)
+        if self.world > 1 and len({(stage.model.d_model, stage.model.d_ff) for stage in self.curriculum.stages}) > 1:
+            raise UserError("a stage's dim can grow in a single process only: leave out dim, or start one process")
+        if stages and hasattr(self.train_set, "with_seq_len"):  # retrieved code needs room in a window
+            self.train_set.with_seq_len(min(stage.seq_len for stage in self.curriculum.stages))
 
     def train_flops(self, model: TRMConfig) -> float:
         """Returns the estimated FLOPs of the whole run."""
@@ -107,15 +109,12 @@ class Trainer:
 
     def new_loader(self, stage):
         """Returns an iterator over this process's share of the stage's batches.  It can save its position."""
-        text = self.train_set.with_seq_len(stage.seq_len)
-        options = {"rank": self.rank, "world": self.world, "num_workers": self.num_workers}
-        options["pad_id"] = self.tokenizer.pad_id
+        text, pad_id = self.train_set.with_seq_len(stage.seq_len), self.tokenizer.pad_id
+        options = {"rank": self.rank, "world": self.world, "num_workers": self.num_workers, "pad_id": pad_id}
         return create_train_loader(text, stage.batch_size, self.config.seed, **options)
 
     def _grow(self, wide: TRMConfig):
         """Replace the model by a wider one with the same output; optimizer state and averaged weights grow with it."""
-        if self.world > 1:
-            raise UserError("a stage's dim can grow in a single process only: leave out dim, or start one process")
         old, optimizers = self.raw, [optimizer.optimizer for optimizer in self.optimizers]
         seed = mix_seed(self.config.seed, self.stage.index)
         new = curriculum.grow_width(old, wide.d_model, wide.d_ff, seed).to(self.device)
@@ -133,7 +132,7 @@ class Trainer:
             tqdm.write(line, file=sys.stderr)  # unlike print, this does not break the progress bar
 
     def train(self) -> dict:
-        """Train until the steps or minutes are used up or a signal arrives; returns the last evaluation's figures."""
+        """Train until the steps or minutes are used up; returns the last evaluation's figures. {} after a signal."""
         monitoring = self.config.monitoring
         self.started = time.monotonic() - self.elapsed  # a resumed run continues its clock
         self.monitor = ResourceMonitor(monitoring, self.device)
@@ -158,6 +157,7 @@ class Trainer:
                 self.lock.release()
         if interrupt.requested:
             self.say(f"stopped by {interrupt.signal_name} after step {self.step}: continue with --resume true")
+            return {}
         return figures
 
     def _run(self, interrupt, bar) -> dict:
@@ -291,7 +291,10 @@ class Trainer:
         if is_good and self.ema is not None:
             self.ema.update(self.raw)
         self.skipped += not is_good
-        self.skipped_in_a_row = 0 if is_good else self.skipped_in_a_row + 1
+        if is_good:
+            self.skipped_in_a_row = 0
+        elif self.skipped_at != self.step:  # a step may have several updates, and its carry makes all of them bad
+            self.skipped_in_a_row, self.skipped_at = self.skipped_in_a_row + 1, self.step
         if not is_good:
             self.say(f"step {self.step + 1}: the gradient is not finite, skipped ({self.skipped} so far)")
         if self.skipped_in_a_row >= self.config.max_skipped:
@@ -330,14 +333,13 @@ class Trainer:
         return {"bits_per_byte": bits_per_byte(means["ce_loss"], self.train_set.bytes_per_token)}
 
     def measure(self, limit: int | None) -> dict:
-        """Evaluate the averaged weights (if any) on `limit` validation batches; None = all of them."""
-        data, pad_id = self.valid_set, self.tokenizer.pad_id
-        batches = create_dataloader(data, self.config.batch_size, shuffle=False, pad_id=pad_id)
-        total = min(-(-len(data) // self.config.batch_size), limit or len(data))
-        options = {"total": total, "desc": "evaluate", "unit": "batch", "delay": 2, "leave": False}  # delay: seconds
-        batches = progress_bar(itertools.islice(batches, limit), **options, disable=not self.is_main)
+        """Evaluate the averaged weights (if any) on `limit` validation batches at equal distances; None = all."""
+        c, data = self.config, self.valid_set
+        rows = len(data) if limit is None else limit * c.batch_size
+        size = max(1, c.batch_size // (self.world * c.grad_accum))  # at once, as in training: there is memory for it
         with self.averaged_weights():
-            return evaluate(self.raw, batches, data.bytes_per_token, self.precision, None, self.accelerator)
+            options = (self.tokenizer.pad_id, self.precision, self.accelerator)
+            return evaluate_rows(self.raw, data, rows, size, *options)
 
     def evaluate(self, limit: int | None) -> dict:
         """Evaluate as `measure` does, and write the figures, a sample text and the learning curve to the run folder."""

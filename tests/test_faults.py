@@ -54,6 +54,12 @@ class TestNotFinite:
         assert load_state(trainer.folder / "last")["skipped"] == 3
         assert all(t.isfinite().all() for t in load_model(trainer.folder / "last")[0].parameters())
 
+    def test_all_updates_of_one_step_count_once(self, make):
+        trainer = make(optimizer_step="supervision", supervision_steps=4, max_skipped=2, max_steps=4)
+        poison(trainer, {1})
+        trainer.train()
+        assert trainer.step == 4 and trainer.skipped == 4
+
 
 class TestDiverged:
     def test_weights_that_are_not_finite_are_not_saved(self, make):

@@ -58,6 +58,23 @@ def test_the_last_evaluation_is_told(make, capsys):
     assert "the last evaluation, on all validation data: " in capsys.readouterr().err
 
 
+def test_an_evaluation_takes_parts_of_all_the_text_and_as_few_rows_at_once_as_training(make, monkeypatch):
+    trainer, seen = make(eval_batches=1, batch_size=8, grad_accum=4), []
+    monkeypatch.setattr("src.evaluation.evaluation.evaluate", lambda model, batches, *rest: seen.extend(batches))
+    trainer.measure(1)
+    assert [len(batch["input_ids"]) for batch in seen] == [2] * 4
+    starts = [row.tolist() for batch in seen for row in batch["input_ids"]]
+    n = len(trainer.valid_set)
+    assert n > 16 and starts == [trainer.valid_set[row * n // 8].input_ids.tolist() for row in range(8)]
+
+
+def test_a_run_that_a_signal_ends_has_no_last_figures(make):
+    trainer = make(max_steps=8, eval_every=2)
+    during(trainer, 5, lambda: signal.raise_signal(signal.SIGINT))
+    assert trainer.train() == {}
+    assert make(max_steps=8, eval_every=2, resume=True).train()["valid_loss"] > 0
+
+
 class TestRunFolder:
     def test_holds_what_the_readme_says(self, make, tmp_path, capsys):
         trainer = make(draws=True, max_steps=6, eval_every=2, save_every=3, sample_tokens=5, sample_prompt="def ")
@@ -93,7 +110,7 @@ class TestRunFolder:
     def test_best_is_the_best_and_last_the_last(self, make, tmp_path, monkeypatch):
         losses = iter([3.0, 2.0, 2.5, 2.7])
         figures = {"valid_bits_per_byte": 1.0, "valid_accuracy": 0.0}
-        monkeypatch.setattr("src.trainer.evaluate", lambda *a, **k: {"valid_loss": next(losses), **figures})
+        monkeypatch.setattr("src.trainer.evaluate_rows", lambda *a, **k: {"valid_loss": next(losses), **figures})
         make(max_steps=8, eval_every=2, save_every=1, keep_checkpoints=1).train()
         folder = tmp_path / "run"
         assert (folder / "best").resolve().name == "step_00000004"
@@ -104,11 +121,11 @@ class TestRunFolder:
         """The last evaluation uses all validation text, so its loss must not be compared with those on a part of it."""
         trainer = make(max_steps=8, eval_every=2, eval_batches=1, save_every=2)
 
-        def falling_loss_but_the_rest_is_harder(model, batches, bytes_per_token, precision, limit=None, *rest, **more):
-            loss = 3.0 - 0.1 * trainer.step + (1.0 if limit is None else 0.0)
+        def falling_loss_but_the_rest_is_harder(model, dataset, rows, *rest, **more):
+            loss = 3.0 - 0.1 * trainer.step + (1.0 if rows == len(dataset) else 0.0)
             return {"valid_loss": loss, "valid_bits_per_byte": loss, "valid_accuracy": 0.0}
 
-        monkeypatch.setattr("src.trainer.evaluate", falling_loss_but_the_rest_is_harder)
+        monkeypatch.setattr("src.trainer.evaluate_rows", falling_loss_but_the_rest_is_harder)
         trainer.train()
         assert (tmp_path / "run" / "best").resolve().name == "step_00000008"
 
@@ -284,6 +301,12 @@ class TestInitFrom:
             with pytest.raises(UserError, match="--init_from brings its own tokenizer"):
                 create_trainer(from_first(*flags))
 
+    def test_refuses_the_tokenizer_byte_where_the_checkpoint_has_another(self, make, from_first, tmp_path):
+        usual_spm(tmp_path)
+        make("first", tokenizer="sentencepiece", sp_model=str(tmp_path / "usual.model"), max_steps=1).train()
+        with pytest.raises(UserError, match="--init_from brings its own tokenizer"):
+            create_trainer(from_first("--tokenizer", "byte"))
+
     def test_a_plain_transformer_becomes_the_block_of_a_loop(self, make, from_first):
         plain = make("first", recursion="none", norm="pre", tie_embeddings=True)
         plain.train()
@@ -294,6 +317,14 @@ class TestInitFrom:
 
 
 class TestSettings:
+    def test_full_bptt_with_an_update_after_each_step(self, make):
+        with pytest.raises(UserError, match="full_bptt needs one update for all supervision steps"):
+            make(optimizer_step="supervision", full_bptt=True)
+
+    def test_a_vocabulary_that_the_tokenizer_does_not_have_is_told(self, make, capsys):
+        assert make(vocab_size=8000).raw.config.vocab_size == 259
+        assert "vocab_size is 259, that of the tokenizer" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [

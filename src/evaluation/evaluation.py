@@ -3,12 +3,15 @@
 import itertools
 
 import torch
+from torch.utils.data import Subset
 
+from src.dataset import create_dataloader
 from src.errors import UserError
 from src.losses import IGNORE, bits_per_byte, cross_entropy
 from src.runtime import autocast
 from src.sampling import generate
 from src.tokenizer import StreamDecoder
+from src.training.progress import progress_bar
 
 
 @torch.no_grad()
@@ -44,6 +47,18 @@ def evaluate(model, batches, bytes_per_token: float, precision="fp32", limit=Non
         "valid_bits_per_byte": bits_per_byte(loss / tokens, bytes_per_token),
         "valid_accuracy": right / tokens,
     }
+
+
+def evaluate_rows(model, dataset, rows: int, size: int, pad_id, precision="fp32", accelerator=None) -> dict:
+    """Returns the figures of `evaluate` on at most `rows` rows of a dataset, taken at equal distances, `size` at once.
+
+    A part of the text has files of all kinds in this way. Shows a progress bar if it takes long."""
+    rows = min(rows, len(dataset))
+    part = Subset(dataset, [row * len(dataset) // rows for row in range(rows)])
+    options = {"total": -(-rows // size), "desc": "evaluate", "unit": "batch", "delay": 2, "leave": False}  # seconds
+    is_silent = accelerator is not None and not accelerator.is_main_process
+    batches = progress_bar(create_dataloader(part, size, shuffle=False, pad_id=pad_id), **options, disable=is_silent)
+    return evaluate(model, batches, dataset.bytes_per_token, precision, None, accelerator)
 
 
 def sample_text(model, tokenizer, prompt: str, new_tokens: int, seed: int) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from src.data.samples import Sample, prepare_code_input, window_sample
 from src.dataset import PackedDataset
+from src.errors import UserError
 from src.losses import IGNORE
 from src.rag.retriever import RAGRetriever, fit_context
 from src.training.rag_config import RagConfig
@@ -24,7 +25,7 @@ class RAGDatasetWrapper(torch.utils.data.Dataset):
     What is retrieved for a window depends on the text, the index, the settings and (seed, window) alone, so a resumed
     run has the same windows. The constructor retrieves chunks for a grid of positions in the text. Windows of another
     length (`with_seq_len`) use the chunks of the last position before their first target, if it is in the same file.
-    Raises ValueError if the windows have no room for targets.
+    Raises UserError if the windows have no room for targets.
     """
 
     pads = False
@@ -37,7 +38,7 @@ class RAGDatasetWrapper(torch.utils.data.Dataset):
 
     def _check_room(self):
         if self.config.context_tokens >= self.dataset.seq_len:
-            raise ValueError(
+            raise UserError(
                 f"rag.context_tokens is {self.config.context_tokens}: set it below the window of {self.dataset.seq_len}"
             )
 

@@ -31,10 +31,7 @@ class Retrieval:
             raise UserError(
                 "rag needs tokenized, packed text: leave out --streaming, --document_mask and --packing false"
             )
-        try:
-            return RAGDatasetWrapper(train_set, self.retriever, tokenizer, self.config, seed)
-        except ValueError as error:
-            raise UserError(error) from None
+        return RAGDatasetWrapper(train_set, self.retriever, tokenizer, self.config, seed)
 
 
 def build_rag(config: RagConfig, cache_dir=None) -> Retrieval:

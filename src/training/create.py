@@ -1,6 +1,7 @@
 """Builds the model and the trainer of a run from its settings."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import psutil
@@ -83,8 +84,12 @@ def _create_trainer(settings, build_retrieval):
         model_config = checkpoint.load_config(source)
     elif config.init_from:
         source = checkpoint.resolve(config.init_from)
-        if data.sp_model or data.tokenizer not in ("sentencepiece", "byte", str(config.init_from)):
+        named = data.tokenizer not in ("sentencepiece", str(config.init_from))
+        own = read_tokenizer(str(source)).fingerprint
+        if data.sp_model or (named and (data.tokenizer != "byte" or read_tokenizer("byte").fingerprint != own)):
             raise UserError("--init_from brings its own tokenizer: leave out --tokenizer and --sp_model")
+    if config.optimizer_step == "supervision" and model_config.full_bptt:
+        raise UserError("full_bptt needs one update for all supervision steps: set optimizer_step to batch")
     if not model_config.causal:
         raise UserError("causal false is for puzzles: a language model learns the next token, leave --causal out")
     if source:
@@ -92,14 +97,16 @@ def _create_trainer(settings, build_retrieval):
     choose_device(runtime.device)  # reports a wrong device now, not after minutes of data preparation
     files = find_text(data)
     retrieval = build_retrieval(data.rag, data.cache_dir) if data.rag.paths else None
-    corpus, changes = _look_at_text(folder, files, newest, config.allow_changed_corpus, retrieval)
+    corpus = _look_at_text(folder, files, newest, config.allow_changed_corpus, retrieval)
     tokenizer, train_set, valid_set = prepare_data(data, model_config.vocab_size, model_config.max_seq_len, files=files)
     corpus["tokenizer"] = tokenizer.fingerprint
+    if source is None and model_config.vocab_size not in (None, tokenizer.vocab_size):
+        print(f"vocab_size is {tokenizer.vocab_size}, that of the tokenizer", file=sys.stderr)
     if data.records and not config.sample_prompt:
         config = dataclasses.replace(config, sample_prompt=valid_set.prompt(0))
     if retrieval is not None:
         train_set = retrieval.wrap(train_set, tokenizer, config.seed)
-    if changes and data.streaming and newest:
+    if config.allow_changed_corpus and data.streaming and newest:
         for position in newest[1]["loaders"]:
             position["reads"] |= train_set.identity  # so that the stream accepts its position in the changed text
     if config.init_from and not newest:
@@ -119,12 +126,11 @@ def _create_trainer(settings, build_retrieval):
 
 
 def _look_at_text(folder, files, newest, may_change, retrieval):
-    """Returns ({part: fingerprints of its files}, phrases for what has changed since the run started).
-
-    Raises UserError if the text has changed and may_change is false."""
+    """Returns {part: fingerprints of its files}.  Raises UserError if the text has changed and may_change is false."""
     corpora, valid_files = files
     names = ["train"] if len(corpora) == 1 else [f"train {number}" for number in range(1, len(corpora) + 1)]
     corpus = dict(zip((*names, "valid"), map(fingerprint_files, (*corpora, valid_files))))
     corpus |= {"retrieved": retrieval.fingerprint} if retrieval is not None else {}
     now = corpus | ({"tokenizer": read_tokenizer(str(newest[0])).fingerprint} if newest else {})
-    return corpus, run_folder.check_corpus(folder, now, "text", may_change)
+    run_folder.check_corpus(folder, now, "text", may_change)
+    return corpus

@@ -21,6 +21,7 @@ the first D channels of every stream keep their values and the new channels are 
 """
 
 import math
+import random
 from bisect import bisect_right
 from collections.abc import Callable
 from copy import deepcopy
@@ -126,7 +127,9 @@ def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, progress: fl
     if progress < config.recursion_from:
         deep, supervision = 1, 1
     elif config.sample_depth:
-        deep, supervision = 1 + mix_seed(config.seed, step, 1) % whole.deep_steps, whole.supervision_steps
+        # a generator, because the lowest bits of mix_seed repeat after a few steps
+        drawn = random.Random(mix_seed(config.seed, step, 1)).randrange(whole.deep_steps)
+        deep, supervision = 1 + drawn, whole.supervision_steps
     else:
         return whole
     cut = min(whole.grad_deep_steps, deep)

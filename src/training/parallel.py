@@ -34,8 +34,8 @@ def only_main_speaks():
             yield
 
 
-def start_accelerator(config, runtime) -> tuple[Accelerator, Choice]:
-    """Join the processes of the run; returns (accelerator, precision with the reason for it).
+def start_accelerator(config, runtime, model) -> tuple[Accelerator, Choice]:
+    """Join the processes of the run; returns (accelerator, precision with the reason for it).  model: a TRMConfig.
 
     Raises UserError for settings that do not work together on this device."""
     device = choose_device(runtime.device)
@@ -46,9 +46,9 @@ def start_accelerator(config, runtime) -> tuple[Accelerator, Choice]:
     is_fp16 = precision.value == "fp16"
     if is_fp16 and config.optimizer == "muon":
         raise UserError("--optimizer muon has no loss scaling for fp16: choose --precision fp32, or adamw")
-    # with act_target `stable`, the first supervision step has no halting loss; in an update right after it, the halting
-    # head (q_head) has no gradient, and DDP must expect that
-    unused = config.optimizer_step == "supervision"
+    # with act_target `stable`, the first recursion step has no halting loss; in an update right after it, the halting
+    # head (q_head) has no gradient, and DDP must expect that. A step may be the only one, with a depth that changes
+    unused = config.optimizer_step == "supervision" or (model.halting and model.act_target == "stable")
     ddp = DistributedDataParallelKwargs(find_unused_parameters=unused)
     # fp16 needs accelerate's loss scaler; bf16 needs only autocast, which the trainer enters itself
     mixed = "fp16" if is_fp16 else "no"

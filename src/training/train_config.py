@@ -231,8 +231,7 @@ class TrainConfig:
             takes only one cycle (deep_steps 1) and one supervision step, which is cheaper
         lr: peak learning rate; lower it if the loss diverges
         min_lr_ratio: final learning rate of the cosine and linear schedules, as a fraction of lr
-        warmup_steps: steps over which the learning rate rises linearly from 0 to lr; raise it if the loss diverges
-            early
+        warmup_steps: steps in which the learning rate rises linearly from 0 to lr; raise it if the loss diverges early
         weight_decay: decoupled weight decay of matrices; biases, gains and embeddings have none
         beta2: AdamW's decay rate of the second moment
         grad_clip: largest norm of the gradient; a larger gradient is scaled down to it; 0 = no clipping
@@ -240,7 +239,8 @@ class TrainConfig:
         ema_decay: decay of the moving average of the weights, which evaluations and generation use; lower it for runs
             of a few hundred steps; 0 = no average
         eval_every: steps between evaluations
-        eval_batches: validation batches per evaluation; 0 = all; after the last step, all are evaluated once
+        eval_batches: validation batches per evaluation, from all parts of the validation text; 0 = all of it; after
+            the last step, all of it is evaluated once
         save_every: steps between checkpoints
         log_every: steps between lines of metrics.jsonl
         keep_checkpoints: number of newest checkpoints to keep; the best one is always kept as well

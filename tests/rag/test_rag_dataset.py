@@ -128,7 +128,7 @@ def test_another_length_uses_the_same_choices(made):
     targets = [t for sample in longer for t in sample.target_ids[sample.target_ids != IGNORE].tolist()]
     assert targets == made[1][len(made[1]) - len(targets) : len(made[1])].tolist()
     assert len(data.with_seq_len(SEQ)) == len(data)
-    with pytest.raises(ValueError, match="context_tokens is 96"):
+    with pytest.raises(UserError, match="context_tokens is 96"):
         data.with_seq_len(CONTEXT)
     with pytest.raises(IndexError):
         data[len(data)]

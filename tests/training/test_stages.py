@@ -1,6 +1,7 @@
 """A curriculum in the trainer: stages start at their step, train, and continue after a stop."""
 
 import signal
+from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from trainers import assert_same_checkpoints, during, read_metrics
 
 import train_trm_lm
 from src.errors import UserError
-from src.training.train_config import CurriculumConfig, CurriculumStage
+from src.model_config import TRMConfig
+from src.training.curriculum import depth_of_step
+from src.training.train_config import CurriculumConfig, CurriculumStage, TrainConfig
 
 pytest_plugins = "trainers"  # the fixtures make and corpus
 pytestmark = pytest.mark.usefixtures("unchecked")  # whole runs; the tests of the parts check annotations
@@ -108,6 +111,13 @@ def test_the_section_of_the_yaml(tmp_path):
     assert settings.train.monitoring.slow_batch_threshold == 9
 
 
+def test_a_width_that_several_processes_cannot_reach_is_refused_at_the_start(make, monkeypatch):
+    trainer = make(curriculum=curriculum(*STAGES))
+    trainer.world = 2
+    with pytest.raises(UserError, match="a stage's dim can grow in a single process only"):
+        trainer._plan(trainer.curriculum.stages[0].model)
+
+
 class TestDepthByStep:
     def test_sampled(self, make):
         trainer = make(sample_depth=True, deep_steps=3, grad_deep_steps=2, max_steps=30)
@@ -115,6 +125,13 @@ class TestDepthByStep:
         depths = {r["recursion_depth"] / 6 for r in read_metrics(trainer.folder) if "loss" in r}
         assert depths == {1, 2, 3}  # cycles; each is three visits in each of two supervision steps
         assert trainer.raw.config.deep_steps == 3 and trainer.raw.config.grad_deep_steps == 2
+
+    def test_drawn_independently(self):
+        config, whole = TrainConfig(sample_depth=True), TRMConfig(vocab_size=9, recursion="loop", deep_steps=4)
+        drawn = [depth_of_step(config, whole, step, 0.0).deep_steps for step in range(1600)]
+        assert drawn == [depth_of_step(config, whole, step, 0.0).deep_steps for step in range(1600)]
+        pairs = Counter(zip(drawn, drawn[1:]))  # of one step and the next: 100 of each are expected
+        assert len(pairs) == 16 and min(pairs.values()) > 60 and max(pairs.values()) < 140
 
     def test_switched_on_late(self, make):
         trainer = make(recursion_from=0.5, deep_steps=2, max_steps=8)
