@@ -12,9 +12,11 @@ how FLOPs are counted.
 import json
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from src.config import before_torch, parse_flags, run
 from src.errors import UserError
+from src.files.plain_yaml import read_yaml
 from src.model_config import TRMConfig
 from src.training.train_config import DataConfig, RuntimeConfig, TrainConfig
 
@@ -36,6 +38,43 @@ class CountConfig:
     json: bool = False
 
 
+def _recipe_of(argv) -> dict | None:
+    """Returns the content of the --config file, {} if it cannot be read as one, or None without the flag."""
+    words = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    if "--config" not in words:
+        return None
+    path = Path(words[words.index("--config") + 1]) if "--config" in words[:-1] else None
+    return read_yaml(path) if path is not None and path.is_file() else {}
+
+
+def _count_of_puzzles(argv) -> tuple[CountConfig, TRMConfig]:
+    """Returns the same as `parse_args` for a recipe of train_puzzles.py."""
+    from src.tasks.puzzle_config import PuzzleSettings, model_config  # imports torch
+    from src.tasks.puzzle_folder import kind_named
+
+    args, *parts = parse_flags(
+        __doc__, CountConfig, *PuzzleSettings.__annotations__.values(), argv=argv, positional="checkpoint"
+    )
+    if args.checkpoint:
+        raise UserError(f"{args.checkpoint[0]} has its own model settings: leave out --config and the model flags")
+    settings = PuzzleSettings(*parts)
+    kind = kind_named(settings.puzzle.puzzle)
+    return args, model_config(settings.model, kind.cells, kind.vocab_size)
+
+
+def _usual_vocab(data: DataConfig | None) -> tuple[int, str]:
+    """Returns the number of tokens of a recipe that does not name it, and how it is known.  data: None = no recipe."""
+    if data is not None and data.tokenizer == "byte":
+        from src.tokenizer import ByteLevelTokenizer
+
+        return ByteLevelTokenizer().vocab_size, "the tokenizer byte has"
+    if data is not None and data.tokenizer == "sentencepiece" and data.sp_model is None:
+        from src.data.token_store import ON_THE_SPOT_VOCAB
+
+        return ON_THE_SPOT_VOCAB, "the run trains a tokenizer of"
+    return DEFAULT_VOCAB, "assuming"
+
+
 @before_torch
 def parse_args(argv=None) -> tuple[CountConfig, TRMConfig]:
     """Returns the script's own settings and the model to count.
@@ -43,9 +82,11 @@ def parse_args(argv=None) -> tuple[CountConfig, TRMConfig]:
     Raises UserError if both a checkpoint and model settings are given."""
     argv = list(sys.argv[1:] if argv is None else argv)
     classes = [CountConfig, TRMConfig]
-    if any(word.partition("=")[0] == "--config" for word in argv):  # a recipe also has settings of data and training
+    if (recipe := _recipe_of(argv)) is not None and "puzzle" in recipe:
+        return _count_of_puzzles(argv)
+    if recipe is not None:  # it also has settings of data and training
         classes += [DataConfig, TrainConfig, RuntimeConfig]
-    args, config, *_ = parse_flags(__doc__, *classes, argv=argv, positional="checkpoint")
+    args, config, *others = parse_flags(__doc__, *classes, argv=argv, positional="checkpoint")
     if len(args.checkpoint) > 1:
         raise UserError(f"{len(args.checkpoint)} checkpoints ({', '.join(args.checkpoint)}): count them one at a time")
     if args.checkpoint and config != TRMConfig():
@@ -55,8 +96,9 @@ def parse_args(argv=None) -> tuple[CountConfig, TRMConfig]:
 
         config = load_config(args.checkpoint[0])
     if config.vocab_size is None:
-        print(f"vocab_size is not given: assuming {DEFAULT_VOCAB:,} tokens", file=sys.stderr)
-        config = replace(config, vocab_size=DEFAULT_VOCAB)
+        size, why = _usual_vocab(others[0] if others else None)
+        print(f"vocab_size is not given: {why} {size:,} tokens", file=sys.stderr)
+        config = replace(config, vocab_size=size)
     return args, config
 
 

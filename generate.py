@@ -14,6 +14,7 @@ stdout gets only the text: a single text as it is generated, several texts at th
 Messages and speed go to stderr.
 """
 
+import copy
 import io
 import shlex
 import sys
@@ -106,8 +107,10 @@ class GenerateConfig:
             raise ValueError("--middle_only needs a suffix: set --suffix or --suffix_file")
         if self.trace and self.max_new_tokens == 0:
             raise ValueError("--trace shows how tokens are chosen: set max_new_tokens to 1 or more")
-        if self.rag_top_k < 1 or (self.rag_tokens is not None and self.rag_tokens < 1):
-            raise ValueError("rag_tokens and rag_top_k must be 1 or more")
+        if not 1 <= self.rag_top_k <= 10_000 or (self.rag_tokens is not None and self.rag_tokens < 1):
+            raise ValueError("rag_tokens and rag_top_k must be 1 or more, and rag_top_k 10,000 or less")
+        if self.rag and self.onnx is not None and self.rag_method == "checkpoint":
+            raise ValueError("rag_method checkpoint needs a checkpoint, and --onnx has none: choose tfidf")
 
     def prompts(self) -> list[str]:
         """Returns the prompts of --prompt and --prompt_file, or one empty prompt if there are none."""
@@ -147,7 +150,8 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
     options = {k: getattr(config, k) for k in ("temperature", "top_k", "top_p", "seed", "suffix")}
     if rule != ExitRule():
         options |= {"exit": rule, "depths": []}
-    trace = Trace(tokenizer, limit=max_depth(model.config, rule)) if config.trace else None
+    ends = None if config.suffix is None or tokenizer.fim is None else tokenizer.infill_ends
+    trace = Trace(tokenizer, limit=max_depth(model.config, rule), ends=ends) if config.trace else None
     options |= {"use_cache": not config.no_cache, "thoughts": trace}
     start = time.perf_counter()
     try:
@@ -164,12 +168,23 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
     print(after if streams else "\n\n".join(text + after for text in texts), flush=True)
     speed = f"{made} tokens in {seconds:.2f} s: {made / max(seconds, 1e-9):.1f} tokens/s"
     if "depths" in options and made:
-        mean = torch.stack(options["depths"]).double().mean().item()
+        steps = torch.stack(options["depths"]).double()
+        mean = (steps.sum() / steps.count_nonzero()).item()  # without rows that had ended
         visits = mean * visits_per_recursion_step(model.config)
         speed += f"; {mean:.2f} of {max_depth(model.config, rule)} recursion steps, {visits:.1f} visits per token"
     print(speed, file=sys.stderr)
     if trace:
         show(trace, config.trace, prompts[0])
+
+
+def write_batches(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRule, context=None):
+    """Continue the prompts, ROWS at once.  The arguments are those of `write_texts`."""
+    for start in range(0, len(prompts), ROWS):
+        own = copy.copy(config)
+        if start:  # later batches look like one batch: a blank line between texts, and other random numbers
+            print()
+            own.trace, own.seed = False, None if config.seed is None else mix_seed(config.seed, start)
+        write_texts(model, tokenizer, prompts[start : start + ROWS], own, rule, context)
 
 
 def show(trace: Trace, where: bool | str, prompt: str):
@@ -195,7 +210,7 @@ def converse(model, tokenizer, config, rule, context=None):
         try:
             if not is_text(prompt):
                 raise UserError("the prompt is not UTF-8 text: type it again")
-            write_texts(model, tokenizer, [prompt] * config.num_samples, config, rule, context)
+            write_batches(model, tokenizer, [prompt] * config.num_samples, config, rule, context)
         except UserError as error:  # report it and wait for the next prompt
             print(f"error: {error}", file=sys.stderr)
 
@@ -234,12 +249,8 @@ def main(argv=None):
     context = read_context(config, model, tokenizer) if config.rag else None
     if config.interactive:
         converse(model, tokenizer, config, rule, context)
-    seed = config.seed
-    for start in range(0, 0 if config.interactive else len(prompts), ROWS):
-        if start:  # later batches look like one batch: a blank line between texts, and other random numbers
-            print()
-            config.trace, config.seed = False, None if config.seed is None else mix_seed(seed, start)
-        write_texts(model, tokenizer, prompts[start : start + ROWS], config, rule, context)
+    else:
+        write_batches(model, tokenizer, prompts, config, rule, context)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ def _check_folder():
 # Advice for the OSErrors that a user can fix; any other OSError keeps its traceback.
 _ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some disk space and try again")
 _ADVICE[errno.ENAMETOOLONG] = "choose a shorter name"
+_ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place where you may read and write")
 
 
 class _Messages(io.FileIO):

@@ -90,8 +90,9 @@ def continue_texts(
     `sampling.generate`.
 
     suffix: a text that follows the continuations; the model then writes what belongs between a prompt and this text,
-    and at most as much as fits into its context with both. Raises ValueError as `sampling.generate` does, and for a
-    suffix if the tokenizer has no sentinels of fill-in-the-middle, or if the context has no room for the suffix."""
+    and at most as much as fits into its context with both (of several prompts, with the longest). Raises ValueError as
+    `sampling.generate` does, and for a suffix if the tokenizer has no sentinels of fill-in-the-middle, or if the
+    context has no room for the suffix."""
     if suffix is None:
         rows, ends = [tokenizer.encode(prompt, bos=True) for prompt in prompts], tokenizer.end_ids
     else:

@@ -121,7 +121,7 @@ def generate(
         yields the config's pad_token_id, or the first eos_id if there is none.
     exit: exit rule that stops each token.
     thoughts, depths: lists; each new token appends a Thought to `thoughts`, and its numbers of recursion steps (B,) to
-        `depths`.
+        `depths`: 0 for a row that had ended before.
 
     When a row outgrows max_seq_len, it keeps its last max_seq_len // 2 tokens, which are encoded again. Raises
     ValueError for invalid options or prompts, when the caller requests the first token.
@@ -133,11 +133,11 @@ def generate(
     was_training, choice = model.training, (temperature, top_k, top_p)
     model.eval()
     try:
-        for new, output in _generate(
+        for new, output, had_ended in _generate(
             model, prompt_ids, max_new_tokens, choice, use_cache, seed, eos_id, attention_mask, read
         ):
             if depths is not None:
-                depths.append(output.carry.steps[:, -1])
+                depths.append(output.carry.steps[:, -1].masked_fill(had_ended, 0))
             if thoughts is not None:
                 thoughts.append(_thought(new, output))
             yield new
@@ -154,7 +154,7 @@ def _thought(new, output) -> Thought:
 
 
 def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask, read):
-    """Yields (new ids (B,), output of the model) for one token after another."""
+    """Yields (new ids (B,), output of the model, whether each row had ended before) for one token after another."""
     max_len, pad = model.config.max_seq_len, model.config.pad_token_id
     seed = secrets.randbits(62) if seed is None else seed
     generators = [row_generator(seed, row) for row in range(len(ids))]
@@ -181,7 +181,7 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
         new = new.clone()  # outside inference mode, autograd would reject this tensor
         if ends is not None:
             new = torch.where(finished, ends[0] if pad is None else pad, new)
-        yield new, output
+        yield new, output, finished
         ids = torch.cat((ids, new[:, None]), dim=1)
         mask = torch.cat((mask, (~finished).long()[:, None]), dim=1)
         if ends is not None:

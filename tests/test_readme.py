@@ -141,7 +141,7 @@ def test_its_python_runs(capsys, monkeypatch):
     *figures, shapes, states = capsys.readouterr().out.splitlines()
     assert len(figures) == 2 and all(0 < float(number) < 12 for line in figures for number in line.split())
     config, length = names["lm"].model.config, len(names["seen"].ids)
-    assert shapes == f"torch.Size([{length}]) torch.Size([{config.train_steps}, {length}, {config.vocab_size}])"
+    assert shapes == f"torch.Size([{length}]) torch.Size([{config.recursion_steps}, {length}, {config.vocab_size}])"
     assert states == f"torch.Size([{config.visits_per_step * config.train_steps}, {length}, {config.d_model}])"
 
 

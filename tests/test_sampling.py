@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY
 
+from src.model_config import ExitRule
 from src.sampling import choose_token, filter_logits, generate
 
 PROBABILITIES = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
@@ -129,6 +130,16 @@ def test_rows_are_filled_after_eos(tiny, pad, use_cache):
     assert whole.shape == (3, 15)
     assert torch.equal(whole[:, :5], ids) and torch.equal(whole[:, 5 : 5 + rows.shape[1]], rows)
     assert set(whole[:, 5 + rows.shape[1] :].flatten().tolist()) <= {eos if pad is None else pad}
+
+
+def test_the_depths_of_rows_that_have_ended_are_0(tiny):
+    model, ids, depths = tiny(pad_token_id=2), prompt(), []
+    eos = int(sample(model, ids, 10, temperature=0)[0, 3])
+    rule = ExitRule("kl", 3, kl_threshold=0.0)  # a step never changes anything by less
+    rows = sample(model, ids, 10, temperature=0, eos_id=eos, exit=rule, depths=depths)
+    seen = torch.stack(depths, dim=1)
+    is_after = (rows == eos).cumsum(1) - (rows == eos).int() > 0
+    assert bool(is_after.any()) and torch.equal(seen == 0, is_after) and set(seen.unique().tolist()) == {0, 3}
 
 
 def test_zero_new_tokens_and_a_prompt_of_one_token(tiny):

@@ -41,6 +41,16 @@ def test_check_torch_json(capsys):
     assert facts["matmul"]["fp32"]["relative_error"] < 1e-5 < facts["matmul"]["bf16"]["relative_error"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "vocabulary", "said"),
+    [("addition", 259, "the tokenizer byte has 259"), ("code", 4096, ""), ("sudoku9", 11, "")],
+)
+def test_the_vocabulary_of_a_recipe(recipe, vocabulary, said, capsys):
+    count_params.main(["--config", str(ROOT / "configs" / f"{recipe}.yaml"), "--json"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["model"]["vocab_size"] == vocabulary and said in captured.err
+
+
 def test_check_torch_sees_wrong_products(monkeypatch, capsys):
     monkeypatch.setitem(checkTorch.TOLERANCE, "fp32", 1e-12)  # stricter than any fp32 product
     monkeypatch.setattr(checkTorch, "choose_precision", lambda wanted, device: Choice("fp32", "test"))

@@ -59,11 +59,16 @@ def excerpts(texts: list[str], count: int, size: int, rng: random.Random) -> lis
     return [part for part in found if part.strip()][:count]
 
 
+def lines_of(text: str) -> list[str]:
+    """Returns the lines of a text with their line breaks, as tokenize counts them: form feeds do not end a line."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
 def line_cases(texts: list[str], count: int, rng: random.Random) -> list[Completion]:
     """Returns statements of one line, each with all text before it. Lines of under 6 characters are left out."""
     usable = {}
     for text in texts:
-        lines = text.splitlines(keepends=True)
+        lines = lines_of(text)
         rows = [row - 1 for row, _ in _statements(text) if row > 3]
         rows = [i for i in rows if len(lines[i].strip()) > 5 and lines[i].strip()[0] not in "'\""]
         if rows:
@@ -82,8 +87,8 @@ def functions(texts: list[str], rng: random.Random) -> Iterator[Completion]:
     Methods are moved to the left margin. Decorators are left out."""
     nodes = [(text, node) for text in texts for node in _documented(text)]
     for text, node in _shuffled(nodes, rng):
-        lines = textwrap.dedent("".join(text.splitlines(keepends=True)[node.lineno - 1 : node.end_lineno]))
-        lines = lines.splitlines(keepends=True)
+        lines = textwrap.dedent("".join(lines_of(text)[node.lineno - 1 : node.end_lineno]))
+        lines = lines_of(lines)
         size = node.body[0].end_lineno - node.lineno + 1  # lines of the prompt
         prompt, truth = "".join(lines[:size]), "".join(lines[size:]).rstrip() + "\n"
         if prompt.startswith(("def ", "async def ")) and is_function(prompt + truth):
@@ -108,7 +113,7 @@ def cut_function(text: str, is_whole: bool) -> str:
     """Returns the part of a continuation that belongs to the function: up to the first line at the left margin.
 
     If there is no such line, the text was cut off in its last line, which is dropped, unless is_whole."""
-    lines = text.splitlines(keepends=True)
+    lines = lines_of(text)
     for i, line in enumerate(lines):
         if line.strip() and not line[0].isspace():
             return "".join(lines[:i])
@@ -177,7 +182,7 @@ def indent_cases(texts: list[str], count: int, rng: random.Random) -> list[Choic
     kinds = {level: [] for level in LEVELS}
     for text in _shuffled(texts, rng):
         depths = _statements(text)
-        lines, starts = text.splitlines(), _line_starts(text)
+        lines, starts = lines_of(text), _line_starts(text)
         for (before, old), (row, new) in itertools.pairwise(depths):
             # levels of 4 blanks, a line before that has all three choices, and no blank line in between
             if old < 4 or row != before + 1 or abs(new - old) not in (0, 4) or old % 4:
@@ -267,7 +272,7 @@ def _plain_statements(texts):
     """Returns the statements that can stand anywhere, without indentation: mostly assignments and calls."""
     found = []
     for text in texts:
-        lines = text.splitlines()
+        lines = lines_of(text)
         code = (lines[row - 1].strip() for row, _ in _statements(text))
         found += [line for line in code if not re.match(r"(return|yield|raise|break|continue|pass|del)\b|['\"@]", line)]
     return [line for line in found if ":" not in line and CUE.split()[0] not in line]

@@ -56,7 +56,7 @@ class CurvePoint(NamedTuple):
     bits_per_byte: float
     random: float  # bits per byte if as many tokens, chosen by chance, stopped after each step
     gain: float  # bits per byte below the best mixture of fixed depths that costs no more
-    gain_error: float  # standard error of `gain`, over windows of text
+    gain_error: float  # standard error of `gain`; it takes windows as independent, also those of one document
 
 
 def depth_curve(

@@ -46,9 +46,9 @@ class StoppingRule:
     """Decides after each recursion step whether a token goes on: regression for optimal stopping.
 
     The last step ends every token. For each earlier step, from the last to the first, a ridge regression predicts from
-    the features how much more stopping here would cost than going on: the loss now, minus the price of a step and the
-    loss at which the rules of the later steps then end. A token stops where this is not above 0. The method is that of
-    Longstaff and Schwartz for options (Review of Financial Studies 14, 2001).
+    the features how much more stopping here would cost than going on: the loss now, minus the price of the further
+    steps and the loss that the rules of these steps end with. A token stops where this is not above 0. The method is
+    that of Longstaff and Schwartz for options (Review of Financial Studies 14, 2001).
 
     Args:
         losses: (S, N), nats after each step, of the text on which the rule is fitted

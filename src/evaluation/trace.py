@@ -69,14 +69,17 @@ def _plain(values):
 
 
 class Trace(list):
-    """The trace of one row up to its EOS. Converts each Thought when it is appended, so that no logits are kept."""
+    """The trace of one row up to its EOS. Converts each Thought when it is appended, so that no logits are kept.
 
-    def __init__(self, tokenizer, row: int = 0, top: int = 5, limit: int | None = None):
+    ends: ids that end the row; default those that end a text"""
+
+    def __init__(self, tokenizer, row: int = 0, top: int = 5, limit: int | None = None, ends=None):
         super().__init__()
         self.tokenizer, self.options = tokenizer, {"row": row, "top": top, "limit": limit}
+        self.ends = tokenizer.end_ids if ends is None else ends
 
     def append(self, thought: Thought):
-        if not self or self[-1]["token"] not in self.tokenizer.end_ids:
+        if not self or self[-1]["token"] not in self.ends:
             token = read_thought(thought, self.tokenizer, **self.options)
             super().append({"position": len(self), **token})
 

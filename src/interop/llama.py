@@ -166,7 +166,7 @@ def check_plain(c: TRMConfig, where, wanted: str):
         raise UserError(f"{where}: a recursive model (recursion {c.recursion}) is not a Llama: choose --to hub")
     llama = {"norm": "pre", "positions": "rope", "mixer": "attention", "causal": True, "qk_norm": False}
     llama |= {"attention_window": None, "prelude_layers": 0, "coda_layers": 0, "embed_scale": 1.0}
-    llama |= {"attention_gate": False}
+    llama |= {"attention_gate": False, "norm_gain": True}
     for name, value in llama.items():
         if getattr(c, name) != value:
             has = f"its {name} is {getattr(c, name)}, but a Llama has {value}"

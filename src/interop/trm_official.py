@@ -143,7 +143,10 @@ def write_files(path, config: TRMConfig, weights: dict[str, Tensor], where):
 
     Raises UserError, which starts with `where`, if their code cannot hold the model."""
     theirs, settings = write_official(config, weights, where)
-    torch.save(theirs, path)
+    try:
+        torch.save(theirs, path)
+    except RuntimeError as error:  # a full disk is not always an OSError
+        raise UserError(f"cannot write {path}: {error}".splitlines()[0]) from None
     Path(path).with_name(CONFIG).write_text(dump_yaml(settings), encoding="utf-8")
 
 
@@ -245,6 +248,7 @@ def _config(tensors, settings, path) -> TRMConfig:
     heads, cycles, latent = (_whole(arch, name, path) for name in ("num_heads", "H_cycles", "L_cycles"))
     mixer, puzzles = tensors.get("L_level.layers.0.mlp_t.down_proj.weight"), tensors.get("puzzle_emb.weights")
     learned = tensors.get("embed_pos.embedding_weight")
+    is_rotary = mixer is None and arch.get("pos_encodings", "rope") == "rope"
     fills = 0 if puzzles is None else -(-puzzles.shape[1] // dim)  # tokens that a puzzle's embedding fills
     cells, prefix = _lengths(arch, settings, vocab_size, fills, mixer if learned is None else learned, path)
     values = {
@@ -252,7 +256,7 @@ def _config(tensors, settings, path) -> TRMConfig:
         **{"max_seq_len": cells, "causal": False, "norm": "post", "norm_gain": False, "weight_init": "truncated"},
         **{"recursion": "trm", "latent_steps": latent, "deep_steps": cycles, "prefix_tokens": prefix},
         "supervision_steps": _whole(arch, "halt_max_steps", path, 16),
-        "positions": "learned" if learned is not None else "none" if mixer is not None else "rope",
+        "positions": "learned" if learned is not None else "rope" if is_rotary else "none",
         "embed_scale": math.sqrt(dim / 2 if learned is not None else dim),
         "norm_eps": arch.get("rms_norm_eps", 1e-5),
         "rope_theta": arch.get("rope_theta", 10000.0),
@@ -354,6 +358,7 @@ def _unlike(c: TRMConfig) -> str | None:
         "grouped key/value heads": c.n_kv_heads != c.n_heads,
         "qk_norm": c.qk_norm,
         "attention_gate": c.attention_gate,
+        "attention_window": c.attention_window is not None,
         "tied head": c.tie_embeddings,
         "model without halting head": not c.halting,
         "prefix without puzzle_ids": c.prefix_tokens > 0 and c.puzzle_ids == 0,
@@ -388,7 +393,7 @@ def _their_settings(c: TRMConfig) -> dict:
         "puzzle_emb_ndim": c.puzzle_dim if c.puzzle_ids else 0,
         "puzzle_emb_len": c.prefix_tokens,
         "mlp_t": c.mixer == "mlp",
-        "pos_encodings": "learned" if c.positions == "learned" else "rope",
+        "pos_encodings": "rope" if c.mixer == "mlp" and c.positions == "none" else c.positions,
         "loss": {"loss_type": f"{c.token_loss}_cross_entropy"},
         "no_ACT_continue": True,
     }

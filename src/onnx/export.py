@@ -58,7 +58,11 @@ def at_depth(model: TRMModel, depth: int | None = None) -> TRMModel:
     elif depth is not None and c.recursion == "trm":
         steps["supervision_steps"] = depth
     steps["grad_deep_steps"] = steps.get("deep_steps", c.deep_steps)  # must not exceed deep_steps
-    plain = TRMModel(dataclasses.replace(c, supervision_weights=None, **steps)).eval()
+    try:
+        deeper = dataclasses.replace(c, supervision_weights=None, **steps)
+    except ValueError as error:
+        raise UserError(f"max_recursion_depth is {depth}: {error}") from None
+    plain = TRMModel(deeper).eval()
     plain.load_state_dict(model.state_dict())
     return plain
 
@@ -159,7 +163,8 @@ def save(proto, path: Path):
     """Writes a graph, replacing an existing one. A graph above ONE_FILE bytes has its weights in a second file."""
     data = path.with_name(f"{path.name}.data")
     data.unlink(missing_ok=True)  # otherwise onnx appends to it
-    need("onnx").save(proto, path, save_as_external_data=proto.ByteSize() > ONE_FILE, location=data.name)
+    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)  # ByteSize fails above 2 GiB
+    need("onnx").save(proto, path, save_as_external_data=size > ONE_FILE, location=data.name)
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ class PromptContext:
         budget = min(self.tokens, room)
         copies = self.retriever.near_copies(f"{prompt}\n{self.suffix or ''}")
         hits = self.retriever.retrieve([query], self.top_k, [copies])[0] if query.strip() else []
+        hits = [hit for hit in hits if hit.score > 0]  # others have nothing in common with the query
         if copies:
             names = few(self.retriever.sources[number].path for number in copies)
             print(f"not retrieved from {names}: near copies of the prompt's own file", file=sys.stderr)

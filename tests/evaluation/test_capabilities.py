@@ -339,6 +339,10 @@ def start(home, *words, checkpoint="trm"):
     return eval_capabilities.main([str(home / checkpoint), "--device", "cpu", *map(str, words)])
 
 
+def test_lines_are_those_of_tokenize():
+    assert make.lines_of("a\fb\n\n  c\x85\nd") == ["a\fb\n", "\n", "  c\x85\n", "d"] and make.lines_of("") == []
+
+
 def test_the_script_writes_a_table_a_json_file_and_a_picture(home, capsys, monkeypatch):
     monkeypatch.setattr(eval_capabilities, "PACKAGE", "no_such_package")
     (home / "numbers.py").write_text(LONG.removeprefix(CODE))

@@ -145,6 +145,7 @@ def levels_of(levels):
 
 def test_groups_of_difficulty():
     assert levels_of([10, 9, 9]) == {"9": 2, "10": 1}
+    assert levels_of([1234567, 1234568]) == {"1234567": 1, "1234568": 1} and levels_of([0.5]) == {"0.5": 1}
     assert levels_of(["hard", 1, "easy", "hard"]) == {"1": 1, "easy": 1, "hard": 2}
     many = levels_of([i / 100 for i in range(160)])
     assert list(many.values()) == [10] * 16 and list(many)[:2] == ["0 to 0.09", "0.1 to 0.19"]

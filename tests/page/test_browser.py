@@ -226,6 +226,7 @@ def test_again_and_next_seed(page):
 def test_depth_and_two_depths(page):
     write(page, "def main(")
     slider = page.get_by_role("slider", name="Depth")
+    deeper = int(slider.input_value()) + 1
     slider.focus()
     page.keyboard.press("ArrowRight")
     expect(page.locator("#figures strong")).to_contain_text("Again writes the last passage with them")
@@ -234,11 +235,11 @@ def test_depth_and_two_depths(page):
     page.keyboard.press("ArrowRight")
     page.locator("#again").click()
     written(page)
-    assert page.sent["completions"][-1]["recursion"]["depth"] == 2
+    assert page.sent["completions"][-1]["recursion"]["depth"] == deeper
     expect(page.locator("#figures")).to_contain_text(
-        re.compile(r"choice changed (after step 1 of 2|in the last step, 2)$")
+        re.compile(rf"choice changed (after step \d of {deeper}|in the last step, {deeper})$")
     )
-    expect(page.locator(".branch .note")).to_have_text("depth 2 · greedy")
+    expect(page.locator(".branch .note")).to_have_text(f"depth {deeper} · greedy")
     page.locator("#compare").click()
     page.get_by_label("left").fill("1")
     page.get_by_label("right").fill("3")

