@@ -2,7 +2,7 @@
 
     python train_trm_lm.py --config configs/addition.yaml  # after `python experiments/maths.py --data_only`
     python experiments/draw_page.py                       # writes docs/page.png and docs/page.gif
-    python experiments/draw_page.py checkpoints/stdlib --prompt "def main(" --tint certainty --depths
+    python experiments/draw_page.py checkpoints/stdlib --prompt "def main(" --tint certainty --depths []
 
 Needs Playwright (requirements-dev.txt) and Chromium (apt-get install chromium). The picture shows what a model that
 adds writes at two depths, and what it thought about one token; the animation shows a Sudoku that is solved step by
@@ -36,7 +36,7 @@ class PageConfig:
         checkpoint: checkpoint or run folder of a language model; the flag name may be left out
         puzzle: checkpoint or run folder of a puzzle model with 9 x 9 Sudokus
         prompt: beginning of the text
-        depths: two depths, whose texts are shown side by side; without a value, there is one text
+        depths: two depths, whose texts are shown side by side; [] = one text
         token: which of the written tokens to look at, from 0; with depths, in the second text
         length: tokens to write
         temperature: of the text
