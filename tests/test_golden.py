@@ -12,6 +12,7 @@ pytest.importorskip("onnxruntime")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")  # torch.export traces with symbolic sizes, which cannot be checked
 def test_one_text_in_five_ways(tmp_path):
     model, tokenizer = load_model(RELEASED)
     prompt = tokenizer.encode("class Reader:\n" * 16 + "    def ", bos=True)
