@@ -96,6 +96,7 @@ MOST_SLICE = 300_000  # characters
 MOST_CHARS = 20_000_000  # longer documents are cut, because readers of .jsonl refuse much longer ones
 SWEEP_SEED = 1000  # not among the seeds that are reported
 EVALUATIONS = 20  # of a run with corpus_bytes
+LOSES = "the tokenizer loses a part of the text, so there are no bits per byte: choose tokenizer byte, or another one"
 OWN = {  # settings that every run has from the ladder
     *("save_dir", "seed", "device", "resume", "init_from", "max_steps", "max_minutes", "train_paths", "valid_paths"),
     *("tokenizer", "sp_model", "text_field", "warmup_steps", "eval_batches", "eval_every", "save_every"),
@@ -152,7 +153,7 @@ class LadderConfig(arms.RunsConfig):
         self.choices = dict(map(_choice, self.sweep))
         if self.steps < 1 or self.corpus_bytes is not None and self.corpus_bytes < 1:
             raise ValueError("steps or corpus_bytes is under 1: set it to 1 or more")
-        if taken := OWN.intersection(set().union(self.choices, *(split_rung(name)[1] for name in self.rungs))):
+        if taken := OWN & {*self.choices, *(key for name in self.rungs for key in split_rung(name)[1])}:
             raise ValueError(f"{min(taken)} is set by the ladder itself: leave it out of sweep and rungs")
         given = {setting.removeprefix("--").partition("=")[0] for setting in self.overrides}
         if taken := given & OWN - {"warmup_steps", "max_minutes"}:
@@ -316,6 +317,9 @@ def rungs_of(config: LadderConfig, settings: Settings, data: Data) -> dict[str, 
 
     budget = tokens * rung_of("two-stream").flops
     found = {name: rung_of(name, budget) for name in config.rungs}
+    for setting, values in config.choices.items():  # a wrong name or value is reported now, and not by the first run
+        for value in values:
+            read_settings([*words, *arms.flag_words({setting: value})])
     for name, rung in found.items():
         for setting in config.choices.keys() - split_rung(name)[1].keys():
             if setting in rung.flags or any(_costs_more(rung, setting, value) for value in config.choices[setting]):
@@ -325,17 +329,17 @@ def rungs_of(config: LadderConfig, settings: Settings, data: Data) -> dict[str, 
 
 def _costs_more(rung: Rung, setting: str, value) -> bool:
     """Whether a setting changes the FLOPs or the tokens of a training step."""
-    model, train = arms.changed(rung.model, {setting: value}), rung.train
-    if setting in vars(train):
-        train = dataclasses.replace(train, **{setting: value})
+    try:
+        model, train = arms.changed(rung.model, {setting: value}), rung.train
+        if setting in vars(train):
+            train = dataclasses.replace(train, **{setting: value})
+    except ValueError as error:  # the value does not go with this rung
+        raise UserError(f"sweep, {setting}={value}: {error}") from None
     cost = mean_flops(model, train), train.batch_size * model.max_seq_len
     return cost != (rung.flops, rung.tokens)
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
-
-
-LOSES = "the tokenizer loses a part of the text, so there are no bits per byte: choose tokenizer byte, or another one"
 
 
 class Ladder(NamedTuple):

@@ -184,6 +184,7 @@ def test_a_setting_among_the_overrides_is_not_swept(tmp_path):
         (["--rungs", "plain+gate"], "'gate' is no setting: write it as name=value"),
         (["--rungs", "plain+gaet=true"], "there is no setting --gaet: did you mean --gate"),
         (["--sweep", "lr"], "'lr' is no setting"),
+        (["--sweep", "lrr=1"], "there is no setting --lrr"),
         (["--steps", "0"], "steps or corpus_bytes is under 1"),
         (["--budgets", "1.5"], "budgets are shares"),
         (["--control", "plain-wide"], "control is plain-wide: name one or two of the rungs"),
@@ -210,6 +211,13 @@ def test_mistakes(words, message, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT)
     with pytest.raises(UserError, match=message):
         ladder.main(["--train_paths", str(tmp_path / "text.txt"), "--output", str(tmp_path / "out"), *words])
+
+
+@pytest.mark.parametrize(("swept", "said"), [("lr=abc", "--lr abc"), ("norm=post,middle", "--norm middle")])
+def test_a_wrong_value_of_the_sweep(swept, said, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        opened(tmp_path, "--rungs", "plain", "--sweep", swept)
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------

@@ -71,15 +71,15 @@ def read_examples(path, names: list[str], needs_labels: bool = True, takes_numbe
     With needs_labels false, a file in which no line has a label is accepted too. takes_numbers: a label may also be the
     position of a name. That is for names in an order of the user's, not for the sorted ones of `find_label_names`."""
     # if names are numbers themselves, a label is always a name
-    takes_numbers = takes_numbers and not any(map(_NUMBER.fullmatch, names))
-    numbers = {str(i): i for i in range(len(names))} if takes_numbers else {}
+    are_numbers = any(map(_NUMBER.fullmatch, names))
+    numbers = {str(i): i for i in range(len(names))} if takes_numbers and not are_numbers else {}
     index = {None: None} | numbers | {name: i for i, name in enumerate(names)}
     rows = _read_rows(path, needs_labels)
     if wrong := next((row for row in rows if row.label not in index), None):
         known = ", ".join(f"{i} {name}" if numbers else name for i, name in enumerate(names))
         where = f"{path}, line {wrong.number}"
-        is_number = _NUMBER.fullmatch(wrong.label) and not takes_numbers
-        advice = "say what the numbers mean with --label_names" if is_number else "correct the label or the names"
+        is_unexplained = _NUMBER.fullmatch(wrong.label) and not (takes_numbers or are_numbers)
+        advice = "say what the numbers mean with --label_names" if is_unexplained else "correct the label or the names"
         raise UserError(f"{where}: label {wrong.label!r} is not one of {known}: {advice}")
     return [Example(row.text, index[row.label]) for row in rows]
 

@@ -90,6 +90,9 @@ def test_numbers_need_names_in_a_given_order(tmp_path):
     ):
         read_examples(tmp_path / "a.txt", NAMES, takes_numbers=False)
     assert [example.label for example in read_examples(tmp_path / "a.txt", NAMES)] == [0, 1]
+    (tmp_path / "b.txt").write_text("7 ||| a\n")
+    with pytest.raises(UserError, match="label '7' is not one of 0, 1: correct the label or the names"):
+        read_examples(tmp_path / "b.txt", ["0", "1"], takes_numbers=False)
 
 
 def test_label_names(tmp_path):
