@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from src.config import before_torch, parse_flags, run
+from src.config import before_torch, flag_value, parse_flags, run
 from src.errors import UserError
 from src.files.plain_yaml import read_yaml
 from src.model_config import TRMConfig
@@ -39,12 +39,11 @@ class CountConfig:
 
 
 def _recipe_of(argv) -> dict | None:
-    """Returns the content of the --config file, {} if it cannot be read as one, or None without the flag."""
-    words = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
-    if "--config" not in words:
+    """Returns the content of the --config file, {} if there is no such file, or None without the flag."""
+    path = flag_value(argv, "config")
+    if path is None:
         return None
-    path = Path(words[words.index("--config") + 1]) if "--config" in words[:-1] else None
-    return read_yaml(path) if path is not None and path.is_file() else {}
+    return read_yaml(path) if Path(path).is_file() else {}
 
 
 def _count_of_puzzles(argv) -> tuple[CountConfig, TRMConfig]:

@@ -39,9 +39,9 @@ from src.files.text import read_object
 from src.metrics import flops_per_token
 from src.model_config import TRMConfig
 from src.training.curves import scan_metrics
+from src.training.run_folder import CONTINUE
 
 ROOT = Path(__file__).resolve().parent.parent
-STOPPED = ": continue with --resume true"  # in the last message of a run that a signal has ended
 ARMS = ("trm", "trm-1", "loop", "plain-params", "plain-flops", "plain-deep")
 
 
@@ -189,7 +189,7 @@ def run_script(name: str, words: list, threads: int) -> None:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         why = f"ended by signal {-done.returncode}" if done.returncode < 0 else said[-1].removeprefix("error: ")
         raise UserError(f"{name} failed: {why} (its flags: {' '.join(map(str, words))})")
-    if STOPPED in done.stderr:  # by a signal to this process alone: it saved its state, but is not done
+    if CONTINUE in done.stderr:  # by a signal to this process alone: it saved its state, but is not done
         raise UserError(f"{name} was stopped: start again, and it continues (its flags: {' '.join(map(str, words))})")
 
 

@@ -119,6 +119,13 @@ def _drop_stdout():
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
+def flag_value(argv, name: str) -> str | None:
+    """Returns the last value of the flag `--name` among words that are not parsed yet, or None."""
+    words = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    places = [i for i, word in enumerate(words[:-1]) if word == f"--{name}"]
+    return words[places[-1] + 1] if places else None
+
+
 def write_text(path, text: str, mode: str = "w"):
     """Write text to a file as UTF-8.  Raises UserError if the file cannot be written."""
     try:

@@ -156,7 +156,7 @@ class Trainer:
             if self.lock:
                 self.lock.release()
         if interrupt.requested:
-            self.say(f"stopped by {interrupt.signal_name} after step {self.step}: continue with --resume true")
+            self.say(f"stopped by {interrupt.signal_name} after step {self.step}: {run_folder.CONTINUE}")
             return {}
         return figures
 

@@ -38,11 +38,11 @@ def find_files(paths, suffixes=SUFFIXES, held_out=tuple):
     found = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.path.expanduser(os.fspath(path))
-        if is_word(word := path.rstrip("/")):
-            named = [f for f in files_of_word(word) if _has(f, suffixes)]
+        if is_word(path):
+            named = [f for f in files_of_word(path) if _has(f, suffixes)]
             files = without(named, held_out())
             if named and not files:
-                raise UserError(f"{word}: valid_paths has all of its files, so that none is left: name fewer there")
+                raise UserError(f"{path}: valid_paths has all of its files, so that none is left: name fewer there")
         elif os.path.isdir(path):
             files = _files_in(path, suffixes)
         elif glob.has_magic(path) and not os.path.lexists(path):
@@ -70,12 +70,14 @@ def without(files, held_out):
 
 def is_word(path: str) -> bool:
     """Whether a path is a word of SOURCES or one package, such as site-packages/numpy, and not the name of a file."""
+    path = path.rstrip("/")  # a shell may add one
     is_package = path.startswith("site-packages/") and path.count("/") == 1
     return (path in SOURCES or is_package) and not os.path.lexists(path)
 
 
 def files_of_word(word: str) -> list[str]:
     """Returns the files that a word stands for, see `is_word`.  Raises UserError if there are none."""
+    word = word.rstrip("/")
     if word in SOURCES:
         return SOURCES[word]()
     paths = [os.path.join(root, word.removeprefix("site-packages/")) for root in package_roots()]

@@ -106,7 +106,7 @@ class RecordFields(NamedTuple):
             return BAD_UTF8
         if not all(isinstance(part, str) for part in parts):
             return BAD_QUESTION
-        question, answer = " ".join(parts).strip(), _as_text(answer)
+        question, answer = " ".join(parts).strip(), as_text(answer)
         if answer is None:
             return BAD_ANSWER
         if not (question and answer):
@@ -123,7 +123,7 @@ def _others(row, names):
     return {name: value for name, value in row.items() if name not in names and not isinstance(value, bytes)}
 
 
-def _as_text(answer):
+def as_text(answer):
     """Returns the text of an answer: 10.0 becomes 10. Returns None if it is neither a string nor a finite number."""
     if isinstance(answer, float) and answer.is_integer() and abs(answer) < _LARGE:
         answer = int(answer)

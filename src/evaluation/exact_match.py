@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool
 from tqdm import tqdm
 
-from src.data.records import Record, answer_of, final_answer, prompt_of
+from src.data.records import Record, answer_of, as_text, final_answer, prompt_of
 from src.errors import UserError
 from src.evaluation.answer_config import AnswerConfig
 from src.evaluation.scoring import score_continuations
@@ -201,16 +201,12 @@ def by_level(questions: list[Question]) -> dict[str, Bool[np.ndarray, "n"]]:
     values = sorted(set(levels)) if is_number else sorted({str(level) for level in levels})
     levels = np.array(levels if is_number else [str(level) for level in levels])
     if not is_number or len(values) <= MOST_LEVELS:
-        return {_spelled(value) if is_number else value: levels == value for value in values}
+        return {as_text(value) if is_number else value: levels == value for value in values}
     starts = sorted({part[0] for part in np.array_split(np.sort(levels), MOST_LEVELS)})
     groups = np.searchsorted(starts, levels, side="right") - 1
     members = [groups == i for i in range(len(starts))]
-    return {f"{_spelled(levels[is_in].min())} to {_spelled(levels[is_in].max())}": is_in for is_in in members}
-
-
-def _spelled(value) -> str:
-    """Returns a number as text, in full: 1234567 and 1234568 are two difficulties."""
-    return f"{value:.0f}" if float(value).is_integer() and abs(value) < 2**53 else repr(float(value))
+    ends = [(levels[is_in].min().item(), levels[is_in].max().item()) for is_in in members]
+    return {f"{as_text(low)} to {as_text(high)}": is_in for (low, high), is_in in zip(ends, members)}
 
 
 def figures_of(answers: Answers) -> dict:

@@ -30,6 +30,7 @@ _FREE_ON_RESUME = {
 }
 _CHANGE_IS_OBVIOUS = {"save_dir", "resume", "allow_changed_corpus"}  # a change of one of these is not printed
 CORPUS = "corpus.json"
+CONTINUE = "continue with --resume true"  # the end of what a run says when a signal has ended it
 
 
 def start(folder: Path, settings: dict, lock: "RunLock | None" = None) -> "RunLock":
@@ -107,8 +108,8 @@ def corpus_changes(folder: Path, corpus: dict) -> list[str]:
         raise UserError(f"{path} is broken: delete it to accept the data as it is now") from None
 
 
-def check_corpus(folder: Path, corpus: dict, what: str, may_change: bool) -> list[str]:
-    """Print the changes that `corpus_changes` finds on stderr, and return them.
+def check_corpus(folder: Path, corpus: dict, what: str, may_change: bool):
+    """Print the changes that `corpus_changes` finds on stderr.
 
     what: "text" or "puzzles", for the message. Raises UserError if there are changes and may_change is false."""
     changes = corpus_changes(folder, corpus)
@@ -118,7 +119,6 @@ def check_corpus(folder: Path, corpus: dict, what: str, may_change: bool) -> lis
         raise UserError(f"{problem}: {advice}")
     if changes:
         print(f"the run continues with changed {what}: {'; '.join(changes)}", file=sys.stderr)
-    return changes
 
 
 def keep_corpus(folder: Path, corpus: dict):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from src.config import parse_flags
+from src.config import flag_value, parse_flags
 from src.data.corpus import MAX_DOC_MB
 from src.files.text import is_text
 from src.model_config import TRMConfig, model_settings
@@ -376,10 +376,10 @@ def _run_folder_of_config(argv) -> Path | None:
     """Returns the run folder that contains the --config file.
 
     Returns None if the file is not in a run folder, or if save_dir is given as a flag."""
-    words = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
-    if "--save_dir" in words or "--config" not in words[:-1]:
+    config = flag_value(argv, "config")
+    if config is None or flag_value(argv, "save_dir") is not None:
         return None
-    path = Path(words[len(words) - words[::-1].index("--config")])
+    path = Path(config)
     is_run = path.name == "config.yaml" and any(path.with_name(name).exists() for name in (".lock", "last"))
     return path.parent if is_run else None
 
