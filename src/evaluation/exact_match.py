@@ -89,7 +89,8 @@ def difficulty_of(record: Record, field: str | None = None) -> int | float | str
     if value is None or value != value:  # NaN: an empty cell of a table
         numbers = re.findall(r"\d+", re.sub(r"(?<=\d),(?=\d{3})", "", record.question))
         return max((len(number.lstrip("0")) or 1 for number in numbers), default=0)
-    return value if type(value) in (int, float) else str(value)
+    is_number = type(value) in (int, float) and abs(value) < float("inf")
+    return value if is_number else str(value)
 
 
 def answer_all(

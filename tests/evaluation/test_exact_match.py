@@ -143,6 +143,11 @@ def levels_of(levels):
     return {name: int(np.sum(is_in)) for name, is_in in exact_match.by_level(questions).items()}
 
 
+def test_a_difficulty_without_bound_is_a_word():
+    record = Record("1+1", "2", "a.jsonl", 1, {"difficulty": float("inf")})
+    assert exact_match.difficulty_of(record) == "inf"
+
+
 def test_groups_of_difficulty():
     assert levels_of([10, 9, 9]) == {"9": 2, "10": 1}
     assert levels_of([1234567, 1234568]) == {"1234567": 1, "1234568": 1} and levels_of([0.5]) == {"0.5": 1}
