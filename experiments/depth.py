@@ -57,7 +57,7 @@ from experiments.depth_picture import draw  # noqa: E402
 from experiments.depth_rules import Run, exact, right_answers  # noqa: E402
 from experiments.records import given, keep, overrides, records_of  # noqa: E402
 from src.config import parse_flags, run  # noqa: E402
-from src.errors import UserError  # noqa: E402
+from src.errors import UserError, few  # noqa: E402
 from src.metrics import flops_per_token  # noqa: E402
 from src.model import TRMConfig, TRMModel  # noqa: E402
 from src.optim import learning_rate_factor, make_optimizers  # noqa: E402
@@ -389,20 +389,39 @@ def in_order(records: list[dict]) -> list[dict]:
 
 
 def read_runs(settings: DepthConfig) -> list[dict]:
-    """Returns the chosen families, models and seeds in runs.jsonl.  Raises UserError if it has none of them."""
+    """Returns the chosen families, models and seeds in runs.jsonl.
+
+    Raises UserError if a family has no loop there, or runs with different recipes."""
     path, last = Path(settings.output) / "runs.jsonl", {}
     try:
         for record in records_of(path):
             key = record["family"], record["model"], record["seed"]
             is_chosen = key[0] in settings.family and key[1] in settings.models and key[2] in settings.seeds
             if is_chosen and not record["settings"]["sweep"]:
-                last[key] = record
+                last[key] = record | {"recipe": dict(record["recipe"]), "lr": float(record["lr"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--output {path}: these are no runs of depth.py ({error}): run without --draw first") from None
     for family in settings.family:
         if not any(key[:2] == (family, "loop") for key in last):
             raise UserError(f"--output {path}: there is no loop of {family} with these seeds: run without --draw first")
+        if changed := _differences([record for key, record in last.items() if key[0] == family]):
+            raise UserError(
+                f"--output {path}: the runs of {family} differ in {few(changed)}: choose --models and --seeds with "
+                "the same settings, or run them again"
+            )
     return in_order(list(last.values()))
+
+
+def _differences(records: list[dict]) -> list[str]:
+    """Returns the settings in which the runs of one family differ. Each model may have its own learning rate."""
+    found = set()
+    for name in set().union(*(record["recipe"] for record in records)):
+        if not name.startswith("lr") and len({str(record["recipe"].get(name)) for record in records}) > 1:
+            found.add(name)
+    for model in MODELS:
+        if len({record["lr"] for record in records if record["model"] == model}) > 1:
+            found.add(f"the learning rate of {model}")
+    return sorted(found)
 
 
 # ---- report ---------------------------------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ def main(argv=None):
             if getattr(curve, name) != getattr(curves[0], name):
                 values = f"{name} {getattr(curve, name)}, {config.curves[0]} has {getattr(curves[0], name)}"
                 raise UserError(f"{path} has {values}: merge curves of the same boards and settings")
+        if len({curves[0].digest, curve.digest} - {None}) > 1:
+            raise UserError(f"{path} has other boards than {config.curves[0]}: measure both on the same boards")
     print(report(curves))
     if config.output:
         title = f"{curves[0].kind}: {curves[0].boards:,} boards"

@@ -60,6 +60,26 @@ def test_depth_draws_earlier_runs_and_sweeps(tmp_path, capsys):
         depth.main(["--family", "carries", "--draw", "--output", str(tmp_path)])
 
 
+def test_only_runs_with_the_same_recipe_are_drawn_together(tmp_path):
+    config = depth.DepthConfig(family=["words"], seeds=[7, 8], output=str(tmp_path))
+
+    def drawn(*changes):
+        """The rates of runs that differ in these fields from the first one."""
+        run = {"family": "words", "model": "loop", "seed": 7, "lr": 1e-3, "settings": {"sweep": []}}
+        run |= {"recipe": {"tail": 0.25, "lr_plain_1": 8e-3}}
+        lines = [json.dumps(run | change) for change in ({}, *changes)]
+        (tmp_path / "runs.jsonl").write_text("\n".join(lines))
+        return [record["lr"] for record in depth.read_runs(config)]
+
+    plain = {"model": "plain_1", "lr": 5e-3, "recipe": {"tail": 0.25, "lr_plain_1": 5e-3}}
+    assert drawn({"seed": 8}, plain) == [1e-3, 1e-3, 5e-3], "each model may have its own rate"
+    with pytest.raises(UserError, match="the runs of words differ in tail: choose"):
+        drawn(plain | {"recipe": {"tail": 0.5, "lr_plain_1": 5e-3}})
+    with pytest.raises(UserError, match="the runs of words differ in the learning rate of loop: choose"):
+        drawn({"seed": 8, "lr": 2e-3})
+    assert drawn({"lr": 2e-3}) == [2e-3], "of runs with the same seed, the last counts"
+
+
 def test_plain_models_get_the_flops_of_the_loop():
     recipe = depth.Recipe(tail=0.2)
     spent = {}

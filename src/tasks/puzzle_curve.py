@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int
 
 from src.errors import UserError
 from src.model import TRMModel
-from src.tasks.puzzle_data import difficulty_bins
+from src.tasks.puzzle_data import difficulty_bins, digest_of
 from src.tasks.puzzle_eval import Solved, solve
 from src.tasks.puzzle_solve import Effort
 from src.tasks.puzzles import Grids, PuzzleKind
@@ -69,6 +69,7 @@ class Curve(NamedTuple):
     threshold: float  # of the bins, and of copies that halt
     points: list[Point]
     bins: list[Bin]  # the first has all boards; [] without a halting head
+    digest: str | None = None  # of the boards; None in files of older versions
 
     @property
     def full(self) -> Point:
@@ -103,7 +104,8 @@ def curve_of(
     if parts[0].halting is not None:
         halts = np.concatenate([part.halting for part in parts], 1)[:, known]
         bins = bins_of(is_exact, halts, grids.take(known).difficulty, trained, threshold)
-    return Curve(checkpoint, kind.name, int(known.sum()), trained, threshold, points_of(is_exact, halts), bins)
+    points, digest = points_of(is_exact, halts), digest_of(grids)
+    return Curve(checkpoint, kind.name, int(known.sum()), trained, threshold, points, bins, digest)
 
 
 def points_of(is_exact: Bool[np.ndarray, "s n"], halts: Float[np.ndarray, "s n"] | None, seed: int = 0) -> list[Point]:

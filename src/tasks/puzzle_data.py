@@ -214,14 +214,16 @@ def join(parts: list[Grids]) -> Grids:
 
 def fingerprint(data: PuzzleData) -> dict:
     """Returns {part: digest of its boards}, by which a resumed run sees whether the puzzles are still the same."""
-    digests = {}
-    for part, grids in (("train", data.train), ("valid", data.valid)):
-        digest = hashlib.blake2b(digest_size=16)
-        for array in grids[:4]:
-            for start in range(0, len(array), CHUNK):  # a mapped file is never in memory as a whole
-                digest.update(np.ascontiguousarray(array[start : start + CHUNK]))
-        digests[part] = digest.hexdigest()
-    return digests
+    return {"train": digest_of(data.train), "valid": digest_of(data.valid)}
+
+
+def digest_of(grids: Grids) -> str:
+    """Returns a digest (hex) of boards, their answers, ids and groups, in this order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in grids[:4]:
+        for start in range(0, len(array), CHUNK):  # a mapped file is never in memory as a whole
+            digest.update(np.ascontiguousarray(array[start : start + CHUNK]))
+    return digest.hexdigest()
 
 
 # ---- what a checkpoint says about its puzzle ------------------------------------------------------------------------
