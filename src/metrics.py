@@ -89,11 +89,11 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
     trm, and the second read-out of act_target stable.
     Attention: scores and values cost 4*T*D forward and 8*T*D backward per token and layer visit. The whole T x T square
     counts although half of it is masked, as in PaLM (arXiv:2204.02311, appendix B).
-    Included: coda, head and halting head, once per supervision step (for the loop: once per visit with a loss); the
-    injection and gate of every visit; the prelude, once per supervision step because training recomputes x each time
-    (with full_bptt: once in all).
+    Included: coda, head and halting head, once per supervision step (for the loop: once per visit with a loss; with
+    full_bptt: once per step with a loss); the injection and gate of every visit; the prelude, once per supervision step
+    because training recomputes x each time (with full_bptt: once in all).
     Not included: embedding look-up, norms, softmax, optimizer, recomputation by gradient checkpointing.
-    All supervision steps count in full, whatever supervision_weights is.
+    Without full_bptt, all supervision steps count in full, whatever supervision_weights is.
     The prefix tokens of a puzzle are computed too; their cost is added to that of the other tokens.
     Decoding: the forward pass of one new token with a cache of `context` tokens, with every visit, and the coda and
     head once. For a model that is not causal: the forward pass over `context` tokens, divided by their number."""
@@ -102,15 +102,20 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
     cycles = 1 if config.recursion == "none" else config.deep_steps
     grad_cycles = cycles if config.recursion == "none" else config.grad_deep_steps
     is_loop = config.recursion == "loop"
-    has_loss = [w > 0 for w in loss_weights(config, config.deep_steps)] if is_loop else [True] * steps
+    weighted = loss_weights(config, config.recursion_steps) if is_loop or config.full_bptt else [1.0] * steps
+    has_loss = [weight > 0 for weight in weighted]
     readouts, readout = sum(has_loss), coda * costs.block + costs.head + costs.halt
     entries = 1 if config.full_bptt else steps  # times that the prelude runs
     # act_target stable reads out the answer of the step before a second time, without gradient
     second_looks = sum(has_loss[1:]) if config.halting and config.act_target == "stable" else 0
-    with_grad = entries * prelude * costs.block + steps * grad_cycles * costs.cycle + readouts * readout
-    without = steps * (cycles - grad_cycles) * costs.cycle + second_looks * readout
-    layers_with = entries * prelude + steps * grad_cycles * costs.layers + readouts * coda
-    layers_without = steps * (cycles - grad_cycles) * costs.layers + second_looks * coda
+    # a cycle without gradient also cuts off the steps before it: those without a loss of their own get none
+    is_cut = config.full_bptt and grad_cycles < cycles and not is_loop
+    grad_cycles *= readouts if is_cut else steps
+    cycles *= steps
+    with_grad = entries * prelude * costs.block + grad_cycles * costs.cycle + readouts * readout
+    without = (cycles - grad_cycles) * costs.cycle + second_looks * readout
+    layers_with = entries * prelude + grad_cycles * costs.layers + readouts * coda
+    layers_without = (cycles - grad_cycles) * costs.layers + second_looks * coda
     decode_matmul, decode_attention = _decode_macs(config, costs, config.recursion_steps, 1, 1)
     return Flops(
         train_matmul=round(6 * with_grad + 2 * without),

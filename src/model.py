@@ -131,8 +131,8 @@ class TRMModel(nn.Module):
         for step, weight in zip(range(first, end), weights):
             y_before = y
             y, z = self.recursion_step(x, y, z, ctx, step)
-            # with a large vocabulary the head costs as much as a visit, so the loop skips it where the weight is 0
-            has_loss = target_ids is not None and (weight > 0 or c.recursion == "trm")
+            # with a large vocabulary the head costs as much as a visit, so it is skipped where the weight is 0
+            has_loss = target_ids is not None and weight > 0
             if has_loss or return_steps or step == end - 1:
                 logits, halt = self._read_out(y, ctx, step)
             if return_steps:

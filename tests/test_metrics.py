@@ -29,6 +29,8 @@ CASES = [
     {"recursion": "loop", "injection": "none"},
     {"recursion": "trm", "deep_steps": 3, "supervision_steps": 3, "grad_deep_steps": 2},
     {"recursion": "trm", "full_bptt": True, "prelude_layers": 1},
+    {"recursion": "trm", "full_bptt": True, "supervision_steps": 3, "supervision_weights": "0,0.5,1", "coda_layers": 1},
+    {"recursion": "trm", "full_bptt": True, "supervision_weights": "last"},
     {"recursion": "trm", "causal": False},
     {"recursion": "trm", "causal": False, "mixer": "mlp", "positions": "none"},
     {"recursion": "trm", "causal": False, "mixer": "mlp", "mixer_ff": 40, "prefix_tokens": 2, "puzzle_ids": 3},

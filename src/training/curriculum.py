@@ -124,12 +124,16 @@ class CurriculumScheduler:
 
 def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, progress: float) -> TRMConfig:
     """Returns the model's config at the depth of this step: see sample_depth and recursion_from in TrainConfig."""
+    deep, supervision = whole.deep_steps, whole.supervision_steps
     if progress < config.recursion_from:
         deep, supervision = 1, 1
     elif config.sample_depth:
         # a generator, because the lowest bits of mix_seed repeat after a few steps
-        drawn = random.Random(mix_seed(config.seed, step, 1)).randrange(whole.deep_steps)
-        deep, supervision = 1 + drawn, whole.supervision_steps
+        rng = random.Random(mix_seed(config.seed, step, 1))
+        if whole.recursion == "trm" and whole.full_bptt:
+            supervision = 1 + rng.randrange(supervision)
+        else:
+            deep = 1 + rng.randrange(deep)
     else:
         return whole
     cut = min(whole.grad_deep_steps, deep)

@@ -225,8 +225,8 @@ class TrainConfig:
         optimizer_step: update the weights once per batch, or after each supervision step as in the TRM paper
         schedule: learning rate after the warm-up: cosine (decays along a cosine), linear (stays constant, then decays
             linearly over the last fifth of the run) or constant
-        sample_depth: draw deep_steps at random for each batch, between 1 and the model's value, so that the model
-            learns to answer at every depth
+        sample_depth: draw deep_steps (of trm with full_bptt: supervision_steps) at random for each batch, between 1 and
+            the model's value, so that the model learns to answer at every depth
         recursion_from: fraction of the run, from 0 to 1, after which the full recursion starts; before that, the model
             takes only one cycle (deep_steps 1) and one supervision step, which is cheaper
         lr: peak learning rate; lower it if the loss diverges

@@ -126,6 +126,15 @@ class TestDepthByStep:
         assert depths == {1, 2, 3}  # cycles; each is three visits in each of two supervision steps
         assert trainer.raw.config.deep_steps == 3 and trainer.raw.config.grad_deep_steps == 2
 
+    def test_sampled_supervision_steps(self, make):
+        """With one graph through all steps, the steps are the recursion: their number is drawn, and not deep_steps."""
+        settings = {"full_bptt": True, "supervision_weights": "last", "supervision_steps": 3, "deep_steps": 2}
+        trainer = make(sample_depth=True, max_steps=30, **settings)
+        trainer.train()
+        depths = {r["recursion_depth"] / 6 for r in read_metrics(trainer.folder) if "loss" in r}
+        assert depths == {1, 2, 3}  # supervision steps; each is two cycles of three visits
+        assert trainer.raw.config.supervision_steps == 3
+
     def test_drawn_independently(self):
         config, whole = TrainConfig(sample_depth=True), TRMConfig(vocab_size=9, recursion="loop", deep_steps=4)
         drawn = [depth_of_step(config, whole, step, 0.0).deep_steps for step in range(1600)]
