@@ -68,6 +68,9 @@ def begin(trainer: Trainer, settings, corpus: dict, folder: Path, newest, lock) 
     trainer.lock = lock
     if trainer.is_main and not newest:
         trainer.lock = run_folder.start(folder, settings.flat(), lock)
+    changes = run_folder.corpus_changes(folder, corpus) if trainer.is_main and newest else []
+    if trainer.agreement.sum(bool(changes))[0]:  # before process 0 writes the new fingerprints
+        newest[1]["eval_batches"] = None
     if trainer.is_main:
         run_folder.keep_corpus(folder, corpus)
     if newest:

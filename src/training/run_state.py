@@ -1,5 +1,6 @@
 """The state that an exact resume needs: `collect` reads it from a Trainer, `restore` puts it back."""
 
+import math
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def collect(trainer) -> tuple[dict, dict | None, dict]:
     average = weights | parallel.gathered(trainer.ema.average) if trainer.ema is not None else None
     scaler = trainer.accelerator.scaler
     state = {name: getattr(trainer, name) for name in COUNTERS} | {
+        "eval_batches": trainer.config.eval_batches,
         "curriculum": trainer.curriculum.state_dict(),
         "optimizers": parallel.gathered([optimizer.state_dict() for optimizer in trainer.optimizers]),
         "ema_updates": trainer.ema.updates if trainer.ema is not None else 0,
@@ -30,9 +32,16 @@ def collect(trainer) -> tuple[dict, dict | None, dict]:
 
 
 def restore(trainer, folder: Path, state: dict):
-    """Load a checkpoint's weights and state into a new Trainer, whose model must have the checkpoint's config."""
+    """Load a checkpoint's weights and state into a new Trainer, whose model must have the checkpoint's config.
+
+    If state["eval_batches"] is another number, or None because the data has changed, evaluations so far do not compare
+    with those to come, and the best checkpoint is chosen anew."""
     for name in COUNTERS:
         setattr(trainer, name, state[name])
+    is_same = state.get("eval_batches", trainer.config.eval_batches) == trainer.config.eval_batches
+    if not is_same and math.isfinite(trainer.best):
+        trainer.best = math.inf
+        trainer.say("evaluations are of other data than before: the best checkpoint is chosen anew")
     trainer.curriculum.load_state_dict(state["curriculum"])
     weights = folder / "model.safetensors"
     checkpoint.load_weights(trainer.raw, checkpoint.read_weights(weights), weights)

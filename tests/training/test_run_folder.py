@@ -1,5 +1,6 @@
 """Run folders that were copied or moved, or on systems without links; and the text that a run started with."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -132,6 +133,15 @@ class TestMoved:
 
 
 class TestText:
+    def test_the_best_checkpoint_of_other_evaluations_is_forgotten(self, make, capsys):
+        best = make(max_steps=2, eval_every=1, eval_batches=1)
+        best.train()
+        again = {"resume": True, "max_steps": 2, "eval_every": 1}
+        same = make(**again, eval_batches=1)
+        assert same.best == best.best < math.inf and "chosen anew" not in capsys.readouterr().err
+        same.lock.release()
+        assert make(**again, eval_batches=2).best == math.inf and "chosen anew" in capsys.readouterr().err
+
     @pytest.mark.parametrize("streaming", [False, True])
     def test_a_change_is_told_and_refused(self, make, files, capsys, streaming):
         settings = {"train_paths": [str(files)], "streaming": streaming, "shuffle_buffer": 4}
@@ -146,9 +156,10 @@ class TestText:
             make(**again)
         trainer = make(**again, allow_changed_corpus=True)
         assert f"the run continues with changed text: {said}" in capsys.readouterr().err
+        assert trainer.best == math.inf, "evaluations on other text do not compare"
         trainer.train()
         assert trainer.step == 8
-        make(**again)  # from now on, this is the text of the run
+        assert make(**again).best == trainer.best < math.inf  # from now on, this is the text of the run
 
     def test_validation_text_and_a_mixture(self, make, files):
         paths = [str(files / "a.jsonl"), str(files / "b.jsonl")]
