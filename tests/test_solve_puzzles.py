@@ -388,7 +388,7 @@ def test_the_curve_of_copies_is_kept_and_merged(solver, home, call, tmp_path, ca
     puzzle_curves.main([str(picture.with_suffix(".json"))] * 2 + ["--output", str(tmp_path / "both.png")])
     assert f"| {curve.full.exact:.4f}, {curve.full.exact:.4f} |" in capsys.readouterr().out
     assert (tmp_path / "both.png").stat().st_size > 10_000
-    call(solver, "--generate", 40, "--low", 10, "--high", 15, "--seed", 1, "--curve", tmp_path / "d.png")
+    call(solver, "--generate", 40, "--low", 10, "--high", 15, "--data_seed", 2, "--curve", tmp_path / "d.png")
     with pytest.raises(UserError, match="d.json has other boards than .*curve.json: measure both"):
         puzzle_curves.main([str(picture.with_suffix(".json")), str(tmp_path / "d.json")])
     other = save_model(home / "other_curve", supervision_steps=2, halting=False)
