@@ -137,6 +137,13 @@ def learning_rate_factor(
     return warm * (floor + (1 - floor) * height)
 
 
+def set_learning_rates(optimizers: list, factor: float):
+    """Set each group's learning rate to `factor` times its peak, which is the entry peak_lr of the group."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
 class EMA:
     """Exponential moving average of a model's parameters, {name: average}.  Tied weights are stored once.
 

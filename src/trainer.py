@@ -18,7 +18,7 @@ from src.losses import bits_per_byte, bits_text, count_terms
 from src.metrics import describe_model, flops_per_token
 from src.model import TRMConfig, TRMModel
 from src.model_config import loss_weights
-from src.optim import EMA, learning_rate_factor, make_optimizers
+from src.optim import EMA, learning_rate_factor, make_optimizers, set_learning_rates
 from src.runtime import Interrupt, autocast, choose_compile, compile_parts, mix_seed, seed_device
 from src.training import curriculum, parallel, run_folder, run_state
 from src.training.monitor import ResourceMonitor, TRMTrainingLogger
@@ -49,7 +49,8 @@ class Trainer:
         self.say(f"{devices}, {self.precision} ({why_precision}); {mode} ({why_compile})")
         self._take_model(model)
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
-        self.step, self.elapsed, self.best, self.grad_norm = 0, 0.0, math.inf, 0.0
+        self.step, self.elapsed, self.grad_norm, self.best, self.best_loss = 0, 0.0, 0.0, math.inf, math.inf
+        self.eval_due = False  # whether this step should have been evaluated, but a signal came
         self.time_fraction, self.skipped, self.skipped_in_a_row, self.skipped_at = 0.0, 0, 0, -1
         self.stage, self.loader, self.clock = None, None, Clock(self.compiles)
         self.start_window()
@@ -58,9 +59,7 @@ class Trainer:
         """Build the schedule of stages, and check that each stage can run. Raises UserError if one cannot."""
         c, stages = self.config, self.config.curriculum.stages
         self.curriculum = curriculum.CurriculumScheduler(stages, first, c.batch_size, c.max_steps, self._windows)
-        self.curriculum.check_division(c.grad_accum, self.world)
-        if self.world > 1 and len({(stage.model.d_model, stage.model.d_ff) for stage in self.curriculum.stages}) > 1:
-            raise UserError("a stage's dim can grow in a single process only: leave out dim, or start one process")
+        self.curriculum.check_processes(c.grad_accum, self.world)
         if stages and hasattr(self.train_set, "with_seq_len"):  # retrieved code needs room in a window
             self.train_set.with_seq_len(min(stage.seq_len for stage in self.curriculum.stages))
 
@@ -68,8 +67,8 @@ class Trainer:
         """Returns the estimated FLOPs of the whole run."""
         return self.curriculum.tokens(self.curriculum.total_steps) * flops_per_token(model).train
 
-    def _take_model(self, model: TRMModel):
-        """Move the model to the device, compile it, shard it or wrap it for DDP, and create its optimizers."""
+    def _take_model(self, model: TRMModel, states: tuple | list = ()):
+        """Move the model to the device, compile it, shard or wrap it, and create its optimizers, with `states`."""
         config = self.config
         self.raw = model.to(self.device)  # without the DDP wrapper: for its config, evaluation and checkpoints
         if self.compiles:
@@ -77,6 +76,8 @@ class Trainer:
         if config.shard:
             parallel.shard(model, self.device, self.world)
         self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in self._make_optimizers(model)]
+        for optimizer, state in zip(self.optimizers, states):
+            optimizer.load_state_dict(state)
         self.model = model if config.shard else self.accelerator.prepare(model)
 
     def _make_optimizers(self, model):
@@ -99,7 +100,10 @@ class Trainer:
             self.say(str(stage))
             torch.compiler.reset()  # torch keeps a limited number of compiled shapes; stages would exceed it
         if (stage.model.d_model, stage.model.d_ff) > (self.raw.config.d_model, self.raw.config.d_ff):
-            self._grow(stage.model)
+            options = self.ema, self._make_optimizers, mix_seed(self.config.seed, stage.index)
+            grown = curriculum.grow_run(self.raw, stage.model, self.optimizers, *options)
+            self.accelerator.free_memory()  # otherwise accelerate keeps the old model alive
+            self._take_model(*grown)
         curriculum.set_depth(self.raw, stage.model)
         if self.train_set is None:
             return
@@ -113,19 +117,6 @@ class Trainer:
         options = {"rank": self.rank, "world": self.world, "num_workers": self.num_workers, "pad_id": pad_id}
         return create_train_loader(text, stage.batch_size, self.config.seed, **options)
 
-    def _grow(self, wide: TRMConfig):
-        """Replace the model by a wider one with the same output; optimizer state and averaged weights grow with it."""
-        old, optimizers = self.raw, [optimizer.optimizer for optimizer in self.optimizers]
-        seed = mix_seed(self.config.seed, self.stage.index)
-        new = curriculum.grow_width(old, wide.d_model, wide.d_ff, seed).to(self.device)
-        states = [o.state_dict() for o in curriculum.grow_optimizers(old, new, optimizers, self._make_optimizers)]
-        if self.ema is not None:
-            self.ema.average = curriculum.grow_average(self.ema.average, old, new)
-        self.accelerator.free_memory()  # otherwise accelerate keeps the old model alive
-        self._take_model(new)
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-
     def say(self, line: str):
         """Print a line on stderr, in the main process only."""
         if self.is_main:
@@ -133,15 +124,13 @@ class Trainer:
 
     def train(self) -> dict:
         """Train until the steps or minutes are used up; returns the last evaluation's figures. {} after a signal."""
-        monitoring = self.config.monitoring
         self.started = time.monotonic() - self.elapsed  # a resumed run continues its clock
-        self.monitor = ResourceMonitor(monitoring, self.device)
+        self.monitor = ResourceMonitor(self.config.monitoring, self.device)
         try:
             if self.is_main:
-                self.log = TRMTrainingLogger(self.folder, self.step, monitoring, self.monitor)
+                self.log = TRMTrainingLogger(self.folder, self.step, self.config.monitoring, self.monitor)
             total = None if self.config.max_minutes else self.curriculum.total_steps
-            options = {"total": total, "initial": self.step, "desc": "train", "unit": "step"}
-            bar = progress_bar(**options, disable=not self.is_main)
+            bar = progress_bar(total=total, initial=self.step, desc="train", unit="step", disable=not self.is_main)
             with Interrupt() as interrupt, bar, logging_redirect_tqdm():
                 figures = self._run(interrupt, bar)
         except RuntimeError as error:
@@ -164,6 +153,11 @@ class Trainer:
         """Run the loop: a batch, and then what is due after this step (log, evaluation, checkpoint)."""
         config, figures = self.config, {}
         over, stopped = self._is_over(interrupt)
+        if self.eval_due and not stopped:
+            figures, improved = self._judge()
+            if improved:
+                self.save(improved)
+            over, stopped = self._is_over(interrupt)
         while not over:
             self.enter_stage()
             with self.monitor.batch(), self.clock.compiling(self.stage, self.step, bar, self.say):
@@ -172,22 +166,30 @@ class Trainer:
             over, stopped = self._is_over(interrupt)
             if self.step % config.log_every == 0 or over:
                 self._log_training(bar)
-            improved = False
-            if (self.step % config.eval_every == 0 or over) and not stopped:
-                figures = self.evaluate(config.eval_batches or None)  # always the same batches, so losses compare
-                improved = self.score(figures) < self.best
-                self.best = min(self.best, self.score(figures))
+            improved, self.eval_due = False, self.step % config.eval_every == 0 or self.progress() >= 1
+            if self.eval_due and not stopped:
+                figures, improved = self._judge()
                 if not over:  # during the evaluation, a signal may have come or the time limit have passed
                     over, stopped = self._is_over(interrupt)
             if self.step % config.save_every == 0 or over or improved:
                 self.save(improved)
         is_part = 0 < config.eval_batches * config.batch_size < len(self.valid_set)
-        if is_part and figures and not stopped:  # evaluations so far took only eval_batches
+        lacks = self.log is not None and self.log.lacks(self.step, "final_valid_loss")  # the run was killed there
+        if is_part and not stopped and (figures or self.agreement.sum(lacks)[0]):
             self.say(f"the last evaluation, on all validation data: {self.valid_set}")
             figures = self.measure(None)
             if self.log is not None:
                 self.log.log(self.step, **{f"final_{name}": value for name, value in figures.items()})
         return figures
+
+    def _judge(self) -> tuple[dict, bool]:
+        """Evaluate the weights of this step. Returns the figures, and whether they are the best so far."""
+        figures = self.evaluate(self.config.eval_batches or None)  # always the same batches, so losses compare
+        found = self.score(figures), figures["valid_loss"]  # of equal scores, the one of lower loss is better
+        improved = found < (self.best, self.best_loss)
+        self.best, self.best_loss = min(found, (self.best, self.best_loss))
+        self.eval_due = False
+        return figures, improved
 
     def _is_over(self, interrupt) -> tuple[bool, bool]:
         """Returns (whether the run ends here, whether a signal ended it).  Every process gets the same answer."""
@@ -271,9 +273,7 @@ class Trainer:
         c = self.config
         factor = learning_rate_factor(c.schedule, self.step, c.warmup_steps, self.progress(), c.min_lr_ratio)
         factor *= self.stage.lr_factor
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
+        set_learning_rates(self.optimizers, factor)
         self.lr = c.lr * factor
 
     def update_weights(self):
@@ -288,15 +288,15 @@ class Trainer:
                 optimizer.step()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        if is_good and self.ema is not None:
-            self.ema.update(self.raw)
-        self.skipped += not is_good
         if is_good:
             self.skipped_in_a_row = 0
-        elif self.skipped_at != self.step:  # a step may have several updates, and its carry makes all of them bad
+            if self.ema is not None:
+                self.ema.update(self.raw)
+            return
+        self.skipped += 1
+        if self.skipped_at != self.step:  # a step may have several updates, and its carry makes all of them bad
             self.skipped_in_a_row, self.skipped_at = self.skipped_in_a_row + 1, self.step
-        if not is_good:
-            self.say(f"step {self.step + 1}: the gradient is not finite, skipped ({self.skipped} so far)")
+        self.say(f"step {self.step + 1}: the gradient is not finite, skipped ({self.skipped} so far)")
         if self.skipped_in_a_row >= self.config.max_skipped:
             wrong = f"step {self.step + 1}: the gradient was not finite {self.skipped_in_a_row} times in a row"
             raise run_folder.diverged(self.folder, wrong)
@@ -380,7 +380,7 @@ class Trainer:
 
     def save(self, best: bool = False):
         """Write this step's checkpoint and point `last` (and `best`) to it.  All processes must call this."""
-        weights, average, state = run_state.collect(self)
+        weights, average, state = run_state.collect(self, best)
         info = {"step": self.step, self.best_name: self.best if math.isfinite(self.best) else None}
         problem = None
         if self.is_main:

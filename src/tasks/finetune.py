@@ -20,7 +20,7 @@ from src.data.corpus import content_hash
 from src.data.samples import Sample, collate_batch
 from src.errors import UserError
 from src.model_config import loss_weights
-from src.optim import learning_rate_factor
+from src.optim import learning_rate_factor, set_learning_rates
 from src.runtime import Interrupt, autocast, mix_seed
 from src.tasks.classification import Example, LlamaEmbeddingClassifier, encode, predict
 from src.tasks.config import FinetuneConfig
@@ -142,8 +142,7 @@ class Finetuner:
         c = self.config
         torch.manual_seed(mix_seed(c.seed, self.step))  # makes dropout the same after a resume
         factor = learning_rate_factor("cosine", self.step, self.total_steps // 10, self.step / self.total_steps, 0.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+        set_learning_rates([self.optimizer], factor)
         self.classifier.train()
         batch = {name: t.to(self.device) for name, t in collate_batch(rows).items()}
         labels = batch.pop("target_ids").amax(1)
@@ -183,7 +182,7 @@ class Finetuner:
     def _save(self, is_best):
         own = {name: tensor.detach() for name, tensor in self.classifier.classifier.state_dict().items()}
         state = {name: getattr(self, name) for name in COUNTERS}
-        state |= {"optimizer": self.optimizer.state_dict(), "trained": dict(self.trained)}
+        state |= {"optimizer": self.optimizer.state_dict(), "trained": dict(self.trained), "is_best": is_best}
         info = {"labels": self.classifier.names, "step": self.step}
         info |= {"dev_accuracy": self.best, "dev_loss": self.best_loss} if self.best >= 0 else {}
         parts = (self.classifier.model, self.tokenizer, None, state, info, language_weights(self.classifier))
@@ -233,6 +232,7 @@ def finetune(
         run = Finetuner(config, classifier, tokenizer, *sets, precision)
         newest = None if is_new else run_folder.newest_whole(folder)
         if newest:
+            run_folder.link_again(folder, *newest)
             run.load(newest[1])
             print(f"resumed {newest[0]} after step {run.step}", file=sys.stderr)
         return load_classifier(folder, device) if run.train() else None

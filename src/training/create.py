@@ -73,6 +73,8 @@ def begin(trainer: Trainer, settings, corpus: dict, folder: Path, newest, lock) 
         newest[1]["eval_batches"] = None
     if trainer.is_main:
         run_folder.keep_corpus(folder, corpus)
+        if newest:
+            run_folder.link_again(folder, *newest)
     if newest:
         trainer.load(*newest)
     return trainer

@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 from src.errors import UserError
 from src.layers import injection_of
 from src.model import TRMConfig, TRMModel
+from src.optim import EMA
 from src.runtime import mix_seed
 from src.training.train_config import CurriculumStage, TrainConfig
 
@@ -88,8 +89,12 @@ class CurriculumScheduler:
             self.stages.append(now)
         self.total_steps = now.start + now.steps
 
-    def check_division(self, grad_accum: int, world: int):
-        """Raises UserError if the batch of a stage does not divide evenly into the parts of all processes."""
+    def check_processes(self, grad_accum: int, world: int):
+        """Raises UserError if a stage cannot run in `world` processes.
+
+        Its batch must divide evenly into the parts of all processes. Its width can grow in a single process only."""
+        if world > 1 and len({(stage.model.d_model, stage.model.d_ff) for stage in self.stages}) > 1:
+            raise UserError("a stage's dim can grow in a single process only: leave out dim, or start one process")
         for stage in self.stages:
             if stage.batch_size % (grad_accum * world):
                 parts = f"grad_accum {grad_accum} x {world} processes"
@@ -208,6 +213,18 @@ def grow_width(model: TRMModel, dim: int, d_ff: int | None = None, seed: int = 0
             weight[old.d_model :] = 0
         place(name, before[name], weight, old, grown.config)
     return grown
+
+
+def grow_run(model: TRMModel, wide: TRMConfig, optimizers: list, ema: EMA | None, make: Callable, seed: int) -> tuple:
+    """Returns (the model at the width of `wide`, state dicts for its optimizers). The averaged weights grow in place.
+
+    optimizers: those of the run, as accelerate wraps them. make(model) -> new optimizers for a model."""
+    new = grow_width(model, wide.d_model, wide.d_ff, seed).to(model.embed.weight.device)
+    bare = [optimizer.optimizer for optimizer in optimizers]
+    states = [optimizer.state_dict() for optimizer in grow_optimizers(model, new, bare, make)]
+    if ema is not None:
+        ema.average = grow_average(ema.average, model, new)
+    return new, states
 
 
 def grow_optimizers(

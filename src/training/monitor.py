@@ -19,7 +19,7 @@ import torch
 
 from src.errors import UserError
 from src.runtime import GIB
-from src.training.curves import METRICS_FILE, plot_learning_curve, read_settings, scan_metrics
+from src.training.curves import METRICS_FILE, plot_learning_curve, read_series, read_settings, scan_metrics
 from src.training.train_config import MonitoringConfig
 
 warn = logging.getLogger(__name__).warning
@@ -84,6 +84,12 @@ class TRMTrainingLogger(contextlib.AbstractContextManager):
         self._last_step, now = step, time.time()
         for output in self._outputs:
             output.log(int(step), now, figures)
+
+    def lacks(self, step: int, figure: str) -> bool:
+        """Returns whether metrics.jsonl has no such figure of this step."""
+        with _spared():
+            return step not in read_series(self.folder, figure)[figure][:, 0]
+        return False
 
     def sample(self, text: str) -> None:
         """Append a text to samples.txt.  It must start with `step N: `, so that a resume can remove later texts."""

@@ -237,6 +237,15 @@ def save(folder: Path, name: str, best: bool, keep: int, *checkpoint):
         raise UserError(f"cannot write to {folder}: {error.strerror}; its checkpoints are intact") from None
 
 
+def link_again(folder: Path, checkpoint: Path, state: dict):
+    """Point `last` to the newest checkpoint, and `best` too if it was the best: a crash may have come in between.
+
+    state: the checkpoint's; is_best is what `save` got as `best`."""
+    for link in ("best", "last") if state.get("is_best") else ("last",):
+        if follow(folder / link).resolve() != checkpoint.resolve():
+            point(folder / link, checkpoint.name)
+
+
 def point(link, target_name: str):
     """Point run_folder/last or run_folder/best to a checkpoint in the same run folder, in one atomic step."""
     link = Path(link)

@@ -8,10 +8,11 @@ from src import checkpoint
 from src.errors import UserError
 from src.training import parallel
 
-COUNTERS = ("step", "elapsed", "best", "skipped")
+COUNTERS = ("step", "elapsed", "best", "best_loss", "eval_due", "skipped")
+EARLIER = {"best_loss": -math.inf, "eval_due": False}  # of a state that was written before these were saved
 
 
-def collect(trainer) -> tuple[dict, dict | None, dict]:
+def collect(trainer, is_best: bool) -> tuple[dict, dict | None, dict]:
     """Returns (weights, averaged weights or None, state) as whole tensors, numbers and containers.
 
     All processes must call this, because it gathers sharded tensors and the position of each process in the data."""
@@ -20,6 +21,7 @@ def collect(trainer) -> tuple[dict, dict | None, dict]:
     average = weights | parallel.gathered(trainer.ema.average) if trainer.ema is not None else None
     scaler = trainer.accelerator.scaler
     state = {name: getattr(trainer, name) for name in COUNTERS} | {
+        "is_best": is_best,  # at this step
         "eval_batches": trainer.config.eval_batches,
         "curriculum": trainer.curriculum.state_dict(),
         "optimizers": parallel.gathered([optimizer.state_dict() for optimizer in trainer.optimizers]),
@@ -37,10 +39,10 @@ def restore(trainer, folder: Path, state: dict):
     If state["eval_batches"] is another number, or None because the data has changed, evaluations so far do not compare
     with those to come, and the best checkpoint is chosen anew."""
     for name in COUNTERS:
-        setattr(trainer, name, state[name])
+        setattr(trainer, name, (EARLIER | state)[name])
     is_same = state.get("eval_batches", trainer.config.eval_batches) == trainer.config.eval_batches
     if not is_same and math.isfinite(trainer.best):
-        trainer.best = math.inf
+        trainer.best = trainer.best_loss = math.inf
         trainer.say("evaluations are of other data than before: the best checkpoint is chosen anew")
     trainer.curriculum.load_state_dict(state["curriculum"])
     weights = folder / "model.safetensors"

@@ -168,6 +168,15 @@ class TestEvaluation:
         )
         assert (targets["target_ids"] == IGNORE).all()
 
+    def test_of_equal_accuracies_the_lower_loss_is_better(self, make, monkeypatch):
+        trainer = make(eval_every=3, max_steps=12)
+        losses = {3: 1.5, 6: 1.2, 9: 1.3, 12: 1.2}
+        figures = {"valid_exact_accuracy": 0.0, "valid_cell_accuracy": 0.5, "valid_exact_step_1": 0.0}
+        monkeypatch.setattr(trainer, "measure", lambda limit: figures | {"valid_loss": losses[trainer.step]})
+        trainer.train()
+        assert (trainer.folder / "best").resolve().name == "step_00000006"
+        assert (trainer.best, trainer.best_loss) == (1.0, 1.2)
+
     def test_a_run_logs_them_and_draws(self, make, capsys):
         trainer = make(draws=True)
         trainer.train()

@@ -5,9 +5,12 @@ import signal
 import time
 
 import pytest
-from trainers import assert_same_checkpoints, during, read_metrics
+from trainers import assert_same_checkpoints, during, read_metrics, same
 
+from src.checkpoint import follow, load_model, read_info
 from src.errors import UserError
+from src.training import run_folder
+from src.training.run_folder import point
 
 pytest_plugins = "trainers"  # the fixtures make and corpus
 pytestmark = pytest.mark.usefixtures("unchecked")  # whole runs; the tests of the parts check annotations
@@ -62,6 +65,74 @@ class TestResume:
         second.train()
         assert_same_checkpoints(straight.folder / "last", second.folder / "last")
         assert [r["step"] for r in read_metrics(second.folder) if "loss" in r] == list(range(1, 9))
+
+    @pytest.mark.parametrize("stop", [4, 8])
+    def test_an_evaluation_that_a_signal_cut_off_is_made_up_for(self, make, monkeypatch, stop):
+        options = {"eval_every": 4, "eval_batches": 1}
+        straight = make("straight", **options)
+        straight.train()
+        first = make("broken", **options)
+        during(first, stop, lambda: signal.raise_signal(signal.SIGINT))
+        assert first.train() == {}
+        assert stop not in [r["step"] for r in read_metrics(first.folder) if "valid_loss" in r]
+        make("broken", resume=True, **options).train()
+        found = [
+            [
+                (r["step"], r.get("valid_loss"), r.get("final_valid_loss"))
+                for r in read_metrics(t.folder)
+                if "loss" not in r
+            ]
+            for t in (straight, first)
+        ]
+        assert found[0] == found[1] and [step for step, *_ in found[0]] == [4, 8, 8]
+        best = [follow(t.folder / "best").resolve() for t in (straight, first)]
+        assert best[0].name == best[1].name and read_info(best[0]) == read_info(best[1])
+        weights = [load_model(folder)[0].state_dict() for folder in best]
+        assert same(*weights)
+
+    def test_a_last_evaluation_that_was_killed_is_made_up_for(self, make, monkeypatch, capsys):
+        options = {"eval_every": 8, "eval_batches": 1}
+        straight = make("straight", **options)
+        expected = straight.train()
+        first = make("broken", **options)
+        measure = first.measure
+
+        def dies_at_the_end(limit):
+            if limit is None:
+                raise RuntimeError("power cut")
+            return measure(limit)
+
+        monkeypatch.setattr(first, "measure", dies_at_the_end)
+        with pytest.raises(RuntimeError, match="power cut"):
+            first.train()
+        assert make("broken", resume=True, **options).train() == expected
+        assert read_metrics(first.folder)[-1]["final_valid_loss"] == expected["valid_loss"]
+        capsys.readouterr()
+        assert make("broken", resume=True, **options).train() == {}  # it is not done twice
+        assert "the last evaluation" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("killed_at", [4, 8])
+    def test_killed_before_the_links(self, make, monkeypatch, killed_at):
+        """A checkpoint that is complete but not linked is `last` after a resume, and `best` if it was the best."""
+
+        def run(**more):
+            trainer = make(eval_every=2, save_every=2, keep_checkpoints=1, **more)
+            monkeypatch.setattr(trainer, "score", lambda figures: float(trainer.step != killed_at))
+            trainer.train()
+            return trainer.folder
+
+        def dies(link, name):
+            if name == f"step_{killed_at:08d}":
+                raise RuntimeError("power cut")
+            point(link, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run_folder, "point", dies)
+            with pytest.raises(RuntimeError, match="power cut"):
+                run()
+        folder = run(resume=True)
+        assert follow(folder / "best").resolve().name == f"step_{killed_at:08d}"
+        assert follow(folder / "last").resolve().name == "step_00000008"
 
     def test_before_the_first_checkpoint_a_run_starts_over(self, make):
         make()
