@@ -61,12 +61,24 @@ def _count_of_puzzles(argv) -> tuple[CountConfig, TRMConfig]:
     return args, model_config(settings.model, kind.cells, kind.vocab_size)
 
 
-def _usual_vocab(data: DataConfig | None) -> tuple[int, str]:
-    """Returns the number of tokens of a recipe that does not name it, and how it is known.  data: None = no recipe."""
-    if data is not None and data.tokenizer == "byte":
-        from src.tokenizer import ByteLevelTokenizer
+def _vocab_of(data: DataConfig | None) -> tuple[int | None, str]:
+    """Returns the number of tokens of a recipe's tokenizer, and how it is known.  data: None = no recipe.
 
-        return ByteLevelTokenizer().vocab_size, "the tokenizer byte has"
+    The number is None for a tokenizer that the run trains, or whose file is missing."""
+    if data is None:
+        return None, ""
+    name = data.sp_model or data.tokenizer
+    if name != "byte" and not Path(name).exists():
+        return None, ""
+    from src.tokenizer import ByteLevelTokenizer, read_tokenizer
+
+    names = {"fill_in_the_middle": True} if data.fim_rate else None
+    tokenizer = ByteLevelTokenizer(names) if name == "byte" else read_tokenizer(name)
+    return tokenizer.vocab_size, f"the tokenizer {name} has"
+
+
+def _usual_vocab(data: DataConfig | None) -> tuple[int, str]:
+    """Returns the number of tokens where neither the settings nor a tokenizer say it, and how it is known."""
     if data is not None and data.tokenizer == "sentencepiece" and data.sp_model is None:
         from src.data.token_store import ON_THE_SPOT_VOCAB
 
@@ -94,11 +106,14 @@ def parse_args(argv=None) -> tuple[CountConfig, TRMConfig]:
         from src.checkpoint import load_config  # imports torch, so it is not at the top
 
         config = load_config(args.checkpoint[0])
+    data = others[0] if others else None
+    size, why = _vocab_of(data)
     if config.vocab_size is None:
-        size, why = _usual_vocab(others[0] if others else None)
+        size, why = (size, why) if size else _usual_vocab(data)
         print(f"vocab_size is not given: {why} {size:,} tokens", file=sys.stderr)
-        config = replace(config, vocab_size=size)
-    return args, config
+    elif size not in (None, config.vocab_size):
+        print(f"vocab_size is {size:,}, that of the tokenizer", file=sys.stderr)
+    return args, replace(config, vocab_size=size or config.vocab_size)
 
 
 import torch

@@ -29,7 +29,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from src.config import before_torch, check_distinct, check_writable, parse_flags, run, write_json
-from src.errors import UserError
+from src.data.corpus import find_files
+from src.errors import UserError, few
 
 NAMES = ("bits", "valid", "lines", "brackets", "indent", "copy", "arithmetic", "depth", "retrieval")
 PACKAGE = "accelerate"  # its version is pinned in requirements.txt
@@ -101,8 +102,10 @@ class CapabilityConfig:
 @before_torch
 def parse_args(argv=None) -> CapabilityConfig:
     (config,) = parse_flags(__doc__, CapabilityConfig, argv=argv, positional="checkpoint")
-    paths = [path for paths in config.domains.values() for path in paths]
-    check_distinct((config.json, config.plot), (*config.code, *paths))
+    config.code = find_files(config.code) if config.code else []
+    found = [(name, path) for name, paths in config.domains.items() for path in find_files(paths)]
+    config.text = [f"{name}={path}" for name, path in found]
+    check_distinct((config.json, config.plot), (*config.code, *(path for _, path in found)))
     for path in (config.json, config.plot):
         if path is not None:
             check_writable(path)
@@ -112,7 +115,7 @@ def parse_args(argv=None) -> CapabilityConfig:
 from tqdm import tqdm
 
 from src.checkpoint import load_model, resolve
-from src.data.corpus import find_files, read_documents, stdlib_files
+from src.data.corpus import read_documents, stdlib_files
 from src.evaluation.capabilities import TESTS, Material, check_model
 from src.evaluation.capability_report import draw_capabilities, table
 from src.metrics import describe_model
@@ -139,7 +142,7 @@ def read_material(config) -> Material:
     """Reads the files from which the cases are made."""
     files = python_files(config.code) if config.code else stdlib_files()[1]
     if not files:
-        raise UserError(f"code has no .py file in {', '.join(config.code)}: the cases are made from Python files")
+        raise UserError(f"code has no .py file in {few(config.code)}: the cases are made from Python files")
     sources = read_texts(files)
     domains, package = {}, []
     spec = importlib.util.find_spec(PACKAGE)  # found, not imported
@@ -170,11 +173,11 @@ def main(argv=None):
         raise UserError("no test has a case: give more Python files as --code, or choose other tests with --only")
     print(table(results))
     name = str(resolve(config.checkpoint))
-    if config.plot is not None:
-        draw_capabilities(results, config.plot, describe_model(model), name)
     if config.json is not None:
         found = {"checkpoint": name, "seed": config.seed, "results": [r._asdict() for r in results]}
         write_json(config.json, found)
+    if config.plot is not None:
+        draw_capabilities(results, config.plot, describe_model(model), name)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ from pathlib import Path
 from typing import Literal
 
 from src.config import before_torch, check_distinct, check_writable, parse_flags, run, write_json, write_text
-from src.data.corpus import MAX_DOC_MB
+from src.data.corpus import MAX_DOC_MB, find_files
+from src.data.readers import SUFFIXES
+from src.data.records import RECORD_SUFFIXES
 from src.errors import UserError
 from src.evaluation.answer_config import AnswerConfig
 from src.model_config import ExitRule
@@ -107,9 +109,13 @@ def parse_args(argv=None) -> tuple[EvalConfig, AnswerConfig, ExitRule]:
             raise UserError("exact_match reads records: give paths, without depth_curve, lm_eval, stride, max_tokens")
         if rule.exit != "fixed":
             raise UserError("exact_match answers at every fixed depth: leave out exit, act_threshold and kl_threshold")
-    outputs = (config.json, config.depth_curve, answers.wrong, answers.plot)
+        if config.text_field != "text":
+            raise UserError("text_field is for plain text, but exact_match reads records: use question_field")
+    if config.paths:
+        config.paths = find_files(config.paths, RECORD_SUFFIXES if answers.exact_match else SUFFIXES)
+    outputs = (config.json, config.depth_curve, curve_json(config), answers.wrong, answers.plot)
     check_distinct(outputs, config.paths)
-    for path in (*outputs, curve_json(config)):
+    for path in outputs:
         if path is not None:
             check_writable(path)
     return config, answers, rule
@@ -219,7 +225,8 @@ def draw_curve(model, tokenizer, config, rule) -> dict:
 
 def measure_answers(model, tokenizer, config, options, rule) -> dict:
     """Answer the questions of records.  Prints exact match by depth, and by difficulty and depth."""
-    records = read_records(config.paths, options.question_field, options.answer_field)
+    fields = options.question_field, options.answer_field
+    records = read_records(config.paths, *fields, max_doc_mb=config.max_doc_mb)
     depth = max_depth(model.config, rule)
     found = exact_match.measure(model, tokenizer, records, options, depth, config.max_docs, config.batch_size)
     skipped = f"{found.skipped:,} skipped that exceed the context of {model.config.max_seq_len} tokens"

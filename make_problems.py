@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from src.config import check_writable, parse_flags, run
-from src.data.records import read_records
+from src.config import check_distinct, check_writable, parse_flags, run
+from src.data.corpus import find_files
+from src.data.records import RECORD_SUFFIXES, read_records
 from src.errors import UserError
 from src.tasks.problems import (
     MOST_DIGITS,
@@ -151,6 +152,8 @@ def main(argv=None):
         print("\n".join(all_tasks()))
         return
     check_task(config.task)
+    if config.exclude:
+        check_distinct([config.output], find_files(config.exclude, RECORD_SUFFIXES))
     if os.path.lexists(config.output) and not config.overwrite:
         raise UserError(f"{config.output} exists: choose another --output, or add --overwrite true")
     os.makedirs(os.path.dirname(config.output) or ".", exist_ok=True)

@@ -199,7 +199,8 @@ def main(argv=None):
     traces = trace_files(config.trace)
     curves = [config.curve, str(Path(config.curve).with_suffix(".json"))] if config.curve else []
     outputs = [config.output, config.submission, *curves]
-    check_distinct([*outputs, *traces], config.paths)
+    read = [file for path in config.paths for file in (Path(path).iterdir() if Path(path).is_dir() else [path])]
+    check_distinct([*outputs, *traces], read)
     for path in filter(None, outputs):
         check_writable(path)
     if traces:

@@ -35,7 +35,8 @@ class ClassifierConfig:
         train: file of labelled texts to train on
         dev: file of labelled texts to measure accuracy on; with finetune they also select the best epoch
         test: file of texts to classify at the end; accuracy is printed if they have labels
-        label_names: JSON file with the list of label names; if not given, finetune uses the labels in --train
+        label_names: JSON file with the list of label names; if not given, finetune uses the labels in --train. With
+            predict it says which label each number in the files means
         dev_out: file (.txt, .tsv, .jsonl) for the answers on --dev; by default, finetune writes save_dir/dev_out.txt
         test_out: file (.txt, .tsv, .jsonl) for the answers on --test; by default, finetune writes save_dir/test_out.txt
         suffix: text that follows each example in a zero-shot prompt; {labels} is replaced by the label names
@@ -86,7 +87,7 @@ def parse_args(argv=None) -> tuple[ClassifierConfig, FinetuneConfig]:
 import torch
 from tqdm import tqdm
 
-from src.checkpoint import load_model
+from src.checkpoint import load_model, read_info, resolve
 from src.runtime import choose_device, choose_precision
 from src.sampling import generate_ids
 from src.tasks import classification as task
@@ -111,12 +112,26 @@ def write_sentences(config, device):
             write_text(path, text + "\n")
 
 
-def read_examples(config, names, *parts) -> dict:
-    """Returns {part: its examples} for those of the parts train, dev and test that have a file."""
+def read_examples(config, names, ordered, *parts) -> dict:
+    """Returns {part: its examples} for those of the parts train, dev and test that have a file.
+
+    ordered: a label may also be the position of a name."""
     paths = {part: getattr(config, part) for part in parts}
     labelled = ("train", "dev") if config.option == "finetune" else ()
-    ordered = bool(config.label_names) or config.option != "finetune"  # names found in a file are in no known order
     return {part: task.read_examples(path, names, part in labelled, ordered) for part, path in paths.items() if path}
+
+
+def names_of(config, classifier) -> tuple[list[str], bool]:
+    """Returns a classifier's label names, and whether they are in the order of the numbers that may stand for them.
+
+    That is the order of --label_names, now or when it was trained. Names that were found in a file have no order."""
+    if config.label_names is None:
+        return classifier.names, read_info(resolve(config.checkpoint)).get("labels_are_numbered") is True
+    names = task.read_label_names(config.label_names)
+    if sorted(names) != sorted(classifier.names):
+        known = ", ".join(classifier.names)
+        raise UserError(f"--label_names {config.label_names}: the classifier knows other labels: {known}")
+    return names, True
 
 
 def zero_shot(config, device):
@@ -130,7 +145,7 @@ def zero_shot(config, device):
         with tqdm(unit="token", unit_scale=True) as bar:
             return classifier.by_depth([example.text for example in examples], bar=bar)
 
-    return read_examples(config, names, "dev", "test"), names, score
+    return read_examples(config, names, True, "dev", "test"), names, score
 
 
 def tuned(config, tuning, device, precision):
@@ -138,24 +153,27 @@ def tuned(config, tuning, device, precision):
 
     Returns None if the training was interrupted."""
     if config.option == "finetune":
-        names = task.read_label_names(config.label_names) if config.label_names else task.find_label_names(config.train)
+        ordered = config.label_names is not None
+        names = task.read_label_names(config.label_names) if ordered else task.find_label_names(config.train)
         # all files are read now, so that mistakes in them show before the training
-        examples = read_examples(config, names, "train", "dev", "test")
+        examples = read_examples(config, names, ordered, "train", "dev", "test")
         train, dev = examples["train"], examples.get("dev", [])
-        made = finetune(tuning, config.checkpoint, train, dev, names, device, precision)
+        made = finetune(tuning, config.checkpoint, train, dev, names, device, precision, ordered)
         if made is None:
             return None
         classifier, tokenizer = made
     else:
         classifier, tokenizer = load_classifier(config.checkpoint, device)
-        examples = read_examples(config, classifier.names, "dev", "test")
+        names, ordered = names_of(config, classifier)
+        examples = read_examples(config, names, ordered, "dev", "test")
+    columns = [classifier.names.index(name) for name in names]
 
     def score(examples):
         samples, _ = task.encode(examples, tokenizer, classifier.model.config.max_seq_len)
         with tqdm(total=len(samples), unit="text") as bar:
-            return task.predict(classifier, samples, tuning.batch_size, precision, bar)
+            return task.predict(classifier, samples, tuning.batch_size, precision, bar)[..., columns]
 
-    return examples, classifier.names, score
+    return examples, names, score
 
 
 def judge(part, examples, scores, names, out, spelt):

@@ -44,6 +44,7 @@ from generate_peers import transformers_job
 
 from src.checkpoint import save_checkpoint
 from src.config import parse_flags, run
+from src.errors import UserError
 from src.language_model import LanguageModel
 from src.model import TRMConfig, TRMModel
 from src.quantize import load_for_writing
@@ -200,6 +201,10 @@ async def measure(args, server, lm: LanguageModel) -> list[dict]:
             start, before = time.perf_counter(), server.cpu_s()
             found = await asyncio.gather(*(read_stream(port, body_of(args, i, **more)) for i in range(n)))
             elapsed = time.perf_counter() - start
+            if not all(stream.is_complete for stream in found):
+                raise UserError(
+                    f"the server did not finish all of {n} streams of {args.new_tokens} tokens: ask for fewer"
+                )
             if turn:  # the first round warms up
                 speeds.setdefault(name, []).append(n * args.new_tokens / elapsed)
                 cpu.setdefault(name, []).append(1000 * (server.cpu_s() - before) / (n * args.new_tokens))
@@ -300,6 +305,8 @@ async def run_all(args, server, lm) -> dict:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
+    if args.threads:  # also of the peer, which runs in this process
+        torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = args.checkpoint
         if args.peer or args.quick:

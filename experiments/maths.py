@@ -9,12 +9,14 @@ describes the models that are compared, which are called arms: trm, trm-1, loop,
 
 Without train_paths the task is addition. The number of digits of each addend is drawn uniformly from 1 to `digits`, and
 zeros on the left fill each number to `digits` + `beyond` digits (the sum has one more), so that digits of equal value
-are always equally far apart. No test question is among the training questions. The test `beyond` has numbers with more
+are always equally far apart. No test question is among the training questions, also not with its addends swapped. The
+test `beyond` has numbers with more
 digits than any in training. `eval_lm.py --difficulty_field carries` reports by the longest carry instead of by digits.
 
 A part of the training records is held back. First, a learning rate is chosen for each arm in a sweep: one run of
 `sweep_minutes` for each value in `lrs`. The value with the highest exact match on the held-back records is then used
-for every seed. Test records play no part in the choice.
+for every seed. Test records play no part in the choice. Each run answers with its best checkpoint: that of the lowest
+loss on held-back records among its evaluations, of which a run with more steps has more.
 
 The runs are subprocesses of train_trm_lm.py and eval_lm.py, `jobs` at a time. Writes the data and one JSON line per run
 to `output`, and prints Markdown tables of exact match: of every seed, by difficulty, and by recursion step up to twice
@@ -116,6 +118,7 @@ def longest_carry(a: int, b: int) -> int:
 def additions(n: int, low: int, high: int, width: int, order: str, seed: int, tests: bool) -> Iterator[dict]:
     """Yields n different additions: of the tenth of all additions that is kept for tests, or of the other nine tenths.
 
+    a + b and b + a are the same addition, so that only one of them is used, and in one of the two parts only.
     The longer addend has `low` to `high` digits, uniformly; the shorter one has 1 to as many, and either may come
     first. Stops earlier if there are hardly any more."""
     rng, seen, misses = random.Random(seed), set(), 0
@@ -124,8 +127,9 @@ def additions(n: int, low: int, high: int, width: int, order: str, seed: int, te
         pair = [_number(rng, longer), _number(rng, rng.randint(1, longer))]
         rng.shuffle(pair)
         misses += 1
-        if tuple(pair) not in seen and (zlib.crc32(repr(pair).encode()) % 10 == 0) == tests:
-            seen.add(tuple(pair))
+        key = tuple(sorted(pair))
+        if key not in seen and (zlib.crc32(repr(key).encode()) % 10 == 0) == tests:
+            seen.add(key)
             misses = 0
             yield addition(*pair, width, order)
 

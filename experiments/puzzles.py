@@ -65,6 +65,7 @@ def train(config: PuzzleArmsConfig, model: TRMConfig, job: arms.Job) -> dict:
     """Does one run, and returns its record."""
     flags = arms.arm_flags(job.arm, model, config.loop_steps)
     flags |= arms.length(config, job, update_flops(arms.changed(model, flags)), update_flops(model))
+    flags["eval_every"] = 10**7  # one, at the end: they take time of the run, and more of it with more steps
     if job.is_sweep:
         flags["data_seed"] = config.sweep_data_seed
     return record_of(arms.train("train_puzzles.py", config, job, flags, ["--config", config.recipe]), job)

@@ -18,7 +18,7 @@ import math
 import os
 import platform
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from src.errors import UserError, few  # noqa: E402
 from src.evaluation.evaluation import evaluate  # noqa: E402
 from src.files.plain_yaml import read_yaml  # noqa: E402
 from src.files.text import read_object  # noqa: E402
-from src.tasks.puzzle_data import PuzzleConfig, load_puzzles, read_form  # noqa: E402
+from src.tasks.puzzle_data import load_puzzles, puzzles_of, read_form  # noqa: E402
 from src.tasks.puzzle_eval import answer  # noqa: E402
 from src.training.run_folder import CORPUS  # noqa: E402
 
@@ -123,10 +123,16 @@ def losses(folders, args: ReleaseConfig) -> list[float]:
     return found
 
 
+def check_puzzles(run_folder: str, settings: dict):
+    """Raises UserError for a puzzle model whose run does not say by its config.yaml on which puzzles to test it."""
+    source = resolve(run_folder)
+    if (source / PUZZLE_FILE).is_file() and settings.get("puzzle") != read_form(source).kind.name:
+        raise UserError(f"{run_folder} is not in the folder of its run, whose config.yaml says which puzzles it solves")
+
+
 def shares_solved(folders, settings: dict) -> list[float]:
     """Returns the share of the held-out puzzles that each checkpoint solves.  settings: those of the run."""
-    names = {field.name for field in fields(PuzzleConfig)}
-    valid = load_puzzles(PuzzleConfig(**{name: settings[name] for name in names & settings.keys()})).valid
+    valid = load_puzzles(puzzles_of(settings)).valid
     rows, found = np.arange(min(PUZZLES, valid.n_rows)), []
     for folder in folders:
         answers = answer(load_network(folder), valid, rows, None, "fp32", 256)
@@ -140,7 +146,8 @@ def main(argv=None) -> int:
     run_folder = resolve(args.folders[0]).parent
     settings = read_yaml(run_folder / "config.yaml") if (run_folder / "config.yaml").exists() else {}
     corpus = read_object(run_folder / CORPUS) if (run_folder / CORPUS).exists() else {}
-    text = licences(settings, corpus)  # first, because it may fail
+    check_puzzles(args.folders[0], settings)  # first, because these two may fail
+    text = licences(settings, corpus)
     source = release(args.folders[0], output)
     (output / LICENCES).unlink(missing_ok=True)
     if text is not None:

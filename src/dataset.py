@@ -126,8 +126,8 @@ class WikiJsonlDataset(Dataset):
     def bytes_per_token(self):
         """UTF-8 bytes per target token, without the text that was cut off."""
         if self._bytes_per_token is None:
-            kept = (self[i].target_ids.tolist() for i in range(len(self)))
-            n_bytes = sum(len(self.tokenizer.decode_bytes(ids)) for ids in kept)
+            kept = (self.tokenizer.decode_bytes(self[i].target_ids.tolist()) for i in range(len(self)))
+            n_bytes = sum(len(data.removeprefix(self.tokenizer.prefix.encode())) for data in kept)
             self._bytes_per_token = self.store.bytes_per_token(n_bytes, self.n_targets)
         return self._bytes_per_token
 

@@ -295,6 +295,12 @@ def test_release_keeps_the_averaged_weights_in_half_the_bytes(finished_run, tmp_
     assert release.main([str(run), str(output), "--valid_paths", str(text)]) == 1
 
 
+def test_release_of_a_puzzle_model_needs_the_puzzles_of_its_run(tmp_path):
+    with pytest.raises(UserError, match="is not in the folder of its run, whose config.yaml says which puzzles"):
+        release.main([str(ROOT / "checkpoints" / "sudoku"), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_release_names_the_licences_of_the_packages_it_was_trained_on(tmp_path, monkeypatch):
     install(tmp_path, one="License: MIT", two="License: MPL-2.0", zero="License: BSD")
     for module in (corpus, release):

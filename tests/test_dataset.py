@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from texts import BYTE, store_of, tokens_of, write
+from texts import BYTE, store_of, tokens_of, usual_spm, write
 
 from src.data.corpus import read_documents
 from src.data.samples import collate_batch
@@ -23,6 +23,7 @@ from src.dataset import (
     WikiJsonlDataset,
     create_dataloader,
     prepare_data,
+    tokenize_corpus,
 )
 from src.errors import UserError
 from src.tokenizer import ByteLevelTokenizer
@@ -96,6 +97,20 @@ def test_padded_rows(tmp_path):
     assert batch["input_ids"].tolist() == [[BYTE.bos_id, *b"abc"], [BYTE.bos_id, *b"xy", BYTE.pad_id]]
     assert batch["target_ids"].tolist() == [[*b"abcd"], [*b"xy", BYTE.eos_id, IGNORE]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+
+
+def test_a_space_that_the_tokenizer_adds_is_no_text(tmp_path):
+    """Bits per byte are of the user's text, however the tokenizer marks the start of a document."""
+    tokenizer = usual_spm(tmp_path)
+    texts = ["the cat sat", "on the mat", "a cat"] * 4
+    path = write(tmp_path / "a.jsonl", texts)
+    store = tokenize_corpus([path], tokenizer, cache_dir=str(tmp_path / "cache"))
+    size = sum(map(len, texts))
+    assert tokenizer.prefix == " " and store.n_bytes == size
+    rows = WikiJsonlDataset(store, tokenizer, 99)
+    assert rows.bytes_per_token == size / len(store)
+    cut = int(store.doc_ends[5])  # between two documents
+    assert [part.n_bytes for part in store.split(cut, tokenizer)] == [size / 2, size / 2]
 
 
 def test_collate_leaves_the_mask_out_where_nothing_is_padded():

@@ -51,6 +51,16 @@ def test_the_vocabulary_of_a_recipe(recipe, vocabulary, said, capsys):
     assert json.loads(captured.out)["model"]["vocab_size"] == vocabulary and said in captured.err
 
 
+@pytest.mark.parametrize(("words", "vocabulary"), [([], 259), (["--fim_rate", "0.5"], 262)])
+def test_the_vocabulary_is_that_of_the_tokenizer(words, vocabulary, capsys):
+    """As in training, a tokenizer that exists comes before vocab_size, which the recipe gives for its own tokenizer."""
+    recipe = str(ROOT / "configs" / "small.yaml")
+    count_params.main(["--config", recipe, "--tokenizer", "byte", *words, "--json"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["model"]["vocab_size"] == vocabulary
+    assert f"vocab_size is {vocabulary}, that of the tokenizer" in captured.err
+
+
 def test_check_torch_sees_wrong_products(monkeypatch, capsys):
     monkeypatch.setitem(checkTorch.TOLERANCE, "fp32", 1e-12)  # stricter than any fp32 product
     monkeypatch.setattr(checkTorch, "choose_precision", lambda wanted, device: Choice("fp32", "test"))

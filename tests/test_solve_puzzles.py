@@ -261,6 +261,13 @@ class TestHeldOut:
             questions = [row["question"] for row in csv.DictReader(file)]
         assert questions == [kind_named("sudoku4").to_text(board, line_breaks=False) for board in valid.inputs]
 
+    def test_of_a_run_whose_first_checkpoint_is_gone(self, run, call):
+        folder, valid = run
+        text = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(text.replace("init_from: null", "init_from: runs/deleted"))
+        call(folder / "step_00000001", "--held_out", "true", "--output", folder / "solved.csv")
+        assert len((folder / "solved.csv").read_text().splitlines()) == 1 + valid.n_rows
+
     def test_changed_puzzles(self, run, call):
         folder, _ = run
         text = (folder / "config.yaml").read_text()

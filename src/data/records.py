@@ -182,14 +182,15 @@ class RecordsConfig:
         return RecordFields(self.question_field, self.answer_field) if self.records else text_field
 
 
-def read_records(paths, question_field=None, answer_field=None, log=None) -> Iterator[Record]:
+def read_records(paths, question_field=None, answer_field=None, log=None, max_doc_mb=MAX_DOC_MB) -> Iterator[Record]:
     """Yields the records of files, globs and folders.
 
     question_field and answer_field name the fields; None = those of SHAPES. Bad records are counted in `log`, a
-    SkipLog; without one, the first few of each kind and a summary are printed on stderr. Raises UserError if a file
+    SkipLog; without one, the first few of each kind and a summary are printed on stderr, and records of over max_doc_mb
+    million characters count as bad. Raises UserError if a file
     cannot be read to its end or is a .json without a list, and NoDocument if there is no usable record."""
     fields, files = RecordFields(question_field, answer_field), find_files(paths, RECORD_SUFFIXES)
-    counts = log or SkipLog(False, Counter(), True, int(MAX_DOC_MB * 1e6))
+    counts = log or SkipLog(False, Counter(), True, int(max_doc_mb * 1e6))
     is_empty = True
     for path in files:
         for record in fields.records(path, counts):

@@ -52,18 +52,22 @@ class StreamingDataset:
         self.pads = any(shards.are_records)
         measures = (self._measure_records if are else self._measure for are in shards.are_records)
         sizes = [measure(files) for measure, files in zip(measures, shards.corpora)]
-        self.bytes_per_token = sum(w * n for w, n in zip(self.weights, sizes)) / sum(self.weights)
+        targets = [w * n for w, (_, n) in zip(self.weights, sizes)]  # of a record there are fewer than of a window
+        self.bytes_per_token = sum(n * size for n, (size, _) in zip(targets, sizes)) / sum(targets)
 
     def _measure(self, files):
+        """Returns the bytes per token of a corpus of text, and the targets of a row."""
         pieces = list(self.shards.heads(MEASURED_BYTES / len(self.weights), files))
         n_bytes = sum(len(piece.encode()) for piece, _ in pieces)
         ids = self.tokenizer.encode_batch([piece for piece, _ in pieces])
         if any(self.tokenizer.lost_bytes(piece, i) for i, (piece, _) in zip(ids, pieces)):
-            return math.nan  # bits per byte would be too low
-        return n_bytes / sum(len(i) + is_last for i, (_, is_last) in zip(ids, pieces))
+            return math.nan, self.seq_len  # bits per byte would be too low
+        return n_bytes / sum(len(i) + is_last for i, (_, is_last) in zip(ids, pieces)), self.seq_len
 
     def _measure_records(self, files):
-        """Returns the bytes per target token of records that fit. Prints on stderr how many do not."""
+        """Returns the bytes per target token of the records that fit, and the targets of a row.
+
+        Prints on stderr how many records do not fit."""
         pairs = list(_pairs(self.shards.heads(MEASURED_BYTES / len(self.weights), files)))
         rows = list(self.rows_of(pairs))
         kept = [(pair, row) for pair, row in zip(pairs, rows) if row]
@@ -72,10 +76,11 @@ class StreamingDataset:
         if len(kept) < len(pairs):
             dropped = f"{len(pairs) - len(kept)} of the first {len(pairs)} records"
             print(f"{dropped} are over {self.seq_len} tokens: training drops such records", file=sys.stderr)
-        if any(self.tokenizer.decode(ids) != "".join(pair) for pair, (ids, _) in kept):
-            return math.nan
+        n_targets = sum(len(ids) - n_prompt for _, (ids, n_prompt) in kept)
         n_bytes = sum(len(answer.encode()) for (_, answer), _ in kept)
-        return n_bytes / sum(len(ids) - n_prompt for _, (ids, n_prompt) in kept)
+        if any(self.tokenizer.decode(ids) != "".join(pair) for pair, (ids, _) in kept):
+            n_bytes = math.nan
+        return n_bytes / n_targets, n_targets / len(kept)
 
     def rows_of(self, pairs):
         """Yields (ids of prompt, answer and EOS, length of the prompt) of each (prompt, answer); None if it is too

@@ -293,6 +293,9 @@ class TokenStore:
         Their n_bytes are found by decoding the second part."""
         cuts = range(position, len(self), 1 << 16)  # in parts, because a Python list takes tens of bytes per token
         tail_bytes = sum(len(tokenizer.decode_bytes(self[at : at + (1 << 16)].tolist())) for at in cuts)
+        begins = np.concatenate([[0], self.doc_ends[:-1]])
+        # a space that the tokenizer adds before each document is not part of the text
+        tail_bytes -= len(tokenizer.prefix) * int(((begins >= position) & (begins < len(self))).sum())
         pair = []
         for start, stop, n_bytes in ((0, position, self.n_bytes - tail_bytes), (position, len(self), tail_bytes)):
             store = object.__new__(TokenStore)

@@ -1,5 +1,6 @@
 """The results of `capabilities.py` as a table and as a picture."""
 
+import sys
 from math import isnan
 
 from src.evaluation.capabilities import Result
@@ -48,12 +49,15 @@ def table(results: list[Result]) -> str:
 def draw_capabilities(results: list[Result], path: str, title: str = "", remark: str = ""):
     """Draws the results as a PNG: shares, bits per byte and retrieval on the left, copying and arithmetic on the right.
 
-    Tests without a result have no plot."""
+    Tests without a result have no plot. If there is none at all, no file is written, and stderr says so."""
     left = {"shares": [r for r in results if r.test in TITLES]}
     left["bits"] = [r for r in results if r.unit == "bits/byte" and not isnan(r.value)]
     left["retrieval"] = [r for r in results if r.test == "retrieval"]
     right = {name: [r for r in results if r.test == name] for name in ("copy", "arithmetic")}
     left, right = ({name: mine for name, mine in part.items() if mine} for part in (left, right))
+    if not (left or right):
+        print(f"{path} was not drawn: no result has a value", file=sys.stderr)
+        return None
     rows = [len(mine) + len({r.test for r in mine}) + 2 for mine in left.values()]  # with headings and the axis
     figure, _ = new_figure(max(0.27 * sum(rows), 2.3 * len(right), 2) + 0.4)
     parts = [part for part in (left, right) if part]

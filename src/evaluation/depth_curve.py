@@ -32,7 +32,7 @@ from src.training.curves import (
 ACT_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 KL_THRESHOLDS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 PRICES = (0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)  # of a recursion step, nats
-FEWEST = 1000  # tokens to which calibrated exits can be fitted
+FEWEST = 500  # tokens in each half of the text, for calibrated exits to be fitted to
 NAMES = {
     "fixed": "fixed depth",
     "halt": "halting head",
@@ -77,7 +77,8 @@ def depth_curve(
 
     All are scored on the same windows of text. One pass scores all fixed depths, up to max_recursion_depth or the
     trained depth, whichever is deeper. The controls (`exit_controls`) are computed from it, for each of `prices`. Each
-    threshold needs a pass of its own, so the windows are kept in memory. Calibrated exits need 1,000 tokens."""
+    threshold needs a pass of its own, so the windows are kept in memory. Calibrated exits need 500
+    tokens in the even windows, and as many in the odd ones."""
     config, size = model.config, Size()
     if config.recursion == "none":
         raise UserError("recursion none visits the network once, so there is no depth curve: use a recursive model")
@@ -101,8 +102,9 @@ def depth_curve(
         scores = _score(model, samples, batch_size, rule, bar)
         setting = rule.act_threshold if rule.exit == "halt" else rule.kl_threshold
         points.append(curve.at(rule.exit, setting, scores.depth, -scores.logprobs[0].double()))
-    for price in prices if size.tokens >= FEWEST and len(samples) > 1 else ():
-        depths = calibrated_depths(losses, all_steps.features, window % 2 == 0, price)
+    half = window % 2  # even or odd windows
+    for price in prices if half.bincount(minlength=2).min() >= FEWEST else ():
+        depths = calibrated_depths(losses, all_steps.features, half == 0, price)
         points.append(curve.at("calibrated", price, depths))
     return points + [curve.at("oracle", price, oracle_depths(losses, price)) for price in prices]
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from src.errors import UserError
 from src.evaluation.scoring import encode_pair, score_continuations
 from src.exits import ExitRule
+from src.runtime import mix_seed
 from src.sampling import generate, left_padded
 from src.tokenizer import StreamDecoder
 
@@ -63,7 +64,7 @@ class Answers:
                 for start in range(0, len(group), self.batch_size):
                     rows = group[start : start + self.batch_size]
                     contexts = [requests[i].args[0] for i in rows]
-                    texts.update(zip(rows, self._write(contexts, requests[rows[0]].args[1])))
+                    texts.update(zip(rows, self._write(contexts, requests[rows[0]].args[1], mix_seed(0, rows[0]))))
                     bar.update(len(rows))
         return [texts[i] for i in range(len(requests))]
 
@@ -71,13 +72,15 @@ class Answers:
         with tqdm(total=sum(len(ids) for _, ids in pairs), unit="token", disable=disable_tqdm) as bar:
             return score_continuations(self.model, pairs, None, self.batch_size, self.rule, bar)
 
-    def _write(self, contexts, options):
-        """Returns the continuations of one batch of contexts with the same options."""
+    def _write(self, contexts, options, seed):
+        """Returns the continuations of one batch of contexts with the same options.
+
+        Each batch has a seed of its own, because a task may repeat a request to get several samples of its answer."""
         stops, n_new, choice = read_options(options)
         ids, mask = self._prompts(contexts, n_new)
         ends, decoders, texts = self.tokenizer.end_ids, [StreamDecoder(self.tokenizer) for _ in ids], [""] * len(ids)
         is_open = [True] * len(ids)
-        tokens = generate(self.model, ids, n_new, **choice, seed=0, eos_id=ends, attention_mask=mask, exit=self.rule)
+        tokens = generate(self.model, ids, n_new, **choice, seed=seed, eos_id=ends, attention_mask=mask, exit=self.rule)
         for column in tokens:
             for row, index in enumerate(column.tolist()):
                 if is_open[row]:

@@ -281,8 +281,9 @@ def _document(pieces, tokenizer, size, max_tokens):
         ids = tokenizer.encode(piece)
         size.lost += tokenizer.lost_bytes(piece, ids)
         kept = ids[: max_tokens - size.tokens + skips]
+        space = b"" if skips else tokenizer.prefix.encode()  # that the tokenizer added before the piece
         scored, skips = kept[skips:], skips and not kept
-        data = piece.encode() if len(scored) == len(ids) else tokenizer.decode_bytes(scored)
+        data = piece.encode() if len(scored) == len(ids) else tokenizer.decode_bytes(scored).removeprefix(space)
         size.tokens += len(scored)
         size.bytes += len(data)
         text = data.decode(errors="replace")

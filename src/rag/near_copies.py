@@ -23,7 +23,10 @@ class LineIndex:
     """The lines of many texts, for exact overlaps with another text."""
 
     def __init__(self, texts):
-        each = [line_hashes(text) for text in texts]
+        self._numbers, each = {}, []
+        for number, text in enumerate(texts):
+            self._numbers.setdefault(hash(text), []).append(number)
+            each.append(line_hashes(text))
         self.sizes = np.array([len(hashes) for hashes in each], np.int64)
         hashes = np.concatenate([np.zeros(0, np.int64), *each])
         order = np.argsort(hashes, kind="stable")
@@ -32,12 +35,13 @@ class LineIndex:
     def near_copies(self, text: str) -> list[int]:
         """Returns the numbers of the texts that share over half of the lines of the shorter one with `text`.
 
-        A text with fewer than LEAST_SHARED such lines has no near copies."""
-        wanted = line_hashes(text)
+        A text with fewer than LEAST_SHARED such lines has no near copies but those that are equal to it."""
+        wanted, equal = line_hashes(text), self._numbers.get(hash(text), [])
         if len(wanted) < LEAST_SHARED or not len(self._hashes):
-            return []
+            return equal
         low, high = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
         ranges = [self._owners[a:b] for a, b in zip(low.tolist(), high.tolist()) if b > a]
         shared = np.bincount(np.concatenate([np.zeros(0, np.int64), *ranges]), minlength=len(self.sizes))
         shorter = np.maximum(1, np.minimum(self.sizes, len(wanted)))
-        return np.flatnonzero((shared >= LEAST_SHARED) & (shared >= SHARE * shorter)).tolist()
+        copies = np.flatnonzero((shared >= LEAST_SHARED) & (shared >= SHARE * shorter))
+        return np.union1d(copies, np.array(equal, np.int64)).tolist()

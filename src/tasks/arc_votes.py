@@ -127,7 +127,7 @@ def pass_at(votes: Votes, tasks: Iterable[Task], ks: Iterable[int]) -> dict[int,
 
 
 def _rank(candidates, output):
-    keys = [_key(candidate.grid) for candidate in candidates]
+    keys = [_key(candidate.grid) for candidate in candidates if candidate.grid.size]  # as in `submission`
     return keys.index(_key(output)) if _key(output) in keys else float("inf")
 
 

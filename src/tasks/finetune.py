@@ -73,8 +73,9 @@ def language_weights(classifier) -> dict:
 class Finetuner:
     """A fine-tuning run of a classifier. `train` runs it until it is done or a signal arrives."""
 
-    def __init__(self, config: FinetuneConfig, classifier, tokenizer, train_set, dev_set, precision):
-        self.config, self.classifier, self.tokenizer, self.precision = config, classifier, tokenizer, precision
+    def __init__(self, config: FinetuneConfig, classifier, tokenizer, train_set, dev_set, precision, numbered=True):
+        self.config, self.classifier, self.tokenizer = config, classifier, tokenizer
+        self.precision, self.numbered = precision, numbered
         self.train_set, self.dev_set, self.folder = train_set, dev_set, Path(config.save_dir)
         self.device = classifier.classifier.weight.device
         self.step = 0
@@ -183,7 +184,7 @@ class Finetuner:
         own = {name: tensor.detach() for name, tensor in self.classifier.classifier.state_dict().items()}
         state = {name: getattr(self, name) for name in COUNTERS}
         state |= {"optimizer": self.optimizer.state_dict(), "trained": dict(self.trained), "is_best": is_best}
-        info = {"labels": self.classifier.names, "step": self.step}
+        info = {"labels": self.classifier.names, "labels_are_numbered": self.numbered, "step": self.step}
         info |= {"dev_accuracy": self.best, "dev_loss": self.best_loss} if self.best >= 0 else {}
         parts = (self.classifier.model, self.tokenizer, None, state, info, language_weights(self.classifier))
         name = f"step_{self.step:08d}"
@@ -205,11 +206,19 @@ def labels_of(samples: list[Sample]) -> torch.Tensor:
 
 
 def finetune(
-    config: FinetuneConfig, source, train: list[Example], dev: list[Example], names: list[str], device, precision="fp32"
+    config: FinetuneConfig,
+    source,
+    train: list[Example],
+    dev: list[Example],
+    names: list[str],
+    device,
+    precision="fp32",
+    numbered=True,
 ) -> tuple[LlamaEmbeddingClassifier, object] | None:
     """Fine-tunes a classifier from `source`, a language model's checkpoint folder, in a new or resumed run.
 
-    Returns (best classifier, tokenizer), or None if a signal stopped the run. Raises UserError if config.save_dir is in
+    numbered: whether a number may stand for a name, as its position. The classifier's config.json keeps it. Returns
+    (best classifier, tokenizer), or None if a signal stopped the run. Raises UserError if config.save_dir is in
     use, or contains a run with other settings."""
     folder = Path(config.save_dir)
     settings = asdict(config) | {"checkpoint": str(checkpoint.resolve(source)), "labels": names}
@@ -229,7 +238,7 @@ def finetune(
             if cut:
                 limit = f"longer than the context of {model.config.max_seq_len} tokens"
                 print(f"{cut} of {len(samples)} texts are {limit}: only their end is used", file=sys.stderr)
-        run = Finetuner(config, classifier, tokenizer, *sets, precision)
+        run = Finetuner(config, classifier, tokenizer, *sets, precision, numbered)
         newest = None if is_new else run_folder.newest_whole(folder)
         if newest:
             run_folder.link_again(folder, *newest)

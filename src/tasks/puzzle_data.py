@@ -10,7 +10,7 @@ Puzzle number k and its augmentation depend only on (seed, k), so a run can resu
 import hashlib
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -102,6 +102,12 @@ class PuzzleConfig:
             raise ValueError("difficulty is for generated puzzles: leave it out, or leave out train_paths")
         if self.valid_paths and not self.train_paths:
             raise ValueError("valid_paths without train_paths: give both, or neither to generate puzzles")
+
+
+def puzzles_of(settings: dict) -> PuzzleConfig:
+    """Returns the settings of the puzzles among those of a run's config.yaml."""
+    names = {field.name for field in fields(PuzzleConfig)}
+    return PuzzleConfig(**{name: settings[name] for name in names & settings.keys()})
 
 
 class HeldOut:

@@ -9,11 +9,10 @@ import numpy as np
 from src.checkpoint import resolve
 from src.errors import UserError
 from src.tasks.arc import Arc, frame, read_tasks
-from src.tasks.puzzle_config import read_settings
-from src.tasks.puzzle_data import PuzzleConfig, fingerprint, generate, join, load_puzzles
+from src.tasks.puzzle_data import PuzzleConfig, fingerprint, generate, join, load_puzzles, puzzles_of
 from src.tasks.puzzle_folder import read_folder
 from src.tasks.puzzles import Grids, PuzzleKind, make_grids, read_csv
-from src.training.run_folder import corpus_changes
+from src.training.run_folder import corpus_changes, settings_of
 
 
 def typed_boards(kind: PuzzleKind, texts: list[str]) -> Grids:
@@ -109,7 +108,7 @@ def held_out_boards(checkpoint: str) -> Grids:
         raise UserError(
             f"--held_out: {checkpoint} is not in the folder of its run (no {run}/config.yaml): use --generate"
         )
-    data = load_puzzles(read_settings(["--config", str(run / "config.yaml")]).puzzle)
+    data = load_puzzles(puzzles_of(settings_of(run)))
     if changes := corpus_changes(run, fingerprint(data)):
         raise UserError(f"--held_out: the puzzles of {run} are no longer the same ({'; '.join(changes)}): restore them")
     return data.valid

@@ -107,6 +107,20 @@ def test_bytes_per_token_is_that_of_the_text_as_it_is_drawn(tmp_path):
     assert data.with_seq_len(4).bytes_per_token == data.bytes_per_token
 
 
+def test_bytes_per_token_of_a_mixture_with_records_is_that_of_the_tokenized_one(tmp_path):
+    """A record has fewer targets than a window of text, so it counts for less at the same weight."""
+    text = write(tmp_path / "text.jsonl", ["def f(x): return x + 1"] * 20)
+    records = tmp_path / "records.jsonl"
+    records.write_text("".join(json.dumps({"question": f"{n} + 1", "answer": f"é{n + 1}"}) + "\n" for n in range(20)))
+    found = []
+    for streaming in (True, False):
+        options = {"records": True, "tokenizer": "byte", "mixture": [1, 1], "streaming": streaming}
+        paths = [str(text), str(records)]
+        config = DataConfig(paths, [str(records)], cache_dir=str(tmp_path / "cache"), **options)
+        found.append(prepare_data(config, None, 32)[1].bytes_per_token)
+    assert found[0] == pytest.approx(found[1], rel=0.02)  # windows at the end of the text are cut
+
+
 # state
 
 

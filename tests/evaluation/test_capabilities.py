@@ -4,7 +4,7 @@ import itertools
 import json
 import random
 import re
-from math import log2
+from math import log2, nan
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +19,7 @@ from src.evaluation import capabilities as tests
 from src.evaluation import capability_answers as answers
 from src.evaluation import capability_cases as make
 from src.evaluation.capabilities import Material, Result
-from src.evaluation.capability_report import shown, table
+from src.evaluation.capability_report import draw_capabilities, shown, table
 from src.model import TRMConfig
 from src.rag.gain import retrieval_gain
 
@@ -369,9 +369,17 @@ def test_the_script_writes_a_table_a_json_file_and_a_picture(home, capsys, monke
     assert (home / "out.json").read_text() == first
 
 
+def test_without_a_value_there_is_no_picture(tmp_path, capsys):
+    nothing = Result("bits", "code", nan, "bits/byte", 1, 8.0, "computed", None)
+    assert draw_capabilities([nothing], str(tmp_path / "out.png")) is None
+    assert not (tmp_path / "out.png").exists() and "out.png was not drawn" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "words", "said"),
     [
+        ("trm", ["--code", "HOME", "--json", "HOME/code.py"], "code.py is also read"),
+        ("trm", ["--text", "a=HOME/no*.txt", "--json", "HOME/notes.txt"], "notes.txt is also read"),
         ("bidirectional", [], "causal is false"),
         ("usual", [], "the tokenizer loses line breaks"),
         ("nowhere", [], "no checkpoint folder"),

@@ -73,6 +73,14 @@ def test_calibrated_exits_come_with_enough_text(tiny):
     assert found["oracle", 0.0].bits_per_byte <= found["calibrated", 0.0].bits_per_byte
 
 
+def test_calibrated_exits_need_text_in_both_halves(tiny):
+    """A rule that is fitted on one token would choose depths at random for a thousand others."""
+    model = tiny(vocab_size=V, recursion="loop", deep_steps=3, max_seq_len=1400)
+    text = "".join(random.Random(0).choices("abc \n", k=1300))
+    points = depth_curve(model, BYTE, [text, "a"], kl_thresholds=[], prices=[0.0])
+    assert [p.exit for p in points] == ["fixed"] * 3 + ["oracle"]
+
+
 def test_curve_of_other_families(tiny):
     loop = depth_curve(tiny(vocab_size=V, recursion="loop", deep_steps=2), BYTE, TEXTS[1:3], max_tokens=5)
     assert [(p.exit, p.setting, p.visits) for p in loop if p.exit == "fixed"] == [("fixed", 1, 1), ("fixed", 2, 2)]

@@ -132,6 +132,8 @@ def test_depth_curve(home, model, capsys):
         (["--depth_curve", "nowhere/curve.png"], "cannot write nowhere/curve.png: No such file"),
         (["--json", "{home}"], "Is a directory"),
         (["--json", "{home}/texts.jsonl"], "texts.jsonl is also read, or written by another flag"),
+        (["--paths", "{home}/te*.jsonl", "--json", "{home}/texts.jsonl"], "texts.jsonl is also read"),
+        (["--depth_curve", "{home}/curve.png", "--json", "{home}/curve.json"], "written by another flag"),
         (["--num_fewshot", "2"], "include_path and num_fewshot need lm_eval"),
         (["--act_threshold", "0.5"], "act_threshold is for --exit halt"),
         (["--exit", "halt", "--kl_threshold", "0.5"], "kl_threshold is for --exit kl"),

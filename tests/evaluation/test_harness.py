@@ -54,6 +54,15 @@ def test_loglikelihood_knows_what_greedy_decoding_writes(answers, tiny):
     assert [answer[1] for answer in found] == [True, False]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_repeated_requests_are_different_samples(answers, batch_size):
+    """A task with `repeats` asks the same question several times, for a majority vote."""
+    asked = requests(*[("ab", {"temperature": 1.0, "max_gen_toks": 6})] * 8)
+    found = Answers(answers.model, BYTE, batch_size=batch_size).generate_until(asked, disable_tqdm=True)
+    assert len(set(found)) == 8
+    assert found == Answers(answers.model, BYTE, batch_size=batch_size).generate_until(asked, disable_tqdm=True)
+
+
 def test_white_space_before_the_continuation_belongs_to_it(answers):
     assert encode_pair(BYTE, "a b ", "c") == (BYTE.encode("a b", bos=True), BYTE.encode(" c"))
     assert answers.loglikelihood(requests(("a ", "c")), True) == answers.loglikelihood(requests(("a", " c")), True)

@@ -142,6 +142,8 @@ def test_near_copies_share_half_of_the_shorter_text():
     assert found.near_copies(lines(0, 20).replace("\n", "  \n\n")) == [0, 1, 3]
     assert found.near_copies(lines(0, 2)) == []  # too little to say
     assert LineIndex([]).near_copies(lines(0, 20)) == []
+    short = "from package import name\n"
+    assert LineIndex([short, lines(0, 9), short]).near_copies(short) == [0, 2]  # equal, though too short to say
 
 
 def test_imports_and_licences_do_not_make_a_near_copy():

@@ -361,6 +361,10 @@ def test_votes_are_undone_counted_and_ranked():
     assert pass_at(votes, [TASK], (1, 2)) == {1: 1.0, 2: 1.0}
     attempts = submission(votes, [TASK])
     assert attempts == {"abc": [{"attempt_1": right.tolist(), "attempt_2": wrong.tolist()}]}
+    for _ in range(9):  # an answer without cells is no attempt, so it takes no place either
+        votes.add("abc", frame(TASK.test[0][0]), np.zeros(900, np.uint8), 0.5)
+    assert submission(votes, [TASK]) == attempts
+    assert pass_at(votes, [TASK], (1, 2)) == {1: 1.0, 2: 1.0}
 
 
 def test_tasks_without_votes_or_outputs():

@@ -9,6 +9,7 @@ from texts import BYTE
 import train_classifier
 from src.checkpoint import save_checkpoint
 from src.config import run
+from src.errors import UserError
 from src.sampling import generate_ids
 from src.tasks.classification import LlamaZeroShotClassifier, read_examples
 
@@ -105,6 +106,26 @@ def test_answers_are_in_the_users_own_labels_and_read_back(home, labels, capsys)
         train_classifier.main(["run", "--option", "predict", "--dev", "run/dev_out.txt", "--dev_out", out])
         train_classifier.main(["run", "--option", "predict", "--dev", out])
         assert capsys.readouterr().out.count(f"dev: {len(rows)} texts, accuracy 1.0000") == 2
+
+
+def test_numbers_mean_what_the_user_says(home, capsys):
+    """Names found in the texts have no order, so numbers in other texts need --label_names."""
+    words = (home / "train.txt").read_text().replace("1 |||", "good |||").replace("0 |||", "poor |||")
+    (home / "words.txt").write_text(words)
+    tiny_run("--train", "words.txt", "--save_dir", "run")
+    (home / "order.json").write_text('["poor", "good"]')  # sorted, it is the other way round
+    predict = ["run", "--option", "predict", "--dev", "train.txt"]
+    with pytest.raises(UserError, match="label '1' is not one of good, poor: say what the numbers mean"):
+        train_classifier.main(predict)
+    capsys.readouterr()
+    train_classifier.main([*predict, "--label_names", "order.json", "--dev_out", "out.txt"])
+    train_classifier.main(["run", "--option", "predict", "--dev", "words.txt"])
+    by_number, by_name = (line for line in capsys.readouterr().out.splitlines() if line.startswith("dev:"))
+    assert by_number == by_name
+    assert {line.split(" ||| ")[0] for line in (home / "out.txt").read_text().splitlines()} <= {"0", "1"}
+    (home / "other.json").write_text('["poor", "fine"]')
+    with pytest.raises(UserError, match="other.json: the classifier knows other labels: good, poor"):
+        train_classifier.main([*predict, "--label_names", "other.json"])
 
 
 def test_predict_takes_texts_without_labels(home, capsys):
