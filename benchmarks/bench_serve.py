@@ -90,7 +90,7 @@ class ServeBench:
     def __post_init__(self):
         if self.quick:
             self.streams, self.new_tokens, self.repeats, self.seconds = [1, 3], 6, 1, min(self.seconds, 0.5)
-        if min(*self.streams, self.new_tokens, self.repeats) < 1:
+        if not self.streams or min(*self.streams, self.new_tokens, self.repeats) < 1:
             raise ValueError("streams, new_tokens and repeats must be 1 or more")
         if self.checkpoint is not None and (self.peer or self.quick):
             raise ValueError("peer and quick serve a model of their own: leave out checkpoint")

@@ -8,7 +8,7 @@
     python experiments/classify.py --models runs/english_trm --tasks sst --seeds 0 --lr 1e-3 --epochs 8   # override
     python experiments/classify.py --table                     # mean and spread of all runs so far
 
-The first three commands make the models, and the fourth compares them. The folder `data` holds sst-train.txt,
+The first three commands make the models, and the fourth compares them. The folder of --data has sst-train.txt,
 sst-dev.txt and sst-label-mapping.json, and the same three files of cfimdb. After fine-tuning, the best epoch on the dev
 set is taken, and its accuracy on the same dev set is reported, as in the published figures. A seed changes the order of
 examples and the dropout; zero-shot has no seed. Each run appends one JSON line to the file `output`. At the end, a
@@ -75,6 +75,8 @@ class ClassifyConfig:
             for value in getattr(self, name):
                 if value not in known:
                     raise ValueError(f"{name} {value}: choose from {', '.join(known)}")
+        if not self.seeds:
+            raise ValueError("seeds is empty: give at least one")
         if not (self.models or self.table):
             raise ValueError("models is missing: give checkpoint or run folders, or --table")
 

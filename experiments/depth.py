@@ -32,8 +32,8 @@ Exit rules, compared at each difficulty (mean visits are over all answers of a r
 For fixed, random and oracle, all tokens run on, and the answer of a token is read at its depth. In regions, where all
 tokens see each other, rows stop instead of tokens, and there is no halting head.
 
-The settings of the loops were chosen with seed 0 and other test rows, the learning rates of the plain models with seed
-100 and these rows: --sweep trains with each rate, and tests on the rows that were used for choosing.
+All settings were chosen on test rows that are not reported: those of the loops with seed 0, the learning rates of the
+plain models with seed 100. --sweep repeats the second choice: it trains with each rate, and tests on those other rows.
 
 The last line of the output is JSON. Writes depth.png and runs.jsonl (one line per seed and model) to `output`.
 """

@@ -108,7 +108,7 @@ def draw_way_out(canvas):
 def draw_network(canvas):
     canvas.text(0.25, 2.05, "net", size=13, fontweight="bold")
     canvas.text(0.85, 2.04, "one small network, a few blocks", GREY, 9)
-    parts = ("inject\nx, y, z", "RMSNorm", "attention", "RMSNorm", "SwiGLU", "RMSNorm\n(exit), gate")
+    parts = ("inject\nx, y, z", "attention", "add,\nRMSNorm", "SwiGLU", "add,\nRMSNorm", "gate\n(optional)")
     x = 0.25
     for i, part in enumerate(parts):
         width = 0.78
@@ -118,7 +118,7 @@ def draw_network(canvas):
             canvas.arrow((x + width, 1.31), (x + width + 0.16, 1.31))
         x += width + 0.16
     canvas.axes.plot((1.2, 1.2, 4.78, 4.78), (0.9, 0.78, 0.78, 0.9), color=BLUE, lw=1)
-    canvas.text(2.99, 0.58, "× n_layers, residual", BLUE, 8, **CENTER)
+    canvas.text(2.99, 0.58, "× n_layers (norm post, the default)", BLUE, 8, **CENTER)
 
 
 def draw_families(canvas):

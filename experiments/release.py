@@ -9,8 +9,8 @@ checkpoints on the first validation batches. If they differ by more than 0.001 n
 puzzle model, it compares the share of the run's held-out puzzles that are solved. This may differ by 0.005, because
 many steps in sequence make rounding grow.
 
-Of a model that was trained on installed packages, LICENCES.md lists the packages with their licences, as they are
-installed now. It says how many of the files that the run has read are not among them, unchanged.
+If the model was trained on installed packages, LICENCES.md lists them with their present licences. It also says how
+many of the files that the run has read have changed since, or are no longer counted.
 """
 
 import json

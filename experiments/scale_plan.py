@@ -84,7 +84,8 @@ class ScalePlan:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not all(0 < number < math.inf for number in (value if isinstance(value, list) else [value])):
+            numbers = value if isinstance(value, list) else [value]
+            if not (numbers and all(0 < number < math.inf for number in numbers)):
                 raise ValueError(f"{name} is {value}: set it above 0")
 
 

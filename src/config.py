@@ -195,11 +195,11 @@ def parse_flags(description, *classes, argv=None, positional=None, defaults=None
     """Parse flags and --config files into instances of the dataclasses `classes`, and return them in that order.
 
     Each field becomes a flag with the field's name, unless it has init=False. Its help text is its line under `Args:`
-    in the class docstring. A list takes one or more values. A bool takes `--x`, `--x true` or `--x false`; a
-    `bool | str` takes `--x word` too. `description` is the text at the top of --help, usually the script's docstring.
-    `positional` names the field that takes the words without a flag. `defaults(parsed)` may return {name: value} to
-    replace defaults of the classes. Raises UserError if a dataclass rejects its values. A wrong flag ends the program
-    with one line and exit code 2.
+    in the class docstring. A list takes one or more values; [] is an empty list of numbers. A bool takes `--x`, `--x
+    true` or `--x false`; a `bool | str` takes `--x word` too. `description` is the text at the top of --help, usually
+    the script's docstring. `positional` names the field that takes the words without a flag. `defaults(parsed)` may
+    return {name: value} to replace defaults of the classes. Raises UserError if a dataclass rejects its values. A wrong
+    flag ends the program with one line and exit code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(description=description, formatter_class=_Formatter, allow_abbrev=False)
@@ -349,7 +349,9 @@ def _normalise(argv, fields, positional):
                 values.append(words.popleft())
             if not values:
                 raise UserError(f"{name} needs one or more values")
-            out.append(_list_flag(name[2:], values))
+            # as text, [] may be a prompt
+            is_empty = values == ["[]"] and list[str] not in (field.type, *typing.get_args(field.type))
+            out.append(_list_flag(name[2:], [] if is_empty else values))
         elif field is not None and field.type in (bool, bool | None, bool | str) and not is_assigned:
             following = words[0] if words else "--"
             is_word = field.type == bool | str and (following[:1] != "-" or following == "-")

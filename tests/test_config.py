@@ -122,13 +122,11 @@ class TestForms:
     def test_a_prompt_may_look_like_a_list(self, text):
         """Python code and wiki markup may begin with brackets."""
         assert generate.parse_args(["--prompt", text])[0].prompt == [text]
+        assert parse("--mixture", "[]")["mixture"] == []  # numbers cannot be meant as text
 
     def test_positional(self):
-        for words in (
-            ["checkpoints/stdlib", "--seed", "3"],
-            ["--seed", "3", "checkpoints/stdlib"],
-            ["--checkpoint", "checkpoints/stdlib", "--seed", "3"],
-        ):
+        seed, folder = ["--seed", "3"], "checkpoints/stdlib"
+        for words in ([folder, *seed], [*seed, folder], ["--checkpoint", folder, *seed]):
             config = generate.parse_args(words)[0]
             assert (config.checkpoint, config.seed) == ("checkpoints/stdlib", 3)
         assert generate.parse_args([])[0].checkpoint is None

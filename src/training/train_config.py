@@ -213,7 +213,7 @@ class TrainConfig:
     """The training run.
 
     Args:
-        save_dir: run folder, for config.yaml, metrics.jsonl, learning_curve.png, samples.txt and the checkpoints
+        save_dir: run folder, for config.yaml, metrics.jsonl, learning_curve.png, samples of text and checkpoints
         batch_size: rows per batch (windows of text, or puzzles), over all processes together
         grad_accum: compute the rows of each process in this many parts, one after the other; raise it if memory runs
             out; the gradient stays the same
@@ -225,8 +225,8 @@ class TrainConfig:
         optimizer_step: update the weights once per batch, or after each supervision step as in the TRM paper
         schedule: learning rate after the warm-up: cosine (decays along a cosine), linear (stays constant, then decays
             linearly over the last fifth of the run) or constant
-        sample_depth: draw deep_steps (of trm with full_bptt: supervision_steps) at random for each batch, between 1 and
-            the model's value, so that the model learns to answer at every depth
+        sample_depth: draw deep_steps at random for each batch, from 1 to the model's value, so that the model learns to
+            answer at every depth (of a TRM for text with full_bptt, supervision_steps are drawn instead)
         recursion_from: fraction of the run, from 0 to 1, after which the full recursion starts; before that, the model
             takes only one cycle (deep_steps 1) and one supervision step, which is cheaper
         lr: peak learning rate; lower it if the loss diverges
@@ -239,7 +239,7 @@ class TrainConfig:
         ema_decay: decay of the moving average of the weights, which evaluations and generation use; lower it for runs
             of a few hundred steps; 0 = no average
         eval_every: steps between evaluations
-        eval_batches: validation batches per evaluation, from all parts of the validation text; 0 = all of it; after
+        eval_batches: validation batches per evaluation, from all parts of the validation data; 0 = all of it; after
             the last step, all of it is evaluated once
         save_every: steps between checkpoints
         log_every: steps between lines of metrics.jsonl
