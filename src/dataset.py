@@ -227,7 +227,7 @@ def prepare_data(data: DataConfig, vocab_size, seq_len, save_dir=None, files=Non
         shards = Shards(
             corpora, fields if data.records else data.text_field, data.strict, not valid_files, data.max_doc_mb
         )
-        tokenizer = _tokenizer_of(data, vocab_size, (piece for piece, _ in shards.heads(ON_THE_SPOT_BYTES)))
+        tokenizer = _tokenizer_of(data, vocab_size, shards.sample(ON_THE_SPOT_BYTES, data.mixture))
     else:
         tokenizer = _tokenizer_of(data, vocab_size, *_text_for_tokenizer(data, corpora, fields, not valid_files))
     if data.fim_order is not None:
@@ -286,16 +286,15 @@ def _of_held_back(corpora, fields):
 def _text_for_tokenizer(data, corpora, fields, holds_back):
     """Returns the last three arguments of `_tokenizer_of` for the training text: (texts, settings of the key, files).
 
-    Without validation files, some training documents are held back, which are then not part of the texts."""
-    part = "train" if holds_back else "whole"
-    by_field = {field: [] for field in fields}
-    for files, field in zip(corpora, fields):
-        by_field[field] += files
+    Each corpus of a mixture gives text by its weight. Without validation files, some training documents are held back,
+    which are then not part of the texts."""
+    part, weights = "train" if holds_back else "whole", data.mixture or [1.0] * len(corpora)
     texts = []
-    for field, files in by_field.items():
+    for files, field, weight in zip(corpora, fields, weights):
         is_split = files[0] in itertools.chain(*_of_held_back(corpora, fields))
-        texts.append(sampled(sorted(set(files)), field, part if is_split else "whole", data.max_doc_mb))
-    key = (fields if data.records else data.text_field, data.strict, part)
+        size = ON_THE_SPOT_BYTES * weight / sum(weights)
+        texts.append(sampled(files, field, part if is_split else "whole", data.max_doc_mb, size))
+    key = (fields if data.records else data.text_field, data.strict, part, *data.mixture)
     return itertools.chain(*texts), sorted(set(itertools.chain(*corpora))), key
 
 

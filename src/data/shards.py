@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import os
 
 from src.data.corpus import MAX_DOC_MB, NoDocument, read_pieces
@@ -9,7 +10,7 @@ from src.data.records import RecordFields
 from src.data.token_store import held_back, hold_back_share
 from src.errors import UserError
 
-LISTED_FILES = 256  # a sample of the text is taken from at most this many files, evenly spread over the list
+LEAST_FILES = 32  # a sample of the text is taken from at least this many files, if there are so many
 
 
 class Shards:
@@ -46,21 +47,29 @@ class Shards:
         if (size := _size(path)) != self._sizes[path]:
             raise UserError(f"{path} had {self._sizes[path]} bytes when the run began and has {size} now: restore it")
 
-    def heads(self, n_bytes, files=None):
-        """Yields (piece, is_last) pairs from the start of each file, about n_bytes of text in total.
+    def sample(self, n_bytes, weights=None):
+        """Yields pieces of the corpora, about n_bytes of text in total, in proportion to weights (default: equal)."""
+        weights = weights or [1.0] * len(self.corpora)
+        for files, weight in zip(self.corpora, weights):
+            for piece, _ in self.heads(n_bytes * weight / sum(weights), files):
+                yield piece
 
-        Takes at most LISTED_FILES files, evenly spread, and about the same amount from each. Raises NoDocument if there
-        is no text."""
-        files = self.files if files is None else files
-        files = files[:: -(-len(files) // LISTED_FILES)]
-        found, why = False, None
-        for path in files:
-            left = n_bytes / len(files)
+    def heads(self, n_bytes, files):
+        """Yields (piece, is_last) pairs of documents, about n_bytes of text in total, from files at equal distances.
+
+        Whole small files are taken rather than the start of many: source files begin with licences and imports. Of
+        large files, the same amount is taken from the start of each. Raises NoDocument if there is no text."""
+        total = sum(self._sizes[path] for path in files)
+        count = min(len(files), max(LEAST_FILES, math.ceil(len(files) * n_bytes / max(1, total))))
+        found, why, left = False, None, n_bytes
+        for number in range(count):
+            quota = left / (count - number)  # what small files leave goes to those after them
             try:
-                for piece, is_last in self.pieces(path):
+                for piece, is_last in self.pieces(files[number * len(files) // count]):
                     yield piece, is_last
-                    found, left = True, left - len(piece.encode())
-                    if left <= 0:
+                    found, size = True, len(piece.encode())
+                    left, quota = left - size, quota - size
+                    if quota <= 0:
                         break
             except NoDocument as error:  # a few empty files do no harm
                 why = error

@@ -324,9 +324,9 @@ def on_the_spot(texts, key, vocab_size, cache_dir=None, fim=False):
     return read_tokenizer(f"{prefix}.model")
 
 
-def sampled(files, text_field, part, max_doc_mb=MAX_DOC_MB):
-    """Yields pieces of the training documents, about ON_THE_SPOT_BYTES in total, evenly spread over the corpus."""
-    share = min(1.0, ON_THE_SPOT_BYTES / max(1, text_bytes(files)))
+def sampled(files, text_field, part, max_doc_mb=MAX_DOC_MB, n_bytes=ON_THE_SPOT_BYTES):
+    """Yields pieces of the training documents, about n_bytes in total, evenly spread over the corpus."""
+    share = min(1.0, n_bytes / max(1, text_bytes(files)))
     together = 2 if isinstance(text_field, RecordFields) else 1  # a prompt and its answer
     for number, (piece, _) in enumerate(_any_part(files, text_field, part, max_doc_mb)):
         if int((number // together + 1) * share) > int(number // together * share):

@@ -341,6 +341,47 @@ def test_a_tokenizer_for_a_stream_is_trained_on_the_starts_of_its_files(tmp_path
     assert "training a" not in capsys.readouterr().err
 
 
+def test_a_sample_has_the_proportions_of_the_mixture(tmp_path):
+    """A tokenizer that is trained on the sample then suits the text that is trained on."""
+    a, b = ([write(tmp_path / f"{x}{n}.jsonl", [x * 100] * 50) for n in range(40)] for x in "ab")
+    text = "".join(Shards([a, b]).sample(40_000, [3, 1]))
+    assert text.count("a") == pytest.approx(30_000, rel=0.05) and text.count("b") == pytest.approx(10_000, rel=0.05)
+    assert "".join(Shards([a[:2]]).sample(10**9)) == "a" * 10_000
+
+
+def test_a_sample_has_whole_small_files_and_the_starts_of_large_ones(tmp_path):
+    """The start of a source file, its licence and imports, is not like the rest."""
+    small = [tmp_path / f"{n:03d}.txt" for n in range(500)]
+    for n, path in enumerate(small):
+        path.write_text(f"licence {n} " + "code " * 100)
+    texts = list(Shards([list(map(str, small))]).sample(50_000))
+    assert len(texts) == pytest.approx(100, abs=4) and all(text.endswith("code ") for text in texts)
+    numbers = [int(text.split()[1]) for text in texts]
+    assert numbers[0] == 0 and numbers[-1] > 490 and max(b - a for a, b in zip(numbers, numbers[1:])) <= 6
+    large = [write(tmp_path / f"{n}.jsonl", [f"{n} " * 50] * 100) for n in range(4)]
+    texts = list(Shards([large]).sample(4_000))
+    assert Counter(text[0] for text in texts) == dict.fromkeys("0123", 10)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_tokenizer_of_a_mixture_knows_the_words_of_the_larger_weight(tmp_path, streaming):
+    """Both corpora are of the same size, larger than the sample; the weights decide which words become pieces."""
+    words = {x: [f"{x}{'kmpt'[n % 4]}{'aeiou'[n % 5]}{'lrns'[n % 4]}{n}" for n in range(60)] for x in "vw"}
+    found = {}
+    for weights in ([20, 1], [1, 20]):
+        files = []
+        for x, names in words.items():
+            path = tmp_path / f"{x}.jsonl"
+            files.append(write(path, [" ".join(names[(i + j) % 60] for j in range(20)) for i in range(400)]))
+        options = {"streaming": streaming, "cache_dir": str(tmp_path / f"c{weights[0]}")}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("src.dataset.ON_THE_SPOT_BYTES", 30_000)
+            config = DataConfig(files, [files[0]], mixture=weights, **options)
+            tokenizer = prepare_data(config, 320, 16)[0]
+        found[weights[0]] = [len(tokenizer.encode(" ".join(names))) for names in words.values()]
+    assert found[20][0] < found[1][0] and found[20][1] > found[1][1]
+
+
 def test_mixture_by_flag(tmp_path):
     a, b = shards_of(tmp_path, 1, 100, "a"), shards_of(tmp_path, 1, 100, "b")
     for streaming in (False, True):
