@@ -13,6 +13,7 @@ from src.page.engine import Text
 from src.page.errors import ApiError
 from src.page.writing import Piece, Token, token_string
 
+LINE_ENDS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # some clients end a line there; JSON need not
 SLACK_S = 10.0  # a client gets the last pieces within so many seconds after a text must have ended
 
 
@@ -99,7 +100,8 @@ class Answer(Response):
         if self.asked.echo and begins:
             text, tokens = writer.prompt + text, writer.prompt_tokens + tokens
         if self.asked.is_chat:
-            content = {"role": "assistant", "content": text}
+            # in a stream, only the first chunk has the role: clients join the fields of all chunks
+            content = ({"role": "assistant"} if begins else {}) | {"content": text}
             choice |= {"delta" if self.asked.stream else "message": content}
             choice["logprobs"] = self._chat_logprobs(tokens) if self.asked.logprobs else None
         else:
@@ -183,7 +185,8 @@ class Answer(Response):
 
 def event(chunk: dict) -> str:
     """Returns a server-sent event."""
-    return f"data: {json.dumps(chunk, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n"
+    data = json.dumps(chunk, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return f"data: {data.translate(LINE_ENDS)}\n\n"
 
 
 async def _send(send, text: str):

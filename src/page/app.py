@@ -223,7 +223,7 @@ async def _write(service: Service, request: Request, is_chat: bool):
     schemas.validate(body, schema(service.bounds))
     _check_model(service, body.get("model"))
     ask = ask_chat if is_chat else ask_completion
-    asked: Asked = ask(body, service.model, service.tokenizer)
+    asked: Asked = ask(body, service.model, service.tokenizer, service.bounds.tokens)
     service.check_rule(asked.texts[0].rule, asked.texts[0].reads_steps)
     return Answer(asked, service)
 
@@ -247,7 +247,7 @@ async def _puzzle(service: Service, request: Request):
     if service.puzzle is None:
         raise ApiError(404, "no puzzle model is served: start serve.py with --puzzle FOLDER", None, "no_puzzle")
     schemas.validate(body, schemas.puzzle_schema(service.bounds))
-    steps = None if body.get("steps") is None else int(body["steps"])
+    steps = service.puzzle_steps if body.get("steps") is None else int(body["steps"])
     gone = asyncio.create_task(until_gone(request.receive))
     try:
         solve = functools.partial(service.puzzle.solve, body["board"], steps, body.get("exit") == "halt", gone.done)

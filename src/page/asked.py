@@ -30,16 +30,20 @@ class Asked:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-def ask_completion(body: dict, model, tokenizer) -> Asked:
-    """Returns what a body of /v1/completions asks for. Raises ApiError if the model cannot do it."""
+def ask_completion(body: dict, model, tokenizer, bound: int = 10**6) -> Asked:
+    """Returns what a body of /v1/completions asks for. Raises ApiError if the model cannot do it.
+
+    bound: most new tokens of a text; a default above it is lowered"""
     suffix, prompts = body.get("suffix"), as_list(body["prompt"])
     if suffix is not None and body.get("echo"):
         raise ApiError(400, "echo and suffix exclude each other: leave out one of them", "suffix")
     if suffix is not None:
         rows, ends = around(tokenizer, prompts, suffix)
     else:
-        rows, ends = [p if isinstance(p, list) else tokenizer.encode(p, bos=True) for p in prompts], tokenizer.end_ids
-    most = 16 if body.get("max_tokens") is None else int(body["max_tokens"])
+        # int: JSON may write a token id as 5.0
+        rows = [list(map(int, p)) if isinstance(p, list) else tokenizer.encode(p, bos=True) for p in prompts]
+        ends = tokenizer.end_ids
+    most = min(16, bound) if body.get("max_tokens") is None else int(body["max_tokens"])
     asked = _ask(body, model, tokenizer, rows, ends, most, body.get("logprobs"), is_inside=suffix is not None)
     asked.id, asked.echo = f"cmpl-{secrets.token_hex(12)}", bool(body.get("echo"))
     if asked.echo:
@@ -50,11 +54,13 @@ def ask_completion(body: dict, model, tokenizer) -> Asked:
     return asked
 
 
-def ask_chat(body: dict, model, tokenizer) -> Asked:
-    """Returns what a body of /v1/chat/completions asks for. Raises ApiError if the model cannot do it."""
+def ask_chat(body: dict, model, tokenizer, bound: int = 10**6) -> Asked:
+    """Returns what a body of /v1/chat/completions asks for. Raises ApiError if the model cannot do it.
+
+    bound: as in `ask_completion`"""
     most = body.get("max_completion_tokens")
     most = body.get("max_tokens") if most is None else most
-    most = model.config.max_seq_len if most is None else int(most)
+    most = min(model.config.max_seq_len, bound) if most is None else int(most)
     if most == 0:
         raise ApiError(400, "max_tokens is 0: set it to 1 or more", "max_tokens", "invalid_value")
     if body.get("top_logprobs") is not None and not body.get("logprobs"):
@@ -121,7 +127,6 @@ def _ask(body, model, tokenizer, rows, ends, most, logprobs, is_inside=False, mo
     rule, trace = read_rule(recursion, model), (recursion or {}).get("trace")
     stop, seed = body.get("stop") or (), body.get("seed")
     stops = (*((stop,) if isinstance(stop, str) else stop), *more_stops)
-    seed = secrets.randbits(31) if seed is None else int(seed)
     choice = (
         1.0 if body.get("temperature") is None else float(body["temperature"]),
         None if body.get("top_k") is None else int(body["top_k"]),
@@ -130,10 +135,11 @@ def _ask(body, model, tokenizer, rows, ends, most, logprobs, is_inside=False, mo
     ends, n = () if body.get("ignore_eos") else tuple(ends), int(body.get("n") or 1)
     texts = []
     for ids in rows:
+        own = secrets.randbits(31) if seed is None else int(seed)  # without a seed, equal prompts get different texts
         # with a suffix, the context must not move on, because the model would lose sight of the suffix
         longest = min(most, context + 1 - len(ids)) if is_inside else most
         for number in range(n):
-            text = Text(list(ids), choice, row_generator(seed, number), reads_steps=trace is not None, rule=rule)
+            text = Text(list(ids), choice, row_generator(own, number), reads_steps=trace is not None, rule=rule)
             text.writer = Writer(tokenizer, ids, stops, ends, longest)
             text.logprobs = None if logprobs is None else int(logprobs)
             text.trace = None if trace is None else int(trace)

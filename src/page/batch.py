@@ -23,7 +23,7 @@ from src.model_config import ExitRule
 from src.runtime import device_of
 from src.sampling import choose_token, left_padded
 
-FEWEST_ROWS, FEWEST_COLUMNS = 4, 64  # size of the first cache of a batch; it is doubled when it is full
+FEWEST_COLUMNS = 64  # of the first cache of a batch, which has one row; each size is doubled when it is too small
 
 
 @dataclass(eq=False)
@@ -108,6 +108,14 @@ class Start:
                 row.read_prompt(max(0, part.start - padding), logits[number, max(0, padding - part.start) :])
 
 
+def capacity_of(rows: int, least: int = 0) -> int:
+    """Returns the rows of the cache of a batch that has so many rows.  least: rows of its cache so far"""
+    capacity = max(1, least)
+    while capacity < rows:
+        capacity *= 2
+    return capacity
+
+
 class RunningBatch:
     """Rows that get one more token in each step, all under one exit rule."""
 
@@ -148,9 +156,7 @@ class RunningBatch:
         context, old = self.model.config.max_seq_len, self.cache
         if old is not None and rows <= self.capacity and columns <= old.max_len:
             return
-        capacity, width = max(FEWEST_ROWS, self.capacity), FEWEST_COLUMNS if old is None else old.max_len
-        while capacity < rows:
-            capacity *= 2
+        capacity, width = capacity_of(rows, self.capacity), FEWEST_COLUMNS if old is None else old.max_len
         while width < columns:
             width *= 2
         depth = max_depth(self.model.config, self.rule)

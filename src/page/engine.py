@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from src.errors import one_line
+from src.exits import max_depth
 from src.model_config import ExitRule
-from src.page.batch import Chosen, Row, RunningBatch, Start
+from src.page.batch import Chosen, Row, RunningBatch, Start, capacity_of
 from src.page.errors import Busy
 from src.page.threads import Threads
 from src.page.writing import Piece, Token, Writer, read_tokens, score_prompt
@@ -211,14 +212,14 @@ class Engine:
         self.starts = deque(start for start in self.starts if not all(text.is_over for text in start.rows))
 
     def _take_in(self):
-        """Makes Starts of waiting texts while there are free rows. Short prompts with equal rules share one."""
-        texts, rows = list(self.again), sum(1 for _ in self._running())
+        """Makes Starts of waiting texts while there is room. Short prompts with equal rules share one."""
+        texts, rows = list(self.again), Counter(text.rule for text in self._running())
         self.again.clear()
         with self._changed:
-            while self.waiting and rows < self.limits.rows:
+            while self.waiting and self.cost(rows + Counter([self.waiting[0].rule])) <= self.limits.rows:
                 texts.append(self.waiting.popleft())
-                rows += 1
-            self.n_rows = rows  # at once: `submit` may come before the texts are in a Start
+                rows[texts[-1].rule] += 1
+            self.n_rows = rows.total()  # at once: `submit` may come before the texts are in a Start
         alike: dict[ExitRule, list[Text]] = {}
         for text in texts:
             group = alike.setdefault(text.rule, [])
@@ -229,6 +230,17 @@ class Engine:
             group.append(text)
         for group in alike.values():
             self._begin(group)
+
+    def cost(self, rows: dict[ExitRule, int]) -> float:
+        """Returns how much room the caches of so many texts under each rule take, with their spare rows.
+
+        The unit is a row of the trained depth, of which there are limits.rows. A deeper rule takes more of them."""
+        config, total = self.model.config, 0.0
+        for rule, count in rows.items():
+            held = self.batches[rule].capacity if rule in self.batches else 0
+            capacity = min(capacity_of(count, held), max(count, self.limits.rows))
+            total += capacity * max(1.0, max_depth(config, rule) / max_depth(config))
+        return total
 
     def _begin(self, group):
         texts = [text for text in group if not text.is_over]

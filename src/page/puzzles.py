@@ -73,5 +73,8 @@ class PuzzleSolver:
         ]
         message = trace.summary()
         if self.kind.has_rules and not grids.labels.any():
-            message += "; the board has several solutions, and any of them counts as right"
+            if self.kind.question_problem(grids.inputs[0]) is None:  # the search for one was given up
+                message += "; it is not known whether the board has a solution"
+            else:
+                message += "; the board has several solutions, and any of them counts as right"
         return {"steps": steps, "solved": bool(trace.steps[-1]["right"]), "message": message}

@@ -27,21 +27,33 @@ def listen(host: str, port: int) -> socket.socket:
         found.bind(address)
         found.listen(1024)
         return found
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {host}, port {port} ({error.strerror}): choose another --port or --host"
-        ) from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be one, such as a..b
+        problem = f"cannot listen on {host}, port {port} ({getattr(error, 'strerror', None) or error})"
+        raise UserError(f"{problem}: choose another --port or --host") from None
 
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1 that closes a connection whose headers are not complete in time, which uvicorn alone does not."""
+    """HTTP/1.1 that ends connections of slow clients, which uvicorn alone does not.
+
+    A connection is closed if its headers are not complete in time. If it is to be closed, but its client does not read
+    what was sent, it is aborted."""
 
     head_seconds = 20.0
     _timer: asyncio.TimerHandle | None = None
+    _end: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport):
         super().connection_made(transport)
         self._watch()
+        self._look(False)
+
+    def _look(self, was_closing):
+        """Every LAST_S seconds, aborts the connection if it was already being closed the last time."""
+        closing = self.transport.is_closing()
+        if closing and was_closing:
+            self.transport.abort()
+        else:
+            self._end = asyncio.get_running_loop().call_later(LAST_S, self._look, closing)
 
     def data_received(self, data):
         super().data_received(data)
@@ -53,6 +65,7 @@ class _Protocol(H11Protocol):
     def connection_lost(self, exc):
         super().connection_lost(exc)
         self._stop()
+        self._end.cancel()
 
     def _watch(self):
         if self.conn.their_state is not h11.IDLE:  # the headers are complete

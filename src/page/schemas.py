@@ -162,7 +162,7 @@ def parse_body(data: bytes) -> Any:
         raise ApiError(400, f"the body nests over {MOST_DEPTH} lists and objects: flatten it") from None
     except ValueError as error:  # also UnicodeDecodeError
         raise ApiError(400, f"the body is not JSON ({one_line(error)[:200]}): correct it") from None
-    _check_depth(value, MOST_DEPTH)
+    _check_inside(value, MOST_DEPTH)
     return value
 
 
@@ -170,12 +170,14 @@ def _no_constant(name):
     raise ValueError(f"{name} is no JSON number")
 
 
-def _check_depth(value, left):
+def _check_inside(value, left):
     if not left:
         raise ApiError(400, f"the body nests over {MOST_DEPTH} lists and objects: flatten it")
+    if isinstance(value, dict) and not all(map(is_text, value)):
+        raise ApiError(400, "a name has an escape for half a character, such as \\ud800: remove it")
     for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         if isinstance(each, (dict, list)):
-            _check_depth(each, left - 1)
+            _check_inside(each, left - 1)
 
 
 def accepted(body: Any) -> dict:
@@ -183,7 +185,7 @@ def accepted(body: Any) -> dict:
     if not isinstance(body, dict):
         raise ApiError(400, f"the body is {_kind(body)}, not a JSON object: send one")
     for name, neutral in NEUTRAL.items():
-        if body.get(name) not in (None, neutral):
+        if body.get(name) not in (None, neutral) and not (name == "best_of" and body[name] == body.get("n")):
             raise ApiError(400, f"{name} is not supported: leave it out", name, "unsupported_parameter")
     return {name: value for name, value in body.items() if name not in IGNORED and name not in NEUTRAL}
 

@@ -87,13 +87,26 @@ class Service:
             problem = f"all {most} places of the queue are taken: try again in {seconds} s"
             raise ApiError(429, problem, None, "queue_full", {"Retry-After": seconds}) from None
 
+    @property
+    def puzzle_steps(self) -> int:
+        """The supervision steps of a board whose request does not name them: as in training, within the bound."""
+        return min(self.puzzle.model.config.recursion_steps, self.bounds.steps)
+
     def check_rule(self, rule, reads_steps: bool):
-        """Raises ApiError if an ONNX graph cannot follow an exit rule, or cannot return all steps."""
+        """Raises ApiError if the cache has no room for an exit rule, or if an ONNX graph cannot follow it.
+
+        reads_steps: whether the answers of all recursion steps are wanted, which not every graph can return"""
+        if self.engine.cost({rule: 1}) > self.engine.limits.rows:
+            problem = f"recursion.depth is {rule.max_recursion_depth}, for which max_cache_gib has no room: lower it"
+            raise ApiError(400, problem, "recursion", "invalid_value")
         if self.is_onnx:
             try:
                 self.model.refuse(rule, reads_steps)
             except UserError as error:
                 raise ApiError(400, f"recursion: {error}", "recursion", "unsupported_parameter") from None
+
+    def _puzzle_card(self) -> dict:
+        return self.puzzle.card() | {"steps": self.puzzle_steps, "max_steps": self.bounds.steps}
 
     def card(self) -> dict:
         """Returns the facts of GET /v1/model_card."""
@@ -113,13 +126,14 @@ class Service:
             "max_depth": max_depth(config) if self.is_onnx else self.bounds.depth,
             "exits": [exit for exit, has in (("halt", config.halting), ("kl", True)) if has and adapts],
             "context": config.max_seq_len,
+            "max_tokens": self.bounds.tokens,
             "example": self.example,
             "start": self.tokenizer.start([self.tokenizer.eos_id])[:-1],
             "vocab_size": self.tokenizer.vocab_size,
             "fim": self.tokenizer.fim is not None,
             "backend": "onnx" if self.is_onnx else "torch",
             "cache_bytes_per_token": self._cache_bytes(),
-            "puzzle": None if self.puzzle is None else self.puzzle.card(),
+            "puzzle": None if self.puzzle is None else self._puzzle_card(),
         }
 
 

@@ -11,16 +11,16 @@ from src.errors import UserError
 from src.tasks.arc import Arc, frame, read_tasks
 from src.tasks.puzzle_data import PuzzleConfig, fingerprint, generate, join, load_puzzles, puzzles_of
 from src.tasks.puzzle_folder import read_folder
-from src.tasks.puzzles import Grids, PuzzleKind, make_grids, read_csv
+from src.tasks.puzzles import GIVEN_UP, Grids, PuzzleKind, make_grids, read_csv
 from src.training.run_folder import corpus_changes, settings_of
 
 
 def typed_boards(kind: PuzzleKind, texts: list[str]) -> Grids:
-    """Returns boards given as texts. The label is the right answer, or zeros if there are several or if the kind has no
-    known rules.
+    """Returns boards given as texts. The label is the right answer, or zeros if there are several, if the search for
+    them was given up, or if the kind has no known rules.
 
-    Prints a line on stderr for a question with several answers. Raises UserError if a text is no board, or if a
-    question has no answer."""
+    Prints a line on stderr for a question without a label. Raises UserError if a text is no board, or if a question has
+    no answer."""
     inputs = np.array([_typed(kind, text, _name(number, texts)) for number, text in enumerate(texts)], np.uint8)
     if not kind.has_rules:
         return make_grids(inputs, np.zeros_like(inputs))
@@ -29,7 +29,10 @@ def typed_boards(kind: PuzzleKind, texts: list[str]) -> Grids:
         name = _name(number, texts)
         if not counts[number]:
             raise UserError(f"{name}cannot be solved: {kind.question_problem(inputs[number])}; correct the board")
-        print(f"{name}has several solutions: any of them counts as right", file=sys.stderr)
+        if counts[number] == GIVEN_UP:
+            print(f"{name}is too hard for the exact solver: it may have no solution", file=sys.stderr)
+        else:
+            print(f"{name}has several solutions: any of them counts as right", file=sys.stderr)
     difficulty = kind.difficulty(inputs, labels)
     labels[counts != 1] = 0
     return make_grids(inputs, labels, difficulty)

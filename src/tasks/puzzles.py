@@ -28,6 +28,7 @@ RATING_NAMES = ("rating", "difficulty")
 REPORTED = 3  # so many skipped puzzles of a file are named on stderr; the others are only counted
 CHUNK = 10_000  # puzzles of a file that are parsed and verified at once
 MOST_CHARS = 100_000  # longest line that is read; the csv module itself refuses fields of 131,072 characters
+GIVEN_UP = -1  # number of answers to a question whose search was too long
 UNKNOWN = 255  # token of a character that is not a symbol of the kind
 # The eight symmetries of a square, numbered as in the authors' code. Each says whether to transpose the square, and
 # then whether to reverse the order of its rows and of its columns. Numbers 1, 2, 3 are quarter turns to the left.
@@ -131,7 +132,8 @@ class PuzzleKind:
     def solve(self, inputs: UInt8[np.ndarray, "n l"]) -> tuple[UInt8[np.ndarray, "n l"], Int64[np.ndarray, "n"]]:
         """Returns (answers, counts): a right answer to each question, and 0, 1 or 2 for none, one or several of them.
 
-        The answer to a question without any is a row of zeros."""
+        The count is GIVEN_UP if the search for answers was given up. The answer to a question without any is a row of
+        zeros."""
         raise NotImplementedError
 
     def difficulty(self, inputs: UInt8[np.ndarray, "n l"], labels: UInt8[np.ndarray, "n l"]) -> dict[str, np.ndarray]:
@@ -337,7 +339,7 @@ def _read_chunk(kind, chunk, reasons, needs_answers):
     if kind.has_rules and is_open.any():
         labels[is_open], counts = kind.solve(inputs[is_open])
         labels[np.flatnonzero(is_open)[counts != 1]] = 0
-        is_good[is_open] = counts > 0
+        is_good[is_open] = counts != 0
     else:
         is_good |= is_open
     for row in np.flatnonzero(~is_good)[: REPORTED - len(reasons)]:

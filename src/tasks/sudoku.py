@@ -12,12 +12,13 @@ from jaxtyping import Bool, Int64, UInt8
 
 from src.errors import UserError
 from src.tasks import sudoku_solver as solver
-from src.tasks.puzzles import Grids, PuzzleKind, Symmetries, make_grids
+from src.tasks.puzzles import GIVEN_UP, Grids, PuzzleKind, Symmetries, make_grids
 from src.tasks.sudoku_solver import BLANK, BOXES
 
 FEWEST_CLUES = {4: 4, 6: 8, 9: 17}  # size -> the fewest clues with which a puzzle can have one solution
 DIFFICULTIES = ("any", "singles", "guess")
 BATCH = 10_000  # boards that are generated, or verified, at once
+EFFORT = 100_000  # boards that the search for one solution may try, about a second; the hardest puzzles need some 1,000
 MOST_BATCHES = 30  # the generator gives up after so many batches in a row without a good puzzle
 INVARIANT_CHUNK = 2_000  # boards whose invariants are computed at once
 ORBIT_CHUNK = 500  # solutions whose symmetries are compared at once, to limit memory
@@ -67,14 +68,16 @@ class Sudoku(PuzzleKind):
     def question_problem(self, board: UInt8[np.ndarray, "l"]) -> str | None:
         if problem := self._conflict(board):
             return problem
-        count = solver.count_solutions(self.size, board[None])[0]
-        return {0: "it has no solution", 1: None}.get(int(count), "it has several solutions")
+        count = int(self.solve(board[None])[1][0])
+        return {0: "it has no solution", 1: None, GIVEN_UP: None}.get(count, "it has several solutions")
 
     def solve(self, inputs: UInt8[np.ndarray, "n l"]) -> tuple[UInt8[np.ndarray, "n l"], Int64[np.ndarray, "n"]]:
-        owners, solutions = solver.search(self.size, solver.candidates(self.size, inputs), 2)
+        found = solver.search(self.size, solver.candidates(self.size, inputs), 2, EFFORT)
         answers = np.zeros_like(inputs)
-        answers[owners] = solutions
-        return answers, np.minimum(np.bincount(owners, minlength=len(inputs)), 2)
+        answers[found.owners] = found.boards
+        counts = np.minimum(np.bincount(found.owners, minlength=len(inputs)), 2)
+        counts[found.given_up] = GIVEN_UP
+        return answers, counts
 
     def _conflict(self, board):
         """Returns which digit a row, column or box of a board has twice, as a phrase, or None."""
@@ -342,6 +345,6 @@ def _take_clues(size, solutions, rng, low, high, singles):
         else:  # the solution stays the only one if no solution has another digit in this cell
             masks[here[::-1]] ^= np.uint16(1) << (solutions[rows][here] - 2).astype(np.uint16)
             stays = np.ones(len(rows), bool)
-            stays[solver.search(size, masks, 1)[0]] = False
+            stays[solver.search(size, masks, 1).owners] = False
         boards[rows[stays]] = trial[stays]
     return boards

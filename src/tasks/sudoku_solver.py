@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int64, UInt8, UInt16
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # size -> rows and columns of a box
 BLANK = 1  # token
 CHUNK = 4096  # boards that the search works on at once; more would not fit the CPU's cache
+NARROW = 256  # the same if only a few boards are to be solved: the first solution then comes sooner
 _MASKS = np.arange(512, dtype=np.uint16)
 _BITS = _MASKS[:, None] >> np.arange(9, dtype=np.uint16) & 1  # (512, 9)
 COUNT = _BITS.sum(1).astype(np.uint8)  # number of bits of a mask
@@ -112,22 +113,30 @@ def _once_and_twice(units, masks):
     return once, twice
 
 
-def search(
-    size: int, masks: UInt16[np.ndarray, "c n"], most: int
-) -> tuple[Int64[np.ndarray, "s"], UInt8[np.ndarray, "s c"]]:
-    """Returns (owners, solutions): solutions[i] solves board owners[i]. They are in no particular order.
+class Solutions(NamedTuple):
+    """The result of a search: boards[i] solves board owners[i]. They are in no particular order."""
 
-    Each board has at least `most` solutions here, or all that it has. The search is depth first. It keeps a stack of
-    boards, and works on about CHUNK boards at its top at once. A board is split into a guess and its opposite, and the
-    guess is searched first."""
+    owners: Int64[np.ndarray, "s"]
+    boards: UInt8[np.ndarray, "s c"]
+    given_up: Bool[np.ndarray, "n"]  # whether there may be more solutions, or any, because the search was too long
+
+
+def search(size: int, masks: UInt16[np.ndarray, "c n"], most: int, effort: int | None = None) -> Solutions:
+    """Returns at least `most` solutions of each board, or all that it has.
+
+    The search is depth first. It keeps a stack of boards, and works on up to CHUNK boards at its top at once. A board
+    is split into a guess and its opposite, and the guess is searched first. After `effort` such boards, the search for
+    a board is given up: a few boards, mostly without a solution, would take minutes or hours."""
     owners, solutions = [np.zeros(0, np.int64)], [np.zeros((0, size * size), np.uint8)]
-    found = np.zeros(masks.shape[1], np.int64)
+    found, tried = np.zeros(masks.shape[1], np.int64), np.zeros(masks.shape[1], np.int64)
+    effort = np.iinfo(np.int64).max if effort is None else effort
     for start in range(0, masks.shape[1], CHUNK):
         rows = np.arange(start, min(start + CHUNK, masks.shape[1]))
         stack = [(rows, masks[:, rows])]
         while stack:
             rows, current = stack.pop()
-            needed = found[rows] < most
+            needed = (found[rows] < most) & (tried[rows] <= effort)
+            np.add.at(tried, rows[needed], 1)
             rows, result = rows[needed], propagate(size, current[:, needed])
             solved, is_open = result.is_solved, ~result.is_solved & ~result.is_wrong
             owners.append(rows[solved])
@@ -136,8 +145,8 @@ def search(
             if is_open.any():
                 guess, other = _branch(result.masks[:, is_open])
                 stack += [(rows[is_open], other), (rows[is_open], guess)]
-                _merge(stack)
-    return np.concatenate(owners), np.concatenate(solutions)
+                _merge(stack, max(NARROW, min(CHUNK, masks.shape[1])))
+    return Solutions(np.concatenate(owners), np.concatenate(solutions), (tried > effort) & (found < most))
 
 
 def _branch(masks):
@@ -154,9 +163,9 @@ def _branch(masks):
     return guess, other
 
 
-def _merge(stack):
+def _merge(stack, most):
     """Join the two topmost entries of a stack if they are small, because a call for few boards is hardly faster."""
-    while len(stack) > 1 and len(stack[-1][0]) + len(stack[-2][0]) <= CHUNK:
+    while len(stack) > 1 and len(stack[-1][0]) + len(stack[-2][0]) <= most:
         rows, masks = stack.pop()
         below, masks_below = stack.pop()
         stack.append((np.concatenate([below, rows]), np.concatenate([masks_below, masks], axis=1)))
@@ -164,21 +173,21 @@ def _merge(stack):
 
 def count_solutions(size: int, boards: UInt8[np.ndarray, "n c"], most: int = 2) -> Int64[np.ndarray, "n"]:
     """Returns the number of solutions of each board, at most `most`, at which counting stops."""
-    owners, _ = search(size, candidates(size, boards), most)
+    owners = search(size, candidates(size, boards), most).owners
     return np.minimum(np.bincount(owners, minlength=len(boards)), most)
 
 
 def solve(size: int, boards: UInt8[np.ndarray, "n c"]) -> UInt8[np.ndarray, "n c"]:
     """Returns a solution of each board, or a row of zeros if there is none."""
-    owners, solutions = search(size, candidates(size, boards), 1)
+    found = search(size, candidates(size, boards), 1)
     solved = np.zeros_like(boards)
-    solved[owners] = solutions
+    solved[found.owners] = found.boards
     return solved
 
 
 def all_solutions(size: int, board: UInt8[np.ndarray, "c"]) -> UInt8[np.ndarray, "s c"]:
     """Returns every solution of a board, in lexicographic order. An empty board of size 4 has 288."""
-    _, solutions = search(size, candidates(size, board[None]), np.iinfo(np.int64).max)
+    solutions = search(size, candidates(size, board[None]), np.iinfo(np.int64).max).boards
     return solutions[np.lexsort(solutions.T[::-1])]
 
 

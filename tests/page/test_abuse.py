@@ -27,8 +27,21 @@ JUNK = [
     "\ud800",
     "x" * 70_000,
 ]
-JUNK += [[], {}, [[]], [None], ["a", 1], [[1], "a"], {"": 0}, {"a": {"a": {}}}, [0] * 3000, "NaN", "halt"]
-KEYS = ["", "prompt", "promt", "n", "recursion", "depth", "__class__", "\u0000", "messages", "x" * 2000, "stream"]
+JUNK += [[], {}, [[]], [None], ["a", 1], [[1], "a"], {"": 0}, {"a": {"a": {}}}, [0] * 3000, "NaN", "halt", [1.0, 2.0]]
+KEYS = [
+    "",
+    "prompt",
+    "promt",
+    "n",
+    "recursion",
+    "depth",
+    "__class__",
+    "\u0000",
+    "messages",
+    "x" * 2000,
+    "stream",
+    "\ud800",
+]
 HEADERS = [
     {},
     {"Content-Type": "text/plain"},

@@ -223,6 +223,36 @@ def test_again_and_next_seed(page):
     assert prompts == [(prompts[0][0], 1), (prompts[0][0], 1), (prompts[0][0], 2)]
 
 
+def test_again_after_the_prompt_was_corrected(page):
+    write(page, "def maim(")
+    passage = text_of(page).removeprefix("def maim(")
+    page.locator("#edit").click()
+    page.get_by_role("textbox", name="The text").fill(f"def main({passage}")
+    page.keyboard.press("Escape")
+    drawn(page)
+    page.locator("#again").click()
+    written(page)
+    first, again = (body["prompt"] for body in page.sent["completions"])
+    assert len(again) > 2 and again != first and text_of(page).startswith("def main(")
+    page.locator("#edit").click()
+    page.get_by_role("textbox", name="The text").fill("class")  # no passage is left
+    page.keyboard.press("Escape")
+    drawn(page)
+    expect(page.locator("#again")).to_be_disabled()
+
+
+def test_two_depths_of_a_text_without_a_prompt(page):
+    page.goto(f"/{GREEDY}")
+    page.get_by_role("textbox", name="The text").press("Control+Enter")
+    written(page)
+    page.locator("#compare").click()
+    page.get_by_label("left").fill("1")
+    page.get_by_label("right").fill("3")
+    page.keyboard.press("Enter")
+    expect(page.locator("#figures strong")).to_be_visible(timeout=20_000)
+    assert [len(body["prompt"]) for body in page.sent["completions"]] == [1, 1, 1]  # BOS
+
+
 def test_depth_and_two_depths(page):
     write(page, "def main(")
     slider = page.get_by_role("slider", name="Depth")

@@ -1,5 +1,6 @@
 """serve.py as a program: its end at SIGTERM, its errors; the released checkpoints; OpenAI's client."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -16,6 +17,7 @@ from test_server import HOST, check_error, client_of, complete, new_service
 import serve
 from src.checkpoint import load_model
 from src.errors import UserError
+from src.page import running
 from src.page.app import create_app
 from src.page.config import ServeConfig
 from src.page.service import example_prompt, open_service
@@ -114,6 +116,37 @@ def test_an_address_that_is_taken(capsys):
             serve.main(["--port", str(port)])
 
 
+def test_a_client_that_does_not_read_is_cut_off(monkeypatch):
+    """A transport that is closed waits until the client has read everything, which may be never."""
+    monkeypatch.setattr(running, "LAST_S", 0.05)
+
+    class Transport:
+        closing, aborted = False, 0
+
+        def is_closing(self):
+            return self.closing
+
+        def abort(self):
+            self.aborted += 1
+
+    async def watch():
+        protocol = object.__new__(running._Protocol)
+        protocol.transport = Transport()
+        protocol._look(False)
+        await asyncio.sleep(0.3)
+        assert not protocol.transport.aborted  # an open connection may be quiet for long
+        protocol.transport.closing = True
+        await asyncio.sleep(0.3)
+        assert protocol.transport.aborted == 1
+
+    asyncio.run(watch())
+
+
+def test_a_name_that_cannot_be_a_host():
+    with pytest.raises(UserError, match=r"^cannot listen on a\.\.b, port 0 \(.*\): choose another --port or --host"):
+        running.listen("a..b", 0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -143,6 +176,7 @@ def test_a_board_is_solved(released):
         "columns": 9,
         "symbols": list(".123456789"),
         "steps": 16,
+        "max_steps": 128,
     }
     answer = released.post("/v1/puzzle", json={"board": board, "steps": 3}).json()
     assert answer["solved"] is True and answer["message"].startswith("right from step")
@@ -158,6 +192,9 @@ def test_a_board_is_solved(released):
     two = "534..8912672195348198342567859..1423426853791713924856961537284287419635345286179"  # 6 and 7, or 7 and 6
     answer = released.post("/v1/puzzle", json={"board": two, "steps": 1}).json()
     assert answer["message"].endswith("; the board has several solutions, and any of them counts as right")
+    hopeless = ".....5.8....6.1.43..........1.5........1.6...3.......553.....61........4........."
+    answer = released.post("/v1/puzzle", json={"board": hopeless, "steps": 1}).json()
+    assert answer["message"].endswith("; it is not known whether the board has a solution") and not answer["solved"]
 
 
 def test_the_example_of_a_run(tmp_path):

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from src.evaluation.scoring import score_continuations
 from src.language_model import LanguageModel
 from src.page import schemas
+from src.page.answers import event
 from src.page.app import create_app
 from src.page.config import ServeConfig
 from src.page.engine import Text
@@ -92,6 +93,44 @@ def test_choices_have_the_seeds_of_generate(client, service):
     assert [c["text"] for c in as_ids["choices"]] == [c["text"] for c in answer["choices"]]
 
 
+def test_token_ids_may_be_written_as_fractions(client):
+    """Many programs write 257 as 257.0. Such a prompt must not make the model fail, with the texts of other clients."""
+    body = {"max_tokens": 4, "seed": 3}
+    found = [complete(client, prompt=ids, **body)["choices"][0]["text"] for ids in ([257, 97], [257.0, 97.0])]
+    assert found[0] == found[1]
+
+
+def test_without_a_seed_equal_prompts_get_different_texts(client):
+    texts = [c["text"] for c in complete(client, prompt=["ab"] * 4, max_tokens=8, ignore_eos=True)["choices"]]
+    assert len(set(texts)) == 4
+    seeded = complete(client, prompt=["ab"] * 4, max_tokens=8, ignore_eos=True, seed=1)["choices"]
+    assert len({c["text"] for c in seeded}) == 1
+
+
+def test_a_default_above_a_bound_is_lowered_to_it():
+    with client_of(new_service(max_tokens=5)) as client:
+        assert complete(client, prompt="a", ignore_eos=True)["usage"]["completion_tokens"] == 5
+        body = {"messages": [{"role": "user", "content": "a"}], "ignore_eos": True}
+        assert client.post("/v1/chat/completions", json=body).json()["usage"]["completion_tokens"] == 5
+        assert client.get("/v1/model_card").json()["max_tokens"] == 5
+
+
+def test_a_depth_for_which_the_cache_has_no_room_is_refused():
+    service = new_service(max_cache_gib=0.001)
+    assert service.engine.limits.rows < 64 / service.model.config.recursion_steps
+    with client_of(service) as client:
+        answer = client.post("/v1/completions", json={"prompt": "a", "recursion": {"depth": 64}})
+        check_error(answer, 400, "recursion.depth is 64, for which max_cache_gib has no room: lower it", "recursion")
+        assert complete(client, prompt="a", max_tokens=2)["choices"][0]["finish_reason"]
+
+
+def test_line_ends_of_unicode_are_escaped_in_a_stream():
+    """Some clients split an event where `str.splitlines` would."""
+    text = "a\u2028b\u2029c\x85d"
+    line = event({"text": text})
+    assert len(line.splitlines()) == 2 and json.loads(line.removeprefix("data: ")) == {"text": text}
+
+
 def test_a_stream_is_the_same_text_in_pieces(client):
     body = {"prompt": "é", "n": 2, "max_tokens": 30, "seed": 1, "temperature": 0.7, "logprobs": 2}
     body |= {"recursion": {"trace": 1, "depth": 3}, "echo": True, "stop": ["\x00", "zz"]}
@@ -153,6 +192,7 @@ def test_chat(client):
     chunks = events(client.post("/v1/chat/completions", json=body | {"stream": True}))
     assert "".join(c["choices"][0]["delta"]["content"] for c in chunks) == choice["message"]["content"]
     assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
+    assert ["role" in c["choices"][0]["delta"] for c in chunks] == [True] + [False] * (len(chunks) - 1)
 
 
 def test_facts(client, service):
@@ -234,8 +274,10 @@ def test_what_is_refused(client, body, param, message):
         (b'{"prompt": ' + b"9" * 5000 + b"}", "the body is not JSON"),
         (b'{"prompt": ' + b"[" * 30 + b"]" * 30 + b"}", "the body nests over 20 lists and objects: flatten it"),
         (b"[" * 50000, "the body nests over 20 lists and objects: flatten it"),
+        (b'{"\\ud800": 1}', "a name has an escape for half a character, such as \\ud800: remove it"),
+        (b'{"a": [{"\\ud800": 1}]}', "a name has an escape for half a character, such as \\ud800: remove it"),
     ],
-    ids=["empty", "half", "not UTF-8", "a list", "NaN", "a huge number", "deep", "very deep"],
+    ids=["empty", "half", "not UTF-8", "a list", "NaN", "a huge number", "deep", "very deep", "a name", "a deep name"],
 )
 def test_broken_bodies(client, data, message):
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/tokenize"):

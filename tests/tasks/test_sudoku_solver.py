@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from src.tasks import sudoku_solver as solver
+from src.tasks.puzzles import GIVEN_UP
 from src.tasks.sudoku import Sudoku, random_solutions
 
 EASY = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
@@ -54,6 +55,17 @@ def test_boards_of_no_one_and_several_solutions_are_told_apart():
     assert solver.count_solutions(9, puzzles, most=500).tolist() == [0, 1, 484, 500]
     assert len(solver.all_solutions(9, puzzles[2])) == 484
     assert (solver.solve(9, boards(9, none)) == 0).all()
+
+
+def test_a_search_that_is_too_long_is_given_up():
+    """This board has no solution, but no clue says so: the whole search takes minutes."""
+    hopeless = ".....5.8....6.1.43..........1.5........1.6...3.......553.....61........4........."
+    masks = solver.candidates(9, boards(9, hopeless, EASY, HARD))
+    found = solver.search(9, masks, 2, effort=5000)
+    assert found.given_up.tolist() == [True, False, False] and sorted(found.owners.tolist()) == [1, 2]
+    answers, counts = Sudoku(9).solve(boards(9, hopeless, EASY))
+    assert counts.tolist() == [GIVEN_UP, 1] and not answers[0].any() and (answers[1] == boards(9, SOLVED)[0]).all()
+    assert Sudoku(9).question_problem(boards(9, hopeless)[0]) is None
 
 
 def test_a_contradiction_without_equal_digits_is_found():

@@ -12,7 +12,7 @@ import {
   changed, DEFAULTS, fromFragment, History, newBranch, replaced, toFragment, without, writingOf,
 } from "./state.js";
 import { figuresOf, partingOf, TextView } from "./text_view.js";
-import { keptBefore, textOf } from "./tokens.js";
+import { textOf } from "./tokens.js";
 import { noteOf, Writer } from "./writer.js";
 
 const NARROW = matchMedia("(max-width: 70rem)"); // as in style.css: settings and inspector are below the text
@@ -65,7 +65,8 @@ async function start() {
 class Page {
   constructor(card) {
     this.card = card;
-    this.settings = { ...DEFAULTS };
+    this.defaults = { ...DEFAULTS, length: Math.min(DEFAULTS.length, card.max_tokens) };
+    this.settings = { ...this.defaults };
     this.history = new History();
     this.selected = null; // {key, index} of the token that was clicked or focused
     this.hovered = null;
@@ -181,15 +182,14 @@ class Page {
     this.refresh();
   }
 
-  // Takes over an edited text: only its changed tail is tokenized again.
+  // Takes over an edited text.
   async edited(key, text, write) {
     const branch = this.history.find(key);
-    const { kept, tail } = keptBefore(branch.tokens, text);
     try {
       if (text !== textOf(branch.tokens)) {
-        const tokens = [...branch.tokens.slice(0, kept), ...(await this.writer.tokenize(tail, kept === 0))];
+        const fields = await this.writer.edited(branch, text);
         this.selected = null;
-        const fields = { tokens, start: write ? tokens.length : Math.min(branch.start, kept) };
+        if (write) fields.start = fields.tokens.length;
         this.commit(changed(this.history.page, key, fields));
       }
       this.refresh();
@@ -262,7 +262,7 @@ class Page {
   async compare(name, values) {
     if (this.view.editing) await this.view.finish(false);
     const { tokens, start } = this.history.branch;
-    const prompt = start && start < tokens.length ? tokens.slice(0, start) : tokens;
+    const prompt = this.history.hasPassage && start < tokens.length ? tokens.slice(0, start) : tokens;
     const runs = values.map((value) => ({ ...this.settings, [name]: value }));
     const branches = runs.map((settings) => newBranch(prompt, prompt.length, noteOf(settings, this.card)));
     this.selected = null;
@@ -364,7 +364,7 @@ class Page {
 
   async open(fragment) {
     const { text, start, settings } = fromFragment(fragment);
-    Object.assign(this.settings, DEFAULTS, settings);
+    Object.assign(this.settings, this.defaults, settings);
     this.showSettings();
     this.used = writingOf(this.settings);
     let [branch, problem] = [newBranch(), null];

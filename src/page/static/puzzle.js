@@ -43,7 +43,8 @@ export class PuzzlePage {
     this.slider.addEventListener("input", () => this.go(Number(this.slider.value)));
     const button = (text, title, click, name) => h("button", { title, click, class: name }, text);
     this.solveButton = button("Solve", "Solve the board, step by step", () => this.solve(this.puzzle.steps), "main");
-    this.moreButton = button("More steps", "Let the model think longer", () => this.solve(2 * this.steps.length));
+    const twice = () => Math.min(2 * this.steps.length, this.puzzle.max_steps);
+    this.moreButton = button("More steps", "Let the model think longer", () => this.solve(twice()));
     this.playButton = button("Play", "Play the steps", () => this.play());
     this.backButton = button("‹ Back", "One step back (left arrow on the slider)", () => this.go(this.at - 1));
     this.onButton = button("Next ›", "One step forwards (right arrow on the slider)", () => this.go(this.at + 1));

@@ -27,7 +27,7 @@ export function buildSettings(form, settings, card, changed) {
       "Top p",
       plain(0.05, 1, 0.05, (value) => (value === 1 ? "1, all tokens" : value.toFixed(2))),
     ),
-    number("length", "Tokens to write", 1, card.context),
+    number("length", "Tokens to write", 1, Math.min(card.context, card.max_tokens)),
     number("seed", "Seed", 0, 2 ** 31),
     choice("tint", "Tint", tints(deep)),
     traces(card) ? toggle("trace", "Record what the model thinks", "the model writes a little slower") : null,

@@ -4,7 +4,7 @@ import { complete, post } from "./api.js";
 import { count, say, warn } from "./dom.js";
 import { traces } from "./settings.js";
 import { changed } from "./state.js";
-import { textOf } from "./tokens.js";
+import { keptBefore, textOf } from "./tokens.js";
 
 export class Writer {
   // history: a History. card: the model card. changed(): called after each token.
@@ -29,6 +29,22 @@ export class Writer {
     const adds = isFirst && textOf(tokens) === ` ${text}`; // some tokenizers add a space, which is not part of the text
     if (adds) tokens[0].bytes = tokens[0].bytes.slice(1);
     return tokens.map((token) => ({ ...token, kind: "typed", steps: 0, p: 1, trace: null }));
+  }
+
+  // Returns the tokens and the start of the last passage of a branch after an edit: only what has changed is tokenized
+  // again. If the edit was before the passage, it still begins where it did. If it was in both, there is none any more.
+  async edited(branch, text) {
+    const { kept, tail } = keptBefore(branch.tokens, text);
+    const passage = textOf(branch.tokens.slice(branch.start));
+    if (kept >= branch.start || !text.endsWith(passage)) {
+      const tokens = [...branch.tokens.slice(0, kept), ...(await this.tokenize(tail, kept === 0))];
+      return kept < branch.start ? { tokens, start: kept, note: "" } : { tokens };
+    }
+    const before = keptBefore(branch.tokens.slice(0, branch.start), text.slice(0, text.length - passage.length));
+    const fresh = await this.tokenize(before.tail, before.kept === 0);
+    const prompt = [...branch.tokens.slice(0, before.kept), ...fresh];
+    const after = await this.tokenize(passage, prompt.length === 0);
+    return { tokens: [...prompt, ...after], start: prompt.length };
   }
 
   // Writes one passage at the end of a branch, whose tokens go to the server as ids. Problems appear above the page.
