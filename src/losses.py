@@ -76,13 +76,20 @@ def count_terms(targets: Int[Tensor, "b t"], mean: str) -> int:
     return (valid.any(-1) if mean == "row" else valid).sum().item()
 
 
-def halting_loss(
-    halt_logits: Float[Tensor, "*n"], should_halt: Bool[Tensor, "*n"], valid: Bool[Tensor, "*n"]
-) -> Float[Tensor, ""]:
-    """Returns the mean binary cross-entropy of the halting head over the valid positions, in nats."""
+def halting_loss(halt_logits: Float[Tensor, "*n"], should_halt: Bool[Tensor, "*n"], weights: Tensor) -> Tensor:
+    """Returns the weighted mean binary cross-entropy of the halting head, in nats.  weights: as `halting_weights`."""
     logits = _wide(halt_logits)
     loss = F.binary_cross_entropy_with_logits(logits, should_halt.to(logits.dtype), reduction="none")
-    return (loss * valid).sum() / valid.sum().clamp(min=1)
+    return (loss * weights).sum() / weights.sum().clamp(min=1)
+
+
+def halting_weights(valid: Bool[Tensor, "b t"], causal: bool, mean: str) -> Tensor:
+    """Returns the weight of each halting logit: (B, T) if each token halts, (B,) if the row halts as a whole.
+
+    Their sum is `count_terms`, so that losses of the parts of a batch can be added, like those of the tokens."""
+    if mean == "token":
+        return valid if causal else valid.sum(-1)
+    return valid / valid.sum(-1, keepdim=True).clamp(min=1) if causal else valid.any(-1)
 
 
 def kl_divergence(logits: Float[Tensor, "*n v"], before: Float[Tensor, "*n v"]) -> Float[Tensor, "*n"]:

@@ -86,14 +86,13 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
 
     Weights: a multiply-add costs 2 FLOPs in the forward pass and 4 more in the backward pass. A parameter therefore
     costs 6 in a visit with gradient, and 2 in a visit without. Without gradient are all but the last grad_deep_steps of
-    trm, and the second read-out of act_target stable.
+    trm, supervision steps whose loss has weight 0 (without full_bptt), and the second read-out of act_target stable.
     Attention: scores and values cost 4*T*D forward and 8*T*D backward per token and layer visit. The whole T x T square
     counts although half of it is masked, as in PaLM (arXiv:2204.02311, appendix B).
     Included: coda, head and halting head, once per supervision step (for the loop: once per visit with a loss; with
     full_bptt: once per step with a loss); the injection and gate of every visit; the prelude, once per supervision step
     because training recomputes x each time (with full_bptt: once in all).
     Not included: embedding look-up, norms, softmax, optimizer, recomputation by gradient checkpointing.
-    Without full_bptt, all supervision steps count in full, whatever supervision_weights is.
     The prefix tokens of a puzzle are computed too; their cost is added to that of the other tokens.
     Decoding: the forward pass of one new token with a cache of `context` tokens, with every visit, and the coda and
     head once. For a model that is not causal: the forward pass over `context` tokens, divided by their number."""
@@ -101,21 +100,23 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
     prelude, coda = config.prelude_layers, config.coda_layers
     cycles = 1 if config.recursion == "none" else config.deep_steps
     grad_cycles = cycles if config.recursion == "none" else config.grad_deep_steps
-    is_loop = config.recursion == "loop"
-    weighted = loss_weights(config, config.recursion_steps) if is_loop or config.full_bptt else [1.0] * steps
-    has_loss = [weight > 0 for weight in weighted]
+    is_trm = config.recursion == "trm"
+    has_loss = [weight > 0 for weight in loss_weights(config, config.recursion_steps)]
     readouts, readout = sum(has_loss), coda * costs.block + costs.head + costs.halt
+    # supervision steps that training runs alone and without gradient, because only their state is wanted
+    idle = steps - readouts if is_trm and not config.full_bptt else 0
     entries = 1 if config.full_bptt else steps  # times that the prelude runs
     # act_target stable reads out the answer of the step before a second time, without gradient
-    second_looks = sum(has_loss[1:]) if config.halting and config.act_target == "stable" else 0
+    looks = steps - 1 if idle else sum(has_loss[1:])
+    second_looks = looks if config.halting and config.act_target == "stable" else 0
     # a cycle without gradient also cuts off the steps before it: those without a loss of their own get none
-    is_cut = config.full_bptt and grad_cycles < cycles and not is_loop
-    grad_cycles *= readouts if is_cut else steps
+    is_cut = config.full_bptt and grad_cycles < cycles and is_trm
+    grad_cycles *= readouts if is_cut else steps - idle
     cycles *= steps
-    with_grad = entries * prelude * costs.block + grad_cycles * costs.cycle + readouts * readout
-    without = (cycles - grad_cycles) * costs.cycle + second_looks * readout
-    layers_with = entries * prelude + grad_cycles * costs.layers + readouts * coda
-    layers_without = (cycles - grad_cycles) * costs.layers + second_looks * coda
+    with_grad = (entries - idle) * prelude * costs.block + grad_cycles * costs.cycle + readouts * readout
+    without = idle * prelude * costs.block + (cycles - grad_cycles) * costs.cycle + (idle + second_looks) * readout
+    layers_with = (entries - idle) * prelude + grad_cycles * costs.layers + readouts * coda
+    layers_without = idle * prelude + (cycles - grad_cycles) * costs.layers + (idle + second_looks) * coda
     decode_matmul, decode_attention = _decode_macs(config, costs, config.recursion_steps, 1, 1)
     return Flops(
         train_matmul=round(6 * with_grad + 2 * without),

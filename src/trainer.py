@@ -59,7 +59,7 @@ class Trainer:
         """Build the schedule of stages, and check that each stage can run. Raises UserError if one cannot."""
         c, stages = self.config, self.config.curriculum.stages
         self.curriculum = curriculum.CurriculumScheduler(stages, first, c.batch_size, c.max_steps, self._windows)
-        self.curriculum.check_processes(c.grad_accum, self.world)
+        self.curriculum.check(c, self.world)
         if stages and hasattr(self.train_set, "with_seq_len"):  # retrieved code needs room in a window
             self.train_set.with_seq_len(min(stage.seq_len for stage in self.curriculum.stages))
 

@@ -244,9 +244,11 @@ class Twin:
         return sum(cross_entropy(row[None], [goals], probabilities) for row, goals in rows) / max(1, len(rows))
 
     def act_loss(self, read, previous, targets, step):
-        """Mean halting cross-entropy: per target token, or per sequence where the model is not causal."""
+        """Mean halting cross-entropy: of tokens, or, where the model is not causal, of rows, which halt as a whole.
+
+        With loss_mean `token`, each target counts the same; with `row`, each row that has any."""
         stable = self.c["act_target"] == "stable"
-        terms = []
+        by_row = []  # (mean of a row, its number of targets)
         if self.c["halting"] and not (stable and step == 0):
             for (logits, halt), (old_logits, old_halt), row in zip(read, previous, targets, strict=True):
                 hits = {}
@@ -254,11 +256,15 @@ class Twin:
                     if target != IGNORE:
                         hits[t] = int(logits[t].argmax()) == (int(old_logits[t].argmax()) if stable else target)
                 h = old_halt if stable else halt
-                if self.c["causal"]:
-                    terms += [binary_cross_entropy(h[t], hit) for t, hit in hits.items()]
+                if hits and self.c["causal"]:
+                    losses = [binary_cross_entropy(h[t], hit) for t, hit in hits.items()]
+                    by_row.append((sum(losses) / len(losses), len(hits)))
                 elif hits:
-                    terms.append(binary_cross_entropy(h[0], all(hits.values())))
-        return sum(terms) / len(terms) if terms else torch.zeros((), dtype=read[0][0].dtype)
+                    by_row.append((binary_cross_entropy(h[0], all(hits.values())), len(hits)))
+        if not by_row:
+            return torch.zeros((), dtype=read[0][0].dtype)
+        counts = [n if self.c["loss_mean"] == "token" else 1 for _, n in by_row]
+        return sum(n * loss for (loss, _), n in zip(by_row, counts, strict=True)) / sum(counts)
 
 
 class TokenTwin(Twin):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import AXES, TINY
+from conftest import AXES, TINY, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -105,6 +105,16 @@ def test_greedy_with_and_without_cache_across_the_context(unchecked, tiny, case)
         tokens = ids[row, LEFT_PADDED[row] == 1]
         assert cached[row].tolist() == greedy_by_hand(model, tokens.tolist(), number)
         assert torch.equal(decode(model, tokens[None], number)[0], cached[row])
+
+
+@pytest.mark.parametrize("case", pairwise(AXES), ids=name)
+@torch.no_grad()
+def test_every_option_decodes_as_without_a_cache(unchecked, tiny, case):
+    """Pieces, then single tokens, which have code of their own (src/decode.py), of rows with padding."""
+    model, ids, real = tiny(**case).eval(), prompt(), LEFT_PADDED == 1
+    whole = model(ids, attention_mask=LEFT_PADDED).logits
+    found = chunked(model, ids, [5, 1, 2, 1, 1], LEFT_PADDED)
+    torch.testing.assert_close(found[real], whole[real], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("max_seq_len", [1, 2, 3])

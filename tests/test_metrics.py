@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from src.metrics import cache_bytes_per_token, count_parameters, effective_depth, flops_per_token, format_params
 from src.model import TRMConfig, TRMModel
+from src.model_config import loss_weights
 
 FAMILIES = {
     "none": {"recursion": "none", "n_layers": 3, "norm": "pre"},
@@ -81,10 +82,13 @@ def test_train_flops_are_those_of_forward_and_backward(settings):
         if model.config.full_bptt:
             model(ids, targets).loss.backward()
             return
-        carry = None
-        for _ in range(model.config.train_steps):
-            out = model(ids, targets, supervision_steps=1, carry=carry)
-            out.loss.backward()
+        carry, steps = None, model.config.train_steps
+        weights = loss_weights(model.config, steps) if model.config.recursion == "trm" else [1.0] * steps
+        for weight in weights:  # as in Trainer.supervise
+            with torch.set_grad_enabled(weight > 0):
+                out = model(ids, targets, supervision_steps=1, carry=carry)
+            if weight > 0:
+                out.loss.backward()
             carry = out.carry
 
     matmul, attention = counted(train, ids.numel())

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY
 
 from src.model_config import ExitRule
-from src.sampling import choose_token, filter_logits, generate
+from src.sampling import choose_token, filter_logits, generate, generate_ids
 
 PROBABILITIES = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
 LOGITS = PROBABILITIES.log()[None]
@@ -179,6 +179,17 @@ def test_refusals_name_what_is_wrong(tiny, options, word):
     arguments = {"prompt_ids": torch.zeros(1, 3, dtype=torch.long), "max_new_tokens": 2, **options}
     with pytest.raises(ValueError, match=word):
         list(generate(tiny(), **arguments))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_any_mask_but_0_is_a_real_token(tiny, use_cache):
+    """In training, numbers are documents; new tokens belong to that of the prompt, with and without a cache."""
+    model, ids = tiny(), torch.tensor([[0, 3, 4, 5, 6], [7, 3, 4, 5, 6]])
+    mask = torch.tensor([[0, 2, 2, 2, 2], [1, 1, 1, 1, 1]])
+    options = {"temperature": 0, "use_cache": use_cache}
+    expected = generate_ids(model, ids, 6, attention_mask=(mask > 0).long(), **options)
+    assert torch.equal(generate_ids(model, ids, 6, attention_mask=mask, **options), expected)
+    assert torch.equal(generate_ids(model, ids, 6, attention_mask=mask > 0, **options), expected)
 
 
 def test_a_model_that_looks_ahead_does_not_generate(tiny):

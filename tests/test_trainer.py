@@ -17,6 +17,7 @@ from trainers import TINY, assert_same_checkpoints, during, read_metrics, same
 import train_trm_lm
 from src.checkpoint import load_model
 from src.errors import UserError
+from src.evaluation.evaluation import evaluate_rows, sample_text
 from src.losses import IGNORE, cross_entropy
 from src.model import TRMConfig
 from src.training.create import create_trainer
@@ -155,8 +156,9 @@ class TestSplitBatches:
         "changes",
         [
             {},
-            {"packing": False},  # rows of different length: parts with different numbers of targets
-            {"packing": False, "loss_mean": "row"},
+            {"packing": False, "max_seq_len": 64},  # rows of different length: parts with different numbers of targets
+            {"packing": False, "max_seq_len": 64, "loss_mean": "row"},
+            {"packing": False, "max_seq_len": 64, "loss_mean": "row", "act_target": "stable"},
             {"token_loss": "stablemax", "recursion": "loop", "halting": True, "deep_steps": 3},
             {"supervision_weights": "linear", "supervision_steps": 3},
             {"supervision_weights": "last"},
@@ -172,6 +174,8 @@ class TestSplitBatches:
         trained, norms = [], []
         for parts in (1, 4):
             trainer = make(str(parts), grad_accum=parts, max_steps=2, **LINEAR, **changes)
+            if "packing" in changes:
+                assert len({(row.target_ids != IGNORE).sum().item() for row in trainer.train_set}) > 3
             start = weights(trainer).clone()
             trainer.train()
             trained.append(weights(trainer) - start)
@@ -215,11 +219,56 @@ class TestSplitBatches:
             ends.append(weights(trainer))
         assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[1], ends[2])
 
+    @pytest.mark.parametrize("update", ["batch", "supervision"])
+    def test_gradients_are_those_of_the_weighted_losses(self, make, monkeypatch, update):
+        """One update has the gradient of the model's own loss; an update per step has N times its share of it."""
+        options = {"supervision_weights": "linear", "supervision_steps": 3, "grad_clip": 0, "lr": 1e-9}
+        trainer = make(optimizer_step=update, **options)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, 250, (8, 17), generator=generator)
+        batch, found = {"input_ids": ids[:, :-1], "target_ids": ids[:, 1:]}, []
+
+        def gradient():
+            return torch.cat([p.grad.detach().flatten() for p in trainer.raw.parameters()])
+
+        update_weights = trainer.update_weights
+        monkeypatch.setattr(trainer, "update_weights", lambda: (found.append(gradient()), update_weights()))
+        trainer.started = time.monotonic()
+        trainer.train_step(batch)
+        expected, carry = [], None
+        for weight in (1, 2, 3):
+            trainer.raw.zero_grad()
+            out = trainer.raw(**batch, supervision_steps=1, carry=carry)
+            out.loss.backward()
+            expected.append(weight / 6 * gradient())
+            carry = out.carry
+        trainer.raw.zero_grad()
+        trainer.raw(**batch).loss.backward()
+        torch.testing.assert_close(sum(expected), gradient(), rtol=1e-4, atol=1e-7)
+        expected = [sum(expected)] if update == "batch" else [3 * each for each in expected]
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected):
+            assert (ours - theirs).norm() < 1e-4 * theirs.norm()  # fp32 sums in another order
+
     def test_supervision_step_makes_an_update_each(self, make):
         trainer = make(optimizer_step="supervision", supervision_steps=3)
         trainer.train()
         assert trainer.ema.updates == 3 * 8
         assert make("other").config.optimizer_step == "batch"
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.95])
+def test_evaluations_and_samples_use_the_averaged_weights(make, decay):
+    """`best` is chosen by the weights that are loaded later."""
+    trainer = make(ema_decay=decay, max_steps=20, lr=3e-2, sample_tokens=20, eval_every=20)
+    figures = trainer.train()
+    loaded, last = (load_model(trainer.folder / "last", ema=ema)[0] for ema in (True, False))
+    data, pad_id = trainer.valid_set, trainer.tokenizer.pad_id
+    losses = [evaluate_rows(model, data, len(data), 8, pad_id)["valid_loss"] for model in (loaded, last)]
+    assert figures["valid_loss"] == pytest.approx(losses[0], rel=1e-5)
+    assert (abs(losses[1] / losses[0] - 1) > 1e-3) == (decay > 0)
+    sample = sample_text(loaded, trainer.tokenizer, "", 20, trainer.config.seed)
+    assert sample in (trainer.folder / "samples.txt").read_text(encoding="utf-8")
 
 
 class TestRepeating:

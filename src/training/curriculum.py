@@ -89,15 +89,16 @@ class CurriculumScheduler:
             self.stages.append(now)
         self.total_steps = now.start + now.steps
 
-    def check_processes(self, grad_accum: int, world: int):
-        """Raises UserError if a stage cannot run in `world` processes.
+    def check(self, config: TrainConfig, world: int):
+        """Raises UserError if a stage cannot run in `world` processes, or not at every depth that may be drawn.
 
         Its batch must divide evenly into the parts of all processes. Its width can grow in a single process only."""
         if world > 1 and len({(stage.model.d_model, stage.model.d_ff) for stage in self.stages}) > 1:
             raise UserError("a stage's dim can grow in a single process only: leave out dim, or start one process")
         for stage in self.stages:
-            if stage.batch_size % (grad_accum * world):
-                parts = f"grad_accum {grad_accum} x {world} processes"
+            _check_depths(config, stage.model)
+            if stage.batch_size % (config.grad_accum * world):
+                parts = f"grad_accum {config.grad_accum} x {world} processes"
                 raise UserError(f"batch_size {stage.batch_size} does not divide into {parts}: make it a multiple")
 
     def at(self, step: int) -> Stage:
@@ -131,16 +132,33 @@ def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, progress: fl
     """Returns the model's config at the depth of this step: see sample_depth and recursion_from in TrainConfig."""
     deep, supervision = whole.deep_steps, whole.supervision_steps
     if progress < config.recursion_from:
-        deep, supervision = 1, 1
-    elif config.sample_depth:
-        # a generator, because the lowest bits of mix_seed repeat after a few steps
-        rng = random.Random(mix_seed(config.seed, step, 1))
-        if whole.recursion == "trm" and whole.full_bptt:
-            supervision = 1 + rng.randrange(supervision)
-        else:
-            deep = 1 + rng.randrange(deep)
-    else:
+        return _at_depth(whole, 1, 1)
+    if not config.sample_depth:
         return whole
+    # a generator, because the lowest bits of mix_seed repeat after a few steps
+    rng = random.Random(mix_seed(config.seed, step, 1))
+    if whole.recursion == "trm" and whole.full_bptt:
+        return _at_depth(whole, deep, 1 + rng.randrange(supervision))
+    return _at_depth(whole, 1 + rng.randrange(deep), supervision)
+
+
+def _check_depths(config: TrainConfig, whole: TRMConfig):
+    """Raises UserError if a step of the run may have a depth that does not go with the model's other settings."""
+    deep, supervision = whole.deep_steps, whole.supervision_steps
+    depths = [(1, 1)] if config.recursion_from else []
+    if config.sample_depth and whole.recursion == "trm" and whole.full_bptt:
+        depths += [(deep, steps) for steps in range(1, supervision)]
+    elif config.sample_depth:
+        depths += [(steps, supervision) for steps in range(1, deep)]
+    try:
+        for depth in depths:
+            _at_depth(whole, *depth)
+    except ValueError as error:
+        raise UserError(f"sample_depth and recursion_from train at smaller depths too: {error}") from None
+
+
+def _at_depth(whole: TRMConfig, deep: int, supervision: int) -> TRMConfig:
+    """Returns a config with fewer steps. Raises ValueError if its supervision_weights have no loss at that depth."""
     cut = min(whole.grad_deep_steps, deep)
     return replace(whole, deep_steps=deep, supervision_steps=supervision, grad_deep_steps=cut)
 

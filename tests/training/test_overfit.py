@@ -64,6 +64,13 @@ def test_shuffled_labels_stay_at_chance_on_held_out_records(settings):
     assert right["real"] >= 48 and right["shuffled"] <= 25, right  # at chance: 12.5, standard deviation 3
 
 
+def test_what_works_against_learning_by_heart_is_left_out(settings):
+    options = {"recursion": "loop", "deep_steps": 3, "dropout": 0.1, "visit_dropout": 0.5, "start_noise": 1.0}
+    trainer, _ = prepare(settings(words(8), sample_depth=True, **options))
+    config = trainer.raw.config
+    assert (config.dropout, config.visit_dropout, config.start_noise, trainer.config.sample_depth) == (0, 0, 0, False)
+
+
 def test_a_learning_rate_that_is_wrong(settings, capsys):
     assert not overfit(settings(words(8), lr=1e-6, max_steps=20))
     closing = capsys.readouterr().err.splitlines()[-1]

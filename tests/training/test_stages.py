@@ -118,6 +118,23 @@ def test_a_width_that_several_processes_cannot_reach_is_refused_at_the_start(mak
         trainer._plan(trainer.curriculum.stages[0].model)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_rate_of_a_stage_reaches_every_weight(make, optimizer):
+    """The logged rate says nothing about the optimizers: all of their groups must follow schedule and stage."""
+    trainer = make(curriculum=curriculum(*STAGES), optimizer=optimizer, schedule="linear", lr=1e-3)
+    logged, train_step = [], trainer.train_step
+
+    def look(batch):
+        train_step(batch)
+        groups = [group for each in trainer.optimizers for group in each.param_groups]
+        assert [g["lr"] / g["peak_lr"] for g in groups] == pytest.approx([trainer.lr / 1e-3] * len(groups))
+        logged.append(trainer.lr / 1e-3)
+
+    trainer.train_step = look
+    trainer.train()
+    assert logged[0] == 0.5 and logged[4] == 1.0 and 0 < logged[9] < 0.5  # warm-up, peak, cooldown times lr_factor
+
+
 class TestDepthByStep:
     def test_sampled(self, make):
         trainer = make(sample_depth=True, deep_steps=3, grad_deep_steps=2, max_steps=30)
@@ -141,6 +158,14 @@ class TestDepthByStep:
         assert drawn == [depth_of_step(config, whole, step, 0.0).deep_steps for step in range(1600)]
         pairs = Counter(zip(drawn, drawn[1:]))  # of one step and the next: 100 of each are expected
         assert len(pairs) == 16 and min(pairs.values()) > 60 and max(pairs.values()) < 140
+
+    @pytest.mark.parametrize("settings", [{"sample_depth": True}, {"recursion_from": 0.5}], ids=str)
+    def test_weights_that_some_depth_cannot_have_are_refused(self, make, settings):
+        """With one visit, the only loss would have weight 0."""
+        options = {"recursion": "loop", "deep_steps": 3, "supervision_weights": "0,0,1,0"}
+        make("fixed", **options)
+        with pytest.raises(UserError, match="sample_depth and recursion_from train at smaller depths too: .*weights"):
+            make("drawn", **options, **settings)
 
     def test_switched_on_late(self, make):
         trainer = make(recursion_from=0.5, deep_steps=2, max_steps=8)
