@@ -76,20 +76,21 @@ def count_terms(targets: Int[Tensor, "b t"], mean: str) -> int:
     return (valid.any(-1) if mean == "row" else valid).sum().item()
 
 
-def halting_loss(halt_logits: Float[Tensor, "*n"], should_halt: Bool[Tensor, "*n"], weights: Tensor) -> Tensor:
-    """Returns the weighted mean binary cross-entropy of the halting head, in nats.  weights: as `halting_weights`."""
+def halting_loss(
+    halt_logits: Float[Tensor, "*n"], should_halt: Bool[Tensor, "*n"], valid: Bool[Tensor, "b t"], mean: str = "token"
+) -> Float[Tensor, ""]:
+    """Returns the mean binary cross-entropy of the halting head, in nats, averaged as `mean_over_targets` averages.
+
+    So the losses of the parts of a batch can be added like those of the tokens. halt_logits: (B, T) if each token
+    halts, (B,) if each row halts as a whole. valid: whether a position has a target."""
     logits = _wide(halt_logits)
     loss = F.binary_cross_entropy_with_logits(logits, should_halt.to(logits.dtype), reduction="none")
+    weights, of_row = valid.to(loss.dtype), valid.sum(-1)
+    if loss.ndim == 1:
+        weights = of_row if mean == "token" else of_row > 0
+    elif mean == "row":
+        weights = weights / of_row[:, None].clamp(min=1)
     return (loss * weights).sum() / weights.sum().clamp(min=1)
-
-
-def halting_weights(valid: Bool[Tensor, "b t"], causal: bool, mean: str) -> Tensor:
-    """Returns the weight of each halting logit: (B, T) if each token halts, (B,) if the row halts as a whole.
-
-    Their sum is `count_terms`, so that losses of the parts of a batch can be added, like those of the tokens."""
-    if mean == "token":
-        return valid if causal else valid.sum(-1)
-    return valid / valid.sum(-1, keepdim=True).clamp(min=1) if causal else valid.any(-1)
 
 
 def kl_divergence(logits: Float[Tensor, "*n v"], before: Float[Tensor, "*n v"]) -> Float[Tensor, "*n"]:

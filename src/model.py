@@ -36,7 +36,7 @@ from src.layers import (
     make_context,
     norm_of,
 )
-from src.losses import IGNORE, halting_loss, halting_weights, token_loss_of
+from src.losses import IGNORE, halting_loss, token_loss_of
 from src.model_config import ExitRule, TRMConfig, loss_weights
 from src.sampling import generate_ids
 
@@ -307,7 +307,7 @@ class TRMModel(nn.Module):
             right = logits_before.argmax(-1) == logits.argmax(-1)
         if not self.config.causal:  # the sequence halts as a whole: every target must be right
             right = (right | ~valid).all(-1)
-        return halting_loss(halt, right, halting_weights(valid, self.config.causal, self.config.loss_mean))
+        return halting_loss(halt, right, valid, self.config.loss_mean)
 
     def new_cache(self, batch: int, max_len: int | None = None, read_steps=1, depth=None, last_only=False) -> KVCache:
         """Returns an empty cache of `batch` rows and max_len columns. With an exit rule, depth is `exits.max_depth`."""
