@@ -15,8 +15,8 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from src.config import parse_flags, run
-from src.data.corpus import MAX_DOC_MB
+from src.config import check_distinct, parse_flags, run
+from src.data.corpus import MAX_DOC_MB, find_files, suffixes_of
 from src.data.records import RecordsConfig
 from src.data.tokenizer_training import hold_back, report_bytes_per_token, train_sentencepiece
 from src.errors import UserError
@@ -84,6 +84,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     config, text_field = parse_args(argv)
+    outputs = [f"{config.model_prefix}.model", f"{config.model_prefix}.vocab"]
+    check_distinct(outputs, find_files(config.input, suffixes_of(text_field)))
     texts, tail = hold_back(config.input, text_field, config.max_doc_mb)
     tokenizer = train_sentencepiece(
         texts,

@@ -15,8 +15,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from src.config import parse_flags, run
-from src.data.corpus import MAX_DOC_MB
+from src.config import check_distinct, parse_flags, run
+from src.data.corpus import MAX_DOC_MB, find_files, suffixes_of
 from src.data.records import RecordsConfig
 from src.data.tokenizer_training import MAX_BYTES, train_tokenizer
 from src.errors import UserError
@@ -74,10 +74,12 @@ def parse_args(argv=None):
 
 def main(argv=None):
     config, text_field = parse_args(argv)
+    output = f"{config.model_prefix}.json"
+    check_distinct([output], find_files(config.input, suffixes_of(text_field)))
     train_tokenizer(
         config.input,
         config.vocab_size,
-        f"{config.model_prefix}.json",
+        output,
         model_type=config.model_type,
         character_coverage=config.character_coverage,
         max_bytes=config.max_bytes,

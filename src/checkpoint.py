@@ -32,7 +32,8 @@ from src.training.parallel import placed_like
 # hidden width d_ff, and its post-norm was over the channels).
 FORMAT = 3
 # names of everything in a checkpoint folder; other files in the folder belong to the user
-FILES = {"model.safetensors", "ema.safetensors", "classifier.safetensors", "config.json", "state"}
+CLASSIFIER_FILE = "classifier.safetensors"  # the layer that classifies, beside a fine-tuned language model
+FILES = {"model.safetensors", "ema.safetensors", CLASSIFIER_FILE, "config.json", "state"}
 FILES |= {*TOKENIZER_FILES, PUZZLE_FILE, NAMES_FILE}
 DIGESTS = "state/digests.json"  # digests of the files as written; checked before a run resumes
 LARGEST = 1e6  # limit for a weight, far above any trained one; products of larger weights overflow in fp32

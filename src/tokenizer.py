@@ -300,7 +300,9 @@ class HFTokenizer(_Tokenizer):
         self.fim = find_fim(tok.token_to_id)
         special = {i for i, token in tok.get_added_tokens_decoder().items() if token.special} | {*roles.values()}
         special.update(self.fim.ids if self.fim else ())  # some files do not mark them as special
-        self._bytes = token_bytes(tok, self.vocab_size, special, roles.get("unk_token"))
+        others = (self.eos_id, self.bos_id, self.pad_id)  # GPT-2's EOS is also its unknown token
+        unknown = None if self.unk_id in others else self.unk_id
+        self._bytes = token_bytes(tok, self.vocab_size, special, unknown)
         keep_apart(tok, special)
         self._take_settings(names)
         self.prefix = self._find_prefix()

@@ -29,7 +29,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from src.checkpoint import check_fit, load_config, read_info, read_weights, resolve, save_checkpoint
+from src.checkpoint import (
+    CLASSIFIER_FILE,
+    check_fit,
+    load_config,
+    read_info,
+    read_weights,
+    resolve,
+    save_checkpoint,
+)
 from src.data.licences import LICENCES
 from src.data.tokenizer_json import PUZZLE_FILE
 from src.errors import UserError
@@ -54,6 +62,7 @@ class Source(NamedTuple):
     weights: dict[str, Tensor]  # with this project's names, in the dtype of the source
     tokenizer: Any  # of a puzzle model: its PuzzleForm
     info: dict  # license, training figures and so on, for config.json and the model card
+    classifier: dict[str, Tensor] | None = None  # weights of the layer on top, of a fine-tuned classifier
 
 
 class Format(NamedTuple):
@@ -145,6 +154,10 @@ def read_source(path, tokenizer=None, hints: Hints = NO_HINTS) -> Source:
         raise UserError(f"--tokenizer: {path} is a puzzle model, which has no tokenizer: leave it out")
     if source.read_ends is not None:
         own.set_ends(**source.read_ends(path, own))
+    elif tokenizer is not None and source is FORMATS["checkpoint"]:  # how its texts start and end is known there
+        before = source.read_tokenizer(path)
+        own.set_ends(before.add_bos, before.end_ids)
+        own.suffix_first = before.suffix_first
     spare, is_ours = config.vocab_size - own.vocab_size, source is FORMATS["checkpoint"]
     # a checkpoint of this project never has spare rows, and another file must not leave many
     if spare < 0 or spare and (is_ours or tokenizer is not None and spare >= SPARE_ROWS):
@@ -155,7 +168,8 @@ def read_source(path, tokenizer=None, hints: Hints = NO_HINTS) -> Source:
     if spare:
         config, weights = _without_spare_rows(path, config, weights, own.vocab_size)
     converted = {} if is_ours else {"converted_from": f"{source.name}: {path.name}"}
-    return Source(path, config, weights, own, converted | info)
+    top = resolve(path) / CLASSIFIER_FILE if is_ours else path
+    return Source(path, config, weights, own, converted | info, read_weights(top) if is_ours and top.exists() else None)
 
 
 def _without_spare_rows(path, config, weights, tokens):
@@ -211,7 +225,9 @@ def check_free(dest):
 
 
 def _write(source, path, to):
-    _, config, weights, tokenizer, info = source
+    _, config, weights, tokenizer, info, classifier = source
+    if classifier is not None and to not in ("checkpoint", "hub"):
+        print(f"{source.path}: the layer that classifies is left out: --to hub keeps it", file=sys.stderr)
     if to == "llama2c":
         config, weights, tokens, differences = for_run_c(config, weights, tokenizer, source.path)
         write_bin(path, config, weights, source.path)
@@ -227,7 +243,8 @@ def _write(source, path, to):
     else:
         with torch.device("meta"):
             model = TRMModel(config)
-        save_checkpoint(path, model, tokenizer, info=info, weights=weights)
+        more = None if classifier is None else {CLASSIFIER_FILE: classifier}
+        save_checkpoint(path, model, tokenizer, info=info, weights=weights, more=more)
     if path.is_dir() and (source.path / LICENCES).is_file():
         shutil.copyfile(source.path / LICENCES, path / LICENCES)
     if to in ("hub", "hf"):

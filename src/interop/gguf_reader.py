@@ -13,7 +13,7 @@ from src.model_config import LIMITS, TRMConfig
 from src.tokenizer import HFTokenizer, TokenizerWrapper
 
 MAGIC = b"GGUF"
-CONTROL, BYTE = 3, 6  # GGUF uses SentencePiece's token types
+CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # GGUF uses SentencePiece's token types
 TITLES = {
     **{"source_name": "general.name", "license": "general.license"},
     "base_model": "general.base_model.0.repo_url",
@@ -93,7 +93,9 @@ def _config(reader, tensors, path) -> TRMConfig:
     if name != "llama":
         raise UserError(f"{path} has the architecture {name}: only llama can be converted")
     heads, dim = size("attention.head_count"), size("embedding_length")
-    scaling = get("rope.scaling.type", "none")
+    # older files have only a factor, under one of two names, which then is a linear one, as in llama.cpp
+    factor = get("rope.scaling.factor", 0) or get("rope.scale_linear", 0)
+    scaling = get("rope.scaling.type", "linear" if factor else "none")
     unsupported = {
         "mixture of experts": get("expert_count", 0) > 0,
         "rotary factors per channel (rope_freqs, as of Llama 3.1)": "rope_freqs.weight" in tensors,
@@ -111,7 +113,7 @@ def _config(reader, tensors, path) -> TRMConfig:
         n_layers=size("block_count"), d_ff=size("feed_forward_length"), max_seq_len=size("context_length"),
         vocab_size=int(tensors["token_embd.weight"].shape[-1]), tie_embeddings="output.weight" not in tensors,
         norm_eps=float(get("attention.layer_norm_rms_epsilon")), rope_theta=float(get("rope.freq_base", 10000.0)),
-        rope_scaling=float(get("rope.scaling.factor")) if scaling == "linear" else None,
+        rope_scaling=float(factor or get("rope.scaling.factor")) if scaling == "linear" else None,
     )  # fmt: skip
 
 
@@ -145,8 +147,11 @@ def read_gguf_ends(path, tokenizer) -> dict:
     reader = open_gguf(path)
     kind, pre = (_value(reader, f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     tokens, types = (_value(reader, f"tokenizer.ggml.{key}", []) for key in ("tokens", "token_type"))
+    if not isinstance(tokens, list) or not isinstance(types, list):
+        raise UserError(f"the tokenizer in {path} is broken (its tokens are no list): copy the file again")
     ends = [_value(reader, f"tokenizer.ggml.{key}_token_id") for key in ENDS]
-    ends += [i for i, (token, type_) in enumerate(zip(tokens, types)) if type_ == CONTROL and token in ENDS_BY_NAME]
+    kinds = (CONTROL, USER_DEFINED)
+    ends += [i for i, (token, type_) in enumerate(zip(tokens, types)) if type_ in kinds and token in ENDS_BY_NAME]
     add_bos = _value(reader, "tokenizer.ggml.add_bos_token", kind != "gpt2" or pre == "llama-bpe")
     return {"add_bos": bool(add_bos), "ends": ends}
 
@@ -175,6 +180,8 @@ def _byte_level_bpe(reader, tokens, types, path) -> HFTokenizer:
     tok.pre_tokenizer, tok.decoder = splits[pre], decoders.ByteLevel()
     special = [token for token, type_ in zip(tokens, types) if type_ == CONTROL]
     tok.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    own = [token for token, type_ in zip(tokens, types) if type_ == USER_DEFINED]  # found whole in a text
+    tok.add_tokens([AddedToken(token, normalized=False) for token in own])
     ids = {name: _value(reader, f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
     names = {name: tokens[index] for name, index in ids.items() if index is not None}
     return HFTokenizer(tok.to_str().encode(), names)
@@ -189,8 +196,12 @@ def _sentencepiece(reader, tokens, types, path) -> TokenizerWrapper:
     model.trainer_spec.vocab_size = len(tokens)
     model.normalizer_spec.name, model.normalizer_spec.remove_extra_whitespaces = "identity", False
     model.normalizer_spec.add_dummy_prefix = bool(_value(reader, "tokenizer.ggml.add_space_prefix", True))
+    ends = (token in ENDS_BY_NAME and type_ == USER_DEFINED for token, type_ in zip(tokens, types))
+    types = [CONTROL if is_end else type_ for is_end, type_ in zip(ends, types)]
     for name, key, default in (("bos", "bos", 1), ("eos", "eos", 2), ("unk", "unknown", 0)):
         index = _value(reader, f"tokenizer.ggml.{key}_token_id", default)
+        if types[index] == USER_DEFINED:  # such a piece would be text
+            types[index] = CONTROL
         setattr(model.trainer_spec, f"{name}_id", index)
         setattr(model.trainer_spec, f"{name}_piece", tokens[index])
     for token, score, type_ in zip(tokens, _value(reader, "tokenizer.ggml.scores"), types):

@@ -1,9 +1,13 @@
 """Hugging Face Llama folders: config.json, generation_config.json, safetensors (also sharded), tokenizer files."""
 
+import contextlib
 import json
 import re
+import sys
 from pathlib import Path
 
+import torch
+import yaml
 from torch import Tensor
 
 from src.checkpoint import read_weights, save_tensors
@@ -39,8 +43,14 @@ def _licence(folder) -> dict:
     """Returns {"license": ...} if the model card names one, else {}."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = re.match(r"---\n(?:(?!---\n).*\n)*?license: *([\w.-]+)\n", text)
-    return {"license": found[1]} if found else {}
+    found = re.match(r"\ufeff?---\n(.*?\n)---\n", text, re.S)
+    with contextlib.suppress(yaml.YAMLError):
+        names = yaml.safe_load(found[1]) if found else None
+        licence = names.get("license") if isinstance(names, dict) else None
+        licence = licence[0] if isinstance(licence, list) and len(licence) == 1 else licence
+        if isinstance(licence, str) and licence:
+            return {"license": licence}
+    return {}
 
 
 def read_ends(folder, tokenizer) -> dict:
@@ -52,7 +62,11 @@ def read_ends(folder, tokenizer) -> dict:
     names, *settings = (read_object(file) if file.is_file() else {} for file in files)
     ends = [values.get("eos_token_id") for values in settings]
     add_bos = names.get("add_bos_token")
-    if not isinstance(add_bos, bool):
+    if isinstance(add_bos, bool):
+        if tokenizer.kind == "hf" and tokenizer.puts_bos != add_bos:
+            does = f"tokenizer.json adds {'no ' * add_bos}BOS, but add_bos_token is {str(add_bos).lower()}"
+            print(f"{folder}: {does}: texts here follow add_bos_token; transformers 5 does not", file=sys.stderr)
+    else:
         add_bos = tokenizer.kind != "hf" or tokenizer.puts_bos or names.keys() <= {"tokenizer_class", *SPECIAL}
     return {"add_bos": add_bos, "ends": [i for end in ends for i in as_list(end)]}
 
@@ -127,6 +141,9 @@ def write_hf(folder, c: TRMConfig, weights: dict[str, Tensor], tokenizer):
     for name, values in zip(SETTINGS, (config, special | {"pad_token_id": tokenizer.pad_id})):
         (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     save_for_transformers(tokenizer, folder, c.max_seq_len)
+    if weights["embed.weight"].dtype in (torch.bfloat16, torch.float16):
+        how = f"computes in {config['torch_dtype']}, as its weights are stored; with dtype=torch.float32"
+        print(f"{folder.name}: transformers {how} it writes the text of generate.py", file=sys.stderr)
 
 
 def _hf_config(c, weights) -> dict:

@@ -1,6 +1,7 @@
 """Writes any tokenizer as a tokenizer.json, for `transformers` and other programs that read this format.
 
-A text should get the same ids there as here, including BOS. The texts in PROBES are used to find differences.
+A text should get the same ids there as here, including BOS. The texts in PROBES, and texts with the name of each added
+token, are used to find differences.
 """
 
 import json
@@ -28,15 +29,17 @@ def to_hf(tokenizer) -> HFTokenizer:
 
 
 def to_json(tokenizer) -> tuple[bytes, list[str]]:
-    """Returns (content of a tokenizer.json, PROBES that it encodes differently). It adds BOS if `tokenizer` does."""
+    """Returns (content of a tokenizer.json, texts that it encodes differently). It adds BOS if `tokenizer` does."""
     from tokenizers import Tokenizer, decoders, processors
 
     def different(tok):
         tok.encode_special_tokens = True
-        ids = [tok.encode(text).ids for text in PROBES]
-        return [text for text, i in zip(PROBES, ids) if i != tokenizer.encode(text, bos=tokenizer.add_bos)]
+        ids = [tok.encode(text).ids for text in probes]
+        return [text for text, i in zip(probes, ids) if i != tokenizer.encode(text, bos=tokenizer.add_bos)]
 
     hf = to_hf(tokenizer)
+    added = Tokenizer.from_str(hf.json).get_added_tokens_decoder().values()
+    probes = [*PROBES, *(f"a{token.content}b" for token in added)]
     original, tok = (Tokenizer.from_str(text) for text in (hf.files[JSON_FILE].decode(), hf.json))
     if tokenizer.kind == "hf" and not tokenizer.prefix and not different(original):
         return hf.files[JSON_FILE], []
@@ -54,7 +57,7 @@ def to_json(tokenizer) -> tuple[bytes, list[str]]:
 
 
 def save_for_transformers(tokenizer, folder, max_len: int) -> list[str]:
-    """Writes the tokenizer into a folder for `transformers` and `read_tokenizer`; returns the PROBES that differ.
+    """Writes the tokenizer into a folder for `transformers` and `read_tokenizer`; returns the texts that differ.
 
     tokenizer_config.json names the class that uses tokenizer.json unchanged. As in this project, the name of a special
     token in a text is encoded as plain text, and rows are padded on the left."""

@@ -14,6 +14,7 @@ import json
 import math
 import pickle
 import re
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,9 +193,8 @@ def read_official(tensors: dict[str, Tensor], path, settings: dict | None = None
     for name, shape in (("q_head.weight", (2, config.d_model)), ("q_head.bias", (2,))):
         if name in weights:
             if weights[name].shape != shape:
-                raise UserError(
-                    f"{path}: {name} has shape {list(weights[name].shape)}, not {list(shape)}: copy it again"
-                )
+                sizes = f"shape {list(weights[name].shape)}, not {list(shape)}"
+                raise UserError(f"{path}: {name} has {sizes}: copy it again")
             weights[name] = weights[name][:1]
     _check_shapes(config, weights, path)
     if "pos_embed.weight" in weights:
@@ -245,6 +245,8 @@ def _config(tensors, settings, path) -> TRMConfig:
             raise UserError(f"{path} is no TRM of the authors' code: {name!r} is missing, or no matrix")
     (vocab_size, dim), (_, d_ff) = (tensors[name].shape for name in tables[:2])
     _check_told(tensors, settings, path)
+    if arch.get("no_ACT_continue") is False:
+        print(f"{path}: the second output of the halting head, which its settings use, is dropped", file=sys.stderr)
     heads, cycles, latent = (_whole(arch, name, path) for name in ("num_heads", "H_cycles", "L_cycles"))
     mixer, puzzles = tensors.get("L_level.layers.0.mlp_t.down_proj.weight"), tensors.get("puzzle_emb.weights")
     learned = tensors.get("embed_pos.embedding_weight")
@@ -281,9 +283,8 @@ def _check_told(tensors, settings, path):
     found["puzzle_emb_ndim"] = 0 if puzzles is None else puzzles.shape[1]
     for name, value in found.items():
         if arch.get(name, value) != value:
-            raise UserError(
-                f"{path}: {name} is {arch[name]!r} in {CONFIG}, but the weights have {value!r}: copy both again"
-            )
+            told = f"{name} is {arch[name]!r} in {CONFIG}, but the weights have {value!r}"
+            raise UserError(f"{path}: {told}: copy both again")
     ids = settings.get("num_puzzle_identifiers", 0 if puzzles is None else len(puzzles))
     if puzzles is not None and ids != len(puzzles):
         raise UserError(f"{path}: {CONFIG} has {ids!r} puzzle identifiers, the weights {len(puzzles)}: copy both again")

@@ -19,7 +19,7 @@ from torch import Tensor
 from src.cache import cache_slots
 from src.checkpoint import load_model, read_info
 from src.data.corpus import content_hash
-from src.data.tokenizer_json import TOKENIZER_FILES
+from src.data.tokenizer_json import JSON_FILE, TOKENIZER_FILES
 from src.errors import UserError
 from src.files.folders import replacing
 from src.files.text import read_json
@@ -258,6 +258,8 @@ def export_onnx(settings: OnnxExport) -> dict:
     try:
         with replacing(folder, lambda name: _is_own(folder, name)) as beside:
             tokenizer.save(beside)
+            if tokenizer.kind == "hf":  # in this form, names of special tokens in a text stay plain text
+                (beside / JSON_FILE).write_text(tokenizer.json, encoding="utf-8")
             _write_json(beside / "config.json", {"model": c.to_dict(), "info": {}})
             _write_json(beside / FACTS, facts)
             errors, facts["contrib_ops"] = _write_graph(proto, model, beside, settings)

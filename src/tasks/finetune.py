@@ -28,7 +28,7 @@ from src.training import run_folder
 from src.training.monitor import TRMTrainingLogger
 from src.training.parallel import load_optimizer
 
-CLASSIFIER_FILE = "classifier.safetensors"
+CLASSIFIER_FILE = checkpoint.CLASSIFIER_FILE
 ADAPTED = ["qkv", "out", "gate_up", "down"]  # the linear layers that get LoRA adapters
 COUNTERS = ("step", "best", "best_loss")
 SORTED = 16  # rows of so many batches are sorted by length together, which keeps padding low

@@ -72,6 +72,19 @@ def test_scripts_read_records_and_split_digits_if_asked(records, tmp_path, kind)
         make(["--input", records, "--records", "--model_prefix", str(tmp_path / "x")])
 
 
+@pytest.mark.parametrize(("make", "name"), [(script.main, "t.json"), (train_spm.main, "t.vocab")])
+def test_a_file_that_is_read_is_not_overwritten(tmp_path, make, name):
+    path = tmp_path / name
+    rows = json.dumps([{"question": f"{n} and {n}", "answer": str(2 * n)} for n in range(300)])
+    path.write_text(rows)
+    link = tmp_path / "link.json"
+    link.symlink_to(path)
+    words = ["--input", str(link), "--records", "--vocab_size", "300", "--model_prefix", str(tmp_path / "t")]
+    with pytest.raises(UserError, match=f"{name} is also read"):
+        make(words)
+    assert path.read_text() == rows
+
+
 # --- SentencePiece ----------------------------------------------------------------------------------------------------
 
 

@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from src.checkpoint import load_model, own_state, save_checkpoint
 from src.errors import UserError
 from src.interop.formats import read_source, recognize, write
 from src.interop.model_card import model_card
+from src.tasks.finetune import load_classifier
 from src.tokenizer import ByteLevelTokenizer
 
 BYTES = ByteLevelTokenizer()
@@ -126,10 +128,30 @@ class TestThroughAllFormats:
         write(read_source(folder), tmp_path / "out", to)
         assert (tmp_path / "out" / "LICENCES.md").read_text() == "| numpy | BSD |"
 
-    def test_half_precision_stays(self, checkpoint, tmp_path):
+    def test_the_layer_of_a_classifier_goes_along(self, checkpoint, tmp_path, capsys):
+        folder, _ = checkpoint(info={"labels": ["no", "yes"]})
+        top = {"weight": torch.randn(2, 16), "bias": torch.randn(2)}
+        save_file(top, folder / "classifier.safetensors")
+        for to in ("hub", "checkpoint"):
+            write(read_source(folder), tmp_path / to, to)
+            assert_equal(load_file(tmp_path / to / "classifier.safetensors"), top)
+            assert load_classifier(tmp_path / to)[0].names == ["no", "yes"]
+        assert "left out" not in capsys.readouterr().err
+        write(read_source(folder), tmp_path / "hf", "hf")
+        assert "the layer that classifies is left out: --to hub keeps it" in capsys.readouterr().err
+
+    def test_another_tokenizer_keeps_how_texts_begin_and_end(self, tiny, tmp_path):
+        own = ByteLevelTokenizer().set_ends(False, [65])
+        save_checkpoint(tmp_path / "mine", tiny(vocab_size=own.vocab_size), own)
+        BYTES.save(tmp_path / "other")
+        found = read_source(tmp_path / "mine", tmp_path / "other").tokenizer
+        assert (found.add_bos, found.end_ids) == (False, own.end_ids)
+
+    def test_half_precision_stays(self, checkpoint, tmp_path, capsys):
         folder, model = checkpoint(dtype=torch.bfloat16)
         write(read_source(folder), tmp_path / "hub", "hub")
         write(read_source(folder), tmp_path / "hf", "hf")
+        assert "hf: transformers computes in bfloat16, as its weights are stored" in capsys.readouterr().err
         for path in (tmp_path / "hub", tmp_path / "hf"):
             assert_equal(read_source(path).weights, own_state(model))
         assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"

@@ -96,8 +96,17 @@ class TestWeights:
             if tensor.dim() > 1:
                 assert 0 < (loaded[name] - tensor).abs().max() <= error * tensor.abs().max()
 
-    def test_scaled_positions(self, file):
-        path, _ = file(metadata={"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
+    @pytest.mark.parametrize(
+        "metadata",
+        [
+            {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+            {"llama.rope.scaling.factor": 4.0},
+            {"llama.rope.scale_linear": 4.0},  # the name in older files
+        ],
+        ids=str,
+    )
+    def test_scaled_positions(self, file, metadata):
+        path, _ = file(metadata=metadata)
         assert read_gguf(path)[0].rope_scaling == 4.0
 
     def test_what_it_calls_itself(self, file):
@@ -154,6 +163,16 @@ class TestTokenizer:
         assert (tokenizer.add_bos, tokenizer.end_ids) == (add_bos, (2, 40, 0))
         assert tokenizer.encode("the", bos=True)[:1] == ([1] if add_bos else tokenizer.encode("the")[:1])
 
+    def test_added_tokens_are_found_whole(self, file):
+        """A chat model was trained on one id for such a token, though it is not special."""
+        _, fields = byte_level("gpt-2")
+        fields["tokenizer.ggml.tokens"] = [*fields["tokenizer.ggml.tokens"], "<tool_call>", "    "]
+        fields["tokenizer.ggml.token_type"] = [*fields["tokenizer.ggml.token_type"], 4, 4]
+        n = len(fields["tokenizer.ggml.tokens"])
+        ours = read_gguf_tokenizer(file(fields, vocab_size=n)[0])
+        ids = ours.encode("a<tool_call>b    c")
+        assert ids.count(n - 2) == ids.count(n - 1) == 1 and ours.decode(ids) == "a<tool_call>b    c"
+
     def test_llama_3_splits_numbers_by_threes(self, file):
         tok, fields = byte_level("gpt-2")
         fields["tokenizer.ggml.pre"] = "llama-bpe"
@@ -177,6 +196,16 @@ class TestTokenizer:
         assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
         assert (ours.bos_id, ours.eos_id, ours.unk_id, ours.prefix) == (2, 3, 1, "")
         assert (ours.add_bos, ours.end_ids) == (True, (3,))
+
+    def test_sentencepiece_whose_ends_are_called_user_defined(self, file):
+        pieces = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(97, 123)), "<|im_start|>", "<|im_end|>"]
+        fields = {"model": "llama", "tokens": pieces, "scores": [0.0] * len(pieces), "add_space_prefix": False}
+        fields["token_type"] = [2, 3, 3, *[1] * 26, 4, 4]
+        fields |= {"bos_token_id": 29, "eos_token_id": 30, "unknown_token_id": 0}
+        path, _ = file({f"tokenizer.ggml.{name}": v for name, v in fields.items()}, vocab_size=len(pieces))
+        ours = read_source(path).tokenizer
+        assert (ours.bos_id, ours.eos_id, ours.end_ids) == (29, 30, (30,))
+        assert ours.decode_bytes([29, 3, 30]) == b"a"
 
     @pytest.mark.parametrize(
         ("change", "said"),

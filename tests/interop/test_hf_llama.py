@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from src.checkpoint import load_model, own_state
 from src.errors import UserError
 from src.interop.formats import read_source, write
-from src.interop.hf_llama import read_hf, write_hf
+from src.interop.hf_llama import _licence, read_hf, write_hf
 from src.tokenizer import ByteLevelTokenizer
 
 BYTES = ByteLevelTokenizer()
@@ -274,3 +274,19 @@ class TestFiles:
         path.write_text(json.dumps(values))
         config = read_hf(folder)[0]
         assert (config.rope_theta, config.norm_eps, config.n_kv_heads, config.max_seq_len) == (10000.0, 1e-6, 4, 2048)
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: mit\n---\n", "mit"),
+        ('---\ntags: [a]\nlicense: "apache-2.0"  # a comment\n---\nlicense: no\n', "apache-2.0"),
+        ("\ufeff---\nlicense:\n- llama2\n---\n", "llama2"),
+        ("---\nlicense: [a, b]\n---\n", None),
+        ("---\nlicense: {a: [\n---\n", None),
+        ("license: mit\n", None),
+    ],
+)
+def test_the_licence_of_a_model_card(tmp_path, card, licence):
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    assert _licence(tmp_path) == ({} if licence is None else {"license": licence})

@@ -125,6 +125,46 @@ def test_what_differs_is_found(capsys, tiny, tmp_path):
     assert f"transformers splits some texts into other tokens, for example {different[0]!r}" in capsys.readouterr().err
 
 
+def test_names_of_special_tokens_are_text_in_transformers_too(tmp_path):
+    """A unigram model without byte pieces finds them whole, so the original tokenizer.json would not do."""
+    from tokenizers import Tokenizer, models
+
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -1.0) for c in "ab</s> ")]
+    tok = Tokenizer(models.Unigram(pieces, 0, False))
+    tok.add_special_tokens(["<unk>", "<s>", "</s>"])
+    (tmp_path / "tokenizer.json").write_text(tok.to_str())
+    ours = read_tokenizer(tmp_path / "tokenizer.json")
+    data, different = to_json(ours)
+    theirs = Tokenizer.from_str(data.decode())
+    theirs.encode_special_tokens = True
+    assert different == [] or "a</s>b" not in different
+    assert theirs.encode("a</s>b", add_special_tokens=False).ids == ours.encode("a</s>b") and 2 not in ours.encode(
+        "a</s>b"
+    )
+
+
+def test_an_added_token_that_transformers_reads_differently_is_named():
+    """After such a token, transformers adds the space of the beginning again."""
+    tokenizer = foreign(user_defined_symbols=["<|im_start|>"])
+    assert "a<|im_start|>b" in to_json(tokenizer)[1]
+
+
+def test_an_end_that_is_also_the_unknown_token_has_no_text(tmp_path):
+    """As in GPT-2: otherwise decoding a text with its end would add a replacement character."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tok = Tokenizer(models.BPE(letters, []))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.add_special_tokens(["<|endoftext|>"])
+    (tmp_path / "tokenizer.json").write_text(tok.to_str())
+    names = {f"{role}_token": "<|endoftext|>" for role in ("bos", "eos", "unk")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    ours = read_tokenizer(tmp_path / "tokenizer.json")
+    assert ours.unk_id == ours.eos_id == 256 and ours.id_to_bytes(256) == b""
+    assert ours.decode(ours.encode("hi", bos=True, eos=True)) == "hi"
+
+
 def test_words_have_no_tokenizer_json(tmp_path):
     with pytest.raises(UserError, match="type word or char"):
         save_for_transformers(foreign(model_type="char", vocab_size=60, byte_fallback=False), tmp_path, 16)
