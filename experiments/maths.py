@@ -10,8 +10,8 @@ describes the models that are compared, which are called arms: trm, trm-1, loop,
 Without train_paths the task is addition. The number of digits of each addend is drawn uniformly from 1 to `digits`, and
 zeros on the left fill each number to `digits` + `beyond` digits (the sum has one more), so that digits of equal value
 are always equally far apart. No test question is among the training questions, also not with its addends swapped. The
-test `beyond` has numbers with more
-digits than any in training. `eval_lm.py --difficulty_field carries` reports by the longest carry instead of by digits.
+test `beyond` has numbers with more digits than any in training. `eval_lm.py --difficulty_field carries` reports by the
+longest carry instead of by digits.
 
 A part of the training records is held back. First, a learning rate is chosen for each arm in a sweep: one run of
 `sweep_minutes` for each value in `lrs`. The value with the highest exact match on the held-back records is then used

@@ -124,7 +124,7 @@ def losses(folders, args: ReleaseConfig) -> list[float]:
 
 
 def check_puzzles(run_folder: str, settings: dict):
-    """Raises UserError for a puzzle model whose run does not say by its config.yaml on which puzzles to test it."""
+    """Raises UserError for a puzzle model without a config.yaml of its run, which says on which puzzles to test it."""
     source = resolve(run_folder)
     if (source / PUZZLE_FILE).is_file() and settings.get("puzzle") != read_form(source).kind.name:
         raise UserError(f"{run_folder} is not in the folder of its run, whose config.yaml says which puzzles it solves")

@@ -77,8 +77,8 @@ def depth_curve(
 
     All are scored on the same windows of text. One pass scores all fixed depths, up to max_recursion_depth or the
     trained depth, whichever is deeper. The controls (`exit_controls`) are computed from it, for each of `prices`. Each
-    threshold needs a pass of its own, so the windows are kept in memory. Calibrated exits need 500
-    tokens in the even windows, and as many in the odd ones."""
+    threshold needs a pass of its own, so the windows are kept in memory. Calibrated exits need 500 tokens in the even
+    windows, and as many in the odd ones."""
     config, size = model.config, Size()
     if config.recursion == "none":
         raise UserError("recursion none visits the network once, so there is no depth curve: use a recursive model")
