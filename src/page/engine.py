@@ -42,6 +42,7 @@ class Limits(NamedTuple):
     queue: int = 256
     prefill_tokens: int = 256
     seconds: float = 600.0
+    cache_rows: float = float("inf")  # rows of full length and of the trained depth for which the caches have room
 
 
 @dataclass(eq=False)
@@ -216,7 +217,7 @@ class Engine:
         texts, rows = list(self.again), Counter(text.rule for text in self._running())
         self.again.clear()
         with self._changed:
-            while self.waiting and self.cost(rows + Counter([self.waiting[0].rule])) <= self.limits.rows:
+            while self.waiting and self._has_room(rows + Counter([self.waiting[0].rule])):
                 texts.append(self.waiting.popleft())
                 rows[texts[-1].rule] += 1
             self.n_rows = rows.total()  # at once: `submit` may come before the texts are in a Start
@@ -231,10 +232,13 @@ class Engine:
         for group in alike.values():
             self._begin(group)
 
+    def _has_room(self, rows: Counter) -> bool:
+        return rows.total() <= self.limits.rows and self.cost(rows) <= self.limits.cache_rows
+
     def cost(self, rows: dict[ExitRule, int]) -> float:
         """Returns how much room the caches of so many texts under each rule take, with their spare rows.
 
-        The unit is a row of the trained depth, of which there are limits.rows. A deeper rule takes more of them."""
+        The unit is a row of the trained depth; a deeper rule takes more of them. See limits.cache_rows."""
         config, total = self.model.config, 0.0
         for rule, count in rows.items():
             held = self.batches[rule].capacity if rule in self.batches else 0

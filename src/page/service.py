@@ -37,7 +37,8 @@ class Service:
         self.is_onnx = not isinstance(model, torch.nn.Module)
         self.example: str | None = example  # a prompt like those that the model was trained on
         self.created = int(time.time())
-        limits = Limits(self._rows(), config.max_queue, config.prefill_tokens, config.max_seconds)
+        room = config.max_cache_gib * GIB / (self._cache_bytes() * model.config.max_seq_len)  # in rows of full length
+        limits = Limits(self._rows(room), config.max_queue, config.prefill_tokens, config.max_seconds, room)
         self.engine = Engine(model, tokenizer, limits, self._post)
         context = model.config.max_seq_len
         depth = config.max_depth if model.config.recursion != "none" else 1
@@ -47,14 +48,11 @@ class Service:
         )
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def _rows(self) -> int:
+    def _rows(self, room: float) -> int:
         """Returns how many texts can be written at once within the bound of the cache."""
-        config = self.model.config
-        most = int(self.config.max_cache_gib * GIB / (self._cache_bytes() * config.max_seq_len))
+        most, length = int(room), self.model.config.max_seq_len
         if most < 1:
-            raise UserError(
-                f"max_cache_gib {self.config.max_cache_gib} holds no text of {config.max_seq_len} tokens: raise it"
-            )
+            raise UserError(f"max_cache_gib {self.config.max_cache_gib} holds no text of {length} tokens: raise it")
         if most < self.config.max_rows:
             print(f"max_cache_gib {self.config.max_cache_gib:g} allows {most} texts at once", file=sys.stderr)
         return min(most, self.config.max_rows)
@@ -96,7 +94,7 @@ class Service:
         """Raises ApiError if the cache has no room for an exit rule, or if an ONNX graph cannot follow it.
 
         reads_steps: whether the answers of all recursion steps are wanted, which not every graph can return"""
-        if self.engine.cost({rule: 1}) > self.engine.limits.rows:
+        if self.engine.cost({rule: 1}) > self.engine.limits.cache_rows:
             problem = f"recursion.depth is {rule.max_recursion_depth}, for which max_cache_gib has no room: lower it"
             raise ApiError(400, problem, "recursion", "invalid_value")
         if self.is_onnx:

@@ -171,11 +171,14 @@ def test_a_cancelled_text_frees_its_row_before_the_next_token(tiny):
 
 
 def test_deep_texts_and_many_rules_stay_within_the_memory_of_the_cache(tiny):
-    """limits.rows is what the memory holds at the trained depth; other texts wait until there is room."""
+    """limits.cache_rows is what the memory holds at the trained depth; other texts wait until there is room."""
     model = tiny(vocab_size=TOKENIZER.vocab_size, recursion="loop", deep_steps=2)
     row = model.new_cache(1, 16, depth=2).nbytes
     rules = [ExitRule("fixed", 8), *(ExitRule("kl", 4, kl_threshold=0.1 * n) for n in range(1, 5)), ExitRule()]
-    driven, texts = Driven(model, rows=8, queue=40), [text_of("ab", n, 6, rule=rules[n % 6]) for n in range(24)]
+    driven, texts = (
+        Driven(model, rows=20, queue=40, cache_rows=8),
+        [text_of("ab", n, 6, rule=rules[n % 6]) for n in range(24)],
+    )
     driven.engine.submit(texts)
     most = 0
     while not all(text.is_over for text in texts):

@@ -117,7 +117,7 @@ def test_a_default_above_a_bound_is_lowered_to_it():
 
 def test_a_depth_for_which_the_cache_has_no_room_is_refused():
     service = new_service(max_cache_gib=0.001)
-    assert service.engine.limits.rows < 64 / service.model.config.recursion_steps
+    assert service.engine.limits.cache_rows < 64 / service.model.config.recursion_steps
     with client_of(service) as client:
         answer = client.post("/v1/completions", json={"prompt": "a", "recursion": {"depth": 64}})
         check_error(answer, 400, "recursion.depth is 64, for which max_cache_gib has no room: lower it", "recursion")
