@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from src import checkpoint
+from src.checkpoint import CLASSIFIER_FILE
 from src.data.corpus import content_hash
 from src.data.samples import Sample, collate_batch
 from src.errors import UserError
@@ -36,16 +37,14 @@ SORTED = 16  # rows of so many batches are sorted by length together, which keep
 def load_classifier(folder, device="cpu") -> tuple[LlamaEmbeddingClassifier, object]:
     """Loads (classifier in eval mode, tokenizer) from a fine-tuned checkpoint or run folder, else raises UserError."""
     folder = checkpoint.resolve(folder)
-    if not (folder / checkpoint.CLASSIFIER_FILE).exists():
-        raise UserError(
-            f"{folder} is not a classifier (no {checkpoint.CLASSIFIER_FILE}): train one with --option finetune"
-        )
+    if not (folder / CLASSIFIER_FILE).exists():
+        raise UserError(f"{folder} is not a classifier (no {CLASSIFIER_FILE}): train one with --option finetune")
     model, tokenizer = checkpoint.load_model(folder, device, trains=True)
     names = checkpoint.read_info(folder).get("labels")
     if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
         raise UserError(f"{folder / 'config.json'} has no list of labels in its info: copy the folder again")
     classifier = LlamaEmbeddingClassifier(model, names).to(device).eval()
-    path = folder / checkpoint.CLASSIFIER_FILE
+    path = folder / CLASSIFIER_FILE
     checkpoint.load_weights(classifier.classifier, checkpoint.read_weights(path), path)
     return classifier, tokenizer
 
@@ -189,7 +188,7 @@ class Finetuner:
         info |= {"dev_accuracy": self.best, "dev_loss": self.best_loss} if self.best >= 0 else {}
         parts = (self.classifier.model, self.tokenizer, None, state, info, language_weights(self.classifier))
         name = f"step_{self.step:08d}"
-        run_folder.save(self.folder, name, is_best, 1, *parts, {checkpoint.CLASSIFIER_FILE: own})
+        run_folder.save(self.folder, name, is_best, 1, *parts, {CLASSIFIER_FILE: own})
 
     def load(self, state: dict):
         """Restores the state of a checkpoint, so that training continues exactly."""
