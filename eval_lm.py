@@ -98,6 +98,11 @@ def curve_json(config) -> Path | None:
     return None if config.depth_curve is None else Path(config.depth_curve).with_suffix(".json")
 
 
+def outputs_of(config, answers) -> tuple:
+    """Returns the paths of the files to write; None where there is none."""
+    return config.json, config.depth_curve, curve_json(config), answers.wrong, answers.plot
+
+
 @before_torch
 def parse_args(argv=None) -> tuple[EvalConfig, AnswerConfig, ExitRule]:
     classes = (EvalConfig, AnswerConfig, ExitRule)
@@ -111,11 +116,7 @@ def parse_args(argv=None) -> tuple[EvalConfig, AnswerConfig, ExitRule]:
             raise UserError("exact_match answers at every fixed depth: leave out exit, act_threshold and kl_threshold")
         if config.text_field != "text":
             raise UserError("text_field is for plain text, but exact_match reads records: use question_field")
-    if config.paths:
-        config.paths = find_files(config.paths, RECORD_SUFFIXES if answers.exact_match else SUFFIXES)
-    outputs = (config.json, config.depth_curve, curve_json(config), answers.wrong, answers.plot)
-    check_distinct(outputs, config.paths)
-    for path in outputs:
+    for path in outputs_of(config, answers):
         if path is not None:
             check_writable(path)
     return config, answers, rule
@@ -257,6 +258,9 @@ def run_harness(model, tokenizer, config, rule) -> dict:
 
 def main(argv=None):
     config, answers, rule = parse_args(argv)
+    if config.paths:
+        config.paths = find_files(config.paths, RECORD_SUFFIXES if answers.exact_match else SUFFIXES)
+    check_distinct(outputs_of(config, answers), config.paths)
     device = choose_device(config.device)
     precision, _ = choose_precision(config.precision, device)
     model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision], config.ema)
