@@ -174,7 +174,7 @@ class Trainer:
             if self.step % config.save_every == 0 or over or improved:
                 self.save(improved)
         is_part = 0 < config.eval_batches * config.batch_size < len(self.valid_set)
-        lacks = self.log is not None and self.log.lacks(self.step, "final_valid_loss")  # the run was killed there
+        lacks = not figures and self.log is not None and self.log.lacks(self.step, "final_valid_loss")  # killed there
         if is_part and not stopped and (figures or self.agreement.sum(lacks)[0]):
             self.say(f"the last evaluation, on all validation data: {self.valid_set}")
             figures = self.measure(None)

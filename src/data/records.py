@@ -187,8 +187,8 @@ def read_records(paths, question_field=None, answer_field=None, log=None, max_do
 
     question_field and answer_field name the fields; None = those of SHAPES. Bad records are counted in `log`, a
     SkipLog; without one, the first few of each kind and a summary are printed on stderr, and records of over max_doc_mb
-    million characters count as bad. Raises UserError if a file
-    cannot be read to its end or is a .json without a list, and NoDocument if there is no usable record."""
+    million characters count as bad. Raises UserError if a file cannot be read to its end or is a .json without a list,
+    and NoDocument if there is no usable record."""
     fields, files = RecordFields(question_field, answer_field), find_files(paths, RECORD_SUFFIXES)
     counts = log or SkipLog(False, Counter(), True, int(max_doc_mb * 1e6))
     is_empty = True

@@ -141,6 +141,7 @@ def read_source(path, tokenizer=None, hints: Hints = NO_HINTS) -> Source:
     hints: settings that a checkpoint of the TRM authors' code may lack. Raises UserError if a part is missing or
     broken, if the model is of no supported kind, or if the parts do not match."""
     path, source = Path(path), recognize(path)
+    is_ours = source is FORMATS["checkpoint"]
     if hints.given() and source is not FORMATS["trm"]:
         flag = next(iter(hints.given()))
         raise UserError(f"--{flag} is for {FORMATS['trm'].name}, and {path} is {source.name}: leave it out")
@@ -154,11 +155,11 @@ def read_source(path, tokenizer=None, hints: Hints = NO_HINTS) -> Source:
         raise UserError(f"--tokenizer: {path} is a puzzle model, which has no tokenizer: leave it out")
     if source.read_ends is not None:
         own.set_ends(**source.read_ends(path, own))
-    elif tokenizer is not None and source is FORMATS["checkpoint"]:  # how its texts start and end is known there
+    elif tokenizer is not None and is_ours:  # how its texts start and end is known there
         before = source.read_tokenizer(path)
         own.set_ends(before.add_bos, before.end_ids)
         own.suffix_first = before.suffix_first
-    spare, is_ours = config.vocab_size - own.vocab_size, source is FORMATS["checkpoint"]
+    spare = config.vocab_size - own.vocab_size
     # a checkpoint of this project never has spare rows, and another file must not leave many
     if spare < 0 or spare and (is_ours or tokenizer is not None and spare >= SPARE_ROWS):
         raise UserError(
@@ -168,8 +169,9 @@ def read_source(path, tokenizer=None, hints: Hints = NO_HINTS) -> Source:
     if spare:
         config, weights = _without_spare_rows(path, config, weights, own.vocab_size)
     converted = {} if is_ours else {"converted_from": f"{source.name}: {path.name}"}
-    top = resolve(path) / CLASSIFIER_FILE if is_ours else path
-    return Source(path, config, weights, own, converted | info, read_weights(top) if is_ours and top.exists() else None)
+    has_classifier = is_ours and (resolve(path) / CLASSIFIER_FILE).exists()
+    classifier = read_weights(resolve(path) / CLASSIFIER_FILE) if has_classifier else None
+    return Source(path, config, weights, own, converted | info, classifier)
 
 
 def _without_spare_rows(path, config, weights, tokens):

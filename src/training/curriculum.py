@@ -130,26 +130,28 @@ class CurriculumScheduler:
 
 def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, progress: float) -> TRMConfig:
     """Returns the model's config at the depth of this step: see sample_depth and recursion_from in TrainConfig."""
-    deep, supervision = whole.deep_steps, whole.supervision_steps
     if progress < config.recursion_from:
         return _at_depth(whole, 1, 1)
     if not config.sample_depth:
         return whole
     # a generator, because the lowest bits of mix_seed repeat after a few steps
     rng = random.Random(mix_seed(config.seed, step, 1))
+    depths = _drawn_depths(whole)
+    return _at_depth(whole, *depths[rng.randrange(len(depths))])
+
+
+def _drawn_depths(whole: TRMConfig) -> list[tuple[int, int]]:
+    """Returns the pairs of deep_steps and supervision_steps among which sample_depth draws."""
+    deep, supervision = whole.deep_steps, whole.supervision_steps
     if whole.recursion == "trm" and whole.full_bptt:
-        return _at_depth(whole, deep, 1 + rng.randrange(supervision))
-    return _at_depth(whole, 1 + rng.randrange(deep), supervision)
+        return [(deep, steps) for steps in range(1, supervision + 1)]
+    return [(steps, supervision) for steps in range(1, deep + 1)]
 
 
 def _check_depths(config: TrainConfig, whole: TRMConfig):
     """Raises UserError if a step of the run may have a depth that does not go with the model's other settings."""
-    deep, supervision = whole.deep_steps, whole.supervision_steps
     depths = [(1, 1)] if config.recursion_from else []
-    if config.sample_depth and whole.recursion == "trm" and whole.full_bptt:
-        depths += [(deep, steps) for steps in range(1, supervision)]
-    elif config.sample_depth:
-        depths += [(steps, supervision) for steps in range(1, deep)]
+    depths += _drawn_depths(whole) if config.sample_depth else []
     try:
         for depth in depths:
             _at_depth(whole, *depth)
