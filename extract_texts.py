@@ -23,6 +23,7 @@ from src.data.corpus import MAX_DOC_MB, find_files, read_pieces, suffixes_of
 from src.data.readers import SEPARATOR, SUFFIXES, escaped
 from src.data.records import RecordsConfig
 from src.errors import UserError
+from src.files.folders import replacing_file
 from src.files.text import check_is_file
 
 
@@ -79,7 +80,6 @@ def extract(files, config, text_field, output, skipped):
 
 
 def main(argv=None):
-    """Write OUTPUT.part first and rename it when it is complete, so that a crash leaves no half-written output."""
     config, text_field = parse_args(argv)
     files = find_files(config.paths, suffixes_of(text_field))
     others = (*(suffix for suffix in SUFFIXES if suffix != ".txt"), ".gz")
@@ -89,16 +89,13 @@ def main(argv=None):
         raise UserError(f"output {config.output} is one of the files to read: choose another --output")
     if os.path.lexists(config.output):
         check_is_file(config.output, f"output {config.output}")
-    part, skipped = f"{config.output}.part", Counter()
+    skipped = Counter()
     try:
-        with open(part, "w", encoding="utf-8", newline="\n") as output:
+        # after a crash, there is no half-written output
+        with replacing_file(config.output) as new, open(new, "w", encoding="utf-8", newline="\n") as output:
             n_docs, n_bytes = extract(files, config, text_field, output, skipped)
-        os.replace(part, config.output)
     except OSError as error:
         raise UserError(f"cannot write {config.output}: {error.strerror or error}") from None
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
     reasons = ", ".join(f"{n} x {reason}" for reason, n in skipped.items()) or "nothing"
     print(f"{config.output}: {n_docs} documents, {n_bytes} bytes; skipped: {reasons}", file=sys.stderr)
 

@@ -15,12 +15,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from src.config import check_distinct, check_writable, parse_flags, run, write_text
-from src.data.corpus import MAX_DOC_MB, find_files, refuse_empty, same_file_key, suffixes_of
+from src.data.corpus import MAX_DOC_MB, find_files, refuse_empty, suffixes_of
 from src.data.inspect import documents_at, fields_of, figures_of, measure, overlap
 from src.data.inspect_report import draw_lengths, report
 from src.data.readers import SkipLog
 from src.data.records import RecordsConfig
 from src.errors import UserError
+from src.files.text import same_file_key
 
 
 @dataclass

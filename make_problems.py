@@ -25,6 +25,7 @@ from src.config import check_distinct, check_writable, parse_flags, run
 from src.data.corpus import find_files
 from src.data.records import RECORD_SUFFIXES, read_records
 from src.errors import UserError
+from src.files.folders import replacing_file
 from src.tasks.problems import (
     MOST_DIGITS,
     OWN,
@@ -122,28 +123,24 @@ def make(config: ProblemsConfig):
 
 
 def write(problems, path):
-    """Write the records to PATH.part and rename it when it is complete."""
+    """Write the records. After a crash, there is no half-written file."""
     rows = [
         problem._asdict() | {"metadata": json.dumps(problem.metadata, ensure_ascii=False, default=str)}
         for problem in problems
     ]
-    part = f"{path}.part"
     try:
-        if path.endswith(".parquet"):
-            import pyarrow as pa
-            import pyarrow.parquet as pq
+        with replacing_file(path) as new:
+            if path.endswith(".parquet"):
+                import pyarrow as pa
+                import pyarrow.parquet as pq
 
-            kinds = {"question": pa.string(), "answer": pa.string(), "metadata": pa.string(), "difficulty": pa.int64()}
-            pq.write_table(pa.Table.from_pylist(rows, pa.schema(kinds.items())), part)
-        else:
-            with open(part, "w", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(part, path)
+                kinds = dict.fromkeys(("question", "answer", "metadata"), pa.string()) | {"difficulty": pa.int64()}
+                pq.write_table(pa.Table.from_pylist(rows, pa.schema(kinds.items())), new)
+            else:
+                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                new.write_text("".join(lines), encoding="utf-8", newline="\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
 
 
 def main(argv=None):

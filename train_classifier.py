@@ -75,6 +75,8 @@ class ClassifierConfig:
         check_distinct((getattr(self, n) for n in names), (self.train, self.dev, self.test, self.label_names))
         for name in names:
             path = getattr(self, name)
+            if path is not None and path.lower().endswith(".gz"):
+                raise ValueError(f"{name} is {path}, but the file is not compressed: leave out .gz")
             if path is not None and not Path(path).absolute().parent.is_dir():
                 raise ValueError(f"{name} {path}: its folder does not exist: create it first")
 

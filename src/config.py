@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, _loade
 
 from src.errors import UserError, one_line
 from src.files.plain_yaml import PlainLoader, read_yaml
-from src.files.text import is_text
+from src.files.text import is_text, same_file_key
 
 _loaders_dumpers.yaml_default_loader = PlainLoader  # jsonargparse's own loader crashes on deeply nested flag values
 set_parsing_settings(import_path_denylist=["*"])  # settings must not import code; `parse_flags` allows its sections
@@ -85,6 +85,7 @@ def _check_folder():
 # Advice for the OSErrors that a user can fix; any other OSError keeps its traceback.
 _ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some disk space and try again")
 _ADVICE[errno.ENAMETOOLONG] = "choose a shorter name"
+_ADVICE |= dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "a file or folder is in the way: choose another")
 _ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place where you may read and write")
 
 
@@ -109,9 +110,9 @@ def _prepare_streams():
         if getattr(sys, name) is None:
             # opening it now also takes the closed file descriptor, so no later file can get number 1 or 2
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-    for stream, errors in ((sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors=errors)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name may have bytes that are not UTF-8
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _drop_stdout():
@@ -127,9 +128,9 @@ def flag_value(argv, name: str) -> str | None:
 
 
 def write_text(path, text: str, mode: str = "w"):
-    """Write text to a file as UTF-8.  Raises UserError if the file cannot be written."""
+    """Write text to a file as UTF-8, with escapes for what is not UTF-8.  Raises UserError if it cannot be written."""
     try:
-        with open(path, mode, encoding="utf-8") as file:
+        with open(path, mode, encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; correct the path, or free disk space") from None
@@ -146,17 +147,21 @@ def check_writable(path):
     is_new = not os.path.exists(path)
     write_text(path, "", "a")
     if is_new:
-        os.unlink(path)
+        os.unlink(os.path.realpath(path))  # the file that was made, not a link to it
 
 
 def check_distinct(outputs, inputs):
     """Raises UserError if a file to write is also a file to read, or would be written twice.  None means no file."""
-    taken = {os.path.realpath(path) for path in inputs if path is not None}
+    taken = {_key(path) for path in inputs if path is not None}
     for path in outputs:
         if path is not None and (os.path.isfile(path) or not os.path.exists(path)):  # devices may be used twice
-            if os.path.realpath(path) in taken:
+            if _key(path) in taken:
                 raise UserError(f"{path} is also read, or written by another flag: choose another file to write")
-            taken.add(os.path.realpath(path))
+            taken.add(_key(path))
+
+
+def _key(path):
+    return same_file_key(path) if os.path.exists(path) else os.path.realpath(path)
 
 
 class _Parser(ArgumentParser):
@@ -227,8 +232,13 @@ def _expand(parsed, fields):
 
     Values that are text rather than paths (prompts, suffixes, field names) stay as they are."""
     for name in fields:
-        if name.split("_")[-1] not in ("prompt", "suffix", "field") and str(parsed.get(name)).startswith("~/"):
-            parsed[name] = os.path.expanduser(parsed[name])
+        value = parsed.get(name)
+        if name.split("_")[-1] in ("prompt", "suffix", "field", "board"):
+            continue
+        if isinstance(value, list):
+            parsed[name] = [os.path.expanduser(v) if str(v).startswith("~/") else v for v in value]
+        elif str(value).startswith("~/"):
+            parsed[name] = os.path.expanduser(value)
     return parsed
 
 
@@ -332,7 +342,7 @@ def _normalise(argv, fields, positional):
 
     `--flag` becomes `--flag=true`, and `--paths a b` becomes `--paths=["a", "b"]`. Words without a flag become the
     value of the positional field."""
-    out, free, files = [], [], []
+    out, free, files, lists = [], [], [], []
     words = collections.deque(argv)
     while words:
         word = words.popleft()
@@ -351,6 +361,7 @@ def _normalise(argv, fields, positional):
                 raise UserError(f"{name} needs one or more values")
             # as text, [] may be a prompt
             is_empty = values == ["[]"] and list[str] not in (field.type, *typing.get_args(field.type))
+            lists.append(name[2:])
             out.append(_list_flag(name[2:], [] if is_empty else values))
         elif field is not None and field.type in (bool, bool | None, bool | str) and not is_assigned:
             following = words[0] if words else "--"
@@ -374,7 +385,10 @@ def _normalise(argv, fields, positional):
                 advice += "; did you mean --prompt?"
             raise UserError(f"unexpected word {free[0]!r}: {positional} is a single path; {advice}")
     elif free:
+        lists.append(positional)
         out.append(_list_flag(positional, free))
+    if twice := [name for name, count in collections.Counter(lists).items() if count > 1]:
+        raise UserError(f"--{twice[0]} is given twice: give all of its values after one flag")
     return files, out
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+import extract_texts
 import generate
 import train_trm_lm
-from src.config import before_torch, check_distinct, parse_flags, run
+from src.config import before_torch, parse_flags, run
 from src.dataset import DataConfig
 from src.errors import UserError
 from src.model import TRMConfig
@@ -215,6 +216,7 @@ def test_the_home_folder_is_no_folder_called_tilde(config_file, monkeypatch, tmp
     assert parse("--save_dir=~/runs/x")["save_dir"] == f"{tmp_path}/runs/x"
     values = parse("--config", config_file("cache_dir: ~/c\nsample_prompt: ~/is home\n"))
     assert (values["cache_dir"], values["sample_prompt"]) == (f"{tmp_path}/c", "~/is home")
+    assert parse("--config", config_file("train_paths: [~/a, stdlib]\n"))["train_paths"] == [f"{tmp_path}/a", "stdlib"]
 
 
 @pytest.mark.parametrize("content", ["# only a header\n{}\n", "", "# only a header\n", "max_minutes:\nmonitoring:\n"])
@@ -286,14 +288,11 @@ def test_a_list_of_invalid_bytes_is_one_line(capsys):
     assert err.startswith("error: --prompt: a value is not valid UTF-8: correct it")
 
 
-def test_a_file_to_write_is_no_other_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a").write_text("mine")
-    (tmp_path / "link").symlink_to("a")
-    for outputs, inputs in ((["a"], ["./a"]), ([None, "link"], [None, "a"]), (["b", tmp_path / "b"], [])):
-        with pytest.raises(UserError, match=f"{outputs[-1]} is also read, or written by another flag"):
-            check_distinct(outputs, inputs)
-    check_distinct(["/dev/null", "/dev/null", "b", None], ["/dev/null", "a"])
+def test_a_list_that_is_given_twice_is_refused(capsys):
+    for words in ("--train_paths a --train_paths=b", "--train_paths a --max_steps 3 --train_paths b"):
+        assert "--train_paths is given twice: give all of its values" in refused(capsys, *words.split())
+    err = refused(capsys, "a.jsonl", "--paths", "b.jsonl", parse_args=extract_texts.parse_args)
+    assert "--paths is given twice" in err
 
 
 def test_too_many_words(capsys):

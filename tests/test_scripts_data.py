@@ -42,7 +42,7 @@ def test_extract_texts_keeps_every_document(tmp_path, capsys):
     assert f"4 documents, {n_bytes} bytes; skipped: 1 x broken JSON, 1 x empty text" in captured.err
     first = output.read_bytes()
     extract_texts.main([source, str(tmp_path / "b.jsonl"), "--output", str(output)])
-    assert output.read_bytes() == first and not list(tmp_path.glob("*.part"))
+    assert output.read_bytes() == first and not list(tmp_path.glob(".*"))
 
 
 def test_extract_texts_max_docs_and_text_field(tmp_path):
@@ -82,7 +82,7 @@ def test_extract_texts_refuses(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             extract_texts.main(args)
-    assert text.read_text() == "x" and not (tmp_path / "o.txt").exists() and not list(tmp_path.glob("*.part"))
+    assert text.read_text() == "x" and not (tmp_path / "o.txt").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_train_spm_writes_a_model_and_measures_it(tmp_path, capsys):

@@ -97,8 +97,9 @@ class TestBoards:
             f"{BOARD}\n{SOLVED}\n",
             "3...\n.2..\n..4.\n.1..\n\n3412\n1234\n2341\n4123\n",
             f"\n{BOARD}\n\n\n3412 1234 2341 4123",
+            f"\ufeff{BOARD}\r{SOLVED}\r\n",
         ],
-        ids=["lines", "blocks", "mixed"],
+        ids=["lines", "blocks", "mixed", "a mark and other line ends"],
     )
     def test_stdin(self, solver, call, monkeypatch, text):
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
@@ -306,6 +307,7 @@ class TestMistakes:
             (["--board", BOARD, "--votes", "5000"], "--votes is 5000, but sudoku4 has only"),
             (["--board", BOARD, "--trace", "b.doc"], "--trace b.doc: name a file that ends in .png"),
             (["--board", BOARD, "--output", "none/s.csv"], "cannot write none/s.csv"),
+            (["--board", BOARD, "--output", "s.csv.gz"], "s.csv.gz, but the file is not compressed: leave out .gz"),
             (["--paths", "s.csv", "--output", "s.csv"], "s.csv is also read"),
             (["--paths", "s.json", "--trace", "s.png"], "s.json is also read"),
             (

@@ -15,7 +15,7 @@ from pathlib import Path
 from src.data.licences import names_another_licence, packages_of_files
 from src.data.readers import READERS, SUFFIXES, SkipLog, suffix_of
 from src.errors import UserError, few
-from src.files.text import check_is_file, is_text
+from src.files.text import check_is_file, is_text, same_file_key
 
 MAX_DOC_MB = 32  # million characters; limit for documents of .jsonl and .parquet files, which are in memory as a whole
 _END_BYTES = 1024**2  # fingerprint_files reads this many bytes at the start and at the end of a file
@@ -91,12 +91,6 @@ def files_of_word(word: str) -> list[str]:
 def suffixes_of(text_field):
     """Returns the suffixes of the files that `read_pieces` reads with this text_field."""
     return SUFFIXES if isinstance(text_field, str) else text_field.suffixes
-
-
-def same_file_key(path):
-    """Returns a key that is equal for all names of one file: spellings of its path, symbolic links, hard links."""
-    info = os.stat(path)
-    return (info.st_dev, info.st_ino) if info.st_ino else os.path.realpath(path)
 
 
 def _has(path, suffixes):
@@ -218,7 +212,7 @@ SOURCES = {  # words that stand for files
 def fingerprint_files(files):
     """Returns [(base name, size in bytes, digest)] of files; the digest covers the size and the first and last MiB.
 
-    Raises UserError if a file is unreadable."""
+    Bytes of a name that are not UTF-8 become escapes such as \\xe9. Raises UserError if a file is unreadable."""
     found = []
     for path in files:
         try:
@@ -229,7 +223,8 @@ def fingerprint_files(files):
                 ends += file.read(_END_BYTES)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): restore it") from None
-        found.append((os.path.basename(path), size, f"{content_hash(size.to_bytes(8, 'big') + ends):016x}"))
+        name = os.fsencode(os.path.basename(path)).decode(errors="backslashreplace")
+        found.append((name, size, f"{content_hash(size.to_bytes(8, 'big') + ends):016x}"))
     return found
 
 

@@ -84,7 +84,7 @@ def json_objects(path, log):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.removeprefix("\ufeff"))  # a BOM may start any line of files that were joined
         except (ValueError, RecursionError):
             log.add(BAD_JSON, path, number)
         else:
@@ -152,8 +152,16 @@ def parquet_rows(path, log, column=None):
 
 
 def _plain(value, keeps_bytes):
-    """Returns the Python value of an Arrow scalar."""
-    value = value.as_py()
+    """Returns the Python value of an Arrow scalar, or None for a date that Python does not know."""
+    import pyarrow as pa
+
+    kind = value.type
+    try:
+        value = value.as_py()
+    except (OverflowError, ValueError, KeyError):  # a year over 9999, nanoseconds, an unknown time zone
+        return None
+    if isinstance(value, float) and kind in (pa.float16(), pa.float32()):
+        return float(str(kind.to_pandas_dtype()(value)))  # 0.1, not 0.10000000149011612
     try:
         return value.decode() if isinstance(value, bytes) else value
     except UnicodeDecodeError:

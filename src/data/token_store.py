@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,12 @@ ON_THE_SPOT_BYTES = 10_000_000  # enough text to train a vocabulary, and trainin
 
 
 def default_cache_dir():
-    """Returns $HF_DATASETS_CACHE if it is set, else ~/.cache/generative-trm."""
-    return os.environ.get("HF_DATASETS_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "generative-trm")
+    """Returns $HF_DATASETS_CACHE if it is set, else ~/.cache/generative-trm, or a folder in /tmp without a home."""
+    home = os.path.expanduser("~")
+    usual = os.path.join(home, ".cache", "generative-trm")
+    if home == "~":  # no $HOME, and a user id that the system does not know, as in some containers
+        usual = os.path.join(tempfile.gettempdir(), f"generative-trm-{os.getuid()}")
+    return os.environ.get("HF_DATASETS_CACHE") or usual
 
 
 def content_key(files, *settings):

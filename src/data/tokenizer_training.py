@@ -20,6 +20,7 @@ import sentencepiece as spm
 from src.data.corpus import MAX_DOC_MB, read_documents, read_pieces
 from src.data.tokenizer_json import FIM_NAMES
 from src.errors import UserError
+from src.files.folders import replacing_file
 from src.tokenizer import JSON_FILE, MODEL_FILE, SPACE, HFTokenizer, TokenizerWrapper
 
 SAMPLE_CHARS = 4_000_000  # size of the text sample that `frequent_line_breaks` counts
@@ -291,11 +292,10 @@ def _write_model(tokenizer, model_prefix):
 
 
 def _write(path, data):
-    """Writes a file under a temporary name and renames it, so that a crash never leaves half a file."""
+    """Writes a file as a whole, and the folders above it.  Raises UserError if it cannot."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_bytes(data)
-        os.replace(part, path)
+        with replacing_file(path) as beside:
+            beside.write_bytes(data)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; set another path") from None

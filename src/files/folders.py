@@ -39,11 +39,24 @@ def replacing(folder, owns: Callable[[str], bool]):
         recover(folder)
 
 
-def replace_file(path: Path, text: str):
+@contextlib.contextmanager
+def replacing_file(path):
+    """Yields the path of a new file to write, which then replaces `path`. After an error, `path` is unchanged.
+
+    Replaces the target of a link, not the link. Raises OSError if the file cannot be written."""
+    path = Path(os.path.realpath(path))
+    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def replace_file(path, text: str):
     """Writes a file as UTF-8: after a crash, it is the old one or the new one.  Raises OSError if it cannot."""
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    with replacing_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def recover(folder: Path) -> tuple[Path, Path]:

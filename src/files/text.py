@@ -102,6 +102,12 @@ def read_lines(path, most: int = MOST_LINE, cuts: bool = False):
         raise UserError(f"{path} cannot be read to its end, is it truncated? ({reason})") from None
 
 
+def same_file_key(path):
+    """Returns a key that is equal for all names of one file: spellings of its path, symbolic links, hard links."""
+    info = os.stat(path)
+    return (info.st_dev, info.st_ino) if info.st_ino else os.path.realpath(path)
+
+
 def is_text(line: str) -> bool:
     """Whether a line has no lone surrogates. They come from invalid bytes of a file, or from JSON escapes."""
     try:

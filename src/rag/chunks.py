@@ -10,9 +10,9 @@ import sys
 from collections import Counter
 from typing import NamedTuple
 
-from src.data.corpus import files_of_word, is_word, same_file_key, walk
+from src.data.corpus import files_of_word, is_word, walk
 from src.errors import UserError, few
-from src.files.text import decode, parse_python
+from src.files.text import decode, parse_python, same_file_key
 
 MOST_FILE_BYTES = 2_000_000  # a larger text file is mostly data or generated code
 LEAST_LINES = 8  # a shorter chunk is found because of a single common name, and contains too little to help

@@ -11,6 +11,7 @@ verdict.
 import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,10 @@ LABEL_NAMES = ("label", "labels", "class", "category", "sentiment", "target", "r
 MOST_CLASSES = 1000
 MOST_LABEL = 200  # characters
 OTHER_TYPES = {".arrow", ".csv", ".feather", ".json", ".parquet", ".xls", ".xlsx"}
-MISSING = {".tsv": "there is no tab between label and text", ".jsonl": "not a JSON object with `label` and `text`"}
+MISSING = {
+    ".tsv": "there is no tab between label and text, nor a header that names a column label",
+    ".jsonl": "not a JSON object with `label` and `text`",
+}
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
@@ -58,7 +62,7 @@ def read_label_names(path) -> list[str]:
     """Reads the label names, in the order of their numbers, from a JSON list. Raises UserError for other content."""
     names = read_json(path, "label_names")
     is_list = isinstance(names, list) and all(isinstance(name, str) and _is_label(name) for name in names)
-    names = [name.strip() for name in names] if is_list else []
+    names = list(map(_as_label, names)) if is_list else []
     if len(set(names)) != len(names) or not 2 <= len(names) <= MOST_CLASSES:
         advice = f'give a JSON list of two or more different names, at most {MOST_CLASSES:,}, such as ["bad", "good"]'
         raise UserError(f"label_names {path}: {advice}")
@@ -73,7 +77,7 @@ def read_examples(path, names: list[str], needs_labels: bool = True, takes_numbe
     # if names are numbers themselves, a label is always a name
     are_numbers = any(map(_NUMBER.fullmatch, names))
     numbers = {str(i): i for i in range(len(names))} if takes_numbers and not are_numbers else {}
-    index = {None: None} | numbers | {name: i for i, name in enumerate(names)}
+    index = {None: None} | numbers | {_as_label(name): i for i, name in enumerate(names)}
     rows = _read_rows(path, needs_labels)
     if wrong := next((row for row in rows if row.label not in index), None):
         known = ", ".join(f"{i} {name}" if numbers else name for i, name in enumerate(names))
@@ -110,7 +114,7 @@ def find_label_names(path) -> list[str]:
 
 def spelling(path, names: list[str]) -> list[str]:
     """Returns how a file writes each label: as a number if the file uses numbers, otherwise as the name."""
-    own = {row.label for row in _read_rows(path, needs_labels=False)} - {None, *names}
+    own = {row.label for row in _read_rows(path, needs_labels=False)} - {None, *map(_as_label, names)}
     return [str(i) for i in range(len(names))] if own else names
 
 
@@ -134,14 +138,16 @@ def _read_rows(path, needs_labels=True) -> list[Row]:
     for number, line in read_lines(path):
         if line is None or not is_text(line):
             raise UserError(f"{path}, line {number} is {'too long' if line is None else 'not UTF-8'}: convert the file")
+        line = line.removeprefix("\ufeff").rstrip("\n")  # a BOM may start any line of files that were joined
         if line.strip():
-            lines.append((number, line.rstrip("\n")))
+            lines.append((number, line))
     if kind == ".jsonl":
         rows = [_row_of_json(number, line, f"{path}, line {number}") for number, line in lines]
     else:
         rows = _rows_of_columns(lines, "\t" if kind == ".tsv" else "|||", path)
     if not rows:
         raise UserError(f"{path} has no labelled text: give lines such as `1 ||| a good film`")
+    rows = [row._replace(label=row.label and _as_label(row.label)) for row in rows]
     needs_labels = needs_labels or any(row.label for row in rows)
     for number, label, _ in rows:
         if needs_labels and not label:
@@ -150,6 +156,11 @@ def _read_rows(path, needs_labels=True) -> list[Row]:
         if label and not _is_label(label):
             raise UserError(f"{path}, line {number}: {label[:60]!r} cannot be a label: use a short name or a number")
     return [row._replace(label=row.label or None) for row in rows]
+
+
+def _as_label(text):
+    """Returns the form in which labels are compared: macOS writes an accent as a character of its own."""
+    return unicodedata.normalize("NFC", text.strip())
 
 
 def _is_label(label):

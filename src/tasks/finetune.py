@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from src import checkpoint
 from src.checkpoint import CLASSIFIER_FILE
-from src.data.corpus import content_hash
+from src.data.corpus import content_hash, fingerprint_files
 from src.data.samples import Sample, collate_batch
 from src.errors import UserError
 from src.model_config import loss_weights
@@ -223,6 +223,7 @@ def finetune(
     folder = Path(config.save_dir)
     settings = asdict(config) | {"checkpoint": str(checkpoint.resolve(source)), "labels": names}
     settings |= {"train_texts": _digest(train), "dev_texts": _digest(dev)}
+    settings["weights"] = _digest(fingerprint_files(sorted(checkpoint.resolve(source).glob("*.safetensors"))))
     run_folder.check_writable(folder)
     run_folder.check_resume(folder, settings, config.resume)
     is_new = not (folder / "config.yaml").exists()

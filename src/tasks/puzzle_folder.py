@@ -15,6 +15,7 @@ augmentations are scored (src/tasks/arc_votes.py).
     write_arc_folder("data/arc1", ["arc-agi_training_challenges.json"], ["arc-agi_evaluation_challenges.json"])
 """
 
+import itertools
 import json
 import math
 import re
@@ -37,6 +38,7 @@ from src.tasks.sudoku_solver import BOXES
 
 SPLITS = ("train", "test")
 OWN = {*SPLITS, NAMES_FILE, TASKS}  # what `write_folder` writes in a folder
+FACTS = "dataset.json"
 CHUNK = 100_000  # rows that are checked at once, so that a mapped file is never in memory as a whole
 PLACED = 2_000  # ARC pairs that are augmented at once; each takes some 20 KB meanwhile
 MOST_TOKENS = 256  # a token is one byte
@@ -94,9 +96,9 @@ def read_folder(folder, verify: bool = True) -> PuzzleFolder:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one with train/, test/ and identifiers.json")
     names = read_names(folder)
-    facts = {split: _read_facts(folder / split / "dataset.json", len(names)) for split in SPLITS}
-    kind = _kind_of(facts["train"], folder / "train" / "dataset.json")
-    if _kind_of(facts["test"], folder / "test" / "dataset.json").name != kind.name:
+    facts = {split: _read_facts(folder / split / FACTS, len(names)) for split in SPLITS}
+    kind = _kind_of(facts["train"], folder / "train" / FACTS)
+    if _kind_of(facts["test"], folder / "test" / FACTS).name != kind.name:
         raise UserError(f"{folder}: train and test are puzzles of different kinds: put them into folders of their own")
     grids = [_read_split(folder / split, facts[split]) for split in SPLITS]
     if verify and kind.has_rules:
@@ -251,6 +253,9 @@ def write_folder(
             raise UserError(f"there is no {split} puzzle to write into {folder}: give one or more")
         if grids.puzzle_ids.max() >= len(names):
             raise UserError(f"puzzle id {grids.puzzle_ids.max()} of {split} has no name: {len(names)} names are given")
+    for path in itertools.chain.from_iterable(Path(folder, split).glob("*") for split in SPLITS):
+        if path.name != FACTS and path.suffix != ".npy":
+            raise UserError(f"{path} is not part of a puzzle folder and would be lost: move it, or name another folder")
     with replacing(folder, OWN.__contains__) as new:
         for split, grids in zip(SPLITS, (train, test)):
             (new / split).mkdir()
@@ -310,4 +315,4 @@ def _write_split(folder, kind, grids, n_names):
     facts |= {"pad_id": 0, "ignore_label_id": 0, "blank_identifier_id": 0, "sets": ["all"], "kind": kind.name}
     facts |= {"total_groups": len(first_puzzles) - 1, "total_puzzles": len(first_rows) - 1}
     facts |= {"mean_puzzle_examples": grids.n_rows / (len(first_rows) - 1)}
-    (folder / "dataset.json").write_text(json.dumps(facts), encoding="utf-8")
+    (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")

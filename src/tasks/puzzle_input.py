@@ -53,7 +53,7 @@ def split_boards(kind: PuzzleKind, text: str) -> list[str]:
     """Returns the boards in a text: one per line, or each on several lines, with a blank line between boards.
 
     Lines that separate the boxes of a Sudoku are ignored. Raises UserError if there is no board."""
-    text = text.replace("\r\n", "\n")
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if not {"|", " "} & set(kind.symbols):
         text = re.sub(r"^[-+ ]{3,}\n|\|", "", text, flags=re.M)
     boards = []

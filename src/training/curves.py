@@ -1,7 +1,6 @@
 """Reads metrics.jsonl and draws learning curves: that of one run, and building blocks for pictures of several runs."""
 
 import io
-import os
 import sys
 from array import array
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from src.errors import UserError
+from src.files.folders import replacing_file
 from src.files.plain_yaml import read_yaml
 from src.files.text import parse_json
 from src.metrics import format_params
@@ -99,9 +99,11 @@ DETAIL = 1000  # points drawn of a noisy curve; more are not visible, and a long
 
 def new_figure(height: float):
     """Returns (Figure, grid of 2 x 2 cells).  Does not use pyplot, whose global state is unsafe during training."""
+    from matplotlib import rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    rcParams["text.parse_math"] = False  # a $ in a label or file name does not start a formula
     figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06, wspace=0.03)
@@ -117,15 +119,14 @@ def add_title(figure, title: str, remark: str = ""):
 
 def save_picture(figure, path: str | Path) -> Path:
     """Write a PNG atomically, so that the file always holds either the old picture or the new one."""
-    path, buffer = Path(path), io.BytesIO()
+    buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    beside = path.with_name(f".{path.name}.writing")
     try:
-        beside.write_bytes(buffer.getvalue())
-        os.replace(beside, path)
+        with replacing_file(path) as new:
+            new.write_bytes(buffer.getvalue())
     except OSError as error:
         raise UserError(f"cannot write the picture {path}: {error.strerror}; make room, or name another file") from None
-    return path
+    return Path(path)
 
 
 def style_axes(axes, name: str):

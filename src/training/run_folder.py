@@ -15,7 +15,7 @@ from src.checkpoint import FILES, follow, load_state, save_checkpoint
 from src.errors import UserError, few
 from src.files import folders
 from src.files.plain_yaml import dump_yaml, read_yaml
-from src.files.text import read_json
+from src.files.text import parse_json, read_text
 
 try:
     import fcntl
@@ -101,7 +101,8 @@ def corpus_changes(folder: Path, corpus: dict) -> list[str]:
     corpus: the data as it is now, in the form that `keep_corpus` takes. Returns [] if the run has no corpus.json.
     Raises UserError if that file is broken."""
     path = folder / CORPUS
-    before = read_json(path) if path.exists() else {}
+    # not read_json: older runs wrote names that are not UTF-8 as escapes that it refuses
+    before = parse_json(read_text(path), path) if path.exists() else {}
     try:
         return [change for part, now in corpus.items() for change in _changes(part, before.get(part, now), now)]
     except (AttributeError, TypeError, IndexError):

@@ -1,9 +1,12 @@
 """Records: questions with answers, read from every format; what is wrong with a bad one."""
 
+import gzip
 import os
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from texts import write_records
 
@@ -147,3 +150,23 @@ def test_final_answers(text, expected):
 def test_real_data_sets():
     assert [final_answer(record.answer) for record in read_records(SHARED / "gsm8k")][:3] == ["72", "10", "5"]
     assert sum(1 for _ in read_records(SHARED / "math_extra" / "SVAMP.json")) == 1000
+
+
+def test_a_number_of_32_bits_keeps_its_digits(tmp_path):
+    table = pa.table({"question": ["a", "b"], "answer": pa.array([0.1, 2.0], pa.float32())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [record.answer for record in read_records(tmp_path / "a.parquet")] == ["0.1", "2"]
+
+
+def test_a_date_that_nobody_needs(tmp_path):
+    """Dates after the year 9999, and a time zone that the system does not know."""
+    for kind in (pa.timestamp("us"), pa.timestamp("us", "Mars/Base")):
+        dates = pa.array([2**62], pa.int64()).cast(kind, safe=False)
+        pq.write_table(pa.table({"question": ["a"], "answer": ["1"], "t": dates}), tmp_path / "a.parquet")
+        assert [record.answer for record in read_records(tmp_path / "a.parquet")] == ["1"]
+
+
+def test_a_mark_inside_joined_files(tmp_path):
+    rows = [b'\xef\xbb\xbf{"question": "a", "answer": "%d"}\n' % i for i in range(2)]
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(map(gzip.compress, rows)))
+    assert [record.answer for record in read_records(tmp_path / "a.jsonl.gz")] == ["0", "1"]

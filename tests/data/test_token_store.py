@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,13 @@ from src.data.tokenizer_training import train_sentencepiece
 from src.errors import UserError
 
 # the store
+
+
+def test_a_user_without_a_home_makes_no_folder_called_tilde(monkeypatch):
+    for name in ("HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for a user id without an entry
+    assert token_store.default_cache_dir() == os.path.join(tempfile.gettempdir(), f"generative-trm-{os.getuid()}")
 
 
 def test_store_is_the_stream_across_chunks(tmp_path, monkeypatch):

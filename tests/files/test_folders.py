@@ -7,7 +7,7 @@ import pytest
 
 from src.errors import UserError
 from src.files import folders
-from src.files.folders import recover, remove, replacing
+from src.files.folders import recover, remove, replacing, replacing_file
 
 OURS = {"data", "sub"}.__contains__
 
@@ -120,3 +120,16 @@ def test_modes_follow_the_umask(tmp_path, umask):
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "m", tmp_path / "m" / "data")}
     assert modes == {"m": 0o777 & ~umask, "data": 0o666 & ~umask}
     shutil.rmtree(tmp_path / "m")
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk/a")
+    for text in ("old", "new"):
+        with replacing_file(tmp_path / "link") as new:
+            new.write_text(text)
+    with pytest.raises(KeyError), replacing_file(tmp_path / "link") as new:
+        new.write_text("half")
+        raise KeyError
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "a").read_text() == "new"
+    assert os.listdir(tmp_path / "disk") == ["a"] and sorted(os.listdir(tmp_path)) == ["disk", "link"]

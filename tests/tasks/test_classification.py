@@ -150,6 +150,18 @@ def test_columns_go_by_their_names_and_files_by_their_mark(tmp_path, name, conte
         assert read_examples(path, ["0", "1"]) == [Example("good", 1), Example("bad", 0)]
 
 
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_one_label_in_two_spellings(tmp_path, kind):
+    """Joined files with a mark each; an accent as a part of its letter (Linux) or as a character (macOS)."""
+    form = {".txt": "\ufeff{} ||| good\n", ".jsonl": '\ufeff{{"label": "{}", "text": "good"}}\n'}[kind]
+    path = tmp_path / f"a{kind}"
+    path.write_text("".join(map(form.format, ("caf\u00e9", "cafe\u0301", "bar"))), encoding="utf-8")
+    assert find_label_names(path) == ["bar", "caf\u00e9"]
+    for names in (["bar", "caf\u00e9"], ["bar", "cafe\u0301"]):
+        assert [example.label for example in read_examples(path, names)] == [1, 1, 0]
+        assert spelling(path, names) == names
+
+
 def test_bool_labels_of_json(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": true}\n{"text": "b", "label": false}\n')
     assert find_label_names(tmp_path / "a.jsonl") == ["false", "true"]
@@ -338,3 +350,9 @@ def test_a_confusion_picture_of_many_labels_is_shaded_only(tmp_path, monkeypatch
     draw_confusion(report(labels, labels, n_labels), [f"label {i}" for i in range(n_labels)], tmp_path / "c.png")
     assert len(drawn) == n_texts and figures[0].get_figheight() < 15
     assert len(figures[0].axes[0].get_xticks()) <= 20
+
+
+def test_labels_of_dollars_are_drawn(tmp_path):
+    found = report(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]), 3)
+    path = draw_confusion(found, ["$", "$$", "$$$"], tmp_path / "a.png", "a$b$")
+    assert path.read_bytes()[:4] == b"\x89PNG"

@@ -205,6 +205,12 @@ def test_folders_that_are_refused(source, tmp_path):
         tune(source, tmp_path / "run", epochs=1, lr=0.5, head_lr=0.1, resume=True)
     with pytest.raises(UserError, match="--train_texts is"):
         tune(source, tmp_path / "run", epochs=1, train=TRAIN[1:], resume=True)
+    weights = next((source / "trm").glob("*.safetensors"))
+    old = weights.read_bytes()
+    save_file({name: tensor + 1 for name, tensor in checkpoint.read_weights(weights).items()}, weights)
+    with pytest.raises(UserError, match="--weights is"):  # the base model is another one
+        tune(source, tmp_path / "run", epochs=1, resume=True)
+    weights.write_bytes(old)
     lock = RunLock(tmp_path / "run")
     child = os.fork()
     if child == 0:

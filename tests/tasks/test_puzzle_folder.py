@@ -270,6 +270,10 @@ def test_what_cannot_be_written(folder, tmp_path):
         write_folder(tmp_path / "file", data.kind, data.train, data.test)
     with pytest.raises(UserError, match="is no folder"):
         read_folder(tmp_path / "file")
+    (folder / "train" / "notes.md").write_text("mine")
+    with pytest.raises(UserError, match="notes.md is not part of a puzzle folder and would be lost"):
+        write_folder(folder, data.kind, data.train, data.test)
+    assert (folder / "train" / "notes.md").read_text() == "mine"
 
 
 def test_kinds_have_names():

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from trainers import TINY, assert_same_checkpoints, during, read_metrics
 
 import train_trm_lm
 from src.checkpoint import follow, load_model, load_state, resolve
+from src.data.corpus import fingerprint_files
 from src.errors import UserError
 from src.training import run_folder
 from src.training.run_folder import RunLock, checkpoints, corpus_changes, keep_corpus, point, prune
@@ -201,6 +203,17 @@ class TestText:
         ):
             told = corpus_changes(tmp_path, {"train": now})
             assert len(told) == len(said) and all(map(str.endswith, told, said))
+
+    def test_names_that_are_not_utf8(self, tmp_path):
+        """A run on such a file can be resumed, and the note of an older run is read."""
+        name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt")
+        Path(os.fsdecode(name)).write_text("x")
+        ((shown, size, digest),) = now = fingerprint_files([os.fsdecode(name)])
+        assert (shown, size) == ("caf\\xe9.txt", 1)
+        keep_corpus(tmp_path, {"train": now})
+        assert corpus_changes(tmp_path, {"train": now}) == []
+        keep_corpus(tmp_path, {"train": [("caf\udce9.txt", size, digest)]})
+        assert len(corpus_changes(tmp_path, {"train": now})) == 2
 
     @pytest.mark.parametrize("content", ["", "[", "3", "[1]", '{"train": 3}', '{"train": [[]]}', '{"train": [[[]]]}'])
     def test_a_broken_note_is_one_line(self, tmp_path, content):
