@@ -53,7 +53,8 @@ class ConvertConfig:
             Llama folder, llama2c = a legacy .bin and its tokenizer, trm = a state dict for the TRM authors' code,
             tokenizer = the tokenizer alone, as AutoTokenizer of transformers reads it
         license: license named in the model card of hub and hf, such as mit; default: the license in SOURCE, if any
-        n_heads: heads of a model of the TRM authors' code, if SOURCE has no all_config.yaml beside it; in the same way:
+        n_heads: heads of a model of the TRM authors' code. This flag and the next ones replace the values of the
+            all_config.yaml beside SOURCE, or stand in for that file
         deep_steps: T, called H_cycles there
         latent_steps: n, called L_cycles there
         supervision_steps: most supervision steps; default 16

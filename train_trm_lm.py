@@ -1,7 +1,7 @@
 """Train a language model: a Tiny Recursive Model (TRM), a looped transformer, or a plain transformer (Llama).
 
     python train_trm_lm.py                                    # on Python's standard library: needs no data and no flags
-    python train_trm_lm.py --config configs/demo.yaml --max_minutes 3            # a recipe, with one setting changed
+    python train_trm_lm.py --config configs/demo.yaml --max_minutes 10           # a recipe, with one setting changed
     python train_trm_lm.py --train_paths wiki/train_*.jsonl.gz --valid_paths wiki/validation_0.jsonl.gz
     python train_trm_lm.py --recursion none --n_layers 6 --norm pre --save_dir runs/llama      # a plain Llama
     python train_trm_lm.py --config runs/trm/config.yaml --resume                # continue a run that was stopped

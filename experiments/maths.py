@@ -7,16 +7,16 @@
 The recipe is a config of train_trm_lm.py with `records: true`, for a model of recursion trm. experiments/arms.py
 describes the models that are compared, which are called arms: trm, trm-1, loop, plain-params, plain-flops, plain-deep.
 
-Without train_paths the task is addition. The number of digits of each addend is drawn uniformly from 1 to `digits`, and
-zeros on the left fill each number to `digits` + `beyond` digits (the sum has one more), so that digits of equal value
-are always equally far apart. No test question is among the training questions, also not with its addends swapped. The
-test `beyond` has numbers with more digits than any in training. `eval_lm.py --difficulty_field carries` reports by the
-longest carry instead of by digits.
+Without train_paths the task is addition. The longer addend has 1 to `digits` digits, each number of digits equally
+often; the shorter one has 1 to as many. Zeros on the left fill each number to `digits` + `beyond` digits (the sum has
+one more), so that digits of equal value are always equally far apart. No test question is among the training questions,
+also not with its addends swapped. The test `beyond` has numbers with more digits than any in training.
+`eval_lm.py --difficulty_field carries` reports by the longest carry instead of by digits.
 
 A part of the training records is held back. First, a learning rate is chosen for each arm in a sweep: one run of
 `sweep_minutes` for each value in `lrs`. The value with the highest exact match on the held-back records is then used
-for every seed. Test records play no part in the choice. Each run answers with its best checkpoint: that of the lowest
-loss on held-back records among its evaluations, of which a run with more steps has more.
+for every seed. Test records play no part in the choice. Each run answers with its best checkpoint: the one with the
+lowest loss on held-back records. A run with more steps has more evaluations to choose from.
 
 The runs are subprocesses of train_trm_lm.py and eval_lm.py, `jobs` at a time. Writes the data and one JSON line per run
 to `output`, and prints Markdown tables of exact match: of every seed, by difficulty, and by recursion step up to twice

@@ -68,7 +68,8 @@ class RetrievalConfig:
         top_k: chunks that are put into a context, as long as they fit
         oracle: chunks among which the oracle chooses
         line_tokens: most tokens that are generated for the next line
-        method: how code is compared: tfidf, bm25, checkpoint (this model's states) or sentence; see docs/training.md
+        method: how code is compared: tfidf, bm25, checkpoint (this model's states) or sentence; `generate.py --help`
+            explains them
         chunk_lines: most lines of a chunk
         batch_size: contexts that are scored at once
         precision: number format of the model's weights and arithmetic

@@ -21,7 +21,8 @@ class TRMConfig:
     """Settings of the model. `recursion` selects the family. Settings that a family does not use are ignored.
 
     Args:
-        vocab_size: V, number of tokens; default that of the tokenizer
+        vocab_size: V, number of tokens: the size of a tokenizer that the run trains (by default 4,096). A given
+            tokenizer has its own size
         d_model: D, width of the residual stream
         n_heads: H, query heads; the head size is D/H
         n_kv_heads: K, key/value heads, shared by groups of H/K query heads; default n_heads
@@ -70,14 +71,14 @@ class TRMConfig:
         grad_deep_steps: how many deep steps, counted from the last, carry gradient; default 1 for trm, all for loop
         full_bptt: back-propagate through all supervision and deep steps; memory grows with their number
         supervision_weights: weights of the losses after each supervision step (trm) or visit (loop): equal, linear,
-            last, or numbers such as 0.3,1.0; default equal for trm, last for loop
+            last, or numbers such as 0.3,1.0; default equal for trm, last for loop; train_puzzles.py: loop only
         token_loss: softmax (cross-entropy) or stablemax (arXiv:2501.04697)
         loss_mean: average the loss over all target tokens of a batch (token), or over each row first (row)
         halting: give the model a halting head; default true for trm, false for loop
         act_weight: weight of the halting loss
         act_target: what the halting head predicts: correct (the most probable token is right) or stable (one more step
             does not change the most probable token)
-        act_threshold: at inference with --exit halt, a token stops if its halting probability exceeds this
+        act_threshold: text only: at inference with --exit halt, a token stops if its halting probability exceeds this
         gradient_checkpointing: recompute each visit in the backward pass, which saves memory and takes more time
         pad_token_id: id of the padding token; training takes it from the tokenizer
     """

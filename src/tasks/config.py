@@ -12,7 +12,7 @@ class FinetuneConfig:
     """Fine-tuning.
 
     Args:
-        save_dir: run folder: config, metrics.jsonl, checkpoints, confusion.png
+        save_dir: run folder: config, metrics.jsonl, checkpoints, dev_confusion.png
         tune: what is trained: full = all weights, head = only the new layer, lora = adapters on the linear layers
             (needs peft)
         lora_rank: rank of the LoRA adapters

@@ -58,7 +58,7 @@ class DataConfig:
             the second; by default, all files are one corpus
         fim_rate: fill-in-the-middle: probability that a training document, or its part in a window, is rearranged so
             that the model learns to write what is between a prefix and a suffix. Records and validation text stay as
-            they are. Needs sentinels (`train_tokenizer.py --fim true`); `byte` and tokenizers made here have them
+            they are. Needs sentinels (`train_tokenizer.py --fim true`); `byte` and one that the run trains have them
         fim_order: psm = prefix, suffix, middle; spm = suffix, prefix, middle; default: as the tokenizer had, or psm
         streaming: read and tokenize the files during training instead of before it; use it for text that is too large
             to tokenize first
