@@ -4,18 +4,22 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from src.runtime import DTYPES, choose_precision
 
+MUONS = ("muon", "muoneq")
+
 
 def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float, betas, puzzle=None) -> list[Optimizer]:
     """Returns [AdamW], or [AdamW, Muon]: Muon for the matrices inside blocks, AdamW for the rest (arXiv:2502.16982).
 
-    Weight decay applies to matrices only, not to gains, biases and embeddings. puzzle: (learning rate, weight decay) of
-    a last optimizer, SparseSignSGD, for the embeddings of puzzle identifiers; None: AdamW trains them too."""
+    name: adamw, muon, or muoneq (Muon with rows of equal norm). Weight decay applies to matrices only, not to gains,
+    biases and embeddings. puzzle: (learning rate, weight decay) of a last optimizer, SparseSignSGD, for the embeddings
+    of puzzle identifiers; None: AdamW trains them too."""
     matrices, head, others, tables = [], [], [], []
     for path, p in model.named_parameters():
         if not p.requires_grad:
@@ -33,8 +37,8 @@ def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float,
         groups.append({"params": matrices, "weight_decay": weight_decay})
     groups = [g for g in groups if g["params"]]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)]
-    if name == "muon":
-        optimizers.append(Muon(matrices, lr, weight_decay))
+    if name in MUONS:
+        optimizers.append(Muon(matrices, lr, weight_decay, equal_rows=name == "muoneq"))
     if tables:
         optimizers.append(SparseSignSGD(tables, *puzzle))
     for optimizer in optimizers:
@@ -47,10 +51,14 @@ class Muon(torch.optim.Muon):
     """A faster version of torch's Muon (https://kellerjordan.github.io/posts/muon).  Its updates have AdamW's size.
 
     It orthogonalises all matrices of the same shape in one batch, and it uses bf16 only if the hardware supports it: on
-    other CPUs, bf16 products take longer than the whole rest of a small model's step."""
+    other CPUs, bf16 products take longer than the whole rest of a small model's step.
 
-    def __init__(self, params, lr: float, weight_decay: float):
+    equal_rows: MuonEq-R (arXiv:2603.28254): scale each row of a matrix, the weights into one output, to norm 1 before
+    the matrix is orthogonalised. Few steps of the iteration then come closer to an orthogonal matrix."""
+
+    def __init__(self, params, lr: float, weight_decay: float, equal_rows: bool = False):
         super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.equal_rows = equal_rows
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -65,7 +73,10 @@ class Muon(torch.optim.Muon):
                 same_shape.setdefault((p.shape, p.device), []).append((p, grad.lerp(buffer, group["momentum"])))
             for (shape, device), pairs in same_shape.items():
                 dtype = DTYPES["bf16" if choose_precision("auto", device).value == "bf16" else "fp32"]
-                updates = torch.stack([update for _, update in pairs]).to(dtype)
+                updates = torch.stack([update for _, update in pairs])
+                if self.equal_rows:
+                    updates = F.normalize(updates, dim=2)
+                updates = updates.to(dtype)
                 updates = newton_schulz(updates, group["ns_coefficients"], group["ns_steps"])
                 for (p, _), update in zip(pairs, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])

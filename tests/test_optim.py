@@ -35,7 +35,7 @@ def groups_of(model, name):
 
 class TestGroups:
     @pytest.mark.parametrize("settings", SHAPES, ids=lambda s: "-".join(map(str, s.values())))
-    @pytest.mark.parametrize("name", ["adamw", "muon"])
+    @pytest.mark.parametrize("name", ["adamw", "muon", "muoneq"])
     def test_every_parameter_once_and_decay_on_matrices_alone(self, tiny, settings, name):
         """Weight decay acts on matrices that mix channels; Muon gets those inside the network, AdamW the rest."""
         model = tiny(**settings)
@@ -46,7 +46,7 @@ class TestGroups:
             assert module in DECAYED | SPARED, path
             assert decay == (0.1 if module in DECAYED and leaf == "weight" else 0.0), path
             inner = module in DECAYED - {"head"} and leaf == "weight"
-            assert kind is (Muon if name == "muon" and inner else torch.optim.AdamW), path
+            assert kind is (Muon if name != "adamw" and inner else torch.optim.AdamW), path
 
     def test_frozen_parameters_stay_out(self, tiny):
         model = tiny()
@@ -82,6 +82,26 @@ class TestMuon:
         for _ in range(5):
             s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
         torch.testing.assert_close(newton_schulz(g, (3.4445, -4.775, 2.0315), 5), u * s[:, None] @ v)
+
+    @pytest.mark.parametrize("equal_rows", [False, True])
+    def test_rows_of_unequal_size(self, equal_rows):
+        """Some gradients are 1,000 times as large as others. Only with equal rows, all rows then move equally far."""
+        torch.manual_seed(2)
+        p, scale = torch.nn.Parameter(torch.zeros(8, 32)), torch.tensor([1.0, 1e-3]).repeat(4)[:, None]
+        p.grad = scale * torch.randn(8, 32)
+        grad = p.grad.clone()
+        Muon([p], lr=0.1, weight_decay=0.0, equal_rows=equal_rows).step()
+        moved = -p.detach() / (0.2 * 0.1 * 32**0.5)
+        of = grad / grad.norm(dim=1, keepdim=True) if equal_rows else grad
+        torch.testing.assert_close(moved, newton_schulz(of[None], (3.4445, -4.775, 2.0315), 5)[0], atol=0.02, rtol=0)
+        rows = moved.norm(dim=1)
+        assert (rows.min() > 0.6 * rows.max()) == equal_rows
+
+    def test_rows_of_zeros_stay(self):
+        p = torch.nn.Parameter(torch.ones(4, 4))
+        p.grad = torch.diag(torch.tensor([1.0, 0.0, 1.0, 0.0]))
+        Muon([p], lr=0.1, weight_decay=0.0, equal_rows=True).step()
+        assert torch.equal(p[1::2], torch.ones(2, 4)) and (p[::2] != 1).any(1).all()
 
     def test_a_matrix_without_gradient_stays(self):
         still, moves = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
@@ -177,12 +197,12 @@ class TestEMA:
         assert all(torch.equal(t, before[n]) for n, t in ema.average.items())
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "muoneq"])
 def test_optimizers_train(tiny, name):
     model = tiny(recursion="trm").train()
     ids = torch.randint(0, 23, (4, 9))
     optimizers = make_optimizers(model, name, lr=1e-2, weight_decay=0.01, betas=(0.9, 0.99))
-    assert [type(o) for o in optimizers] == [torch.optim.AdamW] + [Muon] * (name == "muon")
+    assert [type(o) for o in optimizers] == [torch.optim.AdamW] + [Muon] * (name != "adamw")
     losses = []
     for _ in range(40):
         loss = model(ids[:, :-1], ids[:, 1:]).ce_loss

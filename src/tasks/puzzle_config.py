@@ -19,7 +19,7 @@ class PuzzleTrainConfig(TrainConfig):
     save_dir: str = "runs/puzzles"
     batch_size: int = 128
     max_steps: int = 5000
-    optimizer: Literal["adamw", "muon"] = "muon"
+    optimizer: Literal["adamw", "muon", "muoneq"] = "muon"
     optimizer_step: str = fixed("supervision")
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     lr: float = 4e-3

@@ -44,8 +44,10 @@ def start_accelerator(config, runtime, model) -> tuple[Accelerator, Choice]:
         raise UserError(f"--device {device}: choose the GPU with {visible} and --device cuda")
     precision = choose_precision(runtime.precision, device)
     is_fp16 = precision.value == "fp16"
-    if is_fp16 and config.optimizer == "muon":
-        raise UserError("--optimizer muon has no loss scaling for fp16: choose --precision fp32, or adamw")
+    if is_fp16 and config.optimizer != "adamw":
+        raise UserError(
+            f"--optimizer {config.optimizer} has no loss scaling for fp16: choose --precision fp32, or adamw"
+        )
     # with act_target `stable`, the first recursion step has no halting loss; in an update right after it, the halting
     # head (q_head) has no gradient, and DDP must expect that. A step may be the only one, with a depth that changes
     unused = config.optimizer_step == "supervision" or (model.halting and model.act_target == "stable")

@@ -221,7 +221,7 @@ class TrainConfig:
             puzzles in the batch. The stages of a curriculum replace max_steps
         max_minutes: also stop after this many minutes; the learning rate then follows steps or time, whichever is
             further along; default no limit
-        optimizer: adamw, or muon (Muon for the matrices inside blocks, AdamW for all other parameters)
+        optimizer: adamw, muon (for the matrices inside blocks; AdamW for the rest), or muoneq (muon with equal rows)
         optimizer_step: update the weights once per batch, or after each supervision step as in the TRM paper
         schedule: learning rate after the warm-up: cosine (decays along a cosine), linear (stays constant, then decays
             linearly over the last fifth of the run) or constant
@@ -269,7 +269,7 @@ class TrainConfig:
     grad_accum: int = 1
     max_steps: int = 2000
     max_minutes: float | None = None
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "muoneq"] = "adamw"
     optimizer_step: Literal["batch", "supervision"] = "batch"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     sample_depth: bool = False
@@ -318,8 +318,10 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 0 or more")
         if not 0 <= self.recursion_from < 1:
             raise ValueError(f"recursion_from is {self.recursion_from}: set it between 0 and 1")
-        if self.shard and self.optimizer == "muon":
-            raise ValueError("optimizer muon needs whole matrices, but shard splits them: choose one of the two")
+        if self.shard and self.optimizer != "adamw":
+            raise ValueError(
+                f"optimizer {self.optimizer} needs whole matrices, which shard splits: choose one of the two"
+            )
         if not is_text(self.sample_prompt):
             raise ValueError("sample_prompt is not valid UTF-8 text: correct it")
         if self.overfit is not None and self.overfit < 1:
