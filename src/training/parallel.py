@@ -45,9 +45,8 @@ def start_accelerator(config, runtime, model) -> tuple[Accelerator, Choice]:
     precision = choose_precision(runtime.precision, device)
     is_fp16 = precision.value == "fp16"
     if is_fp16 and config.optimizer != "adamw":
-        raise UserError(
-            f"--optimizer {config.optimizer} has no loss scaling for fp16: choose --precision fp32, or adamw"
-        )
+        problem = f"--optimizer {config.optimizer} has no loss scaling for fp16"
+        raise UserError(f"{problem}: choose --precision fp32, or adamw")
     # with act_target `stable`, the first recursion step has no halting loss; in an update right after it, the halting
     # head (q_head) has no gradient, and DDP must expect that. A step may be the only one, with a depth that changes
     unused = config.optimizer_step == "supervision" or (model.halting and model.act_target == "stable")

@@ -319,9 +319,7 @@ class TrainConfig:
         if not 0 <= self.recursion_from < 1:
             raise ValueError(f"recursion_from is {self.recursion_from}: set it between 0 and 1")
         if self.shard and self.optimizer != "adamw":
-            raise ValueError(
-                f"optimizer {self.optimizer} needs whole matrices, which shard splits: choose one of the two"
-            )
+            raise ValueError(f"optimizer {self.optimizer} needs whole matrices, but shard splits them: choose adamw")
         if not is_text(self.sample_prompt):
             raise ValueError("sample_prompt is not valid UTF-8 text: correct it")
         if self.overfit is not None and self.overfit < 1:
