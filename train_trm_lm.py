@@ -17,6 +17,7 @@ and --resume continues from it. Messages go to stderr.
 import sys
 
 from src.config import before_torch, run
+from src.errors import UserError
 from src.training.train_config import Settings, read_settings
 
 __all__ = ["create_model", "create_trainer", "evaluate", "main", "parse_args", "save_checkpoint"]
@@ -24,7 +25,10 @@ __all__ = ["create_model", "create_trainer", "evaluate", "main", "parse_args", "
 
 @before_torch
 def parse_args(argv=None) -> Settings:
-    return read_settings(argv, __doc__)
+    settings = read_settings(argv, __doc__)
+    if settings.model.token_loss != "softmax":
+        raise UserError("token_loss stablemax is for puzzles: text is evaluated with softmax, leave --token_loss out")
+    return settings
 
 
 from src.checkpoint import save_checkpoint

@@ -114,7 +114,9 @@ class KVCache:
             self.segments = torch.ones(batch, self.max_len, dtype=torch.long, device=self.keys.device)
         end = self.length + new
         if mask is None:
-            mask = self.segments[:, self.length - 1 : self.length].clamp(min=1)
+            old = self.segments[:, : self.length]
+            last = (old.ne(0) * torch.arange(1, self.length + 1, device=old.device)).argmax(1, keepdim=True)
+            mask = old.gather(1, last).clamp(min=1)  # padding does not end a document
         self.segments[:, self.length : end] = mask
         return self.segments[:, :end]
 

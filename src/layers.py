@@ -208,7 +208,11 @@ def positions_and_mask(
 
 
 def make_context(config, input_ids, attention_mask, cache, dtype) -> tuple[Tensor, Context]:
-    """Returns positions (B or 1, T) and the Context of one forward call."""
+    """Returns positions (B or 1, T) and the Context of one forward call.
+
+    Raises ValueError for mixer mlp with a mask, which it cannot follow."""
+    if attention_mask is not None and config.mixer == "mlp" and not bool((attention_mask == 1).all()):
+        raise ValueError("mixer mlp mixes all positions: leave out the attention_mask, or set mixer to attention")
     positions, mask = positions_and_mask(input_ids, attention_mask, cache, config.causal, config.attention_window)
     rotary = rotary_of(config, dtype)
     is_causal = config.causal and mask is None and input_ids.shape[1] > 1

@@ -86,7 +86,8 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
 
     Weights: a multiply-add costs 2 FLOPs in the forward pass and 4 more in the backward pass. A parameter therefore
     costs 6 in a visit with gradient, and 2 in a visit without. Without gradient are all but the last grad_deep_steps of
-    trm, supervision steps whose loss has weight 0 (without full_bptt), and the second read-out of act_target stable.
+    trm, supervision steps whose loss has weight 0 (without full_bptt), steps after the last loss, and the second
+    read-out of act_target stable.
     Attention: scores and values cost 4*T*D forward and 8*T*D backward per token and layer visit. The whole T x T square
     counts although half of it is masked, as in PaLM (arXiv:2204.02311, appendix B).
     Included: coda, head and halting head, once per supervision step (for the loop: once per visit with a loss; with
@@ -113,10 +114,14 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
     is_cut = config.full_bptt and grad_cycles < cycles and is_trm
     grad_cycles *= readouts if is_cut else steps - idle
     cycles *= steps
+    # nor do visits (with full_bptt: supervision steps) after the last loss, whose answer is read out all the same
+    tail = has_loss[::-1].index(True) if config.recursion == "loop" or (is_trm and config.full_bptt) else 0
+    grad_cycles -= 0 if is_cut else tail * (cycles // steps if is_trm else 1)
     with_grad = (entries - idle) * prelude * costs.block + grad_cycles * costs.cycle + readouts * readout
-    without = idle * prelude * costs.block + (cycles - grad_cycles) * costs.cycle + (idle + second_looks) * readout
+    unlearned = idle + second_looks + (tail > 0)  # read-outs without gradient
+    without = idle * prelude * costs.block + (cycles - grad_cycles) * costs.cycle + unlearned * readout
     layers_with = (entries - idle) * prelude + grad_cycles * costs.layers + readouts * coda
-    layers_without = idle * prelude + (cycles - grad_cycles) * costs.layers + (idle + second_looks) * coda
+    layers_without = idle * prelude + (cycles - grad_cycles) * costs.layers + unlearned * coda
     decode_matmul, decode_attention = _decode_macs(config, costs, config.recursion_steps, 1, 1)
     return Flops(
         train_matmul=round(6 * with_grad + 2 * without),

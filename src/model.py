@@ -119,9 +119,7 @@ class TRMModel(nn.Module):
         steps = c.train_steps if supervision_steps is None else supervision_steps
         x, ctx = self._enter(input_ids, attention_mask, cache, puzzle_ids)
         y, z, done = self.initial_state(x) if carry is None else carry
-        if steps < 1 or (cache is not None and done + steps > c.train_steps):
-            most = f" and, with a cache, {c.train_steps - done} at most" if cache is not None else ""
-            raise ValueError(f"supervision_steps is {steps}: set it to 1 or more{most}")
+        self._check_steps(steps, done, cache)
         # `step` counts recursion steps: the loop has one supervision step, but an answer after each of its visits
         per_step = c.visits_per_step // visits_per_recursion_step(c)
         first, end = done * per_step, (done + steps) * per_step
@@ -150,6 +148,13 @@ class TRMModel(nn.Module):
             cache.advance(input_ids.shape[1])
         logits, halt = _stack_steps(read) if return_steps else (logits, halt)
         return TRMOutput(loss, ce_loss, act_loss, logits, halt, Carry(y, z, done + steps))
+
+    def _check_steps(self, steps, done, cache):
+        if steps < 1 or (cache is not None and done + steps > self.config.train_steps):
+            most = f" and, with a cache, {self.config.train_steps - done} at most" if cache is not None else ""
+            raise ValueError(f"supervision_steps is {steps}: set it to 1 or more{most}")
+        if done and cache is not None and cache.length:  # the call would add the tokens of the carry a second time
+            raise ValueError("a carry is of tokens that this cache has already: give a new cache, or none")
 
     @torch.no_grad()
     def _forward_under_rule(self, input_ids, attention_mask, cache, rule: ExitRule, return_steps, puzzle_ids):

@@ -72,7 +72,7 @@ class TRMConfig:
         full_bptt: back-propagate through all supervision and deep steps; memory grows with their number
         supervision_weights: weights of the losses after each supervision step (trm) or visit (loop): equal, linear,
             last, or numbers such as 0.3,1.0; default equal for trm, last for loop; train_puzzles.py: loop only
-        token_loss: softmax (cross-entropy) or stablemax (arXiv:2501.04697)
+        token_loss: softmax (cross-entropy), or stablemax (arXiv:2501.04697; train_puzzles.py only)
         loss_mean: average the loss over all target tokens of a batch (token), or over each row first (row)
         halting: give the model a halting head; default true for trm, false for loop
         act_weight: weight of the halting loss
@@ -169,6 +169,8 @@ class TRMConfig:
         for name in ["norm_eps", "rope_theta", "embed_scale"] + ["rope_scaling"] * (self.rope_scaling is not None):
             value = getattr(self, name)
             yield not 0 < value < 1e12, f"{name} is {value}: set it above 0, below 1e12"
+        turns = self.rope_theta <= 1 and self.rope_scaling is not None and self.rope_trained_len is not None
+        yield turns, f"rope_theta is {self.rope_theta}, but YaRN (rope_trained_len) needs over 1: raise it"
         outside = self.vocab_size is not None and not 0 <= (self.pad_token_id or 0) < self.vocab_size
         yield outside, f"pad_token_id {self.pad_token_id} is outside the vocabulary of {self.vocab_size}: correct it"
         sees_all = self.mixer == "mlp" and self.causal
@@ -312,7 +314,7 @@ def valid_weights(spec: str, steps: int) -> bool:
         weights = step_weights(spec, max(steps, 1 + spec.count(",")))
     except ValueError:
         return False
-    return all(0 <= weight < inf for weight in weights) and (weights[-1] > 0 or weights[steps - 1] > 0)
+    return min(weights) >= 0 and sum(weights) < inf and (weights[-1] > 0 or weights[steps - 1] > 0)
 
 
 def loss_weights(config: TRMConfig, end: int, first: int = 0) -> list[float]:

@@ -186,9 +186,9 @@ class Trainer:
         """Evaluate the weights of this step. Returns the figures, and whether they are the best so far."""
         figures = self.evaluate(self.config.eval_batches or None)  # always the same batches, so losses compare
         found = self.score(figures), figures["valid_loss"]  # of equal scores, the one of lower loss is better
-        improved = found < (self.best, self.best_loss)
-        self.best, self.best_loss = min(found, (self.best, self.best_loss))
-        self.eval_due = False
+        self.eval_due, improved = False, found < (self.best, self.best_loss)
+        if improved:  # never if a loss is NaN
+            self.best, self.best_loss = found
         return figures, improved
 
     def _is_over(self, interrupt) -> tuple[bool, bool]:
@@ -224,9 +224,8 @@ class Trainer:
         weights = [1.0] if one_call else loss_weights(model, model.train_steps)
         update_each_step = self.config.optimizer_step == "supervision" and not one_call
         last = max(s for s, weight in enumerate(weights) if weight > 0)
-        carries = [None] * len(parts)
+        carries, skipped_before = [None] * len(parts), self.skipped
         step_losses = torch.zeros_like(self.window.losses)
-        skipped_before = self.skipped
         for s, weight in enumerate(weights):
             weight = weight / sum(weights)
             # one update per batch: weights sum to 1; one update per step: their mean is 1, so each has full size
@@ -330,7 +329,8 @@ class Trainer:
 
     def more_figures(self, means: dict) -> dict:
         """Returns the figures of the log that depend on the kind of data.  means: mean losses since the last line."""
-        return {"bits_per_byte": bits_per_byte(means["ce_loss"], self.train_set.bytes_per_token)}
+        bits = bits_per_byte(means["ce_loss"], self.train_set.bytes_per_token)
+        return {"bits_per_byte": bits} if self.raw.config.loss_mean == "token" else {}  # not of a mean over rows
 
     def measure(self, limit: int | None) -> dict:
         """Evaluate the averaged weights (if any) on `limit` validation batches at equal distances; None = all."""

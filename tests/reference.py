@@ -296,7 +296,10 @@ class TokenTwin(Twin):
         for head in range(heads):
             kv = head // (heads // kv_heads)
             scores = torch.stack([q[head] @ keys[kv] for keys, _ in seen]) / math.sqrt(size)
-            outs.append(softmax(scores) @ torch.stack([values[kv] for _, values in seen]))
+            out = softmax(scores) @ torch.stack([values[kv] for _, values in seen])
+            if c["attention_gate"]:
+                out = out * (2 / (1 + torch.exp(-(v[0] @ w[name + "head_gate.weight"][head]))))
+            outs.append(out)
         return torch.cat(outs)[None] @ w[name + "out.weight"].T
 
     def token_step(self, x, y, z):

@@ -346,3 +346,22 @@ def test_rows_join_and_leave_a_cache(tiny, case):
     cache.trim()
     assert cache.length == 6 and cache.starts == [1, 0]
     step()
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_padding_does_not_end_a_document(tiny, positions):
+    """A new token without a mask belongs to the document before the padding."""
+    model, ids = tiny(recursion="none", positions=positions), prompt(rows=2, length=6)
+    masks = torch.tensor([[1, 1, 2, 2, 0, 2], [1, 1, 2, 2, 2, 2]])
+    whole = model(ids, attention_mask=masks).logits[:, -1]
+    cache = model.new_cache(2)
+    model(ids[:, :5], attention_mask=masks[:, :5], cache=cache)
+    torch.testing.assert_close(model(ids[:, 5:], cache=cache).logits[:, -1], whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_carry_does_not_add_its_tokens_twice(tiny):
+    model, ids = tiny(recursion="trm", supervision_steps=2), prompt(length=5)
+    cache = model.new_cache(len(ids))
+    carry = model(ids, supervision_steps=1, cache=cache).carry
+    with pytest.raises(ValueError, match="tokens that this cache has already"):
+        model(ids, supervision_steps=1, carry=carry, cache=cache)

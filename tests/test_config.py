@@ -276,6 +276,7 @@ def test_a_number_is_not_octal_or_time(config_file):
         (["--document_mask", "--packing", "false"], "document_mask"),
         (["--num_workers", "-1"], "num_workers"),
         (["--batch_size", "6", "--grad_accum", "4"], "batch_size 6"),
+        (["--token_loss", "stablemax"], "token_loss stablemax is for puzzles"),
     ],
     ids=str,
 )

@@ -23,6 +23,7 @@ CASES = [
     {"recursion": "trm", "supervision_steps": 3, "n_kv_heads": 2, "prelude_layers": 2, "coda_layers": 1, "norm": "pre"},
     {"recursion": "trm", "supervision_steps": 3, "injection": "concat", "gate": True, "positions": "learned"},
     {"recursion": "trm", "supervision_steps": 3, "norm": "sandwich", "qk_norm": True, "tie_embeddings": True},
+    {"recursion": "loop", "deep_steps": 3, "attention_gate": True, "n_kv_heads": 2},
 ]
 LEFT_PADDED = torch.tensor([[0] * 4 + [1] * 6, [1] * 10, [0] * 9 + [1]])
 M = TINY["max_seq_len"]

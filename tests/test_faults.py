@@ -54,6 +54,18 @@ class TestNotFinite:
         assert load_state(trainer.folder / "last")["skipped"] == 3
         assert all(t.isfinite().all() for t in load_model(trainer.folder / "last")[0].parameters())
 
+    def test_many_in_a_row_end_a_resumed_run_too(self, make):
+        settings = {"save_every": 1, "max_skipped": 3}
+        trainer = make(**settings)
+        poison(trainer, {2, 3, 4})
+        during(trainer, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        trainer.train()
+        assert load_state(trainer.folder / "last")["skipped_in_a_row"] == 2
+        again = make(**settings, resume=True)
+        poison(again, {2, 3, 4})
+        with pytest.raises(UserError, match="step 5: .* 3 times in a row"):
+            again.train()
+
     def test_all_updates_of_one_step_count_once(self, make):
         trainer = make(optimizer_step="supervision", supervision_steps=4, max_skipped=2, max_steps=4)
         poison(trainer, {1})

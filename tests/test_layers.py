@@ -161,3 +161,11 @@ def test_bfloat16_attention_of_scores_that_overflow_exp():
     v = torch.randn(1, 1, 3, 8).bfloat16().requires_grad_()
     attention(q, k, v, None, True, 0.0).sum().backward()
     assert all(t.grad.isfinite().all() for t in (q, k, v))
+
+
+def test_a_mask_that_mixer_mlp_cannot_follow_is_refused(tiny):
+    model = tiny(mixer="mlp", causal=False, positions="none")
+    ids = torch.zeros(2, model.config.max_seq_len, dtype=torch.long)
+    assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="mixer mlp mixes all positions"):
+        model(ids, attention_mask=torch.ones_like(ids).tril())

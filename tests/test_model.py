@@ -381,9 +381,8 @@ REFUSED = [({key: 0}, key) for key in (
 REFUSED += [({key: -1}, key) for key in "prelude_layers coda_layers act_weight dropout rope_scaling vocab_size".split()]
 CHOICES = "mixer positions norm recursion injection act_target".split()
 REFUSED += [({key: "none of them"}, key) for key in CHOICES]
-REFUSED += [
-    ({"supervision_weights": spec}, "supervision_weights") for spec in ("", "rising", "-1,1", "1,0", "1,,2", "nan")
-]
+WEIGHTS = ("", "rising", "-1,1", "1,0", "1,,2", "nan", "1e308,1e308")
+REFUSED += [({"supervision_weights": weights}, "supervision_weights") for weights in WEIGHTS]
 REFUSED += [
     ({key: math.nan}, key) for key in "act_weight act_threshold norm_eps rope_theta rope_scaling dropout".split()
 ]
@@ -401,6 +400,7 @@ REFUSED += [
     ({"grad_deep_steps": 3}, "grad_deep_steps"),
     ({"recursion": "loop", "injection": "none", "grad_deep_steps": 1}, "grad_deep_steps"),
     ({"pad_token_id": 23}, "pad_token_id"),
+    ({"rope_theta": 1.0, "rope_scaling": 2.0, "rope_trained_len": 64}, "rope_theta"),
 ]
 
 

@@ -214,3 +214,10 @@ class Counting:
 def test_counting_past_the_context():
     stream = generate(Counting(), torch.tensor([[1], [30]]), 20, temperature=0, use_cache=False)
     assert torch.stack(list(stream), dim=1).tolist() == [[*range(2, 22)], [*range(31, 50), 0]]
+
+
+def test_no_end_at_all(tiny):
+    model, ids = tiny(), torch.tensor([[3, 4]])
+    assert torch.equal(
+        model.generate(ids, 4, temperature=0, eos_id=[]), model.generate(ids, 4, temperature=0, eos_id=None)
+    )

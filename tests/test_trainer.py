@@ -54,6 +54,21 @@ def test_bits_per_byte_only_where_the_tokenizer_gives_the_text_back(make, tmp_pa
     assert len(told) >= 3 and all(value is None or math.isnan(value) for value in told)
 
 
+def test_a_mean_over_rows_gives_no_bits_per_byte(make, tmp_path):
+    make(max_steps=2, loss_mean="row").train()
+    records = [r for r in read_metrics(tmp_path / "run") if "loss" in r]
+    assert records and all("bits_per_byte" not in record for record in records)
+
+
+def test_gradients_do_not_depend_on_the_environment(make, tmp_path, monkeypatch):
+    norms = []
+    for parts in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", parts)
+        make(f"parts{parts}", max_steps=2).train()
+        norms.append([r["grad_norm"] for r in read_metrics(tmp_path / f"parts{parts}") if "grad_norm" in r])
+    assert norms[0] == norms[1] and norms[0]
+
+
 def test_the_last_evaluation_is_told(make, capsys):
     make(max_steps=1, eval_batches=1).train()
     assert "the last evaluation, on all validation data: " in capsys.readouterr().err
@@ -117,6 +132,16 @@ class TestRunFolder:
         assert (folder / "best").resolve().name == "step_00000004"
         assert (folder / "last").resolve().name == "step_00000008"
         assert sorted(p.name for p in folder.glob("*step_*")) == ["step_00000004", "step_00000008"]
+
+    @pytest.mark.parametrize(
+        ("losses", "best"), [((3.0, math.nan, 5.0, 4.0), 2), ((3.0, math.nan, 2.0, 4.0), 6)], ids=str
+    )
+    def test_an_evaluation_that_failed_is_not_the_best(self, make, tmp_path, monkeypatch, losses, best):
+        found = iter(losses)
+        figures = {"valid_bits_per_byte": 1.0, "valid_accuracy": 0.0}
+        monkeypatch.setattr("src.trainer.evaluate_rows", lambda *a, **k: {"valid_loss": next(found), **figures})
+        make(max_steps=8, eval_every=2, save_every=2).train()
+        assert (tmp_path / "run" / "best").resolve().name == f"step_{best:08}"
 
     def test_best_is_judged_on_the_same_text(self, make, tmp_path, monkeypatch):
         """The last evaluation uses all validation text, so its loss must not be compared with those on a part of it."""

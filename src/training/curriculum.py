@@ -200,6 +200,8 @@ def grown_config(config: TRMConfig, dim: int, d_ff: int | None = None) -> TRMCon
         raise ValueError(f"dim {dim} is less than the current width {config.d_model}: a width can only grow")
     if not config.norm_gain:
         raise ValueError("without norm_gain, a wider model cannot give the same output: set norm_gain to true")
+    if config.prefix_tokens > 1:
+        raise ValueError("with several prefix_tokens, a wider model cannot give the same output: use one")
     if config.mixer == "mlp" and config.norm == "post":
         raise ValueError("with mixer mlp and norm post, a wider model cannot give the same output: choose norm pre")
     size, group = config.head_dim, config.n_heads // config.n_kv_heads

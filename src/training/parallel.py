@@ -12,7 +12,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch.utils._pytree import tree_map_only
 
 from src.errors import UserError
@@ -53,7 +53,10 @@ def start_accelerator(config, runtime, model) -> tuple[Accelerator, Choice]:
     ddp = DistributedDataParallelKwargs(find_unused_parameters=unused)
     # fp16 needs accelerate's loss scaler; bf16 needs only autocast, which the trainer enters itself
     mixed = "fp16" if is_fp16 else "no"
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, kwargs_handlers=[ddp])
+    # given as a setting, because accelerate would otherwise read it from the environment, and divide gradients by it
+    parts = GradientAccumulationPlugin(num_steps=1)
+    options = {"mixed_precision": mixed, "kwargs_handlers": [ddp], "gradient_accumulation_plugin": parts}
+    accelerator = Accelerator(cpu=device.type == "cpu", **options)
     if config.shard and accelerator.num_processes == 1:
         raise UserError("--shard needs several processes, but this run has one: see docs/training.md")
     return accelerator, precision

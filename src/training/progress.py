@@ -19,7 +19,8 @@ def progress_bar(batches=None, **options) -> tqdm:
 class Window:
     """Sums of losses and visits over the training steps since the last line of the log. The next line has their means.
 
-    It is saved in checkpoints, so that a resumed run writes the same log."""
+    It is saved in checkpoints: after a kill, a resumed run writes the same log as an unbroken one. A run that a signal
+    ended has one line more, of its last step."""
 
     def __init__(self, device):
         self.losses = torch.zeros(3, device=device)  # loss, cross-entropy, halting loss; this process's share

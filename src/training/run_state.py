@@ -8,8 +8,9 @@ from src import checkpoint
 from src.errors import UserError
 from src.training import parallel
 
-COUNTERS = ("step", "elapsed", "best", "best_loss", "eval_due", "skipped")
-EARLIER = {"best_loss": -math.inf, "eval_due": False}  # of a state that was written before these were saved
+COUNTERS = ("step", "elapsed", "best", "best_loss", "eval_due", "skipped", "skipped_in_a_row", "skipped_at")
+# of a state that was written before these were saved
+EARLIER = {"best_loss": -math.inf, "eval_due": False, "skipped_in_a_row": 0, "skipped_at": -1}
 
 
 def collect(trainer, is_best: bool) -> tuple[dict, dict | None, dict]:

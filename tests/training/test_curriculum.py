@@ -247,8 +247,12 @@ class TestWidth:
 
     @pytest.mark.parametrize(
         ("settings", "message"),
-        [({"norm_gain": False}, "set norm_gain to true"), ({"mixer": "mlp", "causal": False}, "choose norm pre")],
-        ids=["no gain", "norm over the sequence"],
+        [
+            ({"norm_gain": False}, "set norm_gain to true"),
+            ({"mixer": "mlp", "causal": False}, "choose norm pre"),
+            ({"prefix_tokens": 2, "causal": False}, "several prefix_tokens"),
+        ],
+        ids=["no gain", "norm over the sequence", "prefix"],
     )
     def test_models_that_cannot_grow(self, settings, message):
         with pytest.raises(ValueError, match=message):
