@@ -124,8 +124,6 @@ class SolveConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it from {low:,} to {high:,}")
         if not self.generate and (self.low or self.high or self.difficulty != "any"):
             raise ValueError("low, high and difficulty are for --generate: leave them out")
-        if self.output is not None and self.output.lower().endswith(".gz"):
-            raise ValueError(f"output is {self.output}, but the file is not compressed: leave out .gz")
         if self.curve is not None and self.exit != "fixed":
             raise ValueError("curve compares the stopping rules itself: leave out exit")
         if self.curve is not None and self.starts * self.votes > 1:

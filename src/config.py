@@ -144,6 +144,8 @@ def write_json(path, found: dict):
 
 def check_writable(path):
     """Raises UserError if a file cannot be written.  Call it before long work, to fail early."""
+    if os.fspath(path).lower().endswith(".gz"):
+        raise UserError(f"{path}: the file is not compressed: leave out .gz")
     is_new = not os.path.exists(path)
     write_text(path, "", "a")
     if is_new:

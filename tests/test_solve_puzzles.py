@@ -307,7 +307,7 @@ class TestMistakes:
             (["--board", BOARD, "--votes", "5000"], "--votes is 5000, but sudoku4 has only"),
             (["--board", BOARD, "--trace", "b.doc"], "--trace b.doc: name a file that ends in .png"),
             (["--board", BOARD, "--output", "none/s.csv"], "cannot write none/s.csv"),
-            (["--board", BOARD, "--output", "s.csv.gz"], "s.csv.gz, but the file is not compressed: leave out .gz"),
+            (["--board", BOARD, "--output", "s.csv.gz"], "s.csv.gz: the file is not compressed: leave out .gz"),
             (["--paths", "s.csv", "--output", "s.csv"], "s.csv is also read"),
             (["--paths", "s.json", "--trace", "s.png"], "s.json is also read"),
             (

@@ -163,6 +163,7 @@ def test_predict_takes_texts_without_labels(home, capsys):
         (["--option", "finetune", "--train", "train.txt", "--seed", str(2**63)], "seed from 0 to 2^63 - 1"),
         (["--option", "guess"], "--option guess: expected one of"),
         (["--option", "generate", "--dev_out", "none/out.txt"], "dev_out none/out.txt: its folder does not exist"),
+        (["--option", "generate", "--test_out", "out.tsv.gz"], "test_out is out.tsv.gz, but the file is not"),
         (["--epoch", "3"], "did you mean --epochs"),
     ],
 )  # fmt: skip
