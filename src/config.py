@@ -233,10 +233,8 @@ def _expand(parsed, fields):
     """Replace ~/ by the home folder, which the shell does not do in a YAML file or in --flag=~/x.
 
     Values that are text rather than paths (prompts, suffixes, field names) stay as they are."""
-    for name in fields:
+    for name in (name for name in fields if name.split("_")[-1] not in ("prompt", "suffix", "field", "board")):
         value = parsed.get(name)
-        if name.split("_")[-1] in ("prompt", "suffix", "field", "board"):
-            continue
         if isinstance(value, list):
             parsed[name] = [os.path.expanduser(v) if str(v).startswith("~/") else v for v in value]
         elif str(value).startswith("~/"):
@@ -387,10 +385,11 @@ def _normalise(argv, fields, positional):
                 advice += "; did you mean --prompt?"
             raise UserError(f"unexpected word {free[0]!r}: {positional} is a single path; {advice}")
     elif free:
-        lists.append(positional)
+        if positional in lists:
+            raise UserError(f"--{positional} is given twice, with the flag and without it: give all of its values once")
         out.append(_list_flag(positional, free))
-    if twice := [name for name, count in collections.Counter(lists).items() if count > 1]:
-        raise UserError(f"--{twice[0]} is given twice: give all of its values after one flag")
+    for name in {name for name in lists if lists.count(name) > 1}:
+        print(f"--{name} is given twice: only the last one counts", file=sys.stderr)
     return files, out
 
 

@@ -289,11 +289,13 @@ def test_a_list_of_invalid_bytes_is_one_line(capsys):
     assert err.startswith("error: --prompt: a value is not valid UTF-8: correct it")
 
 
-def test_a_list_that_is_given_twice_is_refused(capsys):
+def test_a_list_that_is_given_twice(capsys):
+    """The last flag counts, as for other settings, and the run says so. A flag and words without one do not go on."""
     for words in ("--train_paths a --train_paths=b", "--train_paths a --max_steps 3 --train_paths b"):
-        assert "--train_paths is given twice: give all of its values" in refused(capsys, *words.split())
+        assert parse(*words.split())["train_paths"] == ["b"]
+        assert capsys.readouterr().err == "--train_paths is given twice: only the last one counts\n"
     err = refused(capsys, "a.jsonl", "--paths", "b.jsonl", parse_args=extract_texts.parse_args)
-    assert "--paths is given twice" in err
+    assert "--paths is given twice, with the flag and without it" in err
 
 
 def test_too_many_words(capsys):
