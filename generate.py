@@ -58,7 +58,7 @@ class GenerateConfig:
             it prints a table on stderr. With a file name (.png, .pdf, .svg) it draws a picture, and writes the data to
             a .json beside it
         rag: files and folders to retrieve code from, which the model reads before each prompt; stderr says what was
-            retrieved.
+            retrieved
         rag_tokens: most tokens of retrieved code; by default, half of the model's context
         rag_top_k: chunks to retrieve for each prompt, as long as they fit
         rag_method: how code is compared with the prompt: tfidf, bm25 (pip install bm25s), checkpoint (this model's

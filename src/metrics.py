@@ -114,7 +114,7 @@ def flops_per_token(config: TRMConfig, context: int | None = None) -> Flops:
     is_cut = config.full_bptt and grad_cycles < cycles and is_trm
     grad_cycles *= readouts if is_cut else steps - idle
     cycles *= steps
-    # nor do visits (with full_bptt: supervision steps) after the last loss, whose answer is read out all the same
+    # steps after the last loss get no gradient either; the answer of the very last one is read out all the same
     tail = has_loss[::-1].index(True) if config.recursion == "loop" or (is_trm and config.full_bptt) else 0
     grad_cycles -= 0 if is_cut else tail * (cycles // steps if is_trm else 1)
     with_grad = (entries - idle) * prelude * costs.block + grad_cycles * costs.cycle + readouts * readout

@@ -11,8 +11,6 @@ from torch.optim import Optimizer
 
 from src.runtime import DTYPES, choose_precision
 
-MUONS = ("muon", "muoneq")
-
 
 def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float, betas, puzzle=None) -> list[Optimizer]:
     """Returns [AdamW], or [AdamW, Muon]: Muon for the matrices inside blocks, AdamW for the rest (arXiv:2502.16982).
@@ -37,7 +35,7 @@ def make_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float,
         groups.append({"params": matrices, "weight_decay": weight_decay})
     groups = [g for g in groups if g["params"]]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)]
-    if name in MUONS:
+    if name != "adamw":
         optimizers.append(Muon(matrices, lr, weight_decay, equal_rows=name == "muoneq"))
     if tables:
         optimizers.append(SparseSignSGD(tables, *puzzle))

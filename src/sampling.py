@@ -160,7 +160,7 @@ def _generate(model, ids, max_new_tokens, choice, use_cache, seed, eos_id, mask,
     generators = [row_generator(seed, row) for row in range(len(ids))]
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     mask = torch.ones_like(ids) if mask is None else mask.bool().long()  # other numbers would be documents
-    ends = None if eos_id is None or eos_id == [] else torch.tensor(eos_id, device=ids.device).view(-1)
+    ends = None if eos_id in (None, [], ()) else torch.tensor(eos_id, device=ids.device).view(-1)
     cache, new = None, None
     for made in range(max_new_tokens):
         # make room if the context is full, or drop padding that all rows have in common

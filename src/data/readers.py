@@ -153,14 +153,12 @@ def parquet_rows(path, log, column=None):
 
 def _plain(value, keeps_bytes):
     """Returns the Python value of an Arrow scalar, or None for a date that Python does not know."""
-    import pyarrow as pa
-
     kind = value.type
     try:
         value = value.as_py()
     except (OverflowError, ValueError, KeyError):  # a year over 9999, nanoseconds, an unknown time zone
         return None
-    if isinstance(value, float) and kind in (pa.float16(), pa.float32()):
+    if isinstance(value, float) and kind.bit_width < 64:
         return float(str(kind.to_pandas_dtype()(value)))  # 0.1, not 0.10000000149011612
     try:
         return value.decode() if isinstance(value, bytes) else value
