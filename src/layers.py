@@ -295,6 +295,7 @@ class MLPMixer1D(nn.Module):
 def init_weights(model: nn.Module):
     """Initialises a TRMModel: linear layers N(0, 1/fan_in); embedding N(0, 1), or N(0, 1/D) if tied to the head.
 
+    With embed_mean, the embeddings' mean is not 0 but one random vector: embed_mean times a draw of that distribution.
     With weight_init `truncated`, all of these are truncated normal distributions with the same variances, except that
     the embedding has variance 1/D and learned positions have variance 1. The halting head starts at "do not halt" (as
     in the paper). The gate starts open, so that new states pass. Puzzle embeddings and attention gates start at 0."""
@@ -308,7 +309,8 @@ def init_weights(model: nn.Module):
                 module.bias.zero_()
         if isinstance(module, Attention) and module.head_gate is not None:
             module.head_gate.weight.zero_()
-    draw(model.embed.weight, c.d_model**-0.5 if c.tie_embeddings or is_truncated else 1.0)
+    embed_std = c.d_model**-0.5 if c.tie_embeddings or is_truncated else 1.0
+    draw(model.embed.weight, embed_std)
     if model.pos_embed is not None:
         # a board's cells mean nothing without their places, so these start as large as the scaled token embeddings
         draw(model.pos_embed.weight, 1.0 if is_truncated else 0.02)
@@ -322,6 +324,8 @@ def init_weights(model: nn.Module):
         nn.init.trunc_normal_(model.z_init)
     if model.net.gate is not None:
         model.net.gate.bias.fill_(4.0)
+    if c.embed_mean:  # last, so that the other weights are those of the same seed without it
+        model.embed.weight += c.embed_mean * embed_std * torch.randn_like(model.embed.weight[0])
 
 
 def _truncated_normal(weight, std):

@@ -12,7 +12,7 @@ LIMITS = dict.fromkeys(("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_ff"
 LIMITS |= dict.fromkeys(("max_seq_len", "rope_trained_len", "attention_window"), 2**30) | {"mixer_ff": 2**24}
 LIMITS |= dict.fromkeys(("n_layers", "latent_steps", "deep_steps", "supervision_steps", "grad_deep_steps"), 10_000)
 FROM_ZERO = {"prelude_layers": 10_000, "coda_layers": 10_000, "act_weight": 1e9}
-FROM_ZERO |= {"start_noise": 1e6, "prefix_tokens": 10_000, "puzzle_ids": 2**24, "puzzle_dim": 2**24}
+FROM_ZERO |= {"start_noise": 1e6, "embed_mean": 1e6, "prefix_tokens": 10_000, "puzzle_ids": 2**24, "puzzle_dim": 2**24}
 MOST_BLOCKS = 2**14  # blocks that one token passes through
 
 
@@ -54,6 +54,8 @@ class TRMConfig:
             weight_init truncated, else 1
         weight_init: distribution of the initial weights: normal, or truncated as in the authors' code of TRM (truncated
             normal; embeddings have the standard deviation 1/sqrt(d_model))
+        embed_mean: size of a random vector that all initial embeddings share, in their standard deviations: they start
+            around this vector instead of around 0, and so the network, which has no biases, gets a constant input
         prefix_tokens: train_puzzles.py only: number of extra tokens before the cells of a puzzle; they have no loss
         puzzle_ids: train_puzzles.py only: number of puzzle identifiers; the embedding of a puzzle's identifier fills
             the prefix. 0 = one learned prefix for all puzzles
@@ -109,6 +111,7 @@ class TRMConfig:
     tie_embeddings: bool = False
     embed_scale: float | None = None
     weight_init: Literal["normal", "truncated"] = "normal"
+    embed_mean: float = 0.0
     prefix_tokens: int = 0
     puzzle_ids: int = 0
     puzzle_dim: int | None = None

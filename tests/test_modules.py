@@ -19,7 +19,7 @@ from src import losses
 from src.attention import attention
 from src.layers import Attention, Context, MLPMixer1D, RMSNorm, SwiGLU, apply_rotary_emb, rotary_table, yarn
 from src.losses import IGNORE, cross_entropy
-from src.model import TRMConfig
+from src.model import TRMConfig, TRMModel
 from src.optim import make_optimizers
 from src.sampling import filter_logits
 
@@ -73,6 +73,21 @@ def test_embedding_is_a_one_hot_product(tiny, options):
     torch.testing.assert_close(x, expected)
     x.sum().backward()
     assert model.embed.weight.grad.any(dim=1).nonzero().flatten().tolist() == [0, 1, 3, 7, 22]
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_embeddings": True}, {"weight_init": "truncated"}])
+def test_embeddings_may_start_around_one_random_vector(options):
+    """All embeddings shift by the same vector, in units of their standard deviation; all other weights stay."""
+    torch.manual_seed(0)
+    without = TRMModel(TRMConfig(vocab_size=23, d_model=512, **options)).state_dict()
+    torch.manual_seed(0)
+    with_mean = TRMModel(TRMConfig(vocab_size=23, d_model=512, embed_mean=2.0, **options)).state_dict()
+    shift = with_mean.pop("embed.weight") - without.pop("embed.weight")
+    torch.testing.assert_close(shift, shift[:1].expand_as(shift), rtol=0, atol=1e-5)
+    std = 1.0 if options == {} else 512**-0.5
+    assert shift[0].std().item() == pytest.approx(2 * std, rel=0.15) and abs(shift[0].mean().item()) < 0.3 * std
+    others = [name for name in without if name != "head.weight" or "tie_embeddings" not in options]
+    assert all(torch.equal(with_mean[name], without[name]) for name in others)
 
 
 def test_one_large_linear_is_several_small_ones():
