@@ -169,7 +169,10 @@ def main(argv=None):
     for folder, lm in zip(config.checkpoints, loaded):
         if lm.model.config.mixer == "mlp" or not lm.model.config.causal:
             raise UserError(f"{folder} has no causal attention: give language models")
-    length = config.window or min(256, *(lm.model.config.max_seq_len for lm in loaded))
+    context = min(lm.model.config.max_seq_len for lm in loaded)
+    length = config.window or min(256, context)
+    if not 2 * SHOWN <= length <= context:
+        raise UserError(f"the models read {context} tokens at most: windows need {2 * SHOWN} to {context} tokens")
     figures = []
     for name, lm in zip(config.names or [Path(folder).name for folder in config.checkpoints], loaded):
         weights = weights_by_distance(lm.model, read_windows(lm.tokenizer, config, length))

@@ -95,3 +95,8 @@ def test_table_and_picture(tmp_path, capsys):
 def test_wrong_flags(words, message):
     with pytest.raises(UserError, match=message):
         parse_args(words)
+
+
+def test_a_window_longer_than_the_context(capsys):
+    with pytest.raises(UserError, match="windows need 32 to 256 tokens"):
+        main([str(RELEASED), "--window", "257"])
