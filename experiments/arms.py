@@ -161,7 +161,7 @@ def changed(model: TRMConfig, flags: dict) -> TRMConfig:
 
     A vocabulary that is not known yet counts as one token: the head is the same in every arm."""
     names = {f.name for f in dataclasses.fields(TRMConfig)}
-    derived = dict.fromkeys(("halting", "grad_deep_steps", "embed_scale")) if "recursion" in flags else {}
+    derived = dict.fromkeys(("halting", "grad_deep_steps", "embed_scale", "embed_mean")) if "recursion" in flags else {}
     values = {name: getattr(model, name) for name in names} | {"vocab_size": model.vocab_size or 1}
     return TRMConfig(**values | derived | {name: value for name, value in flags.items() if name in names})
 

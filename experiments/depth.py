@@ -236,7 +236,7 @@ def model_config(family: str, recipe: Recipe, model: str) -> TRMConfig:
     task = FAMILIES[family](recipe.size)
     shared = {"vocab_size": task.vocab_size, "max_seq_len": task.length, "d_model": recipe.d_model, "n_heads": 4}
     shared |= {"norm": "pre", "qk_norm": True, "causal": task.causal}
-    shared |= {"positions": recipe.positions, "rope_theta": recipe.rope_theta}
+    shared |= {"positions": recipe.positions, "rope_theta": recipe.rope_theta, "embed_mean": 0.0}
     if model == "loop":
         return TRMConfig(
             **shared,

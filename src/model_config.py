@@ -55,7 +55,8 @@ class TRMConfig:
         weight_init: distribution of the initial weights: normal, or truncated as in the authors' code of TRM (truncated
             normal; embeddings have the standard deviation 1/sqrt(d_model))
         embed_mean: size of a random vector that all initial embeddings share, in their standard deviations: they start
-            around this vector instead of around 0, and so the network, which has no biases, gets a constant input
+            around this vector instead of around 0, and so the network, which has no biases, gets a constant input.
+            Default 1 for causal models of recursion none and loop, and 0 for trm, whose first state is constant
         prefix_tokens: train_puzzles.py only: number of extra tokens before the cells of a puzzle; they have no loss
         puzzle_ids: train_puzzles.py only: number of puzzle identifiers; the embedding of a puzzle's identifier fills
             the prefix. 0 = one learned prefix for all puzzles
@@ -111,7 +112,7 @@ class TRMConfig:
     tie_embeddings: bool = False
     embed_scale: float | None = None
     weight_init: Literal["normal", "truncated"] = "normal"
-    embed_mean: float = 0.0
+    embed_mean: float | None = None
     prefix_tokens: int = 0
     puzzle_ids: int = 0
     puzzle_dim: int | None = None
@@ -147,6 +148,8 @@ class TRMConfig:
         if self.embed_scale is None:  # tied weights are small for the head; states need unit size
             is_small = self.tie_embeddings and self.recursion != "none" or self.weight_init == "truncated"
             self.embed_scale = self.d_model**0.5 if is_small else 1.0
+        if self.embed_mean is None:
+            self.embed_mean = float(self.causal and self.recursion != "trm")
         for problem, advice in self._problems():
             if problem:
                 raise ValueError(advice)
@@ -237,7 +240,16 @@ def _hidden_width(size: int) -> int:
 
 def model_settings(config: TRMConfig) -> dict:
     """Returns the settings for config.yaml. A value that follows from others is None, so that it is derived again."""
-    follows = ("n_kv_heads", "d_ff", "mixer_ff", "puzzle_dim", "halting", "embed_scale", "grad_deep_steps")
+    follows = (
+        "n_kv_heads",
+        "d_ff",
+        "mixer_ff",
+        "puzzle_dim",
+        "halting",
+        "embed_scale",
+        "embed_mean",
+        "grad_deep_steps",
+    )
     derived = [name for name in follows if replace(config, **{name: None}) == config]
     return config.to_dict() | dict.fromkeys(derived)
 

@@ -20,6 +20,7 @@ from src.attention import attention
 from src.layers import Attention, Context, MLPMixer1D, RMSNorm, SwiGLU, apply_rotary_emb, rotary_table, yarn
 from src.losses import IGNORE, cross_entropy
 from src.model import TRMConfig, TRMModel
+from src.model_config import model_settings
 from src.optim import make_optimizers
 from src.sampling import filter_logits
 
@@ -88,6 +89,18 @@ def test_embeddings_may_start_around_one_random_vector(options):
     assert shift[0].std().item() == pytest.approx(2 * std, rel=0.15) and abs(shift[0].mean().item()) < 0.3 * std
     others = [name for name in without if name != "head.weight" or "tie_embeddings" not in options]
     assert all(torch.equal(with_mean[name], without[name]) for name in others)
+
+
+def test_only_models_without_a_constant_state_start_around_a_vector():
+    for options, mean in (
+        ({"recursion": "none"}, 1.0),
+        ({"recursion": "loop"}, 1.0),
+        ({"recursion": "trm"}, 0.0),
+        ({"recursion": "loop", "causal": False}, 0.0),
+        ({"recursion": "none", "embed_mean": 0.0}, 0.0),
+    ):
+        config = TRMConfig(vocab_size=23, **options)
+        assert config.embed_mean == mean and model_settings(config)["embed_mean"] == options.get("embed_mean")
 
 
 def test_one_large_linear_is_several_small_ones():
