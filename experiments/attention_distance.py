@@ -156,7 +156,7 @@ def draw(figures: list[tuple[str, list[str], torch.Tensor]], tokens: int, path: 
             axes.plot(heads.T, linewidth=1.4)
         for axes in row[len(names) :]:
             axes.set_visible(False)
-        row[0].set_ylabel(fill(name, 18), fontsize=9, color="#555555")
+        row[0].set_ylabel(fill(name, 22), fontsize=9, color="#555555")
     for axes in grid[-1]:
         axes.set_xlabel("tokens back", fontsize=9, color="#555555")
     add_title(figure, "Mean attention weight by distance", "a line per head; dotted: the same for every token")
