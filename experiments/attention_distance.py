@@ -12,7 +12,6 @@ is a picture: one row per model, one panel per layer, one line per head.
 
 import sys
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from textwrap import fill
 from unittest.mock import patch
@@ -76,22 +75,17 @@ from src.data.corpus import read_pieces  # noqa: E402
 from src.training.curves import add_title, save_picture, style_axes  # noqa: E402
 
 
-def documents(config):
-    """Yields the documents of `paths` as strings."""
-    text = ""
-    for piece, is_last in read_pieces(config.paths, config.text_field):
-        text += piece
-        if is_last:
-            yield text
-            text = ""
-
-
 def read_windows(tokenizer, config, length: int) -> torch.Tensor:
     """Returns the first `length` tokens of the first documents that are long enough: ids (windows, length).
 
     Raises UserError if no document is."""
-    rows = (tokenizer.encode(text)[:length] for text in documents(config))
-    rows = list(islice((row for row in rows if len(row) == length), config.windows))
+    rows, is_start = [], True
+    for piece, is_last in read_pieces(config.paths, config.text_field):
+        ids = tokenizer.encode(piece)[:length] if is_start else []
+        rows += [ids] if len(ids) == length else []
+        is_start = is_last
+        if len(rows) == config.windows:
+            break
     if not rows:
         raise UserError(f"no document has {length} tokens: give longer ones, or a smaller --window")
     return torch.tensor(rows)

@@ -1,19 +1,25 @@
 """The experiment that shows at which distance attention heads look."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
 from experiments.attention_distance import (
     SHOWN,
+    DistanceConfig,
     layer_names,
     length_of_mean,
     main,
     parse_args,
+    read_windows,
     uniform,
     weights_by_distance,
 )
 from src.checkpoint import RELEASED
 from src.errors import UserError
+from src.tokenizer import read_tokenizer
 
 IDS = torch.arange(64).view(2, 32) % 23
 
@@ -73,6 +79,18 @@ def test_length_of_the_mean():
     assert length_of_mean(table) == pytest.approx((17 / 1) ** 0.5)
 
 
+def test_windows_are_the_starts_of_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("short", "x" * 90, "y" * 80))
+    )
+    tokenizer, config = read_tokenizer(str(RELEASED)), DistanceConfig(["a"], [str(tmp_path / "a.jsonl")])
+    expected = [tokenizer.encode(text)[:32] for text in ("x" * 90, "y" * 80)]
+    assert read_windows(tokenizer, config, 32).tolist() == expected
+    assert read_windows(tokenizer, replace(config, windows=1), 32).tolist() == expected[:1]
+    with pytest.raises(UserError, match="no document has 256 tokens"):
+        read_windows(tokenizer, config, 256)
+
+
 def test_table_and_picture(tmp_path, capsys):
     text, picture = tmp_path / "a.txt", tmp_path / "a.png"
     text.write_text("def main():\n    return 0\n" * 400)
@@ -97,6 +115,6 @@ def test_wrong_flags(words, message):
         parse_args(words)
 
 
-def test_a_window_longer_than_the_context(capsys):
+def test_a_window_longer_than_the_context():
     with pytest.raises(UserError, match="windows need 32 to 256 tokens"):
         main([str(RELEASED), "--window", "257"])
