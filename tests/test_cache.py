@@ -97,7 +97,8 @@ def test_chunks_inside_documents(tiny, positions):
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_greedy_with_and_without_cache_across_the_context(unchecked, tiny, case):
     """More than max_seq_len new tokens, so that every row is cut at least twice, at different moments."""
-    model, ids, number = tiny(**case), prompt(), M + 9
+    # embeddings around one vector make a model with random weights repeat a token
+    model, ids, number = tiny(**case, embed_mean=0.0), prompt(), M + 9
     cached = decode(model, ids, number, attention_mask=LEFT_PADDED)
     assert torch.equal(cached, decode(model, ids, number, attention_mask=LEFT_PADDED, use_cache=False))
     assert len(cached.unique()) > 2  # not one token for ever
