@@ -81,8 +81,8 @@ def read_windows(tokenizer, config, length: int) -> torch.Tensor:
     Raises UserError if no document is."""
     rows, is_start = [], True
     for piece, is_last in read_pieces(config.paths, config.text_field):
-        ids = tokenizer.encode(piece)[:length] if is_start else []
-        rows += [ids] if len(ids) == length else []
+        if is_start and len(ids := tokenizer.encode(piece)[:length]) == length:
+            rows.append(ids)
         is_start = is_last
         if len(rows) == config.windows:
             break

@@ -2,8 +2,8 @@
 
     python convert.py data/stories260K/stories260K.bin runs/stories260K --tokenizer data/stories260K/tok512.bin
     python train_trm_lm.py --config configs/english.yaml
-    python train_trm_lm.py --config configs/english.yaml --recursion none --n_layers 4 --prelude_layers 0 \\
-        --coda_layers 0 --max_steps 2400 --save_dir runs/english_plain
+    python train_trm_lm.py --config configs/english.yaml --recursion none --embed_mean 0 --n_layers 4 \\
+        --prelude_layers 0 --coda_layers 0 --max_steps 2400 --save_dir runs/english_plain
     python experiments/classify.py --models runs/stories260K runs/english_plain runs/english_trm --seeds 0 1 2
     python experiments/classify.py --models runs/english_trm --tasks sst --seeds 0 --lr 1e-3 --epochs 8   # override
     python experiments/classify.py --table                     # mean and spread of all runs so far

@@ -75,8 +75,8 @@ def test_layers_are_named_in_the_order_in_which_they_run(tiny):
 
 
 def test_length_of_the_mean():
-    table = torch.tensor([[1.0, 5.0], [1.0, 3.0]])  # mean (1, 4), deviations (0, 1)
-    assert length_of_mean(table) == pytest.approx((17 / 1) ** 0.5)
+    table = torch.tensor([[1.0, 5.0], [1.0, 3.0]])  # mean (1, 4), deviations (0, 1) and (0, -1)
+    assert length_of_mean(table) == pytest.approx(17**0.5)
 
 
 def test_windows_are_the_starts_of_documents(tmp_path):
