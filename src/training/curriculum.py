@@ -136,22 +136,27 @@ def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, progress: fl
         return whole
     # a generator, because the lowest bits of mix_seed repeat after a few steps
     rng = random.Random(mix_seed(config.seed, step, 1))
-    depths = _drawn_depths(whole)
+    depths = _drawn_depths(config, whole)
     return _at_depth(whole, *depths[rng.randrange(len(depths))])
 
 
-def _drawn_depths(whole: TRMConfig) -> list[tuple[int, int]]:
+def _drawn_depths(config: TrainConfig, whole: TRMConfig) -> list[tuple[int, int]]:
     """Returns the pairs of deep_steps and supervision_steps among which sample_depth draws."""
     deep, supervision = whole.deep_steps, whole.supervision_steps
     if whole.recursion == "trm" and whole.full_bptt:
-        return [(deep, steps) for steps in range(1, supervision + 1)]
-    return [(steps, supervision) for steps in range(1, deep + 1)]
+        return [(deep, steps) for steps in range(config.least_depth, supervision + 1)]
+    return [(steps, supervision) for steps in range(config.least_depth, deep + 1)]
 
 
 def _check_depths(config: TrainConfig, whole: TRMConfig):
     """Raises UserError if a step of the run may have a depth that does not go with the model's other settings."""
-    depths = [(1, 1)] if config.recursion_from else []
-    depths += _drawn_depths(whole) if config.sample_depth else []
+    drawn = _drawn_depths(config, whole) if config.sample_depth else []
+    if config.sample_depth and not drawn:
+        most = _drawn_depths(replace(config, least_depth=1), whole)
+        raise UserError(
+            f"least_depth is {config.least_depth}: set it to {len(most)} or less, the most steps of the model"
+        )
+    depths = [(1, 1)] * bool(config.recursion_from) + drawn
     try:
         for depth in depths:
             _at_depth(whole, *depth)

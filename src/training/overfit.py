@@ -83,7 +83,7 @@ def prepare(settings):
     changes |= {"weight_decay": 0.0, "ema_decay": 0.0, "schedule": "constant", "recursion_from": 0.0}
     changes |= {"warmup_steps": min(config.warmup_steps, CHECK_EVERY), "max_minutes": config.max_minutes or MINUTES}
     changes |= {"compile": bool(config.compile)}  # compiling can take longer than the check
-    changes |= {"sample_depth": False}
+    changes |= {"sample_depth": False, "least_depth": 1}
     plain = dataclasses.replace(model_config, dropout=0.0, visit_dropout=0.0, start_noise=0.0)
     model = create_model(plain, tokenizer, config.seed)
     return Trainer(dataclasses.replace(config, **changes), model, tokenizer, rows, rows, runtime), records

@@ -225,8 +225,9 @@ class TrainConfig:
         optimizer_step: update the weights once per batch, or after each supervision step as in the TRM paper
         schedule: learning rate after the warm-up: cosine (decays along a cosine), linear (stays constant, then decays
             linearly over the last fifth of the run) or constant
-        sample_depth: draw deep_steps at random for each batch, from 1 to the model's value, so that the model learns to
-            answer at every depth (of a TRM for text with full_bptt, supervision_steps are drawn instead)
+        sample_depth: draw deep_steps at random for each batch, from least_depth to the model's value, so that the model
+            learns to answer at every depth (of a TRM for text with full_bptt, supervision_steps are drawn instead)
+        least_depth: smallest number that sample_depth draws
         recursion_from: fraction of the run, from 0 to 1, after which the full recursion starts; before that, the model
             takes only one cycle (deep_steps 1) and one supervision step, which is cheaper
         lr: peak learning rate; lower it if the loss diverges
@@ -273,6 +274,7 @@ class TrainConfig:
     optimizer_step: Literal["batch", "supervision"] = "batch"
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     sample_depth: bool = False
+    least_depth: int = 1
     recursion_from: float = 0.0
     lr: float = 1e-3
     min_lr_ratio: float = 0.05
@@ -318,6 +320,10 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 0 or more")
         if not 0 <= self.recursion_from < 1:
             raise ValueError(f"recursion_from is {self.recursion_from}: set it between 0 and 1")
+        if self.least_depth != 1 and not (self.sample_depth and self.least_depth > 1):
+            raise ValueError(
+                f"least_depth is {self.least_depth}: set it to 1 or more, with sample_depth if it is over 1"
+            )
         if self.shard and self.optimizer != "adamw":
             raise ValueError(f"optimizer {self.optimizer} needs whole matrices, but shard splits them: choose adamw")
         if not is_text(self.sample_prompt):
@@ -373,9 +379,7 @@ def parse_run_flags(description, classes, argv=None, defaults=None) -> tuple:
 
 
 def _run_folder_of_config(argv) -> Path | None:
-    """Returns the run folder that contains the --config file.
-
-    Returns None if the file is not in a run folder, or if save_dir is given as a flag."""
+    """Returns the run folder that the --config file is in, if any, and None if save_dir is given as a flag."""
     config = flag_value(argv, "config")
     if config is None or flag_value(argv, "save_dir") is not None:
         return None
@@ -385,15 +389,13 @@ def _run_folder_of_config(argv) -> Path | None:
 
 
 def model_of_source(parsed, model=TRMConfig) -> dict:
-    """Returns the defaults of the model settings with init_from: those of the run if it has started, else those of the
-    checkpoint."""
+    """Returns the model's defaults with init_from: those of the run if it has started, else the checkpoint's."""
     if parsed.init_from is None:
         return {}
     from src import checkpoint  # imported late, because they import torch
     from src.training import run_folder
 
-    values = run_folder.settings_of(Path(parsed.save_dir))
-    if not values:
+    if not (values := run_folder.settings_of(Path(parsed.save_dir))):
         source = checkpoint.load_config(parsed.init_from)
         # to_dict has a number even if grad_deep_steps was not set; then it must be None, to follow a new deep_steps
         values = source.to_dict() | {"grad_deep_steps": model_settings(source)["grad_deep_steps"]}

@@ -66,7 +66,7 @@ def test_shuffled_labels_stay_at_chance_on_held_out_records(settings):
 
 def test_what_works_against_learning_by_heart_is_left_out(settings):
     options = {"recursion": "loop", "deep_steps": 3, "dropout": 0.1, "visit_dropout": 0.5, "start_noise": 1.0}
-    trainer, _ = prepare(settings(words(8), sample_depth=True, **options))
+    trainer, _ = prepare(settings(words(8), sample_depth=True, least_depth=2, **options))
     config = trainer.raw.config
     assert (config.dropout, config.visit_dropout, config.start_noise, trainer.config.sample_depth) == (0, 0, 0, False)
 

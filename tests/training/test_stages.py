@@ -143,6 +143,22 @@ class TestDepthByStep:
         assert depths == {1, 2, 3}  # cycles; each is three visits in each of two supervision steps
         assert trainer.raw.config.deep_steps == 3 and trainer.raw.config.grad_deep_steps == 2
 
+    def test_sampled_from_a_least_depth(self, make):
+        trainer = make(sample_depth=True, least_depth=2, deep_steps=3, max_steps=30)
+        trainer.train()
+        assert {r["recursion_depth"] / 6 for r in read_metrics(trainer.folder) if "loss" in r} == {2, 3}
+
+    @pytest.mark.parametrize(
+        ("settings", "most"), [({"deep_steps": 2}, 2), ({"full_bptt": True, "supervision_steps": 1}, 1)]
+    )
+    def test_a_least_depth_over_the_model_s_is_refused(self, make, settings, most):
+        with pytest.raises(UserError, match=f"least_depth is 3: set it to {most} or less, the most steps"):
+            make(sample_depth=True, least_depth=3, **settings)
+
+    def test_a_least_depth_that_nothing_reads_is_refused(self):
+        with pytest.raises(ValueError, match="with sample_depth if it is over 1"):
+            TrainConfig(least_depth=2)
+
     def test_sampled_supervision_steps(self, make):
         """With one graph through all steps, the steps are the recursion: their number is drawn, and not deep_steps."""
         settings = {"full_bptt": True, "supervision_weights": "last", "supervision_steps": 3, "deep_steps": 2}
