@@ -15,7 +15,7 @@ from src.data.loader import create_train_loader
 from src.errors import UserError
 from src.evaluation.evaluation import evaluate_rows, sample_text
 from src.losses import bits_per_byte, bits_text, count_terms
-from src.metrics import describe_model, flops_per_token
+from src.metrics import describe_model
 from src.model import TRMConfig, TRMModel
 from src.model_config import loss_weights
 from src.optim import EMA, learning_rate_factor, make_optimizers, set_learning_rates
@@ -30,6 +30,7 @@ class Trainer:
     """One training run.  `create_trainer` in src/training/create.py makes it from settings; `train` runs it."""
 
     best_name = "best_valid_loss"  # name of the best `score` in a checkpoint's config.json
+    one_at_a_time = False  # whether a step of training is one supervision step
 
     def __init__(
         self, config: TrainConfig, model: TRMModel, tokenizer, train_set, valid_set, runtime, num_workers=0, first=None
@@ -42,7 +43,7 @@ class Trainer:
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.agreement = parallel.Agreement(self.world)
         self._plan(first or model.config)
-        flops = self.train_flops(first or model.config)  # not of the present stage: a resume must choose as the start
+        flops = self.curriculum.flops(self.one_at_a_time)  # of all stages, so that a resume chooses as the start
         self.compiles, why_compile = choose_compile(config.compile, self.device, flops, config.max_minutes)
         devices = f"{self.world} x {self.device.type}" if self.world > 1 else self.device.type
         mode = "compiled" if self.compiles else "eager"
@@ -51,6 +52,7 @@ class Trainer:
         self.ema = EMA(model, config.ema_decay) if config.ema_decay else None
         self.step, self.elapsed, self.grad_norm, self.best, self.best_loss = 0, 0.0, 0.0, math.inf, math.inf
         self.eval_due = False  # whether this step should have been evaluated, but a signal came
+        self.recursion_begun = False  # whether recursion_from has passed; a longer max_minutes does not undo it
         self.time_fraction, self.skipped, self.skipped_in_a_row, self.skipped_at = 0.0, 0, 0, -1
         self.stage, self.loader, self.clock = None, None, Clock(self.compiles)
         self.start_window()
@@ -62,10 +64,6 @@ class Trainer:
         self.curriculum.check(c, self.world)
         if stages and hasattr(self.train_set, "with_seq_len"):  # retrieved code needs room in a window
             self.train_set.with_seq_len(min(stage.seq_len for stage in self.curriculum.stages))
-
-    def train_flops(self, model: TRMConfig) -> float:
-        """Returns the estimated FLOPs of the whole run."""
-        return self.curriculum.tokens(self.curriculum.total_steps) * flops_per_token(model).train
 
     def _take_model(self, model: TRMModel, states: tuple | list = ()):
         """Move the model to the device, compile it, shard or wrap it, and create its optimizers, with `states`."""
@@ -81,8 +79,7 @@ class Trainer:
         self.model = model if config.shard else self.accelerator.prepare(model)
 
     def _make_optimizers(self, model):
-        c = self.config
-        return make_optimizers(model, c.optimizer, c.lr, c.weight_decay, (0.9, c.beta2))
+        return make_optimizers(model, (c := self.config).optimizer, c.lr, c.weight_decay, (0.9, c.beta2))
 
     def _windows(self, seq_len: int) -> int:
         """Returns the number of training windows of this length; the curriculum converts epochs to steps with it."""
@@ -90,9 +87,9 @@ class Trainer:
             raise UserError("a stage in `epochs` needs a tokenized corpus: use `steps`, or set `--streaming false`")
         return len(self.train_set.with_seq_len(seq_len))
 
-    def enter_stage(self):
-        """Apply the curriculum's changes if a new stage starts at this step: width, depth and batches."""
-        stage = self.curriculum.at(self.step)
+    def enter_stage(self, step: int | None = None):
+        """Apply the changes of a new stage: width, depth, batches.  step: any step of it; default: the next one."""
+        stage = self.curriculum.at(self.step if step is None else step)
         if stage is self.stage:
             return
         self.stage = stage
@@ -209,7 +206,8 @@ class Trainer:
         self._set_learning_rate()
         seed_device(self.device, mix_seed(self.config.seed, self.step, self.rank))  # so a resume repeats dropout
         self.model.train()
-        with self._depth_of_step():
+        self.recursion_begun = self.recursion_begun or self.progress() >= self.config.recursion_from
+        with self._at(curriculum.depth_of_step(self.config, self.raw.config, self.step, self.recursion_begun)):
             self.supervise(self.split(batch))
         self.step += 1
 
@@ -258,10 +256,10 @@ class Trainer:
         return [(part, count_terms(part["target_ids"], self.raw.config.loss_mean) / max(1, total)) for part in parts]
 
     @contextlib.contextmanager
-    def _depth_of_step(self):
-        """Within this context, the model uses the recursion depth scheduled for this step."""
+    def _at(self, depth: TRMConfig | None = None):
+        """Within this context, the model has the depth of this config; by default, the largest depth trained so far."""
         whole = self.raw.config
-        self.raw.config = curriculum.depth_of_step(self.config, whole, self.step, self.progress())
+        self.raw.config = depth or curriculum.depth_so_far(self.config, whole, self.recursion_begun)
         try:
             yield
         finally:
@@ -337,7 +335,7 @@ class Trainer:
         c, data = self.config, self.valid_set
         rows = len(data) if limit is None else limit * c.batch_size
         size = max(1, c.batch_size // (self.world * c.grad_accum))  # at once, as in training: there is memory for it
-        with self.averaged_weights():
+        with self.as_judged():
             options = (self.tokenizer.pad_id, self.precision, self.accelerator)
             return evaluate_rows(self.raw, data, rows, size, *options)
 
@@ -366,15 +364,16 @@ class Trainer:
     def sample(self) -> str:
         """Returns a text generated with the averaged weights, from the same seed each time."""
         c = self.config
-        with self.averaged_weights():
+        with self.as_judged():
             return sample_text(self.raw, self.tokenizer, c.sample_prompt, c.sample_tokens, c.seed)
 
     @contextlib.contextmanager
-    def averaged_weights(self):
-        """Within this context, the model has its moving-average weights."""
+    def as_judged(self):
+        """Within this context, the model has its moving-average weights (if any), and the depth trained so far."""
         parallel.swap_average(self.raw, self.ema)
         try:
-            yield
+            with self._at():
+                yield
         finally:
             parallel.swap_average(self.raw, self.ema)
 
@@ -388,7 +387,8 @@ class Trainer:
                 if not all(map(checkpoint.is_sound, weights.values())):
                     raise run_folder.diverged(self.folder, f"step {self.step}: weights are not finite, and not saved")
                 parts = (self.raw, self.tokenizer, average, state, info, weights)
-                run_folder.save(self.folder, f"step_{self.step:08d}", best, self.config.keep_checkpoints, *parts)
+                with self._at():  # before recursion_from, the checkpoint has the depth that it was trained at
+                    run_folder.save(self.folder, f"step_{self.step:08d}", best, self.config.keep_checkpoints, *parts)
             except UserError as error:
                 problem = error
         if self.agreement.sum(problem is not None)[0]:  # all processes learn of it, so none waits forever

@@ -203,6 +203,8 @@ def test_a_setting_among_the_overrides_is_not_swept(tmp_path):
         (["--overrides", "gate=true"], "gate makes some of the rungs: leave it out of the recipe, or write rung"),
         (["--rungs", "gated", "--sweep", "gate=true,false"], "gate makes the rung gated or changes its cost: write"),
         (["--rungs", "plain", "--sweep", "batch_size=32,64"], "batch_size makes the rung plain or changes its cost"),
+        (["--overrides", "sample_depth=true", "least_depth=2"], "least_depth is 2: set it to 1 or less"),
+        (["--rungs", "loop+supervision_weights=0,0,1,0+recursion_from=0.5"], "train at smaller depths too"),
         (["--rungs", "loop", "--sweep", "d_ff=64,128"], r"changes its cost: write loop\+d_ff="),
     ],
 )

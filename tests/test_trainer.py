@@ -386,7 +386,7 @@ class TestInitFrom:
         plain.train()
         loop = create_trainer(from_first("--recursion", "loop", "--injection", "none", "--deep_steps", "1"))
         ids = torch.arange(32).view(2, 16)
-        with plain.averaged_weights(), torch.no_grad():
+        with plain.as_judged(), torch.no_grad():
             assert torch.equal(plain.raw.eval()(ids).logits, loop.raw.eval()(ids).logits)
 
 

@@ -28,15 +28,13 @@ class PuzzleTrainer(Trainer):
     """One training run on puzzles.  `create_puzzle_trainer` builds it from settings; `train()` runs it."""
 
     best_name = "best_valid_error"  # share of the held-out puzzles that are not right as a whole
+    one_at_a_time = True
 
     def __init__(self, config, puzzle: PuzzleConfig, model, data: PuzzleData, runtime, first: TRMConfig | None = None):
         self.puzzle = puzzle
         draws = PuzzleDraws(data.kind, data.train, config.seed, puzzle.augment)
         form = PuzzleForm(data.kind, data.names)
         super().__init__(config, model, form, draws, HeldOut(data.valid), runtime, first=first)
-
-    def train_flops(self, model: TRMConfig) -> float:
-        return super().train_flops(model) / model.train_steps  # a step of training is one supervision step
 
     def _make_optimizers(self, model):
         c, puzzle = self.config, None
@@ -85,7 +83,7 @@ class PuzzleTrainer(Trainer):
         n = min(grids.n_rows, (limit or grids.n_rows) * size)
         # the held-out puzzles may be in an order of their own, so a part is drawn, always the same
         chosen = np.sort(np.random.default_rng(self.puzzle.data_seed).permutation(grids.n_rows)[:n])
-        with self.averaged_weights():
+        with self.as_judged():
             steps, mine = self.puzzle.eval_steps, chosen[self.rank :: self.world]
             rows = size // (self.world * self.config.grad_accum)  # as in training: a compiled model has this shape
             answers = puzzle_eval.answer(self.raw, grids, mine, steps, self.precision, rows) if len(mine) else None

@@ -17,7 +17,16 @@ from src.runtime import choose_device, keep_freed_memory
 from src.tokenizer import read_tokenizer
 from src.trainer import Trainer
 from src.training import parallel, run_folder
-from src.training.train_config import Settings
+from src.training.curriculum import check_depths
+from src.training.train_config import Settings, TrainConfig
+
+
+def check_model(config: TrainConfig, model: TRMConfig):
+    """Raises UserError if the model is not one for text, or cannot be trained with these settings."""
+    if config.optimizer_step == "supervision" and model.full_bptt:
+        raise UserError("full_bptt needs one update for all supervision steps: set optimizer_step to batch")
+    if not model.causal:
+        raise UserError("causal false is for puzzles: a language model learns the next token, leave --causal out")
 
 
 def create_model(config: TRMConfig, tokenizer, seed: int = 0) -> TRMModel:
@@ -93,10 +102,9 @@ def _create_trainer(settings, build_retrieval):
         own = read_tokenizer(str(source)).fingerprint
         if data.sp_model or (named and (data.tokenizer != "byte" or read_tokenizer("byte").fingerprint != own)):
             raise UserError("--init_from brings its own tokenizer: leave out --tokenizer and --sp_model")
-    if config.optimizer_step == "supervision" and model_config.full_bptt:
-        raise UserError("full_bptt needs one update for all supervision steps: set optimizer_step to batch")
-    if not model_config.causal:
-        raise UserError("causal false is for puzzles: a language model learns the next token, leave --causal out")
+    check_model(config, model_config)
+    if not config.curriculum.stages:  # the trainer checks this too, but only after the text is read
+        check_depths(config, settings.model)
     if source:
         data = dataclasses.replace(data, tokenizer=str(source), sp_model=None)
     choose_device(runtime.device)  # reports a wrong device now, not after minutes of data preparation

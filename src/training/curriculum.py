@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 
 from src.errors import UserError
 from src.layers import injection_of
+from src.metrics import flops_per_token
 from src.model import TRMConfig, TRMModel
 from src.optim import EMA
 from src.runtime import mix_seed
@@ -80,10 +81,11 @@ class CurriculumScheduler:
         windows: Callable[[int], int],
     ):
         now = Stage(-1, 0, 0, model.max_seq_len, batch_size, 1.0, model)
+        has_default = replace(model, grad_deep_steps=None) == model  # then grad_deep_steps follows each new deep_steps
         self.stages: list[Stage] = []
         for stage in stages or [CurriculumStage(steps=max_steps)]:
             try:
-                now = _next_stage(now, stage, windows)
+                now = _next_stage(now, stage, windows, has_default)
             except ValueError as error:
                 raise UserError(f"curriculum.stages[{now.index + 1}]: {error}") from None
             self.stages.append(now)
@@ -96,10 +98,19 @@ class CurriculumScheduler:
         if world > 1 and len({(stage.model.d_model, stage.model.d_ff) for stage in self.stages}) > 1:
             raise UserError("a stage's dim can grow in a single process only: leave out dim, or start one process")
         for stage in self.stages:
-            _check_depths(config, stage.model)
+            try:
+                check_depths(config, stage.model)
+            except UserError as error:
+                where = f"curriculum.stages[{stage.index}]: " if len(self.stages) > 1 else ""
+                raise UserError(f"{where}{error}") from None
             if stage.batch_size % (config.grad_accum * world):
                 parts = f"grad_accum {config.grad_accum} x {world} processes"
                 raise UserError(f"batch_size {stage.batch_size} does not divide into {parts}: make it a multiple")
+        model, any_depth = self.stages[0].model, replace(config, least_depth=1)
+        is_single = all(len(_drawn_depths(any_depth, stage.model)) == 1 for stage in self.stages)
+        if config.sample_depth and model.recursion != "none" and is_single:
+            name = "supervision_steps" if _draws_supervision(model) else "deep_steps"
+            raise UserError(f"sample_depth has nothing to draw from: set {name} to 2 or more, or leave it out")
 
     def at(self, step: int) -> Stage:
         """Returns the stage of this step (from 0); after the end of the run, the last stage."""
@@ -116,6 +127,13 @@ class CurriculumScheduler:
             s.batch_size * s.seq_len * (min(step, s.start + s.steps) - s.start) for s in self.stages if step > s.start
         )
 
+    def flops(self, one_at_a_time: bool = False) -> float:
+        """Returns the estimated FLOPs of the whole run, at the full depth of each stage.
+
+        one_at_a_time: a step of training is one supervision step, and not all of them."""
+        costs = ((s.model.train_steps if one_at_a_time else 1, flops_per_token(s.model).train, s) for s in self.stages)
+        return sum(s.steps * s.batch_size * s.seq_len * flops / parts for parts, flops, s in costs)
+
     def state_dict(self) -> dict:
         return {"starts": self.starts}
 
@@ -128,34 +146,44 @@ class CurriculumScheduler:
             raise UserError(f"{starts}: resume with the same stages and training text")
 
 
-def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, progress: float) -> TRMConfig:
+def depth_so_far(config: TrainConfig, whole: TRMConfig, begun: bool) -> TRMConfig:
+    """Returns the model's config at the largest depth of training: see recursion_from in TrainConfig.
+
+    begun: whether the full recursion has begun."""
+    return _at_depth(whole, 1, 1) if config.recursion_from and not begun else whole
+
+
+def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, begun: bool) -> TRMConfig:
     """Returns the model's config at the depth of this step: see sample_depth and recursion_from in TrainConfig."""
-    if progress < config.recursion_from:
-        return _at_depth(whole, 1, 1)
-    if not config.sample_depth:
-        return whole
+    if not config.sample_depth or config.recursion_from and not begun:
+        return depth_so_far(config, whole, begun)
     # a generator, because the lowest bits of mix_seed repeat after a few steps
     rng = random.Random(mix_seed(config.seed, step, 1))
     depths = _drawn_depths(config, whole)
     return _at_depth(whole, *depths[rng.randrange(len(depths))])
 
 
+def _draws_supervision(model: TRMConfig) -> bool:
+    """Whether sample_depth draws the supervision steps, because all of them are in one graph."""
+    return model.recursion == "trm" and model.full_bptt
+
+
 def _drawn_depths(config: TrainConfig, whole: TRMConfig) -> list[tuple[int, int]]:
     """Returns the pairs of deep_steps and supervision_steps among which sample_depth draws."""
     deep, supervision = whole.deep_steps, whole.supervision_steps
-    if whole.recursion == "trm" and whole.full_bptt:
+    if whole.recursion == "none":
+        return [(deep, supervision)]  # it has no depth
+    if _draws_supervision(whole):
         return [(deep, steps) for steps in range(config.least_depth, supervision + 1)]
     return [(steps, supervision) for steps in range(config.least_depth, deep + 1)]
 
 
-def _check_depths(config: TrainConfig, whole: TRMConfig):
+def check_depths(config: TrainConfig, whole: TRMConfig):
     """Raises UserError if a step of the run may have a depth that does not go with the model's other settings."""
     drawn = _drawn_depths(config, whole) if config.sample_depth else []
     if config.sample_depth and not drawn:
         most = _drawn_depths(replace(config, least_depth=1), whole)
-        raise UserError(
-            f"least_depth is {config.least_depth}: set it to {len(most)} or less, the most steps of the model"
-        )
+        raise UserError(f"least_depth is {config.least_depth}: set it to {len(most)} or less, the most steps here")
     depths = [(1, 1)] * bool(config.recursion_from) + drawn
     try:
         for depth in depths:
@@ -165,19 +193,23 @@ def _check_depths(config: TrainConfig, whole: TRMConfig):
 
 
 def _at_depth(whole: TRMConfig, deep: int, supervision: int) -> TRMConfig:
-    """Returns a config with fewer steps. Raises ValueError if its supervision_weights have no loss at that depth."""
+    """Returns a config with fewer steps.
+
+    Raises ValueError if only some of its supervision_weights remain and all of them are 0."""
     cut = min(whole.grad_deep_steps, deep)
     return replace(whole, deep_steps=deep, supervision_steps=supervision, grad_deep_steps=cut)
 
 
-def _next_stage(before: Stage, change: CurriculumStage, windows) -> Stage:
+def _next_stage(before: Stage, change: CurriculumStage, windows, has_default: bool) -> Stage:
     """Returns the stage after `before`.  Raises ValueError for changes that are impossible."""
     model = before.model
     dim = change.dim or model.d_model
     if (dim, change.d_ff or model.d_ff) != (model.d_model, model.d_ff):
         model = grown_config(model, dim, change.d_ff)
+    unused = DEPTH if model.recursion == "none" else ("latent_steps", "supervision_steps") * (model.recursion == "loop")
+    if wrong := [name for name in unused if getattr(change, name)]:
+        raise ValueError(f"recursion {model.recursion} has no {wrong[0]}: leave it out")
     depth = {name: getattr(change, name) or getattr(model, name) for name in DEPTH}
-    has_default = replace(model, grad_deep_steps=None) == model  # a default grad_deep_steps follows the new deep_steps
     model = replace(model, **depth, grad_deep_steps=None if has_default else model.grad_deep_steps)
     seq_len, batch_size = change.seq_len or before.seq_len, change.batch_size or before.batch_size
     if seq_len > model.max_seq_len:

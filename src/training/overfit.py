@@ -18,7 +18,7 @@ from src.evaluation.scoring import score_samples
 from src.language_model import continue_texts
 from src.runtime import keep_freed_memory
 from src.trainer import Trainer
-from src.training.create import create_model
+from src.training.create import check_model, create_model
 from src.training.train_config import CurriculumConfig
 
 CHECK_EVERY = 10  # steps
@@ -92,8 +92,7 @@ def prepare(settings):
 def _refuse(settings):
     if not settings.data.records:
         raise UserError("--overfit needs questions with answers: add --records true")
-    if not settings.model.causal:
-        raise UserError("causal false is for puzzles: a language model learns the next token, leave --causal out")
+    check_model(settings.train, settings.model)
     given = {"mixture": settings.data.mixture, "streaming": settings.data.streaming}
     given |= {name: getattr(settings.train, name) for name in ("resume", "init_from", "shard")}
     if names := [f"--{name}" for name, value in given.items() if value]:

@@ -8,9 +8,9 @@ from src import checkpoint
 from src.errors import UserError
 from src.training import parallel
 
-COUNTERS = ("step", "elapsed", "best", "best_loss", "eval_due", "skipped", "skipped_in_a_row", "skipped_at")
+COUNTERS = "step elapsed best best_loss eval_due recursion_begun skipped skipped_in_a_row skipped_at".split()
 # of a state that was written before these were saved
-EARLIER = {"best_loss": -math.inf, "eval_due": False, "skipped_in_a_row": 0, "skipped_at": -1}
+EARLIER = {"best_loss": -math.inf, "eval_due": False, "recursion_begun": False, "skipped_in_a_row": 0, "skipped_at": -1}
 
 
 def collect(trainer, is_best: bool) -> tuple[dict, dict | None, dict]:
@@ -59,8 +59,9 @@ def restore(trainer, folder: Path, state: dict):
         trainer.ema.updates = state["ema_updates"]
     if trainer.accelerator.scaler is not None and state["scaler"] is not None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    # after the weights: if a wider stage starts at this step, the checkpoint still holds the narrower model
-    trainer.enter_stage()
+    # the stage that has ended here, if an evaluation is still due in it; after the weights, because if a wider stage
+    # starts at this step, the checkpoint still holds the narrower model
+    trainer.enter_stage(trainer.step - bool(trainer.eval_due))
     # with more processes than before, the extra ones take the last saved position
     trainer.loader.load_state_dict(state["loaders"][min(trainer.rank, len(state["loaders"]) - 1)])
     trainer.window.load_state_dict(state["window"], trainer.is_main)

@@ -138,9 +138,9 @@ class CurriculumStage:
         epochs: length of the stage in passes over the training windows, such as 0.5; give either steps or epochs
         seq_len: tokens per window, at most max_seq_len
         batch_size: windows per step
-        latent_steps: n, updates of z before each update of y
+        latent_steps: n, updates of z before each update of y (trm)
         deep_steps: T, cycles per supervision step (trm), or visits (loop)
-        supervision_steps: N_sup, number of supervision steps
+        supervision_steps: N_sup, number of supervision steps (trm)
         dim: new d_model, which can only grow; heads of the same size are added
         d_ff: new hidden width of SwiGLU; by default it grows in proportion to dim, rounded up to a multiple of 64
         lr_factor: factor on the learning rate of the schedule
@@ -225,11 +225,11 @@ class TrainConfig:
         optimizer_step: update the weights once per batch, or after each supervision step as in the TRM paper
         schedule: learning rate after the warm-up: cosine (decays along a cosine), linear (stays constant, then decays
             linearly over the last fifth of the run) or constant
-        sample_depth: draw deep_steps at random for each batch, from least_depth to the model's value, so that the model
-            learns to answer at every depth (of a TRM for text with full_bptt, supervision_steps are drawn instead)
+        sample_depth: draw deep_steps at random for each batch, from least_depth to the model's value, so that a loop
+            learns to answer at each of these depths; of a TRM for text with full_bptt, draw supervision_steps instead
         least_depth: smallest number that sample_depth draws
-        recursion_from: fraction of the run, from 0 to 1, after which the full recursion starts; before that, the model
-            takes only one cycle (deep_steps 1) and one supervision step, which is cheaper
+        recursion_from: fraction of the run, from 0 to 1, after which the full recursion starts; before that, training,
+            evaluations and checkpoints have one cycle (deep_steps 1) and one supervision step, which is cheaper
         lr: peak learning rate; lower it if the loss diverges
         min_lr_ratio: final learning rate of the cosine and linear schedules, as a fraction of lr
         warmup_steps: steps in which the learning rate rises linearly from 0 to lr; raise it if the loss diverges early
@@ -321,9 +321,7 @@ class TrainConfig:
         if not 0 <= self.recursion_from < 1:
             raise ValueError(f"recursion_from is {self.recursion_from}: set it between 0 and 1")
         if self.least_depth != 1 and not (self.sample_depth and self.least_depth > 1):
-            raise ValueError(
-                f"least_depth is {self.least_depth}: set it to 1 or more, with sample_depth if it is over 1"
-            )
+            raise ValueError(f"least_depth is {self.least_depth}: set it to 1, or to more with sample_depth")
         if self.shard and self.optimizer != "adamw":
             raise ValueError(f"optimizer {self.optimizer} needs whole matrices, but shard splits them: choose adamw")
         if not is_text(self.sample_prompt):

@@ -79,6 +79,9 @@ class TestPlan:
         assert plan({"steps": 1, "deep_steps": 5}, model=model).stages[0].model.grad_deep_steps == wanted
         given = dataclasses.replace(BASE, deep_steps=3, grad_deep_steps=2)
         assert plan({"steps": 1, "deep_steps": 5}, model=given).stages[0].model.grad_deep_steps == 2
+        loop = dataclasses.replace(BASE, recursion="loop", deep_steps=4, grad_deep_steps=2)
+        stages = plan({"steps": 1, "deep_steps": 2}, {"steps": 1, "deep_steps": 4}, model=loop).stages
+        assert [stage.model.grad_deep_steps for stage in stages] == [2, 2]  # 2 is not the default of the first stage
 
     def test_width_goes_through_the_stages(self):
         first, second, third = plan({"steps": 1}, {"steps": 1, "dim": 24}, {"steps": 1, "dim": 32, "d_ff": 100}).stages

@@ -111,6 +111,7 @@ def test_answers_that_the_tokenizer_cannot_write(settings, tmp_path, capsys):
         ({"mixture": [1.0]}, "leave out --mixture"),
         ({"init_from": "runs/x"}, "leave out --init_from"),
         ({"causal": False}, "leave --causal out"),
+        ({"full_bptt": True, "optimizer_step": "supervision"}, "full_bptt needs one update"),
     ],
     ids=str,
 )

@@ -158,6 +158,17 @@ class TestResume:
         with pytest.raises(UserError, match=rf"--{name} is {new}, but the run in .* has {old}"):
             make(resume=True, **{name: new})
 
+    def test_a_setting_that_is_younger_than_the_run_had_its_default(self, make, tmp_path, capsys):
+        depths = {"sample_depth": True, "deep_steps": 3}
+        path = make(**depths).folder / "config.yaml"
+        lines = [line for line in path.read_text().splitlines(True) if not line.startswith("least_depth: 1")]
+        path.write_text("".join(lines))
+        with pytest.raises(UserError, match=r"--least_depth is 2, but the run in .* has 1"):
+            make(resume=True, least_depth=2, **depths)
+        capsys.readouterr()
+        make(resume=True, **depths)
+        assert "--least_depth" not in capsys.readouterr().err
+
     def test_free_settings_may_change(self, make, capsys):
         make()
         capsys.readouterr()

@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 from trainers import assert_same_checkpoints, during, read_metrics
 
 import train_trm_lm
+from src.checkpoint import load_config, load_model
 from src.errors import UserError
+from src.evaluation.evaluation import evaluate_rows
+from src.metrics import flops_per_token
 from src.model_config import TRMConfig
 from src.training.curriculum import depth_of_step
 from src.training.train_config import CurriculumConfig, CurriculumStage, TrainConfig
@@ -58,6 +61,25 @@ def test_a_run_goes_on_in_its_stage(make, stop):
     assert logs[0] == logs[1] and len(logs[0]) == 10
 
 
+def test_an_evaluation_that_a_signal_prevented_is_of_its_own_stage(make):
+    """The run stops where a stage ends and an evaluation is due; the resumed run makes it up, with the model so far."""
+    settings = {"curriculum": curriculum(*STAGES), "eval_every": 3}
+    straight = make("straight", **settings)
+    straight.train()
+    first = make("broken", **settings)
+    during(first, 3, lambda: signal.raise_signal(signal.SIGINT))
+    first.train()
+    assert not any("valid_loss" in r for r in read_metrics(first.folder))
+    second = make("broken", resume=True, **settings)
+    assert second.eval_due and second.raw.config.d_model == 16
+    second.train()
+    logs = [
+        [(r["step"], r["valid_loss"]) for r in read_metrics(t.folder) if "valid_loss" in r] for t in (straight, second)
+    ]
+    assert logs[0] == logs[1] and [step for step, _ in logs[0]] == [3, 6, 9, 10]
+    assert_same_checkpoints(straight.folder / "best", second.folder / "best")
+
+
 def test_growing_keeps_the_validation_loss(make):
     trainer = make(curriculum=curriculum({"steps": 20}, {"steps": 1, "dim": 32}), lr=1e-2)
     trainer.loss_before = None
@@ -75,6 +97,13 @@ def test_growing_keeps_the_validation_loss(make):
     assert trainer.loss_before < 5
 
 
+def test_the_flops_of_a_run_are_those_of_its_stages(make):
+    stages = make(curriculum=curriculum({"steps": 10, "deep_steps": 1}, {"steps": 30, "deep_steps": 4})).curriculum
+    one, four = (flops_per_token(stage.model).train for stage in stages.stages)
+    assert stages.flops() == 128 * (10 * one + 30 * four) and four > 1.5 * one
+    assert stages.flops(one_at_a_time=True) == stages.flops() / 2  # the models have two supervision steps
+
+
 def test_epochs_become_steps(make):
     trainer = make(curriculum=curriculum({"epochs": 0.25, "seq_len": 8}, {"epochs": 0.5, "seq_len": 16}))
     windows = len(trainer.train_set)
@@ -89,6 +118,13 @@ def test_epochs_become_steps(make):
         ([{"epochs": 1}], {"streaming": True}, "needs a tokenized corpus: use `steps`"),
         ([{"steps": 2, "seq_len": 99}], {}, "seq_len 99 is over max_seq_len 16"),
         ([{"steps": 2, "dim": 8}], {}, "a width can only grow"),
+        ([{"steps": 2, "latent_steps": 1}], {"recursion": "loop"}, "stages.0.: recursion loop has no latent_steps"),
+        ([{"steps": 2, "deep_steps": 3}], {"recursion": "none"}, "stages.0.: recursion none has no deep_steps"),
+        (
+            [{"steps": 2, "deep_steps": 1}, {"steps": 2, "deep_steps": 4}],
+            {"recursion": "loop", "sample_depth": True, "least_depth": 2},
+            "stages.0.: least_depth is 2: set it to 1 or less",
+        ),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -156,8 +192,19 @@ class TestDepthByStep:
             make(sample_depth=True, least_depth=3, **settings)
 
     def test_a_least_depth_that_nothing_reads_is_refused(self):
-        with pytest.raises(ValueError, match="with sample_depth if it is over 1"):
+        with pytest.raises(ValueError, match="set it to 1, or to more with sample_depth"):
             TrainConfig(least_depth=2)
+
+    @pytest.mark.parametrize(
+        ("settings", "name"),
+        [({"deep_steps": 1}, "deep_steps"), ({"full_bptt": True, "supervision_steps": 1}, "supervision_steps")],
+    )
+    def test_nothing_to_draw_from_is_refused(self, make, settings, name):
+        with pytest.raises(UserError, match=f"sample_depth has nothing to draw from: set {name} to 2 or more"):
+            make(sample_depth=True, **settings)
+
+    def test_a_plain_model_has_no_depth_to_draw(self, make):
+        assert make(recursion="none", sample_depth=True, least_depth=3).raw.config.recursion == "none"
 
     def test_sampled_supervision_steps(self, make):
         """With one graph through all steps, the steps are the recursion: their number is drawn, and not deep_steps."""
@@ -170,8 +217,8 @@ class TestDepthByStep:
 
     def test_drawn_independently(self):
         config, whole = TrainConfig(sample_depth=True), TRMConfig(vocab_size=9, recursion="loop", deep_steps=4)
-        drawn = [depth_of_step(config, whole, step, 0.0).deep_steps for step in range(1600)]
-        assert drawn == [depth_of_step(config, whole, step, 0.0).deep_steps for step in range(1600)]
+        drawn = [depth_of_step(config, whole, step, True).deep_steps for step in range(1600)]
+        assert drawn == [depth_of_step(config, whole, step, True).deep_steps for step in range(1600)]
         pairs = Counter(zip(drawn, drawn[1:]))  # of one step and the next: 100 of each are expected
         assert len(pairs) == 16 and min(pairs.values()) > 60 and max(pairs.values()) < 140
 
@@ -189,15 +236,37 @@ class TestDepthByStep:
         depths = [r["recursion_depth"] for r in read_metrics(trainer.folder) if "loss" in r]
         assert depths == [3] * 4 + [12] * 4
 
+    def test_before_it_starts_the_model_is_judged_and_saved_at_the_depth_that_it_has(self, make):
+        options = {"eval_every": 2, "save_every": 2, "keep_checkpoints": 9, "max_steps": 8, "ema_decay": 0.0}
+        trainer = make("late", recursion_from=0.5, deep_steps=2, **options)
+        trainer.train()
+        configs = [load_config(trainer.folder / f"step_{step:08d}") for step in (2, 4, 6, 8)]
+        assert [(c.deep_steps, c.supervision_steps) for c in configs] == [(1, 1), (1, 1), (2, 2), (2, 2)]
+        for step in (4, 6):  # an evaluation is that of the checkpoint of its step, at the depth in its config.json
+            saved, told = load_model(trainer.folder / f"step_{step:08d}")[0], read_metrics(trainer.folder)
+            found = evaluate_rows(saved, trainer.valid_set, len(trainer.valid_set), 8, trainer.tokenizer.pad_id)
+            logged = next(r["valid_loss"] for r in told if r["step"] == step and "valid_loss" in r)
+            assert found["valid_loss"] == pytest.approx(logged, rel=1e-5)
+
+    def test_once_it_has_begun_a_longer_run_does_not_end_it(self, make):
+        settings = {"recursion_from": 0.5, "deep_steps": 2, "max_steps": 1000}
+        first = make("late", max_minutes=1, **settings)
+        during(first, 2, lambda: setattr(first, "started", first.started - 40))  # seconds: over half of the run
+        during(first, 4, lambda: signal.raise_signal(signal.SIGINT))
+        first.train()
+        longer = make("late", max_minutes=100, resume=True, **settings)
+        during(longer, 6, lambda: signal.raise_signal(signal.SIGINT))
+        longer.train()
+        assert [r["recursion_depth"] for r in read_metrics(longer.folder) if "loss" in r] == [3, 3, 12, 12, 12, 12]
+
     def test_a_sampled_depth_is_one_of_the_step(self, make):
         """The depth depends on the step alone, and a shallow step updates the weights like a shallow model."""
         a, b = make("a", sample_depth=True, deep_steps=2, max_steps=6), make("b", deep_steps=1, max_steps=6)
         a.enter_stage()
         batch = next(a.loader)
         while True:
-            with a._depth_of_step():
-                if a.raw.config.deep_steps == 1:
-                    break
+            if depth_of_step(a.config, a.raw.config, a.step, True).deep_steps == 1:
+                break
             a.step += 1
         b.step = a.step
         a.train_step(batch)
