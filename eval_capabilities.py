@@ -114,7 +114,7 @@ def parse_args(argv=None) -> CapabilityConfig:
 
 from tqdm import tqdm
 
-from src.checkpoint import load_model, resolve
+from src.checkpoint import least_depth, load_model, resolve
 from src.data.corpus import read_documents, stdlib_files
 from src.evaluation.capabilities import TESTS, Material, check_model
 from src.evaluation.capability_report import draw_capabilities, table
@@ -153,7 +153,8 @@ def read_material(config) -> Material:
         domains |= {f"package {PACKAGE}": package} if package else {}
         domains |= {name: read_texts(paths, config.text_field) for name, paths in config.domains.items()}
     share = QUICK if config.quick else 1.0
-    return Material(sources, domains, config.seed, share, sources if config.code else package)
+    least = least_depth(config.checkpoint)
+    return Material(sources, domains, config.seed, share, sources if config.code else package, least)
 
 
 def main(argv=None):

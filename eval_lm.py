@@ -175,9 +175,9 @@ def measure_text(model, tokenizer, config, rule) -> dict:
         per_word = f", perplexity {last.word_perplexity:,.6g} per word or line end" if n.chars < 20 * n.words else ""
         print(f"in the end {last.nats_per_char:.4f} nats/character{per_word}")
     print(f"mean recursion depth {score.depth:.2f} of {max_depth(model.config)} trained, ", end="")
-    print(f"{score.visits:.2f} visits per token, {score.saved:.1%} saved")
+    print(f"{score.visits:.2f} visits per token, {score.saved:.1%} of the visits saved")
     steps = [step._asdict() for step in score.steps]
-    depth = {"depth": score.depth, "visits": score.visits, "saved": score.saved}
+    depth = {"depth": score.depth, "visits": score.visits, "visits_saved": score.saved}
     return {**asdict(score.size), **score.figures._asdict(), **depth, "steps": steps}
 
 
@@ -207,6 +207,8 @@ def draw_curve(model, tokenizer, config, rule) -> dict:
     pieces, trained = read_text(config), max_depth(model.config)
     with tqdm(unit="token", unit_scale=True) as bar:
         points = depth_curve(model, tokenizer, pieces, rule.max_recursion_depth, **options, **bounds, bar=bar)
+    if all(p.exit != "calibrated" for p in points):
+        print("the text is too short for calibrated exits, which need about 1,000 tokens", file=sys.stderr)
     best, full = cheapest_points(points, trained), full_point(points, trained)
     print_points(points, full)
     print("\nsetting: recursion steps, threshold, or (calibrated, oracle) the price of a step in nats")
@@ -216,7 +218,7 @@ def draw_curve(model, tokenizer, config, rule) -> dict:
     print("\nfewest FLOPs within 1 % of the bits per byte at the trained depth:\n")
     print_points(best.values(), full)
     shallow = min((p for p in points if p.exit == "fixed" and p.setting <= trained), key=lambda p: p.bits_per_byte)
-    if shallow is not full:  # stopping early then helps only because fewer steps are better
+    if shallow.bits_per_byte < 0.999 * full.bits_per_byte:  # stopping early helps then because fewer steps are better
         print(f"\na fixed depth of {shallow.setting:g} beats the trained depth {trained}: compare the rules with it")
     draw_depth_curve(points, trained, config.depth_curve, describe_model(model), str(resolve(config.checkpoint)))
     found = {"points": [p._asdict() for p in points], "cheapest": {name: p._asdict() for name, p in best.items()}}

@@ -127,6 +127,12 @@ def load_config(folder) -> TRMConfig:
     return build(TRMConfig, values, where=f"{path}: ")
 
 
+def least_depth(folder) -> int:
+    """Returns the first recursion step after which a checkpoint was trained to answer; 1 if it does not say."""
+    least = read_info(resolve(folder)).get("least_depth")
+    return least if isinstance(least, int) and least > 0 else 1
+
+
 def read_info(folder) -> dict:
     """Reads the figures that config.json stores next to the model's settings; {} if there are none."""
     path = resolve(folder) / "config.json"

@@ -57,9 +57,13 @@ class LanguageModel(NamedTuple):
     def inspect(self, text: str, rule: ExitRule | None = None) -> Inspection:
         """Returns the logits after every recursion step and the hidden states after every visit.
 
-        The text must fit the context. rule: the number of steps, and whether tokens may stop early; by default, all
-        tokens run as many steps as in training."""
-        ids = torch.tensor([self.tokenizer.encode(text, bos=True)], device=self.model.embed.weight.device)
+        rule: the number of steps, and whether tokens may stop early; by default, all tokens run as many steps as in
+        training. Raises ValueError if the text does not fit the context."""
+        encoded = self.tokenizer.encode(text, bos=True)
+        if len(encoded) > self.model.config.max_seq_len:
+            holds = f"the context holds {self.model.config.max_seq_len}"
+            raise ValueError(f"the text has {len(encoded)} tokens, {holds}: shorten the text")
+        ids = torch.tensor([encoded], device=self.model.embed.weight.device)
         states = []
         hook = self.model.net.register_forward_hook(lambda net, inputs, state: states.append(state[0]))
         try:

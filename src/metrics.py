@@ -188,8 +188,10 @@ def _cycle_extras(c: TRMConfig) -> int:
     return latent * macs(3, D) + macs(2, D) + (latent + 1) * c.gate * 2 * D**2
 
 
-def cache_bytes_per_token(config: TRMConfig, dtype_bytes: int) -> int:
-    """Returns the bytes of key/value cache per token of context, 2 * slots * K * E * bytes; 0 without a cache."""
+def cache_bytes_per_token(config: TRMConfig, dtype_bytes: int, read_steps: int = 1) -> int:
+    """Returns the bytes of key/value cache per token of context, 2 * slots * K * E * bytes; 0 without a cache.
+
+    read_steps: the answers of this many recursion steps are read, counted from the last."""
     if not config.causal or config.mixer != "attention":
         return 0
-    return 2 * cache_slots(config) * config.n_kv_heads * config.head_dim * dtype_bytes
+    return 2 * cache_slots(config, read_steps) * config.n_kv_heads * config.head_dim * dtype_bytes

@@ -380,7 +380,7 @@ class Trainer:
     def save(self, best: bool = False):
         """Write this step's checkpoint and point `last` (and `best`) to it.  All processes must call this."""
         weights, average, state = run_state.collect(self, best)
-        info = {"step": self.step, self.best_name: self.best if math.isfinite(self.best) else None}
+        info = run_state.info_of(self)
         problem = None
         if self.is_main:
             try:

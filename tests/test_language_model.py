@@ -67,3 +67,7 @@ def test_inspect_shows_every_step_and_visit(tiny, family):
     torch.testing.assert_close(lm.model.head(seen.states[every - 1 :: every]), seen.logits)
     torch.testing.assert_close(seen.logits[-1], lm.model(seen.ids[None]).logits[0])
     assert not lm.model.net._forward_hooks
+    longest = "a" * (c.max_seq_len - 1)  # and BOS
+    assert len(lm.inspect(longest).ids) == c.max_seq_len
+    with pytest.raises(ValueError, match=f"has {c.max_seq_len + 1} tokens, the context holds {c.max_seq_len}"):
+        lm.inspect(longest + "a")

@@ -180,6 +180,10 @@ def test_cache_bytes_are_those_of_the_cache(family):
     cache = model.new_cache(batch=3, max_len=16)
     held = sum(t.numel() * t.element_size() for t in vars(cache).values() if torch.is_tensor(t) and t.dim() > 3)
     assert held == 3 * 16 * cache_bytes_per_token(model.config, 2)
+    steps = model.config.recursion_steps
+    cache = model.new_cache(batch=3, max_len=16, depth=steps)  # the answer of every step is read
+    held = sum(t.numel() * t.element_size() for t in vars(cache).values() if torch.is_tensor(t) and t.dim() > 3)
+    assert held == 3 * 16 * cache_bytes_per_token(model.config, 2, steps)
 
 
 def test_a_model_that_cannot_decode_has_no_cache():

@@ -55,6 +55,7 @@ class Material(NamedTuple):
     seed: int = 0
     share: float = 1.0  # of the usual number of cases
     repository: Sequence[str] = ()  # Python files of one project that the model has not seen, for retrieval
+    least_depth: int = 1  # the first recursion step that the model was trained to answer after
 
     def count(self, usual: int) -> int:
         return max(1, round(usual * self.share))
@@ -113,19 +114,21 @@ def byte_entropy(texts: list[str]) -> float:
 
 
 def depth_gain(model, tokenizer, material: Material) -> list[Result]:
-    """Bits per byte after each recursion step, at least two, and the change from the first to the last one."""
+    """Bits per byte after each recursion step, at least two, and the change from the first trained to the last one."""
     if model.config.recursion == "none":
         return []
     trained = max_depth(model.config)
+    least = min(material.least_depth, trained)
     parts = make.excerpts(material.sources, material.count(20), EXCERPT, material.rng("depth"))
     rule = ExitRule(max_recursion_depth=max(2, trained))
     steps = score_corpus(model, tokenizer, parts, rule=rule, per_step=True).steps
     found = []
     for number, figures in enumerate(steps, 1):
-        name = f"step {number}" + " (not trained)" * (number > trained)
+        name = f"step {number}" + " (not trained)" * (not least <= number <= trained)
         found.append(_bits("depth", name, figures.bits_per_byte, parts))
-    change = steps[-1].bits_per_byte / steps[0].bits_per_byte - 1
-    name = f"change from step 1 to {len(steps)}"
+    first = least if least < len(steps) else 1  # a single trained step is compared with the first one
+    change = steps[-1].bits_per_byte / steps[first - 1].bits_per_byte - 1
+    name = f"change from step {first} to {len(steps)}"
     return [*found, Result("depth", name, change, "change", len(parts), 0.0, "computed: depth is not used", None)]
 
 

@@ -19,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from src.page import schemas
 from src.page.answers import Answer, until_gone
-from src.page.asked import Asked, ask_chat, ask_completion
+from src.page.asked import Asked, ask_chat, ask_completion, number_of_texts
 from src.page.errors import ApiError
 from src.page.figures import prometheus
 from src.page.openapi import document
@@ -222,6 +222,7 @@ async def _write(service: Service, request: Request, is_chat: bool):
     schema = schemas.chat_schema if is_chat else schemas.completion_schema
     schemas.validate(body, schema(service.bounds))
     _check_model(service, body.get("model"))
+    service.check_number(number_of_texts(body))  # now, because each text takes time to prepare
     ask = ask_chat if is_chat else ask_completion
     asked: Asked = ask(body, service.model, service.tokenizer, service.bounds.tokens)
     service.check_rule(asked.texts[0].rule, asked.texts[0].reads_steps)

@@ -4,6 +4,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
+from src.exits import max_depth
 from src.model_config import THRESHOLDS, ExitRule
 from src.page.engine import Text
 from src.page.errors import ApiError
@@ -85,6 +86,11 @@ def chat_prompt(messages: list[dict]) -> str:
     return "".join(lines) + "Assistant:"
 
 
+def number_of_texts(body: dict) -> int:
+    """Returns how many texts a request asks for."""
+    return (len(as_list(body["prompt"])) if "prompt" in body else 1) * int(body.get("n") or 1)
+
+
 def as_list(prompt) -> list:
     """Returns the prompts of a request, each a text or token ids."""
     is_one = isinstance(prompt, str) or not isinstance(prompt[0], (str, list))
@@ -109,6 +115,8 @@ def read_rule(recursion: dict | None, model) -> ExitRule:
         if exit == "fixed" and threshold is not None:
             raise ValueError("recursion.threshold belongs to an exit rule: set recursion.exit, or leave it out")
         depth = int(asked["depth"]) if "depth" in asked else None
+        if depth == max_depth(model.config):
+            depth = None  # the same rule, and so the same batch, as of requests that name no depth
         values = {} if threshold is None else {THRESHOLDS[exit]: float(threshold)}
         rule = ExitRule(exit, depth, **values).check(model.config)
     except ValueError as error:

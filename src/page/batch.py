@@ -88,7 +88,9 @@ class Start:
         """Encodes at most so many columns if this is one row, else all. Returns the first tokens at the end."""
         is_single = len(self.rows) == 1 and self.cache.takes_pieces
         end = min(self.ids.shape[1], self.done + most) if is_single else self.ids.shape[1]
-        reads_steps = end == self.ids.shape[1] and any(row.reads_steps for row in self.rows)
+        reads_steps = any(row.reads_steps for row in self.rows)
+        if not self.model.config.coda_layers:  # else the coda of every step needs its keys of all pieces
+            reads_steps = reads_steps and end == self.ids.shape[1]
         part = slice(self.done, end)
         output = self.model(
             self.ids[:, part], attention_mask=self.mask, cache=self.cache, exit=self.rule, return_steps=reads_steps

@@ -32,7 +32,8 @@ class ServeConfig:
         max_body_kib: most KiB of a request's body
         body_seconds: most seconds that a client may take to send the headers of a request, and as many for its body
         prefill_tokens: most tokens of waiting prompts that are encoded between two tokens of the running texts
-        max_cache_gib: most GiB of key/value cache; lowers max_rows if needed
+        max_cache_gib: most GiB of key/value cache of the texts that are written; lowers max_rows if needed. Prompts
+            that are being read, and a batch while it grows, come on top
         grace_seconds: at SIGTERM and Ctrl-C, running texts may be written for this many more seconds; then they end
         log_texts: write prompts and texts to stderr; by default, no text is logged
         device: device to run on: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps

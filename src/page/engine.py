@@ -241,7 +241,8 @@ class Engine:
         The unit is a row of the trained depth; a deeper rule takes more of them. See limits.cache_rows."""
         config, total = self.model.config, 0.0
         for rule, count in rows.items():
-            held = self.batches[rule].capacity if rule in self.batches else 0
+            batch = self.batches.get(rule)  # once: requests ask too, while the engine's thread removes batches
+            held = 0 if batch is None else batch.capacity
             capacity = min(capacity_of(count, held), max(count, self.limits.rows))
             total += capacity * max(1.0, max_depth(config, rule) / max_depth(config))
         return total

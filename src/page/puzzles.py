@@ -26,12 +26,14 @@ class PuzzleSolver:
         self.kind, self.model = read_form(folder).kind, load_network(folder, device)
         if isinstance(self.kind, Arc):
             raise UserError(f"{folder} solves ARC tasks, not single boards: give a model of Sudoku or mazes, or none")
+        self.has_steps = self.model.config.recursion == "trm"  # other models answer once
+        self.steps = self.model.config.recursion_steps if self.has_steps else 1  # as in training
         self._places, self._one = threading.Semaphore(1 + WAITING), threading.Lock()
 
     def card(self) -> dict:
         kind = self.kind
         model = {"name": self.name, "family": self.model.config.recursion}
-        model |= {"parameters": count_parameters(self.model)["total"], "steps": self.model.config.recursion_steps}
+        model |= {"parameters": count_parameters(self.model)["total"], "steps": self.steps}
         board = {"kind": kind.name, "rows": kind.height, "columns": kind.width, "symbols": list(kind.symbols[1:])}
         return model | board
 
@@ -51,6 +53,8 @@ class PuzzleSolver:
         """Returns the board after each step. Stops early if is_over() is true. Raises ApiError for a wrong board.
 
         Take a `place` first. This blocks while another board is being solved."""
+        if not self.has_steps and steps == 1:
+            steps = None
         try:
             with self._one:
                 return self._solve(board, Effort(steps=steps, halts=halts), is_over)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from src.checkpoint import resolve
+from src.checkpoint import least_depth, resolve
 from src.data.records import prompt_of
 from src.errors import UserError
 from src.exits import max_depth
@@ -31,17 +31,25 @@ CHARS_PER_TOKEN = 64  # a prompt with more characters per token of context is re
 
 class Service:
     def __init__(
-        self, model, tokenizer, config: ServeConfig, name="model", puzzle: PuzzleSolver | None = None, example=None
+        self,
+        model,
+        tokenizer,
+        config: ServeConfig,
+        name="model",
+        puzzle: PuzzleSolver | None = None,
+        example: str | None = None,
+        least: int = 1,
     ):
+        """example: a prompt like those of training. least: the first recursion step that was trained to answer."""
         self.model, self.tokenizer, self.config, self.name, self.puzzle = model, tokenizer, config, name, puzzle
         self.is_onnx = not isinstance(model, torch.nn.Module)
-        self.example: str | None = example  # a prompt like those that the model was trained on
+        self.example, self.least_depth = example, min(least, max_depth(model.config))
         self.created = int(time.time())
         room = config.max_cache_gib * GIB / (self._cache_bytes() * model.config.max_seq_len)  # in rows of full length
         limits = Limits(self._rows(room), config.max_queue, config.prefill_tokens, config.max_seconds, room)
         self.engine = Engine(model, tokenizer, limits, self._post)
         context = model.config.max_seq_len
-        depth = config.max_depth if model.config.recursion != "none" else 1
+        depth = max(config.max_depth, max_depth(model.config)) if model.config.recursion != "none" else 1
         self.bounds = Bounds(
             *(tokenizer.vocab_size, context, CHARS_PER_TOKEN * context, config.max_prompts, config.max_n),
             *(config.max_tokens, depth, config.max_steps),
@@ -60,7 +68,7 @@ class Service:
     def _cache_bytes(self) -> int:
         """Returns the bytes of key/value cache per token."""
         weight = next(self.model.parameters(), torch.zeros(0))
-        return cache_bytes_per_token(self.model.config, weight.element_size())
+        return cache_bytes_per_token(self.model.config, weight.element_size(), max_depth(self.model.config))
 
     def start(self):
         """Starts the engine. Called in the event loop, which then gets what the engine writes."""
@@ -74,8 +82,7 @@ class Service:
     def submit(self, texts: list[Text]):
         """Queues texts. Raises ApiError if there is no room."""
         most = self.engine.limits.queue
-        if len(texts) > most:
-            raise ApiError(400, f"the request asks for {len(texts)} texts, the queue holds {most}: ask for fewer", "n")
+        self.check_number(len(texts))
         try:
             self.engine.submit(texts)
         except Busy:
@@ -85,10 +92,15 @@ class Service:
             problem = f"all {most} places of the queue are taken: try again in {seconds} s"
             raise ApiError(429, problem, None, "queue_full", {"Retry-After": seconds}) from None
 
+    def check_number(self, texts: int):
+        """Raises ApiError if the queue could never hold so many texts."""
+        if texts > (most := self.engine.limits.queue):
+            raise ApiError(400, f"the request asks for {texts} texts, the queue holds {most}: ask for fewer", "n")
+
     @property
     def puzzle_steps(self) -> int:
         """The supervision steps of a board whose request does not name them: as in training, within the bound."""
-        return min(self.puzzle.model.config.recursion_steps, self.bounds.steps)
+        return min(self.puzzle.steps, self.bounds.steps)
 
     def check_rule(self, rule, reads_steps: bool):
         """Raises ApiError if the cache has no room for an exit rule, or if an ONNX graph cannot follow it.
@@ -104,7 +116,8 @@ class Service:
                 raise ApiError(400, f"recursion: {error}", "recursion", "unsupported_parameter") from None
 
     def _puzzle_card(self) -> dict:
-        return self.puzzle.card() | {"steps": self.puzzle_steps, "max_steps": self.bounds.steps}
+        most = self.bounds.steps if self.puzzle.has_steps else 1
+        return self.puzzle.card() | {"steps": self.puzzle_steps, "max_steps": most}
 
     def card(self) -> dict:
         """Returns the facts of GET /v1/model_card."""
@@ -121,6 +134,7 @@ class Service:
             "parameters": parameters,
             "flops_per_token": flops_per_token(config).decode,
             "depth": max_depth(config),
+            "least_depth": self.least_depth,
             "max_depth": max_depth(config) if self.is_onnx else self.bounds.depth,
             "exits": [exit for exit, has in (("halt", config.halting), ("kl", True)) if has and adapts],
             "context": config.max_seq_len,
@@ -153,8 +167,8 @@ def open_service(config: ServeConfig) -> Service:
     if not model.config.causal:
         raise UserError("this model does not write text: give a language model, and this one as --puzzle")
     path = resolve(config.checkpoint) if config.checkpoint is None else Path(config.checkpoint).resolve()
-    example = example_prompt(resolve(config.checkpoint))
-    return Service(model, tokenizer, config, config.name or path.name, puzzle, example)
+    example, least = example_prompt(resolve(config.checkpoint)), least_depth(config.checkpoint)
+    return Service(model, tokenizer, config, config.name or path.name, puzzle, example, least)
 
 
 def example_prompt(checkpoint: Path) -> str | None:

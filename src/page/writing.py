@@ -24,7 +24,7 @@ class Token:
     steps: int = 0  # recursion steps
     logprob: float | None = None  # nats; None where there is nothing to predict the token from
     top: list[tuple[int, float]] = field(default_factory=list)  # likeliest ids and their log-probabilities
-    trace: list[dict] | None = None  # per recursion step: halt, entropy, top
+    trace: list[dict] | None = None  # per recursion step: halt, entropy, p, top
     text: str = ""  # the whole characters that this token completes
     offset: int = 0  # number of characters before `text`
 
@@ -76,8 +76,9 @@ def _best(logprobs, most):
 
 
 def _traces(chosen: Chosen, tops: dict[int, int], tokenizer) -> dict[int, list[dict]]:
-    """Returns what the model predicted after each recursion step: {"halt", "entropy" (bits), "top": [id, text, p]}.
+    """Returns what the model predicted after each recursion step.
 
+    Each step is {"halt", "entropy" (bits), "p" (of the chosen token), "top": [id, text, p]}.
     tops: how many tokens for which row."""
     if not tops:
         return {}
@@ -86,6 +87,8 @@ def _traces(chosen: Chosen, tops: dict[int, int], tokenizer) -> dict[int, list[d
     logprobs = chosen.logits[:steps, rows].float().log_softmax(-1)
     p = logprobs.exp()
     entropies = (p * logprobs.clamp(min=LEAST)).sum(-1).mul(-1 / log(2)).tolist()
+    chosen_ids = torch.tensor([chosen.tokens[row] for row in rows], device=p.device)
+    own = p.gather(-1, chosen_ids.expand(len(p), -1)[..., None]).squeeze(-1).tolist()
     values, ids = (part.tolist() for part in p.topk(min(max(tops.values()), p.shape[-1]), dim=-1))
     if chosen.halt_logits is not None:
         halts = chosen.halt_logits[:steps, rows].float().sigmoid().tolist()
@@ -95,6 +98,7 @@ def _traces(chosen: Chosen, tops: dict[int, int], tokenizer) -> dict[int, list[d
             {
                 "halt": None if halts is None else _short(halts[step][number]),
                 "entropy": _short(entropies[step][number]),
+                "p": _short(own[step][number]),
                 "top": [
                     [index, token_string(tokenizer, index), _short(value)]
                     for index, value in zip(ids[step][number][:top], values[step][number])

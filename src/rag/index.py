@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def _load(folder, embedder):
         if sum(len(each) for _, each in files) != len(store):
             raise ValueError("it has another number of chunks")
         return files, int(manifest["stale"]), store
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"the index {folder} is broken ({error}): delete this folder, it is made again") from None
 
 

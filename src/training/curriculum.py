@@ -35,6 +35,7 @@ from src.errors import UserError
 from src.layers import injection_of
 from src.metrics import flops_per_token
 from src.model import TRMConfig, TRMModel
+from src.model_config import loss_weights
 from src.optim import EMA
 from src.runtime import mix_seed
 from src.training.train_config import CurriculumStage, TrainConfig
@@ -176,6 +177,18 @@ def _drawn_depths(config: TrainConfig, whole: TRMConfig) -> list[tuple[int, int]
     if _draws_supervision(whole):
         return [(deep, steps) for steps in range(config.least_depth, supervision + 1)]
     return [(steps, supervision) for steps in range(config.least_depth, deep + 1)]
+
+
+def least_depth(config: TrainConfig, whole: TRMConfig, begun: bool) -> int:
+    """Returns the first recursion step after which training has a loss, at the depths of `depth_of_step`."""
+    if config.recursion_from and not begun:
+        return 1
+    drawn = _drawn_depths(config, whole) if config.sample_depth else [(whole.deep_steps, whole.supervision_steps)]
+    models = [_at_depth(whole, *depth) for depth in drawn]
+    if whole.recursion == "none":
+        return 1
+    weights = [loss_weights(model, model.recursion_steps) for model in models]
+    return 1 + min(next(step for step, weight in enumerate(each) if weight > 0) for each in weights)
 
 
 def check_depths(config: TrainConfig, whole: TRMConfig):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src import checkpoint
 from src.errors import UserError
-from src.training import parallel
+from src.training import curriculum, parallel
 
 COUNTERS = "step elapsed best best_loss eval_due recursion_begun skipped skipped_in_a_row skipped_at".split()
 # of a state that was written before these were saved
@@ -32,6 +32,13 @@ def collect(trainer, is_best: bool) -> tuple[dict, dict | None, dict]:
         "window": trainer.window.state_dict(trainer.accelerator) | {"seconds": trainer.clock.seconds()},
     }
     return weights, average, state
+
+
+def info_of(trainer) -> dict:
+    """Returns the facts that a checkpoint's config.json gets beside the model's config."""
+    least = curriculum.least_depth(trainer.config, trainer.raw.config, trainer.recursion_begun)
+    best = trainer.best if math.isfinite(trainer.best) else None
+    return {"step": trainer.step, trainer.best_name: best, "least_depth": least}
 
 
 def restore(trainer, folder: Path, state: dict):

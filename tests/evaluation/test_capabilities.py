@@ -274,6 +274,18 @@ def test_depth_gain_is_the_change_of_the_steps(tiny, family, steps):
     assert bits[0].chance == pytest.approx(tests.byte_entropy(make.excerpts([CODE], 2, 1200, material().rng("depth"))))
 
 
+def test_steps_that_were_not_trained_to_answer_are_said_to_be_so(tiny, tmp_path):
+    model = tiny(vocab_size=BYTE.vocab_size, n_layers=1, recursion="loop", max_seq_len=64, deep_steps=3)
+    for least, change in ((2, "change from step 2 to 3"), (3, "change from step 1 to 3")):
+        found = tests.depth_gain(model, BYTE, material(0.1)._replace(least_depth=least))
+        untrained = [" (not trained)" in r.name for r in found[:3]]
+        assert untrained == [step < least for step in (1, 2, 3)] and found[3].name == change
+    assert found[3].value == pytest.approx(found[2].value / found[0].value - 1)
+    save_checkpoint(tmp_path / "m", model, BYTE, info={"least_depth": 2})
+    config = eval_capabilities.parse_args([str(tmp_path / "m"), "--only", "depth"])
+    assert eval_capabilities.read_material(config).least_depth == 2
+
+
 def linked_files(count=6):
     """Files of which every two have one function in common, so that none is a near copy of another one."""
     rng, texts = random.Random(0), ["# A licence that all files have.\n" * 9] * count

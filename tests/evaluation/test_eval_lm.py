@@ -60,7 +60,7 @@ def test_tables_and_json(home, model, capsys):
     line, depth = depth.split("\n", 1)
     per_word = f"perplexity {last.word_perplexity:,.6g} per word or line end"
     assert line == f"in the end {last.nats_per_char:.4f} nats/character, {per_word}"
-    assert depth == "mean recursion depth 3.00 of 3 trained, 12.00 visits per token, 0.0% saved\n"
+    assert depth == "mean recursion depth 3.00 of 3 trained, 12.00 visits per token, 0.0% of the visits saved\n"
     found = json.loads((home / "found.json").read_text())
     assert found["loss"] == pytest.approx(expected.figures.loss, rel=1e-6)
     assert found["steps"][-1]["bits_per_byte"] == found["bits_per_byte"]
@@ -85,7 +85,7 @@ def test_an_exit_rule(home, model, capsys):
     expected = score_corpus(model, BYTE, TEXTS, rule=rule)
     found = json.loads((home / "halt.json").read_text())
     assert 1 < expected.depth < 2
-    assert [found[k] for k in ("depth", "visits", "saved")] == [expected.depth, expected.visits, expected.saved]
+    assert [found[k] for k in ("depth", "visits", "visits_saved")] == [expected.depth, expected.visits, expected.saved]
     assert found["loss"] == pytest.approx(expected.figures.loss, rel=1e-6) and len(found["steps"]) == 2
     assert f"mean recursion depth {expected.depth:.2f} of 3 trained" in capsys.readouterr().out
 
@@ -103,7 +103,9 @@ def test_depth_curve(home, model, capsys):
     start(home, "--depth_curve", home / "curve.png", "--max_docs", 1, "--max_tokens", 12, "--max_recursion_depth", 4)
     assert (home / "curve.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((home / "curve.json").read_text())
-    everything, _, _, cheapest, *note = capsys.readouterr().out.split("\n\n")
+    said = capsys.readouterr()
+    assert "the text is too short for calibrated exits, which need about 1,000 tokens" in said.err
+    everything, _, _, cheapest, *note = said.out.split("\n\n")
     rows = rows_of(everything)
     assert len(rows) == len(found["points"]) and [row[0] for row in rows[:4]] == ["fixed"] * 4
     assert {row[0] for row in rows} == {"fixed", "halt", "kl", "oracle"}
@@ -112,7 +114,8 @@ def test_depth_curve(home, model, capsys):
     assert rows[2][6] == "+0.00%"
     best = min(range(3), key=lambda step: fixed.steps[step].bits_per_byte)
     better = f"a fixed depth of {best + 1} beats the trained depth 3: compare the rules with it\n"
-    assert note == ([] if best == 2 else [better])
+    is_far = fixed.steps[best].bits_per_byte < 0.999 * fixed.steps[2].bits_per_byte  # else it is noise
+    assert note == ([better] if is_far else [])
     assert {row[0]: row[1] for row in rows_of(cheapest)} == {
         k: f"{p['setting']:g}" for k, p in found["cheapest"].items()
     }

@@ -375,15 +375,34 @@ def test_what_is_computed_from_tokens(page):
     assert call("keptBefore", text, "abx") == {"kept": 1, "tail": "x"}
     assert call("bytesOf", "bytes:\\xe4\\xba") == [0xE4, 0xBA] and call("bytesOf", "é") == [0xC3, 0xA9]
     assert call("partAt", text, text[:1] + kyo) == 1 and call("partAt", text, text[:2]) is None
-    step = [{"halt": None, "entropy": 1, "top": [[i, name, p]]} for i, name, p in ((1, "a", 0.5), (2, "b", 0.6))]
+    step = [
+        {"halt": None, "entropy": 1, "p": own, "top": [[i, name, p]]}
+        for i, name, p, own in ((1, "a", 0.5, 0.2), (2, "b", 0.6, 0.6))
+    ]
     changed = {"id": 2, "text": "b", "bytes": [98], "kind": "written", "steps": 3, "p": 0.7, "trace": [*step, step[1]]}
     assert call("settledAt", changed) == 2 and call("settledAt", changed | {"trace": step[:1]}) == 1
     found = call("candidates", changed)
     assert [(c["id"], c["p"], c["role"]) for c in found] == [
-        (2, [0, 0.6, 0.7], "written"),
+        (2, [0.2, 0.6, 0.7], "written"),
         (1, [0.5, 0, 0], "leader"),
     ]
+    taken = call("candidates", changed | {"kind": "taken"})  # in place of the token that the trace is of
+    assert taken[0]["p"] == [0, 0.6, 0.7]
     assert [call("level", changed, tint, 4) for tint in ("certainty", "steps", "settled", "none")] == [4, 4, 2, None]
+
+
+def test_a_link_is_fitted_to_the_model(page):
+    page.goto("/")
+    code = "async ([settings, card]) => (await import('/static/settings.js')).fitting(settings, card)"
+    card = {"max_depth": 16, "depth": 4, "exits": ["kl"], "backend": "torch"}
+    fixed = card | {"backend": "onnx"}
+    for settings, model, wanted in (
+        ({"depth": 64, "seed": 2}, card, {"depth": 16, "seed": 2}),
+        ({"exit": "halt", "threshold": 0.9}, card, {}),
+        ({"exit": "kl", "threshold": 0.1}, card, {"exit": "kl", "threshold": 0.1}),
+        ({"depth": 1, "exit": "kl", "top_p": 1}, fixed, {"top_p": 1}),
+    ):
+        assert page.evaluate(code, [settings, model]) == wanted
 
 
 # ---- boards ---------------------------------------------------------------------------------------------------------

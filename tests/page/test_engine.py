@@ -131,8 +131,27 @@ def test_the_figures_of_a_token_are_those_of_the_model(tiny):
                 assert seen["halt"] == pytest.approx(halt.item(), abs=1e-5)
                 assert seen["entropy"] == pytest.approx(-(step * step.log2()).sum().item(), abs=1e-4)
                 assert [i for i, _, _ in seen["top"]] == step.topk(2).indices.tolist()
+                assert seen["p"] == pytest.approx(step[token.id].item(), abs=1e-5)
             ids.append(token.id)
     assert len(depths) > 1
+
+
+def test_a_trace_is_the_same_if_the_prompt_is_read_in_pieces(tiny):
+    """The coda reads the answer of every step, so it needs the keys of every step of all pieces."""
+    model = tiny(vocab_size=TOKENIZER.vocab_size, recursion="loop", deep_steps=3, coda_layers=1)
+    traces = []
+    for most in (256, 4):
+        text, driven = (
+            text_of(PROMPTS[0] * 5, most=2, trace=2, wants_p=True, reads_steps=True),
+            Driven(model, prefill_tokens=most),
+        )
+        driven.engine.submit([text])
+        driven.until_over([text])
+        traces.append([token.trace for piece in driven.pieces[id(text)] for token in piece.tokens])
+    for whole, pieces in zip(*traces, strict=True):
+        for one, other in zip(whole, pieces, strict=True):
+            assert one["p"] == pytest.approx(other["p"], abs=1e-5)
+            assert [i for i, _, _ in one["top"]] == [i for i, _, _ in other["top"]]
 
 
 def test_the_prompt_is_scored_as_eval_lm_scores_it(tiny):

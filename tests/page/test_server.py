@@ -8,19 +8,25 @@ import pytest
 import torch
 from conftest import build
 from starlette.testclient import TestClient
+from trainers import puzzle_model
 
+from src.checkpoint import save_checkpoint
 from src.evaluation.scoring import score_continuations
 from src.language_model import LanguageModel
 from src.page import schemas
 from src.page.answers import event
 from src.page.app import create_app
+from src.page.asked import read_rule
 from src.page.config import ServeConfig
 from src.page.engine import Text
 from src.page.errors import Busy
+from src.page.puzzles import PuzzleSolver
 from src.page.schemas import validate
 from src.page.service import Service
 from src.page.writing import Writer
 from src.sampling import generate_ids
+from src.tasks.puzzle_data import PuzzleForm
+from src.tasks.puzzle_folder import kind_named
 from src.tokenizer import ByteLevelTokenizer
 
 HOST = "http://127.0.0.1:8000"
@@ -150,7 +156,7 @@ def test_a_stream_is_the_same_text_in_pieces(client):
         for token in choice["recursion"]["tokens"]:
             assert set(token) == {"id", "text", "bytes", "steps", "p", "trace"}
             assert token["steps"] == len(token["trace"]) == 3
-            assert set(token["trace"][0]) == {"halt", "entropy", "top"} and len(token["trace"][0]["top"][0]) == 3
+            assert set(token["trace"][0]) == {"halt", "entropy", "p", "top"} and len(token["trace"][0]["top"][0]) == 3
         tokens = choice["recursion"]["tokens"]
         assert choice["text"] == "é" + "".join(token["text"] for token in tokens)
 
@@ -203,7 +209,7 @@ def test_facts(client, service):
     assert card["family"] == "trm" and card["exits"] == ["halt", "kl"] and card["context"] == 64
     assert card["parameters"] == sum(p.numel() for p in service.model.parameters())
     assert card["backend"] == "torch" and card["puzzle"] is None and card["fim"] is False
-    assert card["start"] == [TOKENIZER.bos_id]
+    assert card["start"] == [TOKENIZER.bos_id] and (card["least_depth"], card["depth"]) == (1, 2)
     assert client.post("/v1/tokenize", json={"text": "a", "inside": True}).json()["tokens"][0]["id"] == 97
     tokens = client.post("/v1/tokenize", json={"text": "aé"}).json()["tokens"]
     assert [token["text"] for token in tokens] == ["a", "", "é"]
@@ -366,6 +372,37 @@ def long_text() -> Text:
     text = Text(ids, (0.0, None, None), writer=Writer(TOKENIZER, ids, (), (), 10**6))
     text.tag = asyncio.Queue()
     return text
+
+
+def test_more_texts_than_the_queue_holds_are_refused_before_they_are_made(monkeypatch):
+    service = new_service(max_queue=3)
+    with client_of(service) as client:
+        monkeypatch.setattr("src.page.asked.Text", lambda *args, **options: pytest.fail("a text was made"))
+        answer = client.post("/v1/completions", json={"prompt": ["a", "b"], "n": 2})
+        check_error(answer, 400, "the request asks for 4 texts, the queue holds 3: ask for fewer", "n")
+
+
+def test_the_trained_depth_is_one_rule_however_it_is_asked_for(service):
+    rules = [read_rule(asked, service.model) for asked in (None, {"depth": 2}, {"depth": None}, {"depth": 3})]
+    assert rules[0] == rules[1] == rules[2] != rules[3]
+
+
+def test_a_bound_below_the_trained_depth_allows_it():
+    assert new_service(max_depth=1).card()["max_depth"] == 2
+
+
+@pytest.mark.parametrize("family", ["trm", "loop", "none"])
+def test_a_puzzle_model_of_any_family_solves_boards(family, tmp_path):
+    kind = kind_named("sudoku4")
+    save_checkpoint(tmp_path / "m", puzzle_model(kind, recursion=family, halting=False), PuzzleForm(kind))
+    puzzle = PuzzleSolver(tmp_path / "m")
+    model = build(vocab_size=TOKENIZER.vocab_size, max_seq_len=64, n_layers=1)
+    with client_of(Service(model, TOKENIZER, ServeConfig(), "tiny", puzzle)) as client:
+        card = client.get("/v1/model_card").json()["puzzle"]
+        assert (card["steps"], card["max_steps"]) == ((5, 128) if family == "trm" else (1, 1))
+        for steps in (None, card["steps"]):
+            answer = client.post("/v1/puzzle", json={"board": "3....2....4..1.."} | ({"steps": steps} if steps else {}))
+            assert answer.status_code == 200 and len(answer.json()["steps"]) == card["steps"], answer.text
 
 
 def test_a_full_queue_answers_429():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from trainers import assert_same_checkpoints, during, read_metrics
 
 import train_trm_lm
-from src.checkpoint import load_config, load_model
+from src.checkpoint import least_depth, load_config, load_model
 from src.errors import UserError
 from src.evaluation.evaluation import evaluate_rows
 from src.metrics import flops_per_token
@@ -247,6 +247,23 @@ class TestDepthByStep:
             found = evaluate_rows(saved, trainer.valid_set, len(trainer.valid_set), 8, trainer.tokenizer.pad_id)
             logged = next(r["valid_loss"] for r in told if r["step"] == step and "valid_loss" in r)
             assert found["valid_loss"] == pytest.approx(logged, rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("settings", "least"),
+        [
+            ({"recursion": "none"}, 1),
+            ({"recursion": "loop", "deep_steps": 4}, 4),
+            ({"recursion": "loop", "deep_steps": 4, "supervision_weights": "equal", "grad_deep_steps": 3}, 2),
+            ({"recursion": "loop", "deep_steps": 4, "sample_depth": True, "least_depth": 2}, 2),
+            ({"supervision_steps": 3}, 1),
+            ({"supervision_steps": 3, "supervision_weights": "last"}, 3),
+        ],
+        ids=str,
+    )
+    def test_a_checkpoint_says_after_which_step_it_was_trained_to_answer(self, make, settings, least):
+        trainer = make(max_steps=1, **settings)
+        trainer.train()
+        assert least_depth(trainer.folder) == least
 
     def test_once_it_has_begun_a_longer_run_does_not_end_it(self, make):
         settings = {"recursion_from": 0.5, "deep_steps": 2, "max_steps": 1000}

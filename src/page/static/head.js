@@ -27,9 +27,9 @@ export function askForKey(start) {
 export function showCard(card, measured) {
   showFacts([
     ...factsOf(card),
-    ["FLOPs per token", card.flops_per_token ? short(card.flops_per_token) : "?"],
+    [asTrained("FLOPs per token", card), card.flops_per_token ? short(card.flops_per_token) : "?"],
     ["backend", card.backend],
-    ["cache", cacheOf(card, measured.tokens)],
+    [asTrained("cache", card), cacheOf(card, measured.tokens)],
     ["speed", speedOf(measured.speed)],
   ]);
 }
@@ -37,6 +37,11 @@ export function showCard(card, measured) {
 // Shows which puzzle model is loaded.
 export function showPuzzleCard(puzzle) {
   showFacts([...factsOf(puzzle), ["steps in training", puzzle.steps]]);
+}
+
+// Names a figure that is of the trained depth, whatever depth is set.
+function asTrained(name, card) {
+  return card.depth > 1 ? `${name}, ${card.depth} steps` : name;
 }
 
 function factsOf({ name, family, parameters }) {

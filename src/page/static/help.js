@@ -11,8 +11,8 @@ const WRITING = [
   [
     "The panel",
     "Each band is a token that the model might have written, as wide as its probability after that step, before " +
-      "temperature and top p. Entropy says how undecided the model was: at 0 bits, it was certain. Halting is how " +
-      "sure the model was that it needs no more steps.",
+      "temperature and top p. Entropy says how undecided the model was: at 0 bits, it was certain. If the model has " +
+      "a halting head, halting is how sure it was that it needs no more steps.",
   ],
   [
     "Another road",

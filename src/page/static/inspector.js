@@ -44,7 +44,13 @@ function head(token, index, act) {
   return h(
     "header",
     {},
-    h("h2", {}, h("code", {}, nameOf(token)), token.kind === "typed" ? null : h("span", {}, percent(token.p)), close),
+    h(
+      "h2",
+      {},
+      h("code", {}, nameOf(token)),
+      token.kind === "typed" ? null : h("span", {}, shareOf(token.p, token)),
+      close,
+    ),
     h("p", { class: "quiet" }, facts.join(" · ")),
   );
 }
@@ -206,10 +212,15 @@ function rivals(token, act) {
   );
 }
 
+// A token that is not among the likeliest after the last step has less than the last of them.
+function shareOf(p, token) {
+  const last = token.trace?.at(-1)?.top.at(-1);
+  return p > 0 || !last ? percent(p) : `< ${percent(last[2])}`.replace("< <", "<");
+}
+
 function rivalButton(token, candidate, most, colour, act) {
   const p = candidate.p.at(-1);
-  // not among the likeliest after the last step: less than the last of them
-  const share = p > 0 ? percent(p) : `< ${percent(token.trace.at(-1).top.at(-1)[2])}`.replace("< <", "<");
+  const share = shareOf(p, token);
   const isWritten = candidate.id === token.id;
   const bar = svg(
     "svg",

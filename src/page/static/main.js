@@ -7,7 +7,7 @@ import { buildHelp } from "./help.js";
 import { inspect } from "./inspector.js";
 import { connectPair } from "./pair.js";
 import { PuzzlePage } from "./puzzle.js";
-import { buildSettings } from "./settings.js";
+import { buildSettings, fitting } from "./settings.js";
 import {
   changed, DEFAULTS, fromFragment, History, newBranch, replaced, toFragment, without, writingOf,
 } from "./state.js";
@@ -364,7 +364,7 @@ class Page {
 
   async open(fragment) {
     const { text, start, settings } = fromFragment(fragment);
-    Object.assign(this.settings, this.defaults, settings);
+    Object.assign(this.settings, this.defaults, fitting(settings, this.card));
     this.showSettings();
     this.used = writingOf(this.settings);
     let [branch, problem] = [newBranch(), null];

@@ -41,7 +41,7 @@ export function connectPair(settings, card, compare) {
     const depth = settings.depth ?? card.depth;
     left.min = right.min = isSeed ? 0 : 1;
     left.max = right.max = isSeed ? MOST_SEED : card.max_depth;
-    left.value = isSeed ? settings.seed : 1;
+    left.value = isSeed ? settings.seed : card.least_depth < depth ? card.least_depth : 1;
     right.value = isSeed ? settings.seed + 1 : Math.max(2, depth);
   }
 }

@@ -92,6 +92,15 @@ export function buildSettings(form, settings, card, changed) {
   }
 }
 
+// Returns those settings of a link that this model can follow; others of the link would be refused, with no control
+// to change them.
+export function fitting({ depth, exit, threshold, ...settings }, card) {
+  if (card.max_depth === 1 || !traces(card)) return settings;
+  if (depth) settings.depth = Math.min(depth, card.max_depth);
+  if (card.exits.includes(exit)) Object.assign(settings, { exit }, threshold === undefined ? {} : { threshold });
+  return settings;
+}
+
 // ---- scales: what a slider's positions mean -----------------------------------------------------------------------
 
 function plain(min, max, step, words) {
@@ -101,7 +110,8 @@ function plain(min, max, step, words) {
 function depthScale(card) {
   const words = (value) => {
     const depth = value ?? card.depth;
-    return `${depth} step${depth === 1 ? "" : "s"}${depth === card.depth ? ", as trained" : ""}`;
+    const isTrained = card.least_depth <= depth && depth <= card.depth;
+    return `${depth} step${depth === 1 ? "" : "s"}${isTrained ? ", as trained" : ""}`;
   };
   const toValue = (at) => (at === card.depth ? null : at);
   const max = Math.min(card.max_depth, Math.max(16, 4 * card.depth)); // deeper ones are seldom useful

@@ -94,16 +94,19 @@ export function settledAt(token) {
 
 // Returns the candidates of a token: the token itself, then those that led at some step, then others, each as
 // {id, text, bytes, p: a list with its probability after each step, role: "written", "leader" or "other"}.
-// A candidate that is not among the likeliest of a step counts as 0 there.
+// A candidate that is not among the likeliest of a step counts as 0 there, unless it is the written token.
 export function candidates(token) {
   const found = new Map([[token.id, { id: token.id, text: token.text, bytes: token.bytes }]]);
   for (const [id, text] of [...leaders(token), ...token.trace.flatMap((step) => step.top)]) {
     if (!found.has(id)) found.set(id, { id, text, bytes: bytesOf(text) });
   }
   const led = new Set(leaders(token).map(([id]) => id));
+  // a trace knows the share of the token that was written; in place of a taken one, that was another token
+  const written = token.kind === "written" ? token.id : null;
+  const share = (step, id) => (id === written && step.p) || (step.top.find((each) => each[0] === id)?.[2] ?? 0);
   const list = [...found.values()].map((candidate) => ({
     ...candidate,
-    p: token.trace.map((step) => step.top.find(([id]) => id === candidate.id)?.[2] ?? 0),
+    p: token.trace.map((step) => share(step, candidate.id)),
     role: candidate.id === token.id ? "written" : led.has(candidate.id) ? "leader" : "other",
   }));
   list[0].p[list[0].p.length - 1] = token.p;
