@@ -22,6 +22,7 @@ from src.data.tokenizer_training import MAX_BYTES, train_tokenizer
 from src.errors import UserError
 
 VOCAB_SIZE = 16000
+MOST_VOCAB = 2**24  # the library sets memory aside for each token, and aborts if it gets none
 
 
 @dataclass
@@ -59,6 +60,8 @@ class TokenizerTrainingConfig:
         for name in ("vocab_size", "max_bytes"):
             if not 1 <= getattr(self, name) < 2**63:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
+        if self.vocab_size > MOST_VOCAB:
+            raise ValueError(f"vocab_size is {self.vocab_size}: set it to at most {MOST_VOCAB}")
         if not 0.9 <= self.character_coverage <= 1.0:
             raise ValueError(f"character_coverage is {self.character_coverage}: set it from 0.9 to 1.0")
         if not os.path.basename(self.model_prefix):

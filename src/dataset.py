@@ -291,10 +291,11 @@ def _text_for_tokenizer(data, corpora, fields, holds_back):
     part, weights = "train" if holds_back else "whole", data.mixture or [1.0] * len(corpora)
     texts = []
     for files, field, weight in zip(corpora, fields, weights):
-        is_split = files[0] in itertools.chain(*_of_held_back(corpora, fields))
+        is_split = files in _of_held_back(corpora, fields)
         size = ON_THE_SPOT_BYTES * weight / sum(weights)
         texts.append(sampled(files, field, part if is_split else "whole", data.max_doc_mb, size))
-    key = (fields if data.records else data.text_field, data.strict, part, *data.mixture)
+    own = map(content_key, corpora) if data.mixture else ()  # which corpus has which weight
+    key = (fields if data.records else data.text_field, data.strict, part, *data.mixture, *own)
     return itertools.chain(*texts), sorted(set(itertools.chain(*corpora))), key
 
 

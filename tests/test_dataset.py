@@ -231,6 +231,14 @@ def test_tokenizer_on_the_spot_is_made_once(tmp_path, capsys):
         prepare_data(config, 50_000, 16)
 
 
+def test_a_tokenizer_of_a_mixture_is_made_anew_if_the_weights_change_places(tmp_path):
+    paths = [write(tmp_path / f"{x}.jsonl", [f"the {x}{i} sat on the mat" for i in range(300)]) for x in "ab"]
+    for order in (paths, paths[::-1], paths):
+        config = DataConfig(order, paths[:1], mixture=[9, 1], cache_dir=str(tmp_path / "c"))
+        prepare_data(config, 300, 16)
+    assert len(glob.glob(str(tmp_path / "c" / "*.model"))) == 2
+
+
 def test_impossible_settings():
     for values in (
         {"sp_model": "x", "tokenizer": "byte"},

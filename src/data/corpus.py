@@ -33,8 +33,8 @@ def find_files(paths, suffixes=SUFFIXES, held_out=tuple):
 
     The words of SOURCES stand for the sources of this Python, unless there is a file of that name. held_out: called if
     there is a word; returns files that a word does not stand for, though they are among its sources. Prints on stderr
-    which other files of a folder are skipped. Raises UserError if a path does not exist, cannot be searched, or yields
-    no file with one of the suffixes."""
+    which other files of a folder or glob are skipped. Raises UserError if a path does not exist, cannot be searched, or
+    yields no file with one of the suffixes."""
     found = {}
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = os.path.expanduser(os.fspath(path))
@@ -46,7 +46,7 @@ def find_files(paths, suffixes=SUFFIXES, held_out=tuple):
         elif os.path.isdir(path):
             files = _files_in(path, suffixes)
         elif glob.has_magic(path) and not os.path.lexists(path):
-            files = [f for f in glob.glob(path, recursive=True) if _has(f, suffixes) and os.path.isfile(f)]
+            files = _files_of_glob(path, suffixes)
         elif not os.path.lexists(path):
             if path.startswith("site-packages/"):
                 package = "/".join(path.split("/")[:2])
@@ -106,10 +106,29 @@ def _files_in(root, suffixes):
             files.append(path)
         else:
             skipped.append(path)
-    if skipped:
-        why = "hidden, a broken link, unreadable, or of another type"
-        print(f"{root}: skipped {few(os.path.relpath(path, root) for path in skipped)} ({why})", file=sys.stderr)
+    _say_skipped(root, [os.path.relpath(path, root) for path in skipped])
     return files
+
+
+def _files_of_glob(pattern, suffixes):
+    """Returns the data files that a glob hits, and those of the folders that it hits. Reports other files on stderr."""
+    files, skipped, folder = [], [], None
+    for path in sorted(glob.glob(pattern, recursive=True), key=lambda path: path.split(os.sep)):
+        if folder and path.startswith(folder):  # ** hits a folder, and then what is in it
+            continue
+        if os.path.isdir(path):
+            folder = os.path.join(path, "")
+            files += _files_in(path, suffixes)
+        else:
+            (files if _has(path, suffixes) and os.path.isfile(path) else skipped).append(path)
+    _say_skipped(pattern, skipped)
+    return files
+
+
+def _say_skipped(where, names):
+    """Prints on stderr which files of a folder or glob are skipped, in one line."""
+    if names:
+        print(f"{where}: skipped {few(names)} (hidden, a broken link, unreadable, or of another type)", file=sys.stderr)
 
 
 def walk(root, ignored, skipped):

@@ -17,7 +17,7 @@ import re
 import sys
 
 from src.errors import UserError
-from src.files.text import check_is_file, is_text, read_lines
+from src.files.text import MOST_LINE, check_is_file, is_text, read_lines
 
 SEPARATOR = "<|endoftext|>"
 PIECE_CHARS = 65_536  # most characters of one piece, see corpus.py
@@ -40,13 +40,13 @@ class SkipLog:
         self.strict, self.skipped, self.report, self.max_chars = strict, skipped, report, max_chars
         self.fields = {}  # {name: None} of the fields in records that lack the text field, for the message
 
-    def add(self, reason, path, line, fields=()):
+    def add(self, reason, path, line, fields=(), count=1):
         if self.strict:
             raise UserError(f"{path}:{line}: {reason}" + (f"; available fields: {', '.join(fields)}" if fields else ""))
-        self.skipped[reason] += 1
+        self.skipped[reason] += count
         if len(self.fields) < 20:
             self.fields.update(dict.fromkeys(fields))
-        if self.report and self.skipped[reason] <= REPORTED:
+        if self.report and self.skipped[reason] - count < REPORTED:
             print(f"{path}:{line}: skipped, {reason}", file=sys.stderr)
 
     def summary(self):
@@ -54,16 +54,28 @@ class SkipLog:
 
 
 def _good_lines(path, log, most, cuts=False):
-    """Yields (number, line) of the good lines of `read_lines`. Logs and skips lines that are too long or not text."""
-    number = bad = 0
+    """Yields (number, line) of the good lines of `read_lines`. Logs and skips lines that are too long or not text.
+
+    With `cuts`, a long line comes in parts. A bad part is skipped and not the whole line; a line break takes its place,
+    and the line counts once."""
+    number = bad = begun = left = 0  # begun, left: number of the last line of which a part was passed on, or skipped
     for number, line in read_lines(path, most, cuts):
         if line is None:
-            log.add(TOO_LONG, path, number)
+            reason = TOO_LONG
         elif not (line.isascii() or is_text(line)):  # isascii first: saves a Python call for ASCII lines
-            bad += 1
-            log.add(BAD_UTF8, path, number)
+            reason = BAD_UTF8
+        elif cuts and "\0" in line:
+            reason = HAS_NUL
         else:
+            begun = number
             yield number, line
+            continue
+        if number != left:
+            bad, left = bad + (reason == BAD_UTF8), number
+            log.add(reason, path, number)
+        if begun == number:
+            begun = 0
+            yield number, "\n"
     if log.report and 2 * bad > number:
         advice = f"convert the file to UTF-8, for example with iconv -f SHIFT_JIS -t UTF-8 {path}"
         print(f"{path}: {bad} of {number} lines are not UTF-8: {advice}", file=sys.stderr)
@@ -79,8 +91,10 @@ def read_jsonl(path, text_field, log):
 
 
 def json_objects(path, log):
-    """Yields (number, object) of every line that is a JSON object. Logs and skips the others."""
-    for number, line in _good_lines(path, log, log.max_chars):
+    """Yields (number, object) of every line that is a JSON object. Logs and skips the others.
+
+    max_doc_mb is for the text in it, which the caller checks: the line may be longer, for example by escapes."""
+    for number, line in _good_lines(path, log, max(log.max_chars, MOST_LINE)):
         if not line.strip():
             continue
         try:
@@ -127,8 +141,8 @@ def read_parquet(path, text_field, log):
 def parquet_rows(path, log, column=None):
     """Yields (number from 1, {column: value}) of every row, with all columns or only the named one.
 
-    Binary values become text. If all columns are read, binary values that are not UTF-8 stay bytes: they may be in a
-    column that nobody needs. Otherwise logs and skips such rows. Logs and skips row groups that are too large."""
+    Binary values become text. If all columns are read, values that are not UTF-8 become bytes: they may be in a column
+    that nobody needs. Otherwise logs and skips such rows. Logs and skips row groups that are too large."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -156,35 +170,35 @@ def _plain(value, keeps_bytes):
     kind = value.type
     try:
         value = value.as_py()
+        value = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:  # a ValueError too; a string column can hold such bytes as well
+        if not keeps_bytes:
+            raise
+        return error.object
     except (OverflowError, ValueError, KeyError):  # a year over 9999, nanoseconds, an unknown time zone
         return None
     if isinstance(value, float) and kind.bit_width < 64:
         return float(str(kind.to_pandas_dtype()(value)))  # 0.1, not 0.10000000149011612
-    try:
-        return value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError:
-        if not keeps_bytes:
-            raise
-        return value
+    return value
 
 
 def _parquet_batches(table, path, column, log):
     """Yields (number of its first row from 1, batch of rows); logs and skips row groups that cannot be usable."""
-    number = 1
+    number, most = 1, max(log.max_chars, MOST_LINE)  # a small max_doc_mb is for documents, not for a group of them
     paths = [table.schema.column(i).path for i in range(len(table.schema))]  # longer for parts of lists and structs
     indices = [i for i, name in enumerate(paths) if column in (None, name)]
     for group in range(table.num_row_groups):
         info = table.metadata.row_group(group)
         if indices:  # read 0 rows first: broken metadata raises an error here; `info.column` would abort the process
             next(table.reader.iter_batches(0, [group], indices), None)
-        sizes = (_rows_at_a_time(info.column(i), info.num_rows, log.max_chars) for i in indices)
+        sizes = (_rows_at_a_time(info.column(i), info.num_rows, most) for i in indices)
         if rows := min(sizes, default=0):
             columns = None if column is None else [column]
             for batch in table.iter_batches(rows, row_groups=[group], columns=columns):
                 yield number, batch
                 number += len(batch)
         else:
-            log.add(TOO_LONG if indices else NOT_TEXT, path, number)
+            log.add(TOO_LONG if indices else NOT_TEXT, path, number, count=info.num_rows)
             number += info.num_rows
 
 
@@ -210,9 +224,6 @@ def read_txt(path, text_field, log, separator=SEPARATOR):
     is_begun, last = False, 0  # whether a piece of the current document was yielded; number of the last line
     ends = () if separator is None else (separator, f"{separator}\n")
     for number, line in _good_lines(path, log, max(PIECE_CHARS, len(ends[-1]) if ends else 1), cuts=True):
-        if "\0" in line:
-            log.add(HAS_NUL, path, number)
-            continue
         is_start, last = number != last, number  # a long line comes in several parts
         if is_start and line in ends:
             yield from _ended("".join(pieces).removesuffix("\n"), is_begun)

@@ -19,11 +19,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import NamedTuple
 
 from src.data.corpus import MAX_DOC_MB, find_files, refuse_empty
 from src.data.readers import BAD_UTF8, NOT_OBJECT, SUFFIXES, TOO_LONG, SkipLog, json_objects, parquet_rows, suffix_of
-from src.errors import UserError
+from src.errors import UserError, few
 from src.files.text import is_text, read_json
 
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")  # a line or row without the fields is skipped
@@ -67,19 +68,33 @@ class RecordFields(NamedTuple):
         return [((self.question,) if self.question else q, self.answer or a) for q, a in SHAPES]
 
     def fit(self, path) -> bool:
-        """Whether the first object or row of a file has these fields. False for a file that cannot be read."""
+        """Whether the first object or row of a file has these fields; of a .json, which is never text, any of its
+        items. False for a file that cannot be read."""
         is_of_records = os.fspath(path).lower().endswith(RECORD_SUFFIXES)
+        most = None if suffix_of(path) == ".json" else 1
         with contextlib.suppress(UserError):
             rows = ROW_READERS[suffix_of(path)](path, quiet_log()) if is_of_records else ()
-            return any(self._names_in(row) for _, row in itertools.islice(rows, 1))
+            return any(self._names_in(row) for _, row in itertools.islice(rows, most))
         return False
 
     def alike(self, files) -> list[str]:
         """Returns the files of a corpus that are read in the same way: as records, if one of them has these fields,
-        else as text."""
+        else as text. Prints on stderr which others are skipped. Raises UserError if there are only others."""
         are_records = {path: self.fit(path) for path in files}
         suffixes = LINE_SUFFIXES if any(are_records.values()) else SUFFIXES
-        return [path for path in files if are_records[path] or os.fspath(path).lower().endswith(suffixes)]
+        alike = [path for path in files if are_records[path] or os.fspath(path).lower().endswith(suffixes)]
+        others = few(sorted(set(files) - set(alike)))
+        if not alike:
+            advice = "correct the file, or --question_field and --answer_field"
+            raise UserError(f"{others}: no list of records with {self}: {advice}")
+        if others:
+            why = (
+                "no records, unlike other files of the path"
+                if any(are_records.values())
+                else "neither records nor text"
+            )
+            print(f"skipped {others} ({why})", file=sys.stderr)
+        return alike
 
     def pieces(self, path, log):
         """Yields every record of a file as a document of two (piece, is_last) pairs: the prompt, then the answer."""
@@ -125,6 +140,8 @@ def _others(row, names):
 
 def as_text(answer):
     """Returns the text of an answer: 10.0 becomes 10. Returns None if it is neither a string nor a finite number."""
+    if isinstance(answer, Decimal) and answer.is_finite():  # `normalize` would round to 28 digits
+        answer = int(answer) if answer == int(answer) else f"{answer:f}".rstrip("0")
     if isinstance(answer, float) and answer.is_integer() and abs(answer) < _LARGE:
         answer = int(answer)
     if isinstance(answer, float) and not abs(answer) < float("inf"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 
@@ -18,26 +19,29 @@ class Shards:
 
     corpora is a list of lists of files. text_field is that of `read_pieces`, or a list with one for each corpus. With
     holds_back, some documents of each corpus's first file are validation text (`held_back_store`) and are not used for
-    training; if some corpora are records, only these are held back. Raises UserError if the size of a file cannot be
-    read. Reading a file raises UserError if it is gone, has another size than before, or cannot be read to the end.
+    training; if some corpora are records, only these are held back. Their other files are then read without the
+    questions that would be held back, because the same question may be in several files. A file may be in several
+    corpora, which read it each in its own way. Raises UserError if the size of a file cannot be read. Reading a file
+    raises UserError if it is gone, has another size than before, or cannot be read to the end.
     """
 
     def __init__(self, corpora, text_field="text", strict=False, holds_back=False, max_doc_mb=MAX_DOC_MB):
         self.corpora, self.text_field, self.strict, self.max_doc_mb = corpora, text_field, strict, max_doc_mb
         self.fields = text_field if isinstance(text_field, list) else [text_field] * len(corpora)
-        self._field_of = {path: field for files, field in zip(corpora, self.fields) for path in files}
-        self.files = sorted(self._field_of)
+        self.files = sorted(set(itertools.chain(*corpora)))
         self._sizes = {path: _size(path) for path in self.files}
         self.are_records = [isinstance(field, RecordFields) for field in self.fields]
-        held = (files[0] for files, are in zip(corpora, self.are_records) if are or not any(self.are_records))
-        self._held = sorted(set(held)) if holds_back else []
+        self._holds_back = [holds_back and (are or not any(self.are_records)) for are in self.are_records]
+        self._held = sorted({files[0] for files, holds in zip(corpora, self._holds_back) if holds})
         self._share = hold_back_share(self._held)
 
-    def pieces(self, path, report=False):
-        """Yields (piece, is_last) pairs of one file's training documents; arguments as in `read_pieces`."""
+    def pieces(self, corpus, path, report=False):
+        """Yields (piece, is_last) pairs of the training documents of one file, as the corpus of that number reads it.
+
+        report is that of `read_pieces`."""
         self._check(path)
-        field = self._field_of[path]
-        if path in self._held:
+        field = self.fields[corpus]
+        if self._holds_back[corpus] and (self.are_records[corpus] or path in self._held):
             yield from held_back([path], field, self.strict, "train", self._share, self.max_doc_mb, report)
         else:
             yield from read_pieces([path], field, self.strict, None, report, self.max_doc_mb)
@@ -50,22 +54,24 @@ class Shards:
     def sample(self, n_bytes, weights=None):
         """Yields pieces of the corpora, about n_bytes of text in total, in proportion to weights (default: equal)."""
         weights = weights or [1.0] * len(self.corpora)
-        for files, weight in zip(self.corpora, weights):
-            for piece, _ in self.heads(n_bytes * weight / sum(weights), files):
+        for corpus, weight in enumerate(weights):
+            for piece, _ in self.heads(n_bytes * weight / sum(weights), corpus):
                 yield piece
 
-    def heads(self, n_bytes, files):
-        """Yields (piece, is_last) pairs of documents, about n_bytes of text in total, from files at equal distances.
+    def heads(self, n_bytes, corpus):
+        """Yields (piece, is_last) pairs of a corpus's documents, about n_bytes of text in total, from files at equal
+        distances.
 
         Whole small files are taken rather than the start of many: source files begin with licences and imports. Of
         large files, the same amount is taken from the start of each. Raises NoDocument if there is no text."""
+        files = self.corpora[corpus]
         total = sum(self._sizes[path] for path in files)
         count = min(len(files), max(LEAST_FILES, math.ceil(len(files) * n_bytes / max(1, total))))
         found, why, left = False, None, n_bytes
         for number in range(count):
             quota = left / (count - number)  # what small files leave goes to those after them
             try:
-                for piece, is_last in self.pieces(files[number * len(files) // count]):
+                for piece, is_last in self.pieces(corpus, files[number * len(files) // count]):
                     yield piece, is_last
                     found, size = True, len(piece.encode())
                     left, quota = left - size, quota - size

@@ -51,28 +51,29 @@ class StreamingDataset:
         self.segment, self.shuffle_buffer, self.fim = segment, shuffle_buffer, fim
         self.pads = any(shards.are_records)
         measures = (self._measure_records if are else self._measure for are in shards.are_records)
-        sizes = [measure(files) for measure, files in zip(measures, shards.corpora)]
+        sizes = [measure(corpus) for corpus, measure in enumerate(measures)]
         targets = [w * n for w, (_, n) in zip(self.weights, sizes)]  # of a record there are fewer than of a window
         self.bytes_per_token = sum(n * size for n, (size, _) in zip(targets, sizes)) / sum(targets)
 
-    def _measure(self, files):
+    def _measure(self, corpus):
         """Returns the bytes per token of a corpus of text, and the targets of a row."""
-        pieces = list(self.shards.heads(MEASURED_BYTES / len(self.weights), files))
+        pieces = list(self.shards.heads(MEASURED_BYTES / len(self.weights), corpus))
         n_bytes = sum(len(piece.encode()) for piece, _ in pieces)
         ids = self.tokenizer.encode_batch([piece for piece, _ in pieces])
         if any(self.tokenizer.lost_bytes(piece, i) for i, (piece, _) in zip(ids, pieces)):
             return math.nan, self.seq_len  # bits per byte would be too low
         return n_bytes / sum(len(i) + is_last for i, (_, is_last) in zip(ids, pieces)), self.seq_len
 
-    def _measure_records(self, files):
+    def _measure_records(self, corpus):
         """Returns the bytes per target token of the records that fit, and the targets of a row.
 
         Prints on stderr how many records do not fit."""
-        pairs = list(_pairs(self.shards.heads(MEASURED_BYTES / len(self.weights), files)))
+        pairs = list(_pairs(self.shards.heads(MEASURED_BYTES / len(self.weights), corpus)))
         rows = list(self.rows_of(pairs))
         kept = [(pair, row) for pair, row in zip(pairs, rows) if row]
         if not kept:
-            raise UserError(f"{files[0]}: no record fits in max_seq_len {self.seq_len} tokens: raise max_seq_len")
+            first = self.shards.corpora[corpus][0]
+            raise UserError(f"{first}: no record fits in max_seq_len {self.seq_len} tokens: raise max_seq_len")
         if len(kept) < len(pairs):
             dropped = f"{len(pairs) - len(kept)} of the first {len(pairs)} records"
             print(f"{dropped} are over {self.seq_len} tokens: training drops such records", file=sys.stderr)
@@ -195,7 +196,7 @@ class _Windows:
     tokens that were used. It counts tokens rather than windows, because seq_len may change."""
 
     def __init__(self, data, corpus, seed, reader, readers):
-        self.data, self.files = data, data.shards.corpora[corpus]
+        self.data, self.corpus, self.files = data, corpus, data.shards.corpora[corpus]
         self.seed, self.reader, self.readers = seed, reader, readers
         self.start, self.block, self.given = Place(0, 0, 0, 0), 0, 0
 
@@ -299,7 +300,7 @@ class _Windows:
         """Yields (number, ids, ends_document) of the pieces of a file that belong to this reader.
 
         A piece belongs to it if its number is at least `first`, and number % readers is in low ... high - 1."""
-        pieces = enumerate(self.data.shards.pieces(path, report))
+        pieces = enumerate(self.data.shards.pieces(self.corpus, path, report))
         mine = (piece for piece in pieces if piece[0] >= first and low <= piece[0] % self.readers < high)
         # each piece of a shared shard ends with EOS, because another reader may get the next piece of its document
         is_shared = high - low < self.readers
@@ -326,7 +327,7 @@ class _Rows(_Windows):
 
     def _read(self, path, low, high, first, report):
         """Yields (number, ids, length of the prompt) of the records of a file that belong to this reader and fit."""
-        pairs = enumerate(_pairs(self.data.shards.pieces(path, report)))
+        pairs = enumerate(_pairs(self.data.shards.pieces(self.corpus, path, report)))
         mine = (pair for pair in pairs if pair[0] >= first and low <= pair[0] % self.readers < high)
         while batch := list(itertools.islice(mine, ENCODED)):
             rows = self.data.rows_of([pair for _, pair in batch])

@@ -28,7 +28,7 @@ HOLD_BACK_BYTES = 2_000_000  # at most about this many bytes of text, which is a
 PACKED_RATIO = 3  # estimated bytes of text per byte of a compressed file
 MOST_UNEVEN = 1.5  # files are not divided among processes if one is larger than this times a process's share
 ROWS = 200  # pieces per Arrow chunk and per call of the tokenizer; limits memory
-CACHE_VERSION = "2"  # increase it when cached tokens get another meaning, so that old caches are not used
+CACHE_VERSION = "3"  # increase it when cached tokens get another meaning, so that old caches are not used
 ON_THE_SPOT_VOCAB = 4096
 ON_THE_SPOT_BYTES = 10_000_000  # enough text to train a vocabulary, and training takes seconds
 

@@ -62,7 +62,8 @@ def open_run(settings):
     config = settings.train
     folder, newest, lock = Path(config.save_dir), None, None
     run_folder.check_writable(folder)
-    run_folder.check_resume(folder, settings.flat(), config.resume)
+    defaults = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+    run_folder.check_resume(folder, settings.flat(), config.resume, defaults)
     if (folder / "config.yaml").exists():
         if parallel.is_main():
             lock = run_folder.RunLock(folder)

@@ -5,7 +5,6 @@ folder. On systems without symbolic links (Windows, for most users), `last` and 
 the checkpoint.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -17,7 +16,6 @@ from src.errors import UserError, few
 from src.files import folders
 from src.files.plain_yaml import dump_yaml, read_yaml
 from src.files.text import parse_json, read_text
-from src.training.train_config import TrainConfig
 
 try:
     import fcntl
@@ -74,7 +72,7 @@ def settings_of(folder: Path) -> dict:
     return settings
 
 
-def check_resume(folder: Path, settings: dict, resume: bool):
+def check_resume(folder: Path, settings: dict, resume: bool, defaults: dict | None = None):
     """Check that a run may start in this folder, or continue there if `resume` is true.
 
     Prints the settings that have changed since the run started. Raises UserError if a setting has changed that must
@@ -86,9 +84,7 @@ def check_resume(folder: Path, settings: dict, resume: bool):
     if not resume:
         raise UserError(f"save_dir {folder} holds a run: continue it with --resume true, or choose another folder")
     before, free = settings_of(folder), set(_FREE_ON_RESUME)
-    for name, default in _defaults().items():  # a run that is older than a setting had its default
-        if name in settings:
-            before.setdefault(name, default)
+    before = (defaults or {}) | before  # a run that is older than a setting had its default
     if (folder / CORPUS).exists():  # the files may have moved: `corpus_changes` compares their content
         free |= {"train_paths", "valid_paths"}
     for name, new in settings.items():
@@ -98,12 +94,6 @@ def check_resume(folder: Path, settings: dict, resume: bool):
             raise UserError(f"--{name} is {new}, but the run in {folder} has {old}: {advice}")
         if old != new and name not in _CHANGE_IS_OBVIOUS:
             print(f"--{name} is {new}, and was {old} before", file=sys.stderr)
-
-
-def _defaults() -> dict:
-    """Returns {name: default} of the training settings that have a default value."""
-    fields = dataclasses.fields(TrainConfig)
-    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
 
 
 def corpus_changes(folder: Path, corpus: dict) -> list[str]:

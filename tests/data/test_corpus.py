@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from texts import BYTE, write
+from texts import BYTE, write, write_records
 
 from src.data import corpus, readers
 from src.data.corpus import find_files, fingerprint_files, package_files, read_documents, read_pieces, stdlib_files
 from src.data.readers import escaped
+from src.data.records import RecordFields
 from src.data.token_store import tokenize_corpus
 from src.dataset import DataConfig, prepare_data
 from src.errors import UserError
@@ -39,6 +41,21 @@ def test_find_files(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no data file found"):
         find_files([tmp_path / "empty"])
+
+
+def test_a_glob_reads_the_folders_that_it_hits_and_says_what_it_skips(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("gl/a.jsonl", "gl/sub/b.jsonl", "gl/sub/deep/c.txt", "gl/sub/d.csv", "gl/sub.py", "gl/e.csv"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("x")
+    expected = ["gl/a.jsonl", "gl/sub.py", "gl/sub/b.jsonl", "gl/sub/deep/c.txt"]
+    assert find_files(["gl/*"]) == expected
+    why = "(hidden, a broken link, unreadable, or of another type)"
+    assert capsys.readouterr().err == f"gl/sub: skipped d.csv {why}\ngl/*: skipped gl/e.csv {why}\n"
+    for pattern in ("gl/**", "**", "g*"):
+        assert find_files([pattern]) == expected
+        assert capsys.readouterr().err.count("d.csv") == 1  # ** hits a folder and its files
+    assert find_files(["gl/*.jsonl"]) == expected[:1] and capsys.readouterr().err == ""
 
 
 def test_stdlib_files():
@@ -172,6 +189,22 @@ def test_a_nul_further_on_is_a_bad_line(tmp_path):
     skipped = Counter()
     assert list(read_documents([tmp_path / "a.txt"], skipped=skipped)) == ["fine\n" * 2000 + "last\n"]
     assert skipped == {readers.HAS_NUL: 1}
+
+
+@pytest.mark.parametrize(("bad", "reason"), [(b"\xff", readers.BAD_UTF8), (b"\0", readers.HAS_NUL)])
+def test_a_long_line_is_broken_at_its_bad_parts(tmp_path, capsys, bad, reason):
+    """Such a line is read in parts: what follows the bad one is not glued to what came before it."""
+    part, path, before = readers.PIECE_CHARS * b"a", tmp_path / "a.txt", "before\n" * 1000
+    for line, kept in (
+        (part + bad + b"b" * 200_000 + bad, part + b"\n" + 2 * readers.PIECE_CHARS * b"b" + b"\n"),
+        (part + b"b" + bad, part + b"\n"),
+        (bad + part, b"a\n"),
+    ):
+        path.write_bytes(before.encode() + line + b"\nlast\n")
+        skipped = Counter()
+        assert list(read_documents([path], skipped=skipped)) == [f"{before}{kept.decode()}last\n"]
+        assert skipped == {reason: 1}
+        assert capsys.readouterr().err == f"{path}:1001: skipped, {reason}\n"
 
 
 def test_a_file_of_another_encoding_is_named_with_a_remedy(tmp_path, capsys):
@@ -368,6 +401,21 @@ def test_lines_and_documents_are_bounded(tmp_path, capsys):
         assert "b.jsonl:2: skipped, longer than max_doc_mb" in capsys.readouterr().err or streaming
 
 
+def test_max_doc_mb_is_a_limit_for_the_text_alone(tmp_path):
+    """Not for its line, in which a Japanese character can take 6, nor for the documents beside it."""
+    texts = ["short", "long " * 4000, "京" * 200, "fine"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    rows = [{"question": text, "answer": "1", "solution": "x" * 5000} for text in texts]
+    write_records(tmp_path / "b.jsonl", rows)
+    write(tmp_path / "c.parquet", texts)
+    for name, field in (("a.jsonl", "text"), ("b.jsonl", RecordFields()), ("c.parquet", "text")):
+        skipped = Counter()
+        found = list(read_documents([tmp_path / name], field, skipped=skipped, max_doc_mb=0.001))
+        kept = ["short", "京" * 200, "fine"]
+        assert found == (kept if field == "text" else [f"Input: {text} \n Output: 1" for text in kept])
+        assert skipped == {readers.TOO_LONG: 1}, name
+
+
 def parquet(path, column, **options):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -390,10 +438,11 @@ def test_a_parquet_column_of_any_type_is_text_or_said(tmp_path):
         column = pa.array([text.encode() if pa.types.is_binary(kind) else text for text in texts], type=pa.string())
         parquet(tmp_path / "a.parquet", column.cast(kind))
         assert list(read_documents([tmp_path / "a.parquet"])) == texts, kind
-    skipped = Counter()
-    path = parquet(tmp_path / "a.parquet", pa.array([None, "x", "", b"\xff", b"y"], type=pa.binary()))
-    assert list(read_documents([path], skipped=skipped)) == ["x", "y"]
-    assert skipped == {readers.NOT_TEXT: 1, readers.EMPTY: 1, readers.BAD_UTF8: 1}
+    binary = pa.array([None, "x", "", b"\xff", b"y"], type=pa.binary())
+    for column in (binary, binary.view(pa.string())):
+        path, skipped = parquet(tmp_path / "a.parquet", column), Counter()
+        assert list(read_documents([path], skipped=skipped)) == ["x", "y"]
+        assert skipped == {readers.NOT_TEXT: 1, readers.EMPTY: 1, readers.BAD_UTF8: 1}
     for values in ([1, 2], [["a"], ["b"]], [{"text": "a"}], [1.5], [True]):
         path = parquet(tmp_path / "b.parquet", pa.array(values))
         with pytest.raises(
@@ -408,7 +457,7 @@ def test_a_parquet_column_of_any_type_is_text_or_said(tmp_path):
             list(read_documents([path]))
 
 
-def test_parquet_is_decoded_in_bounded_batches(tmp_path):
+def test_parquet_is_decoded_in_bounded_batches(tmp_path, monkeypatch, capsys):
     """A file of a few hundred bytes can decode to gigabytes, so its metadata limit the rows decoded at once."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -423,8 +472,11 @@ def test_parquet_is_decoded_in_bounded_batches(tmp_path):
         assert readers._rows_at_a_time(column, 300, 900_000) == 0
         batches = [batch.nbytes for batch in table.iter_batches(readers._rows_at_a_time(column, 300, 32_000_000))]
         assert max(batches) < 150_000_000
-    with pytest.raises(UserError, match="no document in .*a.parquet: nothing usable .1 x longer than max_doc_mb"):
-        list(read_documents([path], max_doc_mb=0.9))
+    for most, n_named in ((32_000_000, readers.REPORTED), (900_000, 1)):  # row by row, and as a whole
+        monkeypatch.setattr(readers, "MOST_LINE", most)
+        with pytest.raises(UserError, match="no document in .*a.parquet: nothing usable .300 x longer than max_doc_mb"):
+            list(read_documents([path], max_doc_mb=0.9))
+        assert capsys.readouterr().err.count("a.parquet:") == n_named
     plain = parquet(tmp_path / "b.parquet", pa.array([f"document {i}" * 9 for i in range(900)]))
     with pq.ParquetFile(plain) as table:
         assert readers._rows_at_a_time(table.metadata.row_group(0).column(0), 900, 32_000_000) == 200

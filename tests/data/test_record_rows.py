@@ -135,6 +135,43 @@ def test_some_records_are_held_back_without_validation_files(prepare, streaming)
         assert len(train) + len(valid) == 200
 
 
+def test_a_stream_holds_the_same_questions_back_from_every_file(prepare, tmp_path):
+    """Another file may have a question of the validation records with another answer."""
+    others = [{"question": problem["question"], "answer": "?"} for problem in problems(range(400))]
+    write_records(tmp_path / "z.jsonl", others)
+    _, train, valid = prepare("train.jsonl", "z.jsonl", streaming=True)
+    held = {valid.prompt(number) for number in range(len(valid))}
+    loader = create_train_loader(train, 20, pad_id=BYTE.pad_id)
+    seen = set(flat(texts_of(next(loader)) for _ in range(40)))
+    assert len(held) >= 5 and not held & {text.rpartition(" ")[0] for text in seen}
+    assert seen < set(map(text_of, [*others, *problems(range(200))]))
+    assert sum(text.endswith(" ?") for text in seen) > 0.9 * 400
+    assert sum(not text.endswith(" ?") for text in seen) == 200 - len(held)
+
+
+@pytest.mark.parametrize("valid", [["valid.json"], []])
+def test_a_stream_reads_a_file_of_two_corpora_as_each_of_them_does(prepare, tmp_path, valid):
+    (tmp_path / "both").mkdir()
+    write_records(tmp_path / "both" / "qa.jsonl", problems(range(200)))
+    write(tmp_path / "both" / "zbooks.jsonl", [f"chapter {n}" for n in range(100)])
+    _, train, _ = prepare("both", "both/zbooks.jsonl", mixture=[1, 1], streaming=True, valid_paths=valid)
+    batch = next(create_train_loader(train, 100, pad_id=BYTE.pad_id))
+    is_record = [text.startswith("Input:") for text in texts_of(batch)]
+    assert 30 < sum(is_record) < 70
+    assert all(IGNORE not in row for row, is_one in zip(batch["target_ids"].tolist(), is_record) if not is_one)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mixture_has_a_json_or_says_why_not(prepare, tmp_path, streaming):
+    options = {"mixture": [1, 1], "valid_paths": ["valid.json"], "streaming": streaming}
+    write_records(tmp_path / "late.json", [{"about": "sums"}, *problems(range(50))])
+    batch = next(create_train_loader(prepare("late.json", "text.jsonl", **options)[1], 20, pad_id=BYTE.pad_id))
+    assert 5 <= sum(text.startswith("Input:") for text in texts_of(batch)) <= 15
+    (tmp_path / "late.json").write_text('[{"question"')
+    with pytest.raises(UserError, match=r"late\.json: no list of records with the fields question and answer, or "):
+        prepare("train.jsonl", "late.json", **options)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_mixture_of_records_and_text(prepare, streaming, capsys):
     settings = {"mixture": [3, 1], "valid_paths": ["valid.json"], "streaming": streaming}

@@ -3,6 +3,7 @@
 import gzip
 import os
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ from texts import write_records
 from src.data import records
 from src.data.corpus import NoDocument
 from src.data.readers import BAD_JSON, BAD_UTF8, NOT_OBJECT, TOO_LONG, SkipLog
-from src.data.records import Record, RecordFields, answer_of, final_answer, prompt_of, read_records
+from src.data.records import Record, RecordFields, answer_of, as_text, final_answer, prompt_of, read_records
 from src.errors import UserError
 
 GSM8K = [{"question": f"What is {n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(3)]
@@ -56,6 +57,15 @@ def test_numbers_become_text(tmp_path):
     assert [record.answer for record in read_records(path)] == expected
 
 
+def test_decimal_numbers_become_text(tmp_path):
+    answers = ["10.00", "-2.50", "0.00", "1e-10", "12345678901234567890123456789.1234567891"]
+    table = pa.table({"question": ["?"] * 5, "answer": pa.array(map(Decimal, answers), pa.decimal256(50, 10))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    expected = ["10", "-2.5", "0", "0.0000000001", answers[-1]]
+    assert [record.answer for record in read_records(tmp_path / "a.parquet")] == expected
+    assert as_text(Decimal("1E+3")) == "1000" and as_text(Decimal("NaN")) is None
+
+
 def test_bad_records_are_counted_and_named(tmp_path, capsys):
     good = {"question": "a", "answer": "b"}
     rows = [{"question": "a"}, good | {"question": 1}, good | {"answer": " "}, good | {"question": ""}]
@@ -79,13 +89,29 @@ def test_bad_records_are_counted_and_named(tmp_path, capsys):
     assert counts[TOO_LONG] == 1
 
 
-def test_the_files_of_a_corpus_are_read_alike(tmp_path):
+def test_the_files_of_a_corpus_are_read_alike(tmp_path, capsys):
     good = write_records(tmp_path / "gsm.jsonl", GSM8K)
     for name in ("LICENSE.txt", "book.txt", "info.json"):
         (tmp_path / name).write_text('{"title": "x"}')
     licence, book, info = (str(tmp_path / name) for name in ("LICENSE.txt", "book.txt", "info.json"))
     assert RecordFields().alike([licence, good, info]) == [good]
+    assert capsys.readouterr().err == f"skipped {licence}, {info} (no records, unlike other files of the path)\n"
     assert RecordFields().alike([book, info]) == [book]
+    assert capsys.readouterr().err == f"skipped {info} (neither records nor text)\n"
+    assert RecordFields().alike([good, book]) == [good]
+    capsys.readouterr()
+    assert RecordFields().alike([good]) == [good] and capsys.readouterr().err == ""
+
+
+def test_a_json_has_records_if_any_of_its_items_has_the_fields(tmp_path):
+    """It cannot be read as text instead."""
+    path = write_records(tmp_path / "a.json", [{"about": "x"}, *GSM8K])
+    assert RecordFields().fit(path) and RecordFields().alike([path]) == [path]
+    assert not RecordFields().fit(write_records(tmp_path / "b.jsonl", [{"text": "x"}, *GSM8K]))
+    for content in ("[{broken", '{"question": "a", "answer": "b"}', '[{"about": "x"}]'):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(UserError, match=r"a\.json: no list of records with the fields q and a: correct the file"):
+            RecordFields("q", "a").alike([path])
 
 
 def test_a_binary_column_that_nobody_needs(tmp_path):
@@ -99,6 +125,13 @@ def test_a_binary_column_that_nobody_needs(tmp_path):
     )
     assert [r.question for r in read_records(path, log=SkipLog(False, counts, False, 100))] == ["c"]
     assert counts == {BAD_UTF8: 1}
+    bad = pa.array([b"\xff", b"c"], pa.binary()).view(pa.string())
+    for names in (("question", "answer"), ("answer", "question"), ("other", "question")):
+        table = pa.table(dict(zip(names, (bad, ["a", "b"]))) | ({"answer": ["1", "2"]} if "other" in names else {}))
+        pq.write_table(table, tmp_path / "c.parquet")
+        counts.clear()
+        n_found = sum(1 for _ in read_records(tmp_path / "c.parquet", log=SkipLog(False, counts, False, 100)))
+        assert (n_found, counts) == ((2, {}) if "other" in names else (1, {BAD_UTF8: 1}))
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json"])

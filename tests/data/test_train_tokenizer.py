@@ -249,6 +249,10 @@ def test_the_script_refuses(corpus, tmp_path, capsys):
         (["--input", str(corpus)], "vocab_size 16000 is too large for this text: the largest possible is"),
         (["--input", str(corpus), "--character_coverage", "2"], "character_coverage is 2.0: set it from 0.9 to 1.0"),
         (["--input", str(corpus), "--vocab_size", "-1"], "vocab_size is -1: set it to 1 or more"),
+        (
+            ["--input", str(corpus), "--vocab_size", "9000000000000000000"],
+            "vocab_size is 9.*: set it to at most 16777216",
+        ),
         (["--input", str(corpus), "--max_bytes", "0"], "max_bytes is 0: set it to 1 or more"),
         (["--input", str(corpus), "--model_prefix", f"{corpus}/"], "which has no file name"),
         (["--input", str(corpus / "b.jsonl.gz"), "--text_field", "x"], "available fields: text"),

@@ -171,7 +171,7 @@ def test_groups_of_difficulty():
         (["--wrong", "{home}/sums.jsonl"], "is also read"),
         (["--paths", "{home}", "--wrong", "{home}/sums.jsonl"], "is also read"),
         (["--text_field", "question"], "text_field is for plain text, but exact_match reads records"),
-        (["--max_doc_mb", "0.000001"], "sums.jsonl:1: a line of over 9 characters"),
+        (["--max_doc_mb", "0.000001"], "sums.jsonl: nothing usable ("),
         (["--wrong", "nowhere/wrong.jsonl"], "cannot write nowhere/wrong.jsonl"),
         (["--exit", "kl"], "answers at every fixed depth"),
         (["--stride", "4"], "without depth_curve, lm_eval, stride, max_tokens"),
