@@ -287,6 +287,17 @@ def test_depth_and_two_depths(page):
     )
     parting = f"are the same for {marks} tokens, then they part." if marks >= 0 else "are the same."
     assert page.locator("#figures strong").inner_text() == f"The two texts {parting}"
+    # address and Again are those of the text that is looked at
+    for name, depth in (("Text B", 3), ("Text A", 1)):
+        page.get_by_role("button", name=name, exact=True).click()
+        expect(page).to_have_url(re.compile(rf"[#&]depth={depth}(&|$)"))
+        expect(page.locator("#figures strong")).not_to_contain_text("settings have changed")
+    page.locator("#again").click()
+    written(page)
+    assert page.sent["completions"][-1]["recursion"]["depth"] == 1
+    page.locator("#undo").click()  # Again
+    page.locator("#undo").click()  # Compare
+    expect(page).to_have_url(re.compile(rf"[#&]depth={deeper}(&|$)"))
 
 
 def test_stop(page):

@@ -92,6 +92,11 @@ export function buildSettings(form, settings, card, changed) {
   }
 }
 
+// Returns those settings whose names are also in `names`.
+export function among(settings, names) {
+  return Object.fromEntries(Object.keys(names).map((name) => [name, settings[name]]));
+}
+
 // Returns those settings of a link that this model can follow; others of the link would be refused, with no control
 // to change them.
 export function fitting({ depth, exit, threshold, ...settings }, card) {

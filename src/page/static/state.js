@@ -1,8 +1,9 @@
 // The state of the page: settings, branches of the text, and their history.
 //
-// A page is {branches, active}. A branch is {key, tokens, start, note}: start is the number of tokens before the last
-// passage that was written, note says how that passage was written. Pages, branches and tokens are never changed in
-// place, so the history keeps them without copies.
+// A page is {branches, active}. A branch is {key, tokens, start, note, own}: start is the number of tokens before the
+// last passage that was written, note says how that passage was written, own has the settings by which it was compared
+// with another branch, or is null. Pages, branches and tokens are never changed in place, so the history keeps them
+// without copies.
 
 import { textOf } from "./tokens.js";
 
@@ -26,8 +27,8 @@ export function writingOf({ tint, keep, ...settings }) {
 
 let keys = 0;
 
-export function newBranch(tokens = [], start = 0, note = "") {
-  return { key: ++keys, tokens, start, note };
+export function newBranch(tokens = [], start = 0, note = "", own = null) {
+  return { key: ++keys, tokens, start, note, own };
 }
 
 export class History {
@@ -52,6 +53,12 @@ export class History {
   // Whether there is a passage that could be written again.
   get hasPassage() {
     return this.branch.tokens.length > 0 && this.branch.note !== "";
+  }
+
+  // Makes a branch the active one. Returns the settings by which it was compared, or null.
+  activate(key) {
+    this.page = { ...this.page, active: this.numberOf(key) };
+    return this.branch.own;
   }
 
   // Replaces the page; undo returns to the one before.
