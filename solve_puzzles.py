@@ -215,8 +215,11 @@ def main(argv=None):
     effort.check(model, kind)
     grids = boards_of(config, kind)
     check_ids(model.config, kind, grids)
-    if config.curve is not None and model.config.recursion_steps == 1:
+    trained = model.config.recursion_steps
+    if config.curve is not None and trained == 1:
         raise UserError("the model has a single step, so there is no curve: leave out --curve")
+    if config.curve is not None and config.steps is not None and config.steps < trained:
+        raise UserError(f"--curve starts from the {trained} steps of training: set --steps to {trained} or more")
     trace = BoardTrace(kind, grids.inputs[0], grids.labels[0]) if config.trace else None
     parts = []
     with Writer(config.output, kind, grids) as writer:
@@ -229,7 +232,6 @@ def main(argv=None):
         print("\n".join(summary(kind, grids, parts)), file=sys.stderr)
     show(trace, config.trace)
     if config.curve is not None:
-        trained = model.config.recursion_steps
         curve = curve_of(config.checkpoint, kind, grids, parts, trained, effort.halt_threshold)
         curve.points.extend(points_of_copies(model, kind, grids, effort, config.copies))
         print(report([curve]), file=sys.stderr)
@@ -258,7 +260,7 @@ def trace_files(where: bool | str) -> list[Path]:
     if isinstance(where, bool) or where == "-":
         return []
     data = Path(where).with_suffix(".json")
-    return [data] if data == Path(where) else [data, Path(where)]
+    return [Path(where)] if Path(where).suffix.lower() == ".json" else [data, Path(where)]
 
 
 def show(trace: BoardTrace | None, where: bool | str):

@@ -236,6 +236,8 @@ class TestTrace:
     def test_json_alone(self, solver, call, tmp_path):
         call(solver, "--board", BOARD, "--trace", tmp_path / "b.json", "--steps", 20)
         assert [p.name for p in tmp_path.iterdir()] == ["b.json"]
+        call(solver, "--board", BOARD, "--trace", tmp_path / "c.JSON", "--steps", 2)
+        assert {p.name for p in tmp_path.iterdir()} == {"b.json", "c.JSON"}
         assert len(json.loads((tmp_path / "b.json").read_text())["steps"]) == 20
 
     @pytest.mark.parametrize("words", [["--trace"], ["--trace", "-"], ["--trace", "-", "--steps", 3]])
@@ -373,6 +375,8 @@ def test_the_curve_compares_stopping_rules(solver, home, call, tmp_path):
     assert "| all | 40 |" in err and "| clues 10 |" in err
     with pytest.raises(UserError, match="leave out exit"):
         call(solver, "--generate", 4, "--exit", "halt", "--curve", picture)
+    with pytest.raises(UserError, match=r"--curve starts from the \d steps of training: set --steps to \d or more"):
+        call(solver, "--generate", 4, "--steps", 1, "--curve", picture)
     with pytest.raises(UserError, match="copies is for --curve"):
         call(solver, "--generate", 4, "--copies", 2)
     plain = save_model(home / "plain_curve", recursion="none")

@@ -208,7 +208,8 @@ class Arc(PuzzleKind):
         """Returns the tokens of a grid given as lines of digits.
 
         Raises UserError unless it is 1..30 lines of 1..30 digits."""
-        rows = [[int(digit) if digit in "0123456789" else -1 for digit in line.strip()] for line in text.split()]
+        lines = ("".join(line.split()) for line in text.splitlines() if line.strip())  # also with spaces between digits
+        rows = [[int(digit) if digit in "0123456789" else -1 for digit in line] for line in lines]
         return frame(read_grid(rows, "this board"))
 
 

@@ -173,6 +173,10 @@ def _rows_of_columns(lines, separator, path):
     names = [cell.strip().lower() for cell in lines[0][1].split(separator)] if lines else []
     header = {name: names.index(name) for name in names}
     text, label = _first(header, TEXT_NAMES), _first(header, LABEL_NAMES)
+    if separator == "\t" and any(
+        name != (bare := name.strip('"')) and bare in (*TEXT_NAMES, *LABEL_NAMES) for name in names
+    ):
+        raise UserError(f"{path}: its cells are in quotes: write it without quotes, or as .jsonl")
     if text is None or label is None and separator != "\t":  # the first line is not a header
         pairs = ((number, *line.partition(separator)) for number, line in lines)
         rows = [

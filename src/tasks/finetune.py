@@ -150,7 +150,10 @@ class Finetuner:
         with autocast(self.device, self.precision):
             logits = self.classifier(**batch)
         weights = loss_weights(self.classifier.model.config, len(logits))
-        losses = [F.cross_entropy(step.float(), labels, self.class_weights) for step in logits]
+        # not the weighted mean of torch: it divides by the weights of the batch, and so undoes them in small batches
+        losses = [
+            F.cross_entropy(step.float(), labels, self.class_weights, reduction="sum") / len(labels) for step in logits
+        ]
         loss = sum(w * each for w, each in zip(weights, losses)) / sum(weights)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), c.grad_clip or torch.inf)

@@ -30,6 +30,13 @@ class Maze(PuzzleKind):
         super().__init__(f"maze{height}x{width}", height, width, "?# SGo")
         self.transforms = [t for t, (transposes, *_) in enumerate(DIHEDRAL) if height == width or not transposes]
 
+    def from_text(self, text: str) -> UInt8[np.ndarray, "l"]:
+        lines = text.replace("\r", "").strip("\n").split("\n")
+        if len(lines) > 1 and any(len(line) != self.width for line in lines):
+            found = f"{len(lines)} lines of {len(lines[0])} cells"
+            raise UserError(f"a {self.name} board has {self.height} lines of {self.width} cells, this one has {found}")
+        return super().from_text(text)
+
     # ---- rules ----
 
     def verify(self, board: UInt8[np.ndarray, "l"], answer: UInt8[np.ndarray, "l"]) -> str | None:

@@ -21,6 +21,7 @@ from src.data.tokenizer_json import NAMES_FILE, PUZZLE_FILE
 from src.errors import UserError
 from src.files.text import read_object
 from src.tasks import mazes, sudoku
+from src.tasks.arc import Arc
 from src.tasks.puzzle_folder import kind_named, read_folder, read_names, write_names
 from src.tasks.puzzles import Grids, PuzzleKind, check_leak, find_leaks, read_csv, split_by_orbit
 
@@ -38,13 +39,13 @@ class PuzzleConfig:
     Args:
         puzzle: kind of the puzzles: sudoku4, sudoku6, sudoku9, arc, or a maze such as maze30x30
         train_paths: training puzzles: .csv or .csv.gz files with the columns question and answer, or one folder of
-            .npy arrays in the form of the TRM authors; by default, puzzles are generated
+            .npy arrays in the form of the TRM authors (of arc, only this); by default, puzzles are generated
         valid_paths: test puzzles, given like train_paths; by default, valid_share of the training puzzles; a folder of
             .npy arrays brings its own
         valid_share: share of the puzzles that is held out for evaluation; it is chosen so that no symmetry turns a
             test puzzle into a training puzzle
-        n_puzzles: number of puzzles to generate, or to take from the start of the files; 0 = all of the files, or
-            20,000 generated ones
+        n_puzzles: number of puzzles to generate, or to take from the start of the files (of a folder: groups, which are
+            a puzzle and its augmentations); 0 = all of the files, or 20,000 generated ones
         low: fewest clues of a generated Sudoku, or fewest steps of the path in a generated maze; the default depends on
             the size
         high: most clues of a generated Sudoku, or most steps of the path in a generated maze; the default depends on
@@ -145,8 +146,11 @@ def load_puzzles(config: PuzzleConfig) -> PuzzleData:
         folder = read_folder(folders[0])
         kind, names = _with_symmetries(folder.kind, config.symmetries), folder.names
         train, valid = folder.train, folder.test
-        if config.n_puzzles:
-            train = train.take(slice(config.n_puzzles))
+        if config.n_puzzles:  # whole groups, because a puzzle may have several rows
+            train = train.take(np.isin(train.groups, np.unique(train.groups)[: config.n_puzzles]))
+    elif config.train_paths and isinstance(kind, Arc):
+        advice = "give one folder of arrays, as write_arc_folder of src/tasks/puzzle_folder.py makes it"
+        raise UserError(f"--train_paths {config.train_paths[0]}: puzzle arc is not read from files: {advice}")
     elif config.train_paths:
         train = _first(join([read_csv(kind, path) for path in config.train_paths]), config.n_puzzles)
         if config.valid_paths:

@@ -80,9 +80,10 @@ class PuzzleTrainer(Trainer):
     def measure(self, limit: int | None) -> dict:
         """Evaluate the averaged weights (if any) on `limit` batches of held-out puzzles; None = all of them."""
         grids, size = self.valid_set.grids, self.config.batch_size
-        n = min(grids.n_rows, (limit or grids.n_rows) * size)
+        known = np.flatnonzero(grids.labels.any(1))  # the answers of some test pairs of ARC are secret
+        n = min(len(known), (limit or len(known)) * size)
         # the held-out puzzles may be in an order of their own, so a part is drawn, always the same
-        chosen = np.sort(np.random.default_rng(self.puzzle.data_seed).permutation(grids.n_rows)[:n])
+        chosen = known[np.sort(np.random.default_rng(self.puzzle.data_seed).permutation(len(known))[:n])]
         with self.as_judged():
             steps, mine = self.puzzle.eval_steps, chosen[self.rank :: self.world]
             rows = size // (self.world * self.config.grad_accum)  # as in training: a compiled model has this shape
@@ -110,6 +111,8 @@ def _create(settings):
     run = folder, newest, _ = open_run(settings)
     choose_device(runtime.device)  # reports a wrong device now, not after minutes of data preparation
     data = load_puzzles(puzzle)
+    if not data.valid.labels.any():
+        raise UserError("no held-out puzzle has a known answer, so nothing can be measured: give others as valid_paths")
     corpus = fingerprint(data)
     run_folder.check_corpus(folder, corpus, "puzzles", config.allow_changed_corpus)
     own = _config_for(wanted, data, puzzle)

@@ -366,7 +366,7 @@ def _reason(kind, text):
 def _records(path, needs_answers) -> Iterable[_Record]:
     """Yields the lines of a file below its header, except blank ones. A missing answer is an empty text."""
     lines = ("too long\n" if line is None else line for _, line in read_lines(path, MOST_CHARS))
-    rows = csv.reader(lines)
+    rows = csv.reader(lines, strict=True)  # else an open quote takes in the puzzles after it
     try:
         header = [name.strip().lower() for name in next(rows, [])]
         question, answer, rating = (_column(header, names) for names in (QUESTION_NAMES, ANSWER_NAMES, RATING_NAMES))

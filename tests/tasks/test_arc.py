@@ -198,6 +198,7 @@ def test_crop_takes_the_largest_rectangle_of_colours():
 def test_text_is_lines_of_digits():
     kind = Arc()
     board = kind.from_text("012\n345")
+    np.testing.assert_array_equal(board, kind.from_text("0 1 2 \r\n\n 3 4 5\n"))
     assert np.array_equal(crop(board), grid("012", "345")) and kind.to_text(board) == "012\n345"
     assert kind.verify(board, board) is None and kind.verify(board, board * 0).startswith("it is not one grid")
     assert len(kind.to_text(board * 0)) == 900 + 29

@@ -70,6 +70,12 @@ def test_three_forms_of_one_content(tmp_path, name, content):
         ("a.txt", b"\n \n", "has no labelled text"),
         ("a.csv", b"1,a\n", "a.csv: files of labelled texts are .tsv, .jsonl or .txt, not .csv: convert it"),
         ("a.parquet", b"PAR1", "a.parquet: files of labelled texts are .tsv, .jsonl or .txt, not .parquet"),
+        (
+            "a.tsv",
+            b'"label"\t"text"\n1\t"a"\n',
+            "a.tsv: its cells are in quotes: write it without quotes, or as .jsonl",
+        ),
+        ("a.tsv", b'"text"\n"a"\n', "a.tsv: its cells are in quotes"),
         ("a.tsv", b"label\tphrase\n1\ta\n0\tb\n", "a.tsv, line 1 looks like a header, but 'phrase' is no known name"),
         ("a.txt", b"Label ||| title\n1 ||| a\n", "a.txt, line 1 looks like a header, but 'title' is no known name"),
         ("a.txt.gz", b"1 ||| a\n", "a.txt.gz cannot be read to its end"),

@@ -190,6 +190,18 @@ def test_balance_makes_labels_count_alike(source, tmp_path, runs, capsys):
     assert "no training text has the label 'bad'" in capsys.readouterr().err
 
 
+def test_balance_is_the_same_in_small_batches(source, tmp_path, runs, monkeypatch):
+    """With the weighted mean of each batch, a text alone in its batch would count as much as any other."""
+    rows = [*[Example("b", 0)] * 3, Example("a", 1)]
+    seen = []
+    backward = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (seen.append(loss.item()), backward(loss)))
+    for size in (1, 4):
+        options = {"balance": True, "batch_size": size, "epochs": 1, "dropout": 0.0, "lr": 1e-12}
+        tune(source, tmp_path / str(size), train=rows, dev=[], **options)
+    assert seen[-1] == pytest.approx(sum(seen[:4]) / 4, rel=1e-5) and len(seen) == 5
+
+
 def test_empty_and_long_texts(source, tmp_path, capsys):
     examples = [Example("", 0), Example("x" * 40, 1)]
     best = tune(source, tmp_path / "run", train=examples, dev=examples, epochs=8, dropout=0.0)

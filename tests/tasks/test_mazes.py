@@ -39,6 +39,9 @@ def test_tokens_are_those_of_the_authors():
     kind = Maze(30)
     assert (kind.name, kind.vocab_size, kind.cells) == ("maze30x30", 6, 900)
     assert Maze(2, 3).from_text("# SGo#").tolist() == [1, 2, 3, 4, 5, 1]
+    assert Maze(2, 3).from_text("# S\r\nGo#\n").tolist() == [1, 2, 3, 4, 5, 1]
+    with pytest.raises(UserError, match="has 2 lines of 3 cells, this one has 3 lines of 2 cells"):
+        Maze(2, 3).from_text("# \nSG\no#\n")
     assert (WALL, FLOOR, START, GOAL, PATH) == (1, 2, 3, 4, 5)
 
 

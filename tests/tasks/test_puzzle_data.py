@@ -54,6 +54,11 @@ class TestSources:
         part = load_puzzles(PuzzleConfig(train_paths=[path, path], n_puzzles=450))
         assert part.train.n_rows + part.valid.n_rows == 450
 
+    def test_arc_is_not_read_from_files(self, tmp_path):
+        (tmp_path / "a.csv").write_text("question,answer\n123,321\n")
+        with pytest.raises(UserError, match="a.csv: puzzle arc is not read from files: give one folder of arrays"):
+            load_puzzles(PuzzleConfig(puzzle="arc", train_paths=[str(tmp_path / "a.csv")]))
+
     def test_test_files_that_leak_are_refused(self, grids, tmp_path):
         path = write_csv(tmp_path / "a.csv", Sudoku(4), grids)
         with pytest.raises(UserError, match="300 of 300 test grids are training grids"):
@@ -67,6 +72,10 @@ class TestSources:
         data = load_puzzles(config)
         assert data.kind.name == "sudoku4"  # the folder knows
         np.testing.assert_array_equal(data.valid.inputs, halves.valid.inputs)
+        grouped = halves.train._replace(groups=np.arange(halves.train.n_rows, dtype=np.int32) // 2)
+        write_folder(tmp_path / "pairs", kind, grouped, halves.valid)
+        part = load_puzzles(PuzzleConfig(train_paths=[str(tmp_path / "pairs")], n_puzzles=3, symmetries="relabel"))
+        np.testing.assert_array_equal(part.train.inputs, halves.train.inputs[:6])  # no group is cut
         with pytest.raises(UserError, match="is used alone"):
             load_puzzles(PuzzleConfig(train_paths=[str(tmp_path / "npy")] * 2))
 

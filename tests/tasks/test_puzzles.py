@@ -208,6 +208,12 @@ def test_files_without_a_good_puzzle_are_refused(tmp_path, lines, message):
         read_csv(Sudoku(4), csv_file(tmp_path / "a.csv", *lines))
 
 
+def test_an_open_quote_does_not_take_in_the_puzzles_after_it(tmp_path):
+    lines = ["question,answer", f'"{QUESTION},{ANSWER}', *[f"{QUESTION},{ANSWER}"] * 3]
+    with pytest.raises(UserError, match="a.csv, line 5: unexpected end of data: correct the line"):
+        read_csv(Sudoku(4), csv_file(tmp_path / "a.csv", *lines))
+
+
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_csv(Sudoku(4), tmp_path / "a.csv")
