@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src when run as a script
 
-from src.checkpoint import load_model, load_network, resolve, save_checkpoint  # noqa: E402
+from src.checkpoint import CLASSIFIER_FILE, load_model, load_network, resolve, save_checkpoint  # noqa: E402
 from src.config import parse_flags, run  # noqa: E402
 from src.data.corpus import find_files, fingerprint_files, is_word, package_roots  # noqa: E402
 from src.data.licences import LICENCES, packages_of_files  # noqa: E402
@@ -74,16 +74,23 @@ def release(run_folder, output) -> Path:
 
     Returns the checkpoint folder that was read. Raises UserError if `output` holds other files."""
     source, output = resolve(run_folder), Path(output)
-    if output.exists() and any(output.iterdir()) and not (output / "config.json").exists():
-        raise UserError(f"{output} has files but no checkpoint: choose another folder")
+    if output.exists() and any(output.iterdir()) and not _is_checkpoint(output):
+        raise UserError(f"{output} has files but no checkpoint of this project: choose another folder")
     if output.resolve() == source.resolve():
         raise UserError(f"{output} is the checkpoint itself: choose another folder")
+    if (source / CLASSIFIER_FILE).exists():
+        raise UserError(f"{source} is a classifier, whose layer would be lost: use convert.py --to hub")
     is_puzzle = (source / PUZZLE_FILE).is_file()
     # with the averaged weights, if the run has them
     model, tokenizer = (load_network(source), read_form(source)) if is_puzzle else load_model(source)
     info = json.loads((source / "config.json").read_text(encoding="utf-8")).get("info")
     save_checkpoint(output, model.half(), tokenizer, info=info)
     return source
+
+
+def _is_checkpoint(folder) -> bool:
+    path = folder / "config.json"
+    return path.is_file() and "model" in read_object(path) and not (folder / "onnx.json").exists()
 
 
 def licences(settings: dict, corpus: dict) -> str | None:

@@ -1,6 +1,7 @@
 """benchmarks/ and experiments/ at tiny sizes: they run, and their last line is JSON with the quoted figures."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -339,6 +340,14 @@ def test_release_overwrites_nothing_but_a_checkpoint(finished_run, tmp_path):
         release.main([str(run), str(tmp_path / "papers"), "--valid_paths", str(text)])
     with pytest.raises(UserError, match="itself"):
         release.main([str(run), str(run / "best"), "--valid_paths", str(text)])
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="llama has files but no checkpoint of this project"):
+        release.main([str(run), str(tmp_path / "llama"), "--valid_paths", str(text)])
+    shutil.copytree(run / "best", tmp_path / "classifier")
+    (tmp_path / "classifier" / "classifier.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="is a classifier, whose layer would be lost: use convert.py --to hub"):
+        release.main([str(tmp_path / "classifier"), str(tmp_path / "out"), "--valid_paths", str(text)])
     assert (tmp_path / "papers" / "thesis.txt").exists() and (run / "best" / "ema.safetensors").exists()
 
 

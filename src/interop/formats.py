@@ -20,6 +20,7 @@ torch.load(weights_only=True).
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,10 +41,10 @@ from src.checkpoint import (
 )
 from src.data.licences import LICENCES
 from src.data.tokenizer_json import PUZZLE_FILE
-from src.errors import UserError
+from src.errors import UserError, few
 from src.files.text import read_object
 from src.interop.gguf_reader import MAGIC, read_gguf, read_gguf_ends, read_gguf_tokenizer
-from src.interop.hf_llama import read_ends, read_hf, write_hf
+from src.interop.hf_llama import added_tokens, read_ends, read_hf, write_hf
 from src.interop.hf_tokenizer import save_for_transformers
 from src.interop.llama import check_plain
 from src.interop.llama2c import for_run_c, is_bin, read_bin, read_pt, tokenizer_file, write_bin
@@ -167,11 +168,23 @@ def read_source(path, tokenizer=None, hints: Hints = NO_HINTS) -> Source:
             f"{config.vocab_size}: give the tokenizer of this model with --tokenizer"
         )
     if spare:
+        if source is FORMATS["hf"]:
+            _refuse_added(path, config, own.vocab_size)
         config, weights = _without_spare_rows(path, config, weights, own.vocab_size)
     converted = {} if is_ours else {"converted_from": f"{source.name}: {path.name}"}
     has_classifier = is_ours and (resolve(path) / CLASSIFIER_FILE).exists()
     classifier = read_weights(resolve(path) / CLASSIFIER_FILE) if has_classifier else None
     return Source(path, config, weights, own, converted | info, classifier)
+
+
+def _refuse_added(path, config, tokens):
+    """Raises UserError if an embedding row without a token belongs to one that the folder adds elsewhere."""
+    added = {id: token for id, token in added_tokens(path).items() if tokens <= id < config.vocab_size}
+    added.pop(config.pad_token_id, None)  # it is never written
+    if added:
+        names = few(added[id] for id in sorted(added))
+        advice = "save the tokenizer as one complete tokenizer.json, and remove tokenizer.model"
+        raise UserError(f"{path} adds {names} outside its tokenizer file, where they are not read: {advice}")
 
 
 def _without_spare_rows(path, config, weights, tokens):
@@ -186,7 +199,7 @@ def _without_spare_rows(path, config, weights, tokens):
 
 
 def write(source: Source, dest, to: str = "checkpoint"):
-    """Writes a model in the format `to` (see above), or its tokenizer. A failure leaves nothing behind.
+    """Writes a model in the format `to` (see above), or its tokenizer. A failure leaves no file behind.
 
     Raises UserError if `dest` exists, or if the format cannot represent the model."""
     dest = Path(dest)
@@ -203,10 +216,10 @@ def write(source: Source, dest, to: str = "checkpoint"):
         check_plain(source.config, source.path, to)
     if to == "tokenizer" and isinstance(source.tokenizer, PuzzleForm):
         raise UserError(f"{source.path} is a puzzle model, which has no tokenizer: choose another model")
-    beside = dest.with_name(f".{dest.name}.partial")  # renamed when everything is written
+    beside = None  # a folder whose files are moved to their places when everything is written
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{dest.name[:100]}.", dir=dest.parent))
         _write(source, beside / dest.name, to)
         for path in outputs:
             os.rename(beside / path.name, path)
@@ -217,7 +230,8 @@ def write(source: Source, dest, to: str = "checkpoint"):
     except UserError as error:  # name the final path, not the temporary one
         raise UserError(str(error).replace(str(beside / dest.name), str(dest))) from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_free(dest):

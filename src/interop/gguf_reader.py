@@ -13,7 +13,7 @@ from src.model_config import LIMITS, TRMConfig
 from src.tokenizer import HFTokenizer, TokenizerWrapper
 
 MAGIC = b"GGUF"
-CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # GGUF uses SentencePiece's token types
+NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6  # GGUF uses SentencePiece's token types
 TITLES = {
     **{"source_name": "general.name", "license": "general.license"},
     "base_model": "general.base_model.0.repo_url",
@@ -199,9 +199,10 @@ def _sentencepiece(reader, tokens, types, path) -> TokenizerWrapper:
     ends = (token in ENDS_BY_NAME and type_ == USER_DEFINED for token, type_ in zip(tokens, types))
     types = [CONTROL if is_end else type_ for is_end, type_ in zip(ends, types)]
     for name, key, default in (("bos", "bos", 1), ("eos", "eos", 2), ("unk", "unknown", 0)):
-        index = _value(reader, f"tokenizer.ggml.{key}_token_id", default)
-        if types[index] == USER_DEFINED:  # such a piece would be text
-            types[index] = CONTROL
+        named = _value(reader, f"tokenizer.ggml.{key}_token_id", None)
+        index = default if named is None else named
+        if types[index] == USER_DEFINED or types[index] == NORMAL and named is not None and name != "unk":
+            types[index] = CONTROL  # such a piece would be text
         setattr(model.trainer_spec, f"{name}_id", index)
         setattr(model.trainer_spec, f"{name}_piece", tokens[index])
     for token, score, type_ in zip(tokens, _value(reader, "tokenizer.ggml.scores"), types):

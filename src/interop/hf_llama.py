@@ -71,6 +71,18 @@ def read_ends(folder, tokenizer) -> dict:
     return {"add_bos": add_bos, "ends": [i for end in ends for i in as_list(end)]}
 
 
+def added_tokens(folder) -> dict[int, str]:
+    """Returns {id: token} of the tokens that a folder adds outside its tokenizer file."""
+    found, path = {}, Path(folder) / "added_tokens.json"
+    if path.is_file():
+        found |= {id: token for token, id in read_object(path).items()}
+    path = Path(folder) / CONFIG_FILE
+    decoder = read_object(path).get("added_tokens_decoder") if path.is_file() else None
+    for id, token in (decoder or {}).items():
+        found[int(id)] = str(token.get("content") if isinstance(token, dict) else token)
+    return found
+
+
 def _config(values: dict, path) -> TRMConfig:
     """Converts a Hugging Face config.json to a TRMConfig. A missing value gets LlamaConfig's default."""
     if values.get("model_type") != "llama":
@@ -95,9 +107,10 @@ def _config(values: dict, path) -> TRMConfig:
         for what, is_so in unsupported.items():
             if is_so:
                 raise UserError(f"{path} needs {what}, which this project does not support: it cannot be converted")
+        pad = values.get("pad_token_id")  # early folders write -1 for none
         return plain_config(
             path, **sizes, norm_eps=values.get("rms_norm_eps", 1e-6),
-            tie_embeddings=values.get("tie_word_embeddings") or False, pad_token_id=values.get("pad_token_id"),
+            tie_embeddings=values.get("tie_word_embeddings") or False, pad_token_id=pad if pad != -1 else None,
             rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
             rope_scaling=float(rope["factor"]) if scaling != "default" else None,
             rope_trained_len=rope["original_max_position_embeddings"] if scaling == "yarn" else None,
@@ -137,6 +150,9 @@ def write_hf(folder, c: TRMConfig, weights: dict[str, Tensor], tokenizer):
     tensors = {name: tensor.clone() for name, tensor in to_llama(c, weights, HF).items()}
     save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.end_ids)}
+    if c.rope_trained_len is not None and c.rope_scaling * c.rope_trained_len != c.max_seq_len:
+        product = f"{c.rope_scaling:g} x {c.rope_trained_len} is not max_seq_len {c.max_seq_len}"
+        print(f"{folder.name}: transformers 4 replaces the factor of YaRN, because {product}", file=sys.stderr)
     config = _hf_config(c, weights) | special | {"pad_token_id": c.pad_token_id}
     for name, values in zip(SETTINGS, (config, special | {"pad_token_id": tokenizer.pad_id})):
         (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -160,6 +160,15 @@ def _check_names(c, tensors, dialect, where):
             raise UserError(f"{where}: {name} has shape {is_shape}, but its settings require {list(shape)}")
 
 
+def is_plain(c: TRMConfig) -> bool:
+    """Whether the model is a Llama."""
+    try:
+        check_plain(c, "", "")
+    except UserError:
+        return False
+    return True
+
+
 def check_plain(c: TRMConfig, where, wanted: str):
     """Raises UserError if the model is not a Llama; `wanted` is the target format, for the message."""
     if c.recursion != "none":

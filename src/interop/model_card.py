@@ -5,6 +5,7 @@ from string import Template
 
 import torch
 
+from src.interop.llama import is_plain
 from src.metrics import cache_bytes_per_token, count_parameters, effective_depth, flops_per_token, format_params
 from src.model import TRMConfig, TRMModel
 
@@ -13,7 +14,7 @@ FAMILY = {
     "loop": "A looped transformer: {n_layers} blocks, visited {visits} times per token.",
     "trm": "A Tiny Recursive Model (arXiv:2510.04871): {n_layers} blocks, visited {visits} times per token.",
 }
-TAG = {"none": "llama", "loop": "looped-transformer", "trm": "tiny-recursive-model"}
+TAG = {"none": "transformer", "loop": "looped-transformer", "trm": "tiny-recursive-model"}
 NAMES = {  # row titles, with units, for the entries of info in config.json
     "step": "training steps",
     "best_valid_loss": "validation loss in nats per token",
@@ -31,7 +32,7 @@ def model_card(name: str, config: TRMConfig, info: dict, to: str, puzzle: str | 
     metadata = ModelCardData(
         library_name={"hub": "generative-trm", "hf": "transformers"}[to],
         pipeline_tag="text-generation" if c.causal else None,
-        tags=["generative-trm", TAG[c.recursion]],
+        tags=["generative-trm", "llama" if is_plain(c) else TAG[c.recursion]],
         license=info.get("license"),
         base_model=info.get("base_model"),
     )

@@ -267,6 +267,8 @@ class TestModelCard:
         write(read_source(checkpoint()[0]), tmp_path / "hf", "hf")
         card = ModelCard.load(tmp_path / "hf" / "README.md")
         assert card.data.library_name == "transformers" and "llama" in card.data.tags
+        write(read_source(checkpoint(norm="post")[0]), tmp_path / "post", "hub")
+        assert ModelCard.load(tmp_path / "post" / "README.md").data.tags == ["generative-trm", "transformer"]
         assert 'pipeline("text-generation", model="hf")' in card.text
 
     @pytest.mark.parametrize("to", ["hub", "hf"])

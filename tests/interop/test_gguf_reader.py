@@ -197,10 +197,11 @@ class TestTokenizer:
         assert (ours.bos_id, ours.eos_id, ours.unk_id, ours.prefix) == (2, 3, 1, "")
         assert (ours.add_bos, ours.end_ids) == (True, (3,))
 
-    def test_sentencepiece_whose_ends_are_called_user_defined(self, file):
+    @pytest.mark.parametrize("kind", [1, 4])  # normal, user-defined
+    def test_sentencepiece_whose_ends_are_called_text(self, file, kind):
         pieces = ["<unk>", "<s>", "</s>", *(chr(c) for c in range(97, 123)), "<|im_start|>", "<|im_end|>"]
         fields = {"model": "llama", "tokens": pieces, "scores": [0.0] * len(pieces), "add_space_prefix": False}
-        fields["token_type"] = [2, 3, 3, *[1] * 26, 4, 4]
+        fields["token_type"] = [2, 3, 3, *[1] * 26, kind, kind]
         fields |= {"bos_token_id": 29, "eos_token_id": 30, "unknown_token_id": 0}
         path, _ = file({f"tokenizer.ggml.{name}": v for name, v in fields.items()}, vocab_size=len(pieces))
         ours = read_source(path).tokenizer

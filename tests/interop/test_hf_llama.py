@@ -250,6 +250,31 @@ class TestFiles:
         with pytest.raises(UserError, match="weight_map"):
             read_hf(folder)
 
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            ("added_tokens.json", {"<|im_end|>": V}),
+            ("tokenizer_config.json", {"added_tokens_decoder": {str(V): {"content": "<|im_end|>"}}}),
+        ],
+    )
+    def test_tokens_outside_the_tokenizer_file(self, folder, name, values):
+        """The model knows them, so their rows are not spare ones."""
+        tensors = load_file(folder / "model.safetensors")
+        for table in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[table] = torch.cat((tensors[table], tensors[table][:1]))
+        save_file(tensors, folder / "model.safetensors")
+        change(folder, vocab_size=V + 1, eos_token_id=V)
+        path = folder / name
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+        with pytest.raises(UserError, match=r"adds <\|im_end\|> outside its tokenizer file"):
+            read_source(folder)
+        change(folder, pad_token_id=V)  # such a token is never written
+        assert read_source(folder).config.vocab_size == V
+
+    def test_no_padding_as_early_folders_write_it(self, folder):
+        change(folder, pad_token_id=-1)
+        assert read_hf(folder)[0].pad_token_id is None
+
     def test_more_weights_than_a_llama_has(self, folder):
         path = folder / "model.safetensors"
         tensors = load_file(path)
