@@ -181,12 +181,10 @@ def _drawn_depths(config: TrainConfig, whole: TRMConfig) -> list[tuple[int, int]
 
 def least_depth(config: TrainConfig, whole: TRMConfig, begun: bool) -> int:
     """Returns the first recursion step after which training has a loss, at the depths of `depth_of_step`."""
-    if config.recursion_from and not begun:
+    if whole.recursion == "none" or config.recursion_from and not begun:
         return 1
     drawn = _drawn_depths(config, whole) if config.sample_depth else [(whole.deep_steps, whole.supervision_steps)]
     models = [_at_depth(whole, *depth) for depth in drawn]
-    if whole.recursion == "none":
-        return 1
     weights = [loss_weights(model, model.recursion_steps) for model in models]
     return 1 + min(next(step for step, weight in enumerate(each) if weight > 0) for each in weights)
 
