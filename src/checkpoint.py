@@ -129,7 +129,7 @@ def load_config(folder) -> TRMConfig:
 
 def least_depth(folder) -> int:
     """Returns the first recursion step after which a checkpoint was trained to answer; 1 if it does not say."""
-    least = read_info(resolve(folder)).get("least_depth")
+    least = read_info(folder).get("least_depth")
     return least if isinstance(least, int) and least > 0 else 1
 
 

@@ -80,9 +80,8 @@ class Service:
             self._loop.call_soon_threadsafe(deliver, out)
 
     def submit(self, texts: list[Text]):
-        """Queues texts. Raises ApiError if there is no room."""
+        """Queues texts, whose number `check_number` has passed. Raises ApiError if there is no room now."""
         most = self.engine.limits.queue
-        self.check_number(len(texts))
         try:
             self.engine.submit(texts)
         except Busy:

@@ -107,8 +107,8 @@ class CurriculumScheduler:
             if stage.batch_size % (config.grad_accum * world):
                 parts = f"grad_accum {config.grad_accum} x {world} processes"
                 raise UserError(f"batch_size {stage.batch_size} does not divide into {parts}: make it a multiple")
-        model, any_depth = self.stages[0].model, replace(config, least_depth=1)
-        is_single = all(len(_drawn_depths(any_depth, stage.model)) == 1 for stage in self.stages)
+        model = self.stages[0].model
+        is_single = all(len(_drawn_depths(stage.model)) == 1 for stage in self.stages)
         if config.sample_depth and model.recursion != "none" and is_single:
             name = "supervision_steps" if _draws_supervision(model) else "deep_steps"
             raise UserError(f"sample_depth has nothing to draw from: set {name} to 2 or more, or leave it out")
@@ -160,7 +160,7 @@ def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, begun: bool)
         return depth_so_far(config, whole, begun)
     # a generator, because the lowest bits of mix_seed repeat after a few steps
     rng = random.Random(mix_seed(config.seed, step, 1))
-    depths = _drawn_depths(config, whole)
+    depths = _drawn_depths(whole, config.least_depth)
     return _at_depth(whole, *depths[rng.randrange(len(depths))])
 
 
@@ -169,21 +169,25 @@ def _draws_supervision(model: TRMConfig) -> bool:
     return model.recursion == "trm" and model.full_bptt
 
 
-def _drawn_depths(config: TrainConfig, whole: TRMConfig) -> list[tuple[int, int]]:
+def _drawn_depths(whole: TRMConfig, least: int = 1) -> list[tuple[int, int]]:
     """Returns the pairs of deep_steps and supervision_steps among which sample_depth draws."""
     deep, supervision = whole.deep_steps, whole.supervision_steps
     if whole.recursion == "none":
         return [(deep, supervision)]  # it has no depth
     if _draws_supervision(whole):
-        return [(deep, steps) for steps in range(config.least_depth, supervision + 1)]
-    return [(steps, supervision) for steps in range(config.least_depth, deep + 1)]
+        return [(deep, steps) for steps in range(least, supervision + 1)]
+    return [(steps, supervision) for steps in range(least, deep + 1)]
 
 
 def least_depth(config: TrainConfig, whole: TRMConfig, begun: bool) -> int:
     """Returns the first recursion step after which training has a loss, at the depths of `depth_of_step`."""
     if whole.recursion == "none" or config.recursion_from and not begun:
         return 1
-    drawn = _drawn_depths(config, whole) if config.sample_depth else [(whole.deep_steps, whole.supervision_steps)]
+    drawn = (
+        _drawn_depths(whole, config.least_depth)
+        if config.sample_depth
+        else [(whole.deep_steps, whole.supervision_steps)]
+    )
     models = [_at_depth(whole, *depth) for depth in drawn]
     weights = [loss_weights(model, model.recursion_steps) for model in models]
     return 1 + min(next(step for step, weight in enumerate(each) if weight > 0) for each in weights)
@@ -191,9 +195,9 @@ def least_depth(config: TrainConfig, whole: TRMConfig, begun: bool) -> int:
 
 def check_depths(config: TrainConfig, whole: TRMConfig):
     """Raises UserError if a step of the run may have a depth that does not go with the model's other settings."""
-    drawn = _drawn_depths(config, whole) if config.sample_depth else []
+    drawn = _drawn_depths(whole, config.least_depth) if config.sample_depth else []
     if config.sample_depth and not drawn:
-        most = _drawn_depths(replace(config, least_depth=1), whole)
+        most = _drawn_depths(whole)
         raise UserError(f"least_depth is {config.least_depth}: set it to {len(most)} or less, the most steps here")
     depths = [(1, 1)] * bool(config.recursion_from) + drawn
     try:

@@ -298,6 +298,11 @@ def test_depth_and_two_depths(page):
     page.locator("#undo").click()  # Again
     page.locator("#undo").click()  # Compare
     expect(page).to_have_url(re.compile(rf"[#&]depth={deeper}(&|$)"))
+    # comparing is over: what is set from now on stays, whichever token is looked at
+    page.locator("#reseed").click()
+    written(page)
+    page.get_by_role("option").first.click()
+    expect(page).to_have_url(re.compile(r"[#&]seed=2(&|$)"))
 
 
 def test_stop(page):

@@ -25,7 +25,7 @@ export class WritingPage {
     this.selected = null; // {key, index} of the token that was clicked or focused
     this.hovered = null;
     this.used = null; // the settings of the last passage, as writingOf() gives them
-    this.apart = {}; // what the settings by which texts are compared are otherwise
+    this.apart = {}; // while a compared text is active: what the settings by which it was compared are otherwise
     this.writer = new Writer(this.history, card, () => this.refresh());
     this.view = new TextView(byId("branches"), card.example, {
       select: (key, index) => this.select(key, index),
@@ -125,9 +125,11 @@ export class WritingPage {
   // Makes a text the active one. If it was compared, link and Again repeat the depth or seed that it was written with.
   // When comparing is over, these are again what they were.
   follow(key) {
-    const own = { ...this.apart, ...this.history.activate(key) };
-    if (!Object.keys(own).length) return;
-    Object.assign(this.settings, own);
+    const own = this.history.activate(key);
+    if (own) this.apart = { ...among(this.settings, own), ...this.apart };
+    if (!Object.keys(this.apart).length) return;
+    Object.assign(this.settings, this.apart, own);
+    if (!own) this.apart = {};
     this.used = writingOf(this.settings);
     this.showSettings();
   }
@@ -212,7 +214,8 @@ export class WritingPage {
     const ends = !token.bytes.length; // a special token: there is nothing to write after it
     let at = key;
     if (this.settings.keep) {
-      const other = newBranch(tokens, tokens.length, noteOf(this.settings, this.card));
+      const own = branch.own && among(this.settings, branch.own);
+      const other = newBranch(tokens, tokens.length, noteOf(this.settings, this.card), own);
       this.commit({ ...replaced(this.history.page, key, [branch, other]), active: this.history.numberOf(key) + 1 });
       at = other.key;
       if (!ends) this.run(at, this.settings);
@@ -240,7 +243,6 @@ export class WritingPage {
     const branches = runs.map((settings, side) => {
       return newBranch(prompt, prompt.length, noteOf(settings, this.card), { ...own, [name]: values[side] });
     });
-    this.apart = { [name]: this.settings[name], ...this.apart };
     this.selected = null;
     this.commit({ branches, active: 0 });
     this.follow(branches[0].key);
@@ -343,6 +345,7 @@ export class WritingPage {
   async open(fragment) {
     const { text, start, settings } = fromFragment(fragment);
     Object.assign(this.settings, this.defaults, fitting(settings, this.card));
+    this.apart = {};
     this.showSettings();
     this.used = writingOf(this.settings);
     let [branch, problem] = [newBranch(), null];
