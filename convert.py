@@ -16,6 +16,9 @@ SOURCE is executed. DEST must not exist. After writing DEST, the script prints i
 
 A converted model keeps the start and end tokens of its source: it uses BOS if the source does, and stops at every end
 token that the source files name. A llama2.c model also stops at BOS. Embedding rows without a token are dropped.
+
+For single formats, by their names in --to:
+
   hf       transformers produces the same token ids as this project. A pipeline produces the same text, except when the
            model writes only part of a character, or when a unigram tokenizer has two equally probable segmentations.
            The name of a special token inside a text is encoded as plain text. If the tokenizer adds a space before a
@@ -24,10 +27,11 @@ token that the source files name. A llama2.c model also stops at BOS. Embedding 
            run.c adds a space before a prompt. It segments the prompt by piece scores only, so a unigram tokenizer or
            one that splits words first may give other tokens. It does not print single bytes above 127, which encode
            characters outside the vocabulary.
-  trm      The source is a state dict of torch.save or a .safetensors file, with all_config.yaml in the same folder.
-           Without that file, give --n_heads, --deep_steps (H_cycles) and --latent_steps (L_cycles). Of the two rows of
-           their halting head, the one that their settings never use is dropped; it is written back as it starts, with
-           weight 0 and bias -5. Written back, all_config.yaml has the settings of the model and no others.
+  trm      As SOURCE: a state dict of torch.save or a .safetensors file, with all_config.yaml in the same folder.
+           Without that file, give --n_heads, --deep_steps (H_cycles) and --latent_steps (L_cycles). The authors'
+           halting head has two rows, and their settings never use the second. Reading drops it; writing adds it with
+           its starting values, weight 0 and bias -5. The all_config.yaml that is written has the settings of the model
+           only.
   tokenizer  For a program that tokenizes text itself and asks serve.py for log-probabilities, such as the
            lm-evaluation-harness. What is said about hf holds here, too.
 """

@@ -2,7 +2,7 @@
 
     python serve.py                                     # the released checkpoint, on http://127.0.0.1:8000
     python serve.py runs/trm --port 8080
-    python serve.py runs/trm --puzzle runs/sudoku4      # and a model whose boards the page solves
+    python serve.py runs/trm --puzzle runs/sudoku4      # the page solves the boards of this puzzle model
     python serve.py --onnx onnx/trm                     # run an export of export_onnx.py with ONNX Runtime
     python serve.py --host 0.0.0.0 --api_key SECRET     # also for other machines, which must send this key
 

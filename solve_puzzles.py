@@ -4,8 +4,8 @@
     python solve_puzzles.py runs/sudoku4 --board - < boards.txt                   # one per line
     python solve_puzzles.py runs/sudoku4 --board 3....2....4..1.. --trace         # the board after each step
     python solve_puzzles.py runs/sudoku4 --board 3....2....4..1.. --trace runs/board.png   # the same as a picture
-    python solve_puzzles.py runs/sudoku4 --generate 1000 --low 4 --high 6         # how many of 1,000 new puzzles?
-    python solve_puzzles.py runs/sudoku4 --held_out true                          # how many that the run held out?
+    python solve_puzzles.py runs/sudoku4 --generate 1000 --low 4 --high 6         # how many of 1,000 new ones it solves
+    python solve_puzzles.py runs/sudoku4 --held_out true                          # how many of those its run held out
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --output runs/solutions.csv --exit halt
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --steps 64            # more steps than in training
     python solve_puzzles.py runs/sudoku --paths test.csv.gz --starts 8            # the best of eight noisy starts
@@ -19,8 +19,9 @@ file instead. Messages go to stderr: for up to 20 boards, whether each answer is
 steps and its seconds; for several boards, also tables of exact accuracy by step and by difficulty. If a puzzle in a
 file is no board or has no solution, it is named and skipped.
 
-ARC tasks are solved as tasks, with --votes or --submission: votes are augmentations of a task, the two most frequent
-answers to each test pair go to the submission file (without the flag: to stdout), and pass@1 and pass@2 go to stderr.
+With --votes or --submission, all pairs of an ARC task are solved together. Each vote is the answer to one augmentation
+of the task. The two most frequent answers to each test pair go to the submission file, or without it to stdout. stderr
+gets pass@1 and pass@2: the share of test pairs, as a mean over tasks, that are right with one answer and with two.
 """
 
 import io

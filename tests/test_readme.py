@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
 MAP = ROOT / "docs" / "architecture.md"
+PAGES = [README, ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("[a-z]*.md"))]  # not RESULTS, LOG: history
 SCRIPTS = sorted(p.name for p in ROOT.glob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SUFFIXES = ".py .md .txt .yaml .toml .png .sh .model .vocab .json .jsonl .gz .parquet .safetensors".split()
@@ -46,7 +47,7 @@ def commands(text):
         line = re.sub(r"^\s*(\$|>)\s+", "", line.split(" #")[0]).strip()
         for part in re.split(r"\s(?:&&|\||;|>)\s?", line):
             part = re.sub(r"^(\w+=\S+\s+)+", "", part.strip())  # OMP_NUM_THREADS=1 python ...
-            part = part.replace("accelerate launch ", "python ")
+            part = re.sub(r"accelerate launch (--\w+ \S+\s+)*", "python ", part)
             if re.match(r"(\S*/)?(python3?|make)\s", part):
                 program, *words = shlex.split(part)
                 found.append((Path(program).name.removesuffix("3"), words))
@@ -104,7 +105,7 @@ def check(program, words):
         assert not unknown, f"make {unknown}: the Makefile has {targets}"
     elif words[0] == "-m":
         assert words[1] in ("pytest", "venv", "pip", "ruff", "tensorboard.main"), words
-    elif words[0] != "-c":
+    elif words[0] not in ("-c", "-"):
         script, words = words[0], list(words[1:])
         assert (ROOT / script).is_file(), f"python {script}: no such file"
         if "config" in "".join(words) and not any(is_made(w) for w in words if w.endswith(".yaml")):
@@ -126,9 +127,19 @@ def test_it_says_how_to_begin():
 
 
 @needs_readme
-def test_every_command_is_real():
-    for program, words in commands(TEXT):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_real(page):
+    for program, words in commands(page.read_text(encoding="utf-8")):
         check(program, words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_is_in_fenced_blocks_and_compiles(page):
+    """Indented code could be wrapped as prose. Equations are indented: they have no command."""
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"^    (?:python|make|import) .*", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    for code in re.findall(r"^```python\n(.*?)^```|<<'EOF'\n(.*?)^EOF", text, re.S | re.M):
+        compile("".join(code), page.name, "exec")
 
 
 @needs_readme
