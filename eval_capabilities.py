@@ -28,7 +28,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from src.config import before_torch, check_distinct, check_writable, parse_flags, run, write_json
+from src.config import before_torch, check_distinct, check_png, check_writable, parse_flags, run, write_json
 from src.data.corpus import find_files
 from src.errors import UserError, few
 
@@ -81,8 +81,7 @@ class CapabilityConfig:
             name, is_assigned, path = word.partition("=")
             if not (name and is_assigned and path):
                 raise ValueError(f"text is {word!r}: write NAME=PATH, such as english=data/english.jsonl")
-        if self.plot is not None and not self.plot.endswith(".png"):
-            raise ValueError(f"plot is {self.plot}: choose a file name that ends in .png")
+        check_png("plot", self.plot)
 
     @property
     def tests(self) -> list[str]:

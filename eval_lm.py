@@ -25,7 +25,7 @@ from math import isnan
 from pathlib import Path
 from typing import Literal
 
-from src.config import before_torch, check_distinct, check_writable, parse_flags, run, write_json, write_text
+from src.config import before_torch, check_distinct, check_png, check_writable, parse_flags, run, write_json, write_text
 from src.data.corpus import MAX_DOC_MB, find_files
 from src.data.readers import SUFFIXES
 from src.data.records import RECORD_SUFFIXES
@@ -85,8 +85,7 @@ class EvalConfig:
         for name in ("max_docs", "max_tokens", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
-        if self.depth_curve is not None and not self.depth_curve.endswith(".png"):
-            raise ValueError(f"depth_curve is {self.depth_curve}: choose a file name that ends in .png")
+        check_png("depth_curve", self.depth_curve)
         if self.lm_eval and (self.paths or self.depth_curve or self.stride or self.max_tokens):
             raise ValueError("lm_eval tasks have their own text: leave out paths, depth_curve, stride and max_tokens")
         if not self.lm_eval and (self.include_path is not None or self.num_fewshot is not None):

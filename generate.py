@@ -116,7 +116,10 @@ class GenerateConfig:
         """Returns the prompts of --prompt and --prompt_file, or one empty prompt if there are none."""
         prompts = list(self.prompt)
         if self.prompt_file is not None:
-            prompts += read_text(self.prompt_file, "--prompt_file").removesuffix("\n").split("\n")
+            text = read_text(self.prompt_file, "--prompt_file")
+            if not text:
+                raise UserError(f"--prompt_file {self.prompt_file} is empty: write one prompt per line")
+            prompts += text.removesuffix("\n").split("\n")
         return prompts or [""]
 
     def read_suffix(self):
@@ -175,6 +178,14 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
     print(speed, file=sys.stderr)
     if trace:
         show(trace, config.trace, prompts[0])
+
+
+def check_lengths(model, tokenizer, prompts, suffix):
+    """Raises UserError if one of several prompts does not fit into the context, before any of them is continued."""
+    for number, prompt in enumerate(prompts, 1):
+        whole = tokenizer.infill(prompt, suffix) if suffix and tokenizer.fim else tokenizer.encode(prompt, bos=True)
+        if len(prompts) > 1 and len(whole) > (most := model.config.max_seq_len):
+            raise UserError(f"prompt {number} has {len(whole)} tokens, the context holds {most}: shorten it")
 
 
 def write_batches(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRule, context=None):
@@ -244,13 +255,15 @@ def main(argv=None):
         check_path(config.trace)
         check_distinct([Path(config.trace).with_suffix(".json")], [config.prompt_file, config.suffix_file])
     config.read_suffix()
-    prompts = [prompt for prompt in config.prompts() for _ in range(config.num_samples)]
+    prompts = config.prompts()
     model, tokenizer = load(config)
+    check_lengths(model, tokenizer, prompts, config.suffix)
     context = read_context(config, model, tokenizer) if config.rag else None
     if config.interactive:
         converse(model, tokenizer, config, rule, context)
     else:
-        write_batches(model, tokenizer, prompts, config, rule, context)
+        copies = [prompt for prompt in prompts for _ in range(config.num_samples)]
+        write_batches(model, tokenizer, copies, config, rule, context)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 
-from src.config import check_distinct, check_writable, parse_flags, run, write_text
+from src.config import check_distinct, check_png, check_writable, parse_flags, run, write_text
 from src.data.corpus import MAX_DOC_MB, find_files, refuse_empty, suffixes_of
 from src.data.inspect import documents_at, fields_of, figures_of, measure, overlap
 from src.data.inspect_report import draw_lengths, report
@@ -59,8 +59,7 @@ class InspectConfig:
             raise ValueError(f"max_seq_len is {self.max_seq_len}: set it to 1 or more")
         if not 0 <= self.examples <= 1000:
             raise ValueError(f"examples is {self.examples}: set it from 0 to 1000")
-        if self.plot is not None and not self.plot.endswith(".png"):
-            raise ValueError(f"plot is {self.plot}: choose a file name that ends in .png")
+        check_png("plot", self.plot)
         if not 1 <= self.max_doc_mb * 1e6 <= 1e12:
             raise ValueError(f"max_doc_mb is {self.max_doc_mb}: set it over 0 and to at most a million")
 

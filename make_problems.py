@@ -52,8 +52,8 @@ class ProblemsConfig:
         size: number of problems
         seed: seed of the generator; item i of a reasoning-gym task is made with seed + i
         exclude: files with records whose questions are left out, such as the training set when making a test set
-        min_digits: fewest digits of a number in addition; fewest bits or letters in parity, copy and reverse
-        max_digits: most digits, bits or letters; every length is drawn equally often
+        min_digits: fewest digits of a number in addition; fewest bits or letters in parity, copy and reverse; default 1
+        max_digits: most digits, bits or letters; every length is drawn equally often; default 10
         reversed_digits: in addition, write the sum with its least significant digit first
         terse: for mini_sudoku, maze, chain_sum and spell_backward: the question without instructions
         set: options of a reasoning-gym task, each as name=value
@@ -66,8 +66,8 @@ class ProblemsConfig:
     size: int = 10_000
     seed: int = 0
     exclude: list[str] = field(default_factory=list)
-    min_digits: int = 1
-    max_digits: int = 10
+    min_digits: int | None = None
+    max_digits: int | None = None
     reversed_digits: bool = False
     terse: bool = False
     set: list[str] = field(default_factory=list)
@@ -81,6 +81,10 @@ class ProblemsConfig:
             raise ValueError("no task given: name one, such as addition (--list true prints all)")
         if not 1 <= self.size <= 10**8 or not 0 <= self.seed < 2**62:
             raise ValueError(f"size is {self.size}, seed is {self.seed}: set size from 1 to 100 million, seed from 0")
+        if self.task not in OWN and (self.min_digits, self.max_digits) != (None, None):
+            raise ValueError(f"min_digits and max_digits are for {', '.join(OWN)}: {self.task} has options, see set")
+        self.min_digits = 1 if self.min_digits is None else self.min_digits
+        self.max_digits = 10 if self.max_digits is None else self.max_digits
         if not 1 <= self.min_digits <= self.max_digits <= MOST_DIGITS:
             raise ValueError(
                 f"min_digits is {self.min_digits}, max_digits is {self.max_digits}: set 1 <= min_digits <= "

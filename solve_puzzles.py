@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from src.config import before_torch, check_distinct, check_writable, parse_flags, run, write_text
+from src.config import before_torch, check_distinct, check_png, check_writable, parse_flags, run, write_text
 from src.errors import UserError
 
 __all__ = ["main", "parse_args"]
@@ -125,6 +125,7 @@ class SolveConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it from {low:,} to {high:,}")
         if not self.generate and (self.low or self.high or self.difficulty != "any"):
             raise ValueError("low, high and difficulty are for --generate: leave them out")
+        check_png("curve", self.curve)
         if self.curve is not None and self.exit != "fixed":
             raise ValueError("curve compares the stopping rules itself: leave out exit")
         if self.curve is not None and self.starts * self.votes > 1:

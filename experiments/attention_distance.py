@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src when run as a script
 
-from src.config import before_torch, check_writable, parse_flags, run  # noqa: E402
+from src.config import before_torch, check_png, check_writable, parse_flags, run  # noqa: E402
 from src.errors import UserError  # noqa: E402
 
 SHOWN = 16  # distances in the picture
@@ -55,8 +55,7 @@ class DistanceConfig:
             )
         if self.windows < 1 or self.window is not None and self.window < 2 * SHOWN:
             raise ValueError(f"windows or window is too small: set them to at least 1 and {2 * SHOWN}")
-        if self.output is not None and not self.output.endswith(".png"):
-            raise ValueError(f"output is {self.output}: choose a file name that ends in .png")
+        check_png("output", self.output)
 
 
 @before_torch

@@ -7,7 +7,6 @@ import collections
 import copy
 import dataclasses
 import difflib
-import errno
 import io
 import json
 import math
@@ -19,7 +18,8 @@ import typing
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, _loaders_dumpers, set_parsing_settings
 
-from src.errors import UserError, one_line
+from src.errors import ADVICE, UserError, one_line
+from src.files.folders import holds_model
 from src.files.plain_yaml import PlainLoader, read_yaml
 from src.files.text import is_text, same_file_key
 
@@ -68,9 +68,9 @@ def _guarded(function):
         _drop_stdout()
         sys.exit(0)
     except OSError as error:
-        if error.errno not in _ADVICE:
+        if error.errno not in ADVICE:
             raise
-        print(f"error: {one_line(error)}: {_ADVICE[error.errno]}", file=sys.stderr)
+        print(f"error: {one_line(error)}: {ADVICE[error.errno]}", file=sys.stderr)
         _drop_stdout()
         sys.exit(2)
 
@@ -80,13 +80,6 @@ def _check_folder():
         os.getcwd()
     except FileNotFoundError:  # checked here, because libraries fail later with a traceback
         raise UserError("the current folder was deleted: change to a folder that exists") from None
-
-
-# Advice for the OSErrors that a user can fix; any other OSError keeps its traceback.
-_ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some disk space and try again")
-_ADVICE[errno.ENAMETOOLONG] = "choose a shorter name"
-_ADVICE |= dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "a file or folder is in the way: choose another")
-_ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place where you may read and write")
 
 
 class _Messages(io.FileIO):
@@ -160,6 +153,12 @@ def check_distinct(outputs, inputs):
             if _key(path) in taken:
                 raise UserError(f"{path} is also read, or written by another flag: choose another file to write")
             taken.add(_key(path))
+
+
+def check_png(name: str, path: str | None):
+    """Raises ValueError if a picture of this setting would have a name that does not end in .png."""
+    if path is not None and not path.endswith(".png"):
+        raise ValueError(f"{name} is {path}: choose a file name that ends in .png")
 
 
 def _key(path):
@@ -359,6 +358,8 @@ def _normalise(argv, fields, positional):
                 values.append(words.popleft())
             if not values:
                 raise UserError(f"{name} needs one or more values")
+            if positional == "checkpoint" and not free and len(values) > 1 and holds_model(values[-1]):
+                raise UserError(f"{name} takes all words after it, also {values[-1]}: write the checkpoint before it")
             # as text, [] may be a prompt
             is_empty = values == ["[]"] and list[str] not in (field.type, *typing.get_args(field.type))
             lists.append(name[2:])

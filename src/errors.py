@@ -1,6 +1,13 @@
 """UserError, the exception for all mistakes of the user."""
 
+import errno
+
 MOST_CHARS = 800  # limit for a message
+# advice for the OSErrors that a user can fix; any other OSError keeps its traceback
+ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some disk space and try again")
+ADVICE[errno.ENAMETOOLONG] = "choose a shorter name"
+ADVICE |= dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "a file or folder is in the way: choose another")
+ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place where you may read and write")
 
 
 class UserError(Exception):

@@ -241,9 +241,11 @@ class TestMistakesOfGenerating:
     def test_wrong_calls(self, trained, call, tmp_path):
         (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
         (tmp_path / "utf16.txt").write_bytes("def".encode("utf-16-le"))
+        (tmp_path / "none.txt").touch()
         for words, said in [
             (["--prompt", "x" * 99], "the prompt has 100 tokens, the context holds 32"),
-            (["--prompt", "ok", "x" * 99], "the prompt has 100 tokens"),
+            (["--prompt", *["ok"] * 17, "x" * 99], "prompt 18 has 100 tokens, the context holds 32"),
+            (["--prompt_file", tmp_path / "none.txt"], "none.txt is empty: write one prompt per line"),
             (["--prompt_file", tmp_path / "nowhere.txt"], "nowhere.txt"),
             (["--prompt_file", tmp_path / "latin.txt"], "latin.txt is not UTF-8 text"),
             (["--prompt_file", tmp_path / "utf16.txt"], "utf16.txt holds NUL bytes"),
@@ -270,6 +272,7 @@ class TestMistakesOfGenerating:
             ([tmp_path], "is neither a checkpoint"),
             ([tmp_path / "latin.txt"], "latin.txt"),
             ([trained[0], "another"], "another"),
+            (["--prompt", "x", trained[0]], "write the checkpoint before it"),
         ]:
             assert_one_line(*call("generate.py", *words), said)
 

@@ -308,6 +308,7 @@ class TestMistakes:
             (["--board", BOARD, "--halt_threshold", "1.5"], "halt_threshold is 1.5: set it from 0 to 1"),
             (["--board", BOARD, "--votes", "5000"], "--votes is 5000, but sudoku4 has only"),
             (["--board", BOARD, "--trace", "b.doc"], "--trace b.doc: name a file that ends in .png"),
+            (["--board", BOARD, "--curve", "c.pdf"], "curve is c.pdf: choose a file name that ends in .png"),
             (["--board", BOARD, "--output", "none/s.csv"], "cannot write none/s.csv"),
             (["--board", BOARD, "--output", "s.csv.gz"], "s.csv.gz: the file is not compressed: leave out .gz"),
             (["--paths", "s.csv", "--output", "s.csv"], "s.csv is also read"),

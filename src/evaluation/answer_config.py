@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, fields
 
+from src.config import check_png
+
 
 @dataclass
 class AnswerConfig:
@@ -34,8 +36,7 @@ class AnswerConfig:
         for name in ("best_of", "max_new_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
-        if self.plot is not None and not self.plot.endswith(".png"):
-            raise ValueError(f"plot is {self.plot}: choose a file name that ends in .png")
+        check_png("plot", self.plot)
         given = [f.name for f in fields(self) if getattr(self, f.name) is not None and f.name != "exact_match"]
         if given and not self.exact_match:
             raise ValueError(f"{given[0]} needs exact_match: add --exact_match, or leave out {given[0]}")

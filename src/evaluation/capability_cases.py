@@ -294,10 +294,10 @@ def _fill(pair, lines, distance, n_tokens):
 
 
 def addition_cases(digits: int, count: int, rng: random.Random) -> list[Completion]:
-    """Returns additions of two numbers that both have as many digits, as prompts of records."""
+    """Returns additions of two numbers that both have as many digits, as the prompts of make_problems.py's records."""
     low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits - 1
     pairs = [(rng.randint(low, high), rng.randint(low, high)) for _ in range(count)]
-    return [Completion(prompt_of(f"{a}+{b}"), str(a + b)) for a, b in pairs]
+    return [Completion(prompt_of(f"{a} + {b}"), str(a + b)) for a, b in pairs]
 
 
 def addition_chance(digits: int) -> float:

@@ -53,6 +53,11 @@ def replacing_file(path):
         beside.unlink(missing_ok=True)
 
 
+def holds_model(path) -> bool:
+    """Whether a path is a folder that looks like a checkpoint or a run."""
+    return any((Path(path) / name).exists() for name in ("model.safetensors", "best", "last"))
+
+
 def replace_file(path, text: str):
     """Writes a file as UTF-8: after a crash, it is the old one or the new one.  Raises OSError if it cannot."""
     with replacing_file(path) as beside:

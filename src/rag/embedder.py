@@ -5,6 +5,7 @@ SentenceEmbedder a sentence-embedding model. All three have the same interface: 
 stored index keeps), `dim`, `fit(texts)`, `embed(texts)`, `arrays` (what `fit` learned) and `restore(arrays)`.
 """
 
+import json
 import re
 from collections.abc import Sequence
 
@@ -192,5 +193,7 @@ def make_embedder(method: str, dim: int = 1024, checkpoint=None):
     from src.files.text import read_bytes
 
     model, tokenizer = load_model(checkpoint)
-    weights = read_bytes(resolve(checkpoint) / "model.safetensors", most=2**40)
-    return StateEmbedder(model, tokenizer, f"{content_hash(weights):016x}")
+    averaged = resolve(checkpoint) / "ema.safetensors"  # as in load_model
+    weights = read_bytes(averaged if averaged.exists() else averaged.with_name("model.safetensors"), most=2**40)
+    settings = json.dumps(model.config.to_dict(), sort_keys=True).encode()  # a change of depth changes the states
+    return StateEmbedder(model, tokenizer, f"{content_hash(weights + settings):016x}")

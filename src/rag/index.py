@@ -48,14 +48,15 @@ def open_retriever(
         with FileLock(f"{folder}.lock"):
             chunks, store = _updated(folder, sources, embedder, chunk_lines, report)
     except OSError as error:
-        raise UserError(f"cannot write to cache_dir {folder.parent} ({error.strerror}): set another one") from None
+        advice = "set another one" if cache_dir else "set the variable HF_DATASETS_CACHE to another folder"
+        raise UserError(f"cannot write to cache_dir {folder.parent} ({error.strerror}): {advice}") from None
     return RAGRetriever(sources, chunks, VectorSearch(embedder, store))
 
 
 def _updated(folder, sources, embedder, chunk_lines, report):
     """Returns (chunks, store) of the sources, and saves what has changed. The embedder is fitted or restored."""
     # the name's end decides how a file is cut
-    digests = [hashlib.sha256(f"{s.path.rpartition('.')[2]}\0{s.text}".encode()).hexdigest()[:32] for s in sources]
+    digests = [_digest(f"{source.path.rpartition('.')[2]}\0{source.text}") for source in sources]
     before, stale, old = _load(folder, embedder)
     rows, row = {}, 0  # digest -> rows of the old store
     for digest, each in before:
@@ -81,6 +82,10 @@ def _updated(folder, sources, embedder, chunk_lines, report):
         counts = f"{len(sources)} files, {len(chunks)} chunks, {int(is_new.sum())} of them embedded now"
         print(f"index of {counts}", file=sys.stderr)
     return chunks, MemoryVectorStore.load(folder, embedder.identity)
+
+
+def _digest(text):
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]  # a name may not be UTF-8
 
 
 def _merge(old, rows, chunks, is_new, embedder):

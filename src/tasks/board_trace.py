@@ -43,10 +43,13 @@ class BoardTrace:
 
     def __init__(self, kind: PuzzleKind, inputs: UInt8[np.ndarray, "l"], labels: UInt8[np.ndarray, "l"]):
         self.kind, self.inputs, self.labels = kind, inputs, labels
-        self.answers, self.steps = [], []
+        self.answers, self.steps, self.taken = [], [], 0
 
     def add(self, attempt: Attempt):
-        """Appends a step: that of the first board of an attempt."""
+        """Appends a step: that of the first board of an attempt, unless all its copies have stopped before."""
+        if attempt.steps[0] == self.taken:
+            return
+        self.taken = attempt.steps[0]
         answer, before = attempt.answers[0], self.answers[-1:] or attempt.answers[:1]
         verdict = judge(self.kind, make_grids(self.inputs[None], self.labels[None]), answer[None])[0]
         is_right, wrong = None if np.isnan(verdict) else bool(verdict), None

@@ -144,10 +144,15 @@ def gym_problems(name, tries, seed, options, is_terse=False) -> Iterator[Problem
     except (AssertionError, ValueError, TypeError) as error:
         given = " ".join(f"{option}={value}" for option, value in options.items())
         raise UserError(f"{name} refuses {given or 'its default options'}: {error}; correct --set") from None
+    unanswered = answered = 0
     for item in _made(name, items, tries):
         if item is None or not isinstance(item["answer"], (str, int, float)):  # a few problems have several answers
+            unanswered += item is not None
+            if unanswered >= MOST_FAILURES and not answered:
+                raise UserError(f"{name}: its problems have several answers, and none is given: choose another task")
             yield None
         else:
+            answered += 1
             question = _terse(name, item["metadata"]) if is_terse else item["question"]
             yield Problem(
                 question, str(item["answer"]), item["metadata"], item["metadata"].get(_DIFFICULTY.get(name, ""))

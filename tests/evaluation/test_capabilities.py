@@ -126,7 +126,7 @@ def adder(error=0):
     """A model that continues an addition with its result plus `error`."""
 
     def following(seen):
-        asked = re.fullmatch(r"Input: (\d+)\+(\d+) \n Output:( \d*)?", seen.decode())
+        asked = re.fullmatch(r"Input: (\d+) \+ (\d+) \n Output:( \d*)?", seen.decode())
         if asked is None:
             return None
         answer = f" {int(asked[1]) + int(asked[2]) + error}".encode()

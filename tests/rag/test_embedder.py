@@ -8,8 +8,10 @@ import sys
 import numpy as np
 import pytest
 
+from src.checkpoint import own_state, save_checkpoint
 from src.errors import UserError
 from src.rag.embedder import SentenceEmbedder, TextEmbedder, make_embedder, parts_of, terms_of, unit
+from src.tokenizer import ByteLevelTokenizer
 
 TEXTS = [
     "def read_json(path):\n    return json.load(open(path))\n",
@@ -116,6 +118,19 @@ def test_checkpoint_states():
     assert np.array_equal(other.embed(TEXTS), embedder.embed(TEXTS))
     with pytest.raises(ValueError, match="components"):
         other.restore({"mean": np.ones(3, np.float32)})
+
+
+def test_the_identity_of_a_checkpoint_is_that_of_the_weights_and_the_depth_in_use(tiny, tmp_path):
+    tokenizer = ByteLevelTokenizer()
+    model = tiny(recursion="loop", deep_steps=3, vocab_size=tokenizer.vocab_size)
+    found = []
+    for ema in (None, {name: tensor + 1 for name, tensor in own_state(model).items()}):
+        save_checkpoint(tmp_path / "c", model, tokenizer, ema=ema)
+        found.append(make_embedder("checkpoint", checkpoint=tmp_path / "c").identity["model"])
+    path = tmp_path / "c" / "config.json"
+    path.write_text(path.read_text().replace('"deep_steps": 3', '"deep_steps": 4'))
+    found.append(make_embedder("checkpoint", checkpoint=tmp_path / "c").identity["model"])
+    assert len(set(found)) == 3
 
 
 def test_a_missing_sentence_model_is_one_line(monkeypatch):

@@ -1,5 +1,6 @@
 """generate.py --rag: what it retrieves, what it says, and what it refuses."""
 
+import os
 import sys
 
 import pytest
@@ -83,6 +84,36 @@ def test_nothing_retrieved_is_said(prompt, said, repo, capsys):
     context = PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 256)
     assert context.with_code(prompt) == prompt
     assert "nothing retrieved: " in (err := capsys.readouterr().err) and said in err
+
+
+def test_chunks_without_a_common_name_are_left_out(repo, capsys):
+    """Names share hashes, so a chunk has a score by chance; the rarer one that shares the name is retrieved."""
+    (repo / "many.py").write_text("".join(f"name{n}_{n * n} = part{n}\n" for n in range(600)))
+    context = PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 256)
+    strange = [f"zqxj{letter}kw" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    hits = context.retriever.retrieve(strange, 1)
+    name = next(name for name, (hit,) in zip(strange, hits) if hit.score > 0)
+    assert context.with_code(name) == name and "no chunk has a name in common" in capsys.readouterr().err
+    assert "canvas.show()" in context.with_code(f"{name} = canvas")
+
+
+def test_too_few_tokens_for_a_line(repo, capsys):
+    context = PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 256, tokens=2)
+    assert context.with_code(PROMPT) == PROMPT
+    assert "nothing retrieved: rag_tokens leaves no room for a line of it" in capsys.readouterr().err
+
+
+def test_a_file_whose_name_is_not_utf_8(repo):
+    with open(os.fsencode(repo) + b"/caf\xe9", "w") as file:
+        file.write("def sing_in_the_cafe(song):\n    return song.loud()\n")
+    context = PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 256)
+    assert "song.loud()" in context.with_code("sing_in_the_cafe(")
+
+
+def test_a_cache_that_cannot_be_written(repo, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(repo / "read.py"))
+    with pytest.raises(UserError, match="set the variable HF_DATASETS_CACHE to another folder"):
+        PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 256)
 
 
 @pytest.mark.parametrize(

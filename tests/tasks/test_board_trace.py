@@ -27,7 +27,7 @@ def trace_of(kind, inputs, labels, answers, halts=None, certainty=0.9) -> BoardT
     for number, answer in enumerate(answers):
         p = np.full((1, len(answer)), certainty, np.float32)
         halt = None if halts is None else np.array(halts[number : number + 1], np.float32)
-        trace.add(Attempt(np.array(answer, np.uint8)[None], p, halt, np.ones(1)))
+        trace.add(Attempt(np.array(answer, np.uint8)[None], p, halt, np.full(1, number + 1.0)))
     return trace
 
 

@@ -71,6 +71,7 @@ def test_mistakes(tmp_path):
         (["addition", "--size", "56", "--max_digits", "1"], "has only 55 problems"),
         (["addition", "--output", str(tmp_path / "x.csv")], "ends in .parquet or .jsonl"),
         (["parity", "--set", "a=1"], "tasks of reasoning-gym"),
+        (["chain_sum", "--max_digits", "1"], "are for addition, .*: chain_sum has options, see set"),
         (["addition", "--output", str(tmp_path / "old.jsonl")], "exists"),
     ]:
         with pytest.raises(UserError, match=said):
@@ -89,6 +90,7 @@ def test_tasks_of_reasoning_gym(tmp_path):
         assert record.question.split().count("_") == record.extra["difficulty"]
     for words, said in [
         (["chain_smu"], "did you mean chain_sum"),
+        (["propositional_logic"], "several answers, and none is given: choose another task"),
         (["chain_sum", "--set", "x=1"], "no such option"),
         (["maze", "--set", "max_grid_size=6", "min_dist=30", "max_dist=31"], "makes none of 20 items"),
         (

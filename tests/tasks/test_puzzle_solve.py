@@ -10,6 +10,7 @@ from trainers import puzzle_model
 from src.errors import UserError
 from src.model import Carry, TRMConfig, TRMModel, TRMOutput
 from src.tasks.arc import Arc
+from src.tasks.board_trace import BoardTrace
 from src.tasks.mazes import Maze
 from src.tasks.puzzle_eval import Answers, Solved, solve
 from src.tasks.puzzle_input import generated_boards
@@ -340,6 +341,17 @@ def test_the_table_of_steps_counts_boards_that_have_stopped():
     lines = summary(SUDOKU, GRIDS.take(slice(4)), parts)
     assert lines[0] == "4 boards of sudoku4: exact 0.7500, cells 0.7500, halting 1.0000, mean steps 2.50, 4.0 boards/s"
     assert lines[2].split() == ["exact", "0.000", "0.750", "0.750"]
+
+
+def test_a_trace_ends_where_its_board_has_stopped():
+    model = make_model()
+    threshold = expit(np.quantile(np.concatenate([s.halt_logits for s in run_steps(model, boards())]), 0.8))
+    effort = Effort(halts=True, halt_threshold=threshold)
+    (part,) = solve(model, SUDOKU, GRIDS, effort)
+    first = GRIDS.take(np.argsort(part.last.steps, kind="stable"))
+    trace = BoardTrace(SUDOKU, first.inputs[0], first.labels[0])
+    (part,) = solve(model, SUDOKU, first, effort, trace.add)
+    assert len(trace.steps) == part.last.steps[0] < part.last.steps.max()
 
 
 def test_figures_after_early_stopping():
