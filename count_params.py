@@ -46,7 +46,7 @@ def _recipe_of(argv) -> dict | None:
     return read_yaml(path) if Path(path).is_file() else {}
 
 
-def _count_of_puzzles(argv) -> tuple[CountConfig, TRMConfig]:
+def _count_of_puzzles(argv) -> tuple[CountConfig, TRMConfig, None]:
     """Returns the same as `parse_args` for a recipe of train_puzzles.py."""
     from src.tasks.puzzle_config import PuzzleSettings, model_config  # imports torch
     from src.tasks.puzzle_folder import kind_named
@@ -58,7 +58,7 @@ def _count_of_puzzles(argv) -> tuple[CountConfig, TRMConfig]:
         raise UserError(f"{args.checkpoint[0]} has its own model settings: leave out --config and the model flags")
     settings = PuzzleSettings(*parts)
     kind = kind_named(settings.puzzle.puzzle)
-    return args, model_config(settings.model, kind.cells, kind.vocab_size)
+    return args, model_config(settings.model, kind.cells, kind.vocab_size), None
 
 
 def _vocab_of(data: DataConfig | None) -> tuple[int | None, str]:
@@ -87,8 +87,8 @@ def _usual_vocab(data: DataConfig | None) -> tuple[int, str]:
 
 
 @before_torch
-def parse_args(argv=None) -> tuple[CountConfig, TRMConfig]:
-    """Returns the script's own settings and the model to count.
+def parse_args(argv=None) -> tuple[CountConfig, TRMConfig, TrainConfig | None]:
+    """Returns the script's own settings, the model to count, and the training of its recipe, if there is one.
 
     Raises UserError if both a checkpoint and model settings are given."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -113,17 +113,20 @@ def parse_args(argv=None) -> tuple[CountConfig, TRMConfig]:
         print(f"vocab_size is not given: {why} {size:,} tokens", file=sys.stderr)
     elif size not in (None, config.vocab_size):
         print(f"vocab_size is {size:,}, that of the tokenizer", file=sys.stderr)
-    return args, replace(config, vocab_size=size or config.vocab_size)
+    return args, replace(config, vocab_size=size or config.vocab_size), others[1] if others else None
 
 
 import torch
 
 from src.metrics import cache_bytes_per_token, count_parameters, effective_depth, flops_per_token, format_params
 from src.model import TRMModel
+from src.training.curriculum import mean_flops
 
 
-def count(config: TRMConfig) -> dict:
-    """Returns all figures of a model; its keys are those of --json."""
+def count(config: TRMConfig, train: TrainConfig | None = None) -> dict:
+    """Returns all figures of a model; its keys are those of --json.
+
+    train: adds the mean training FLOPs of a run whose depth depends on the step."""
     with torch.device("meta"):  # tensors without storage: even the largest model takes no memory or time
         model = TRMModel(config)
     depth, flops = effective_depth(config), flops_per_token(config)
@@ -141,6 +144,7 @@ def count(config: TRMConfig) -> dict:
             "attention": flops.decode_attention,
             "sum": flops.decode,
         },
+        "mean_train_flops_per_token": None if train is None else mean_flops(train, config),
         "cache_bytes_per_token": cache,
         "cache_bytes_full_context": {name: size * config.max_seq_len for name, size in cache.items()},
     }
@@ -170,6 +174,8 @@ def show(config: TRMConfig, facts: dict) -> None:
         flops = facts[f"{name}_flops_per_token"]
         parts = f"{format_params(flops['matmul'])} + {format_params(flops['attention'])}"
         print(f"  {name:16}{parts:>20} = {format_params(flops['sum'])}")
+    if (mean := facts["mean_train_flops_per_token"]) not in (None, facts["train_flops_per_token"]["sum"]):
+        print(f"  {'train, mean':16}{format_params(mean):>20}, because the depth of a step depends on the recipe")
     print("\nkey/value cache")
     for name, size in facts["cache_bytes_per_token"].items():
         full = facts["cache_bytes_full_context"][name] / 1024**2
@@ -177,8 +183,8 @@ def show(config: TRMConfig, facts: dict) -> None:
 
 
 def main(argv=None) -> None:
-    args, config = parse_args(argv)
-    facts = count(config)
+    args, config, train = parse_args(argv)
+    facts = count(config, train)
     print(json.dumps(facts, indent=2)) if args.json else show(config, facts)
 
 

@@ -69,7 +69,6 @@ from experiments.ladder_rungs import (  # noqa: E402
     BIGGER,
     RUNGS,
     assigned,
-    mean_flops,
     parameters_of,
     rung_flags,
     split_rung,
@@ -82,6 +81,7 @@ from src.errors import UserError, few  # noqa: E402
 from src.files.text import read_object  # noqa: E402
 from src.model_config import TRMConfig  # noqa: E402
 from src.tokenizer import read_tokenizer  # noqa: E402
+from src.training.curriculum import mean_flops  # noqa: E402
 from src.training.curves import read_series  # noqa: E402
 from src.training.train_config import Settings, TrainConfig, read_settings  # noqa: E402
 
@@ -311,7 +311,7 @@ def rungs_of(config: LadderConfig, settings: Settings, data: Data) -> dict[str, 
         flags = rung_flags(rung, settings.model) | others
         own = read_settings([*words, *arms.flag_words(flags)])
         model = dataclasses.replace(own.model, vocab_size=settings.model.vocab_size)
-        flops, step = mean_flops(model, own.train), own.train.batch_size * model.max_seq_len
+        flops, step = mean_flops(own.train, model), own.train.batch_size * model.max_seq_len
         steps = [max(1, round(most)) for most in (budget / flops / step, tokens / step)]
         return Rung(flags, model, own.train, flops, step, *steps)
 
@@ -335,7 +335,7 @@ def _costs_more(rung: Rung, setting: str, value) -> bool:
             train = dataclasses.replace(train, **{setting: value})
     except ValueError as error:  # the value does not go with this rung
         raise UserError(f"sweep, {setting}={value}: {error}") from None
-    cost = mean_flops(model, train), train.batch_size * model.max_seq_len
+    cost = mean_flops(train, model), train.batch_size * model.max_seq_len
     return cost != (rung.flops, rung.tokens)
 
 
@@ -394,7 +394,7 @@ def run_job(ladder: Ladder, job: arms.Job) -> dict:
     if is_small and not job.is_sweep:
         found |= {"slice": curve[:, 1].min(), "best_step": int(curve[curve[:, 1].argmin(), 0])}
         shares = [float(step) / steps for step in curve[:, 0]]  # a step may cost more later in the run
-        spent = [share * tokens * mean_flops(rung.model, rung.train, share) for share in shares]
+        spent = [share * tokens * mean_flops(rung.train, rung.model, share) for share in shares]
         found["curve"] = list(zip(spent, curve[:, 1].tolist()))
         found["best"] = score(ladder, rung, folder, "best")
     return record | found

@@ -1,17 +1,13 @@
-"""The rungs of experiments/ladder.py: what makes each model, its size, and the FLOPs of its training."""
+"""The rungs of experiments/ladder.py: what makes each model, and its size."""
 
 import json
 import math
-from collections import Counter
-from dataclasses import replace
 
 import torch
 
 from experiments import arms
 from src.metrics import count_parameters, flops_per_token
 from src.model import TRMConfig, TRMModel
-from src.training.curriculum import check_depths, depth_of_step
-from src.training.train_config import TrainConfig
 
 RUNGS = ("plain", "plain-deep", "plain-wide", "loop", "loop-ends", "gated", "two-stream", "trm", "late")
 BIGGER = ("plain-deep", "plain-wide")  # they have more parameters than the others
@@ -104,17 +100,3 @@ def _width_of_equal_flops(base: TRMConfig, flags: dict, wanted: float) -> dict:
     while cost(heads + group) <= wanted:
         heads += group
     return wide(min(heads, heads + group, key=lambda n: abs(cost(n) - wanted)))
-
-
-def mean_flops(model: TRMConfig, train: TrainConfig, share: float = 1.0) -> float:
-    """Returns the training FLOPs per token, as the mean over a run whose depth may depend on the step.
-
-    share: the part of the run to look at, from its start. Raises UserError for depths that the model cannot have."""
-    check_depths(train, model)
-    steps, depths = 1000, Counter()
-    for step in range(steps):
-        now = depth_of_step(train, model, step, share * step / steps >= train.recursion_from)
-        depths[now.deep_steps, now.supervision_steps, now.grad_deep_steps] += 1
-    names = ("deep_steps", "supervision_steps", "grad_deep_steps")
-    costs = (n * flops_per_token(replace(model, **dict(zip(names, depth)))).train for depth, n in depths.items())
-    return sum(costs) / steps

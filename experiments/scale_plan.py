@@ -47,9 +47,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # finds src whe
 from src.config import parse_flags, run  # noqa: E402
 from src.data.token_store import ON_THE_SPOT_VOCAB  # noqa: E402
 from src.errors import UserError
-from src.metrics import count_parameters, flops_per_token, format_params  # noqa: E402
+from src.metrics import count_parameters, format_params  # noqa: E402
 from src.model import TRMConfig, TRMModel  # noqa: E402
 from src.runtime import GIB, autocast  # noqa: E402
+from src.training.curriculum import mean_flops  # noqa: E402
 from src.training.train_config import Settings  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -239,7 +240,7 @@ def make_plan(plan: ScalePlan, settings: Settings) -> dict:
     """Returns all figures, in bytes, seconds and FLOPs; its keys are those of the JSON line."""
     with torch.device("meta"):
         parameters = count_parameters(TRMModel(settings.model))["total"]
-    flops = flops_per_token(settings.model).train
+    flops = mean_flops(settings.train, settings.model)
     hardware_flops = flops * (4 / 3 if settings.model.gradient_checkpointing else 1)
     speed = plan_speed(plan, settings, parameters, hardware_flops)
     return {

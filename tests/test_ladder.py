@@ -12,11 +12,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import arms, ladder, ladder_report  # noqa: E402
-from experiments.ladder_rungs import mean_flops, parameters_of  # noqa: E402
+from experiments.ladder_rungs import parameters_of  # noqa: E402
 from src.errors import UserError  # noqa: E402
 from src.metrics import flops_per_token  # noqa: E402
-from src.model import TRMConfig  # noqa: E402
-from src.training.train_config import TrainConfig  # noqa: E402
+from src.training.curriculum import mean_flops  # noqa: E402
 
 TEXT = "".join(f"Line {n} says: to be, or not to be, is the question of the {n % 7}th day.\n" for n in range(200))
 SMALL = "d_model=32 n_heads=2 max_seq_len=8 batch_size=4".split()
@@ -141,17 +140,13 @@ def test_the_flops_of_a_run_whose_depth_changes(all_rungs):
     late = all_rungs.rungs["late"]
     early = flops_per_token(replace(late.model, deep_steps=1, grad_deep_steps=1)).train
     assert late.flops == pytest.approx(2 / 3 * early + 1 / 3 * flops_per_token(late.model).train, rel=1e-3)
-    loop = TRMConfig(vocab_size=20, recursion="loop", deep_steps=4)
-    drawn = mean_flops(loop, TrainConfig(sample_depth=True))
-    depths = [flops_per_token(replace(loop, deep_steps=n, grad_deep_steps=n)).train for n in range(1, 5)]
-    assert drawn == pytest.approx(sum(depths) / 4, rel=0.05)
 
 
 def test_the_flops_of_the_beginning_of_a_run(all_rungs):
     late = all_rungs.rungs["late"]
     early = flops_per_token(replace(late.model, deep_steps=1, grad_deep_steps=1)).train
-    assert mean_flops(late.model, late.train, 0.5) == early < late.flops
-    assert mean_flops(late.model, late.train, 0.9) > early
+    assert mean_flops(late.train, late.model, 0.5) == early < late.flops
+    assert mean_flops(late.train, late.model, 0.9) > early
 
 
 def test_a_rung_with_other_settings(tmp_path):

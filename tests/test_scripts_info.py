@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import checkTorch
 import count_params
 from src.config import run
 from src.errors import UserError
+from src.metrics import flops_per_token
 from src.model import TRMConfig, TRMModel
 from src.runtime import Choice
 
@@ -59,6 +61,21 @@ def test_the_vocabulary_is_that_of_the_tokenizer(words, vocabulary, capsys):
     captured = capsys.readouterr()
     assert json.loads(captured.out)["model"]["vocab_size"] == vocabulary
     assert f"vocab_size is {vocabulary}, that of the tokenizer" in captured.err
+
+
+def test_the_flops_of_a_recipe_whose_depth_changes(capsys):
+    """Plain for 60 % of the run, then 2, 3 or 4 visits: 0.6 + 0.4 x 3 = 1.8 visits, and not 4."""
+    recipe = str(ROOT / "configs" / "python.yaml")
+    count_params.main(["--config", recipe, "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    config = TRMConfig(**facts["model"])
+    plain, whole = (flops_per_token(replace(config, deep_steps=n, grad_deep_steps=n)).train for n in (1, 4))
+    assert facts["train_flops_per_token"]["sum"] == whole
+    assert facts["mean_train_flops_per_token"] == pytest.approx(plain + 0.8 * (whole - plain) / 3, rel=0.02)
+    count_params.main(["--config", recipe])
+    assert "  train, mean  " in capsys.readouterr().out
+    count_params.main(["--config", str(ROOT / "configs" / "small.yaml")])
+    assert "  train, mean  " not in capsys.readouterr().out
 
 
 def test_check_torch_sees_wrong_products(monkeypatch, capsys):

@@ -23,6 +23,7 @@ the first D channels of every stream keep their values and the new channels are 
 import math
 import random
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -205,6 +206,18 @@ def check_depths(config: TrainConfig, whole: TRMConfig):
             _at_depth(whole, *depth)
     except ValueError as error:
         raise UserError(f"sample_depth and recursion_from train at smaller depths too: {error}") from None
+
+
+def mean_flops(config: TrainConfig, whole: TRMConfig, share: float = 1.0) -> float:
+    """Returns the training FLOPs per token, as the mean over a run whose depth may depend on the step.
+
+    share: the part of the run to look at, from its start. Raises UserError for depths that the model cannot have."""
+    check_depths(config, whole)
+    steps, depths = 1000, Counter()
+    for step in range(steps):
+        now = depth_of_step(config, whole, step, share * step / steps >= config.recursion_from)
+        depths[now.deep_steps, now.supervision_steps] += 1
+    return sum(n * flops_per_token(_at_depth(whole, *depth)).train for depth, n in depths.items()) / steps
 
 
 def _at_depth(whole: TRMConfig, deep: int, supervision: int) -> TRMConfig:

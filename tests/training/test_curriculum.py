@@ -10,6 +10,7 @@ from conftest import AXES, TINY, batch, name, pairwise
 
 from src.config import parse_flags
 from src.errors import UserError
+from src.metrics import flops_per_token
 from src.model import TRMConfig, TRMModel
 from src.optim import EMA, make_optimizers
 from src.training.curriculum import (
@@ -18,10 +19,11 @@ from src.training.curriculum import (
     grow_optimizers,
     grow_width,
     grown_config,
+    mean_flops,
     place,
     set_depth,
 )
-from src.training.train_config import CurriculumConfig, CurriculumStage
+from src.training.train_config import CurriculumConfig, CurriculumStage, TrainConfig
 
 WIDE = 32  # grown from 16; a multiple of the head group in all cases
 BASE = TRMConfig(**TINY)
@@ -402,3 +404,10 @@ class TestTrainingState:
         assert torch.allclose(wide(ids).logits, wanted, rtol=0, atol=1e-9)
         ema.swap(wide)
         ema.update(wide)
+
+
+def test_mean_flops_of_drawn_depths():
+    loop = TRMConfig(vocab_size=20, recursion="loop", deep_steps=4)
+    cut = [dataclasses.replace(loop, deep_steps=n, grad_deep_steps=n) for n in range(1, 5)]
+    drawn = mean_flops(TrainConfig(sample_depth=True), loop)
+    assert drawn == pytest.approx(sum(flops_per_token(model).train for model in cut) / 4, rel=0.05)
