@@ -244,7 +244,7 @@ class TestMistakesOfGenerating:
         (tmp_path / "none.txt").touch()
         for words, said in [
             (["--prompt", "x" * 99], "the prompt has 100 tokens, the context holds 32"),
-            (["--prompt", *["ok"] * 17, "x" * 99], "prompt 18 has 100 tokens, the context holds 32"),
+            (["--prompt", *["ok"] * 17, "x" * 9999], "prompt 18 has 10000 tokens, the context holds 32"),
             (["--prompt_file", tmp_path / "none.txt"], "none.txt is empty: write one prompt per line"),
             (["--prompt_file", tmp_path / "nowhere.txt"], "nowhere.txt"),
             (["--prompt_file", tmp_path / "latin.txt"], "latin.txt is not UTF-8 text"),

@@ -54,8 +54,8 @@ def replacing_file(path):
 
 
 def holds_model(path) -> bool:
-    """Whether a path is a folder that looks like a checkpoint or a run."""
-    return any((Path(path) / name).exists() for name in ("model.safetensors", "best", "last"))
+    """Whether a text is the path of a folder that looks like a checkpoint or a run."""
+    return any(os.path.exists(f"{path}/{name}") for name in ("model.safetensors", "best", "last"))
 
 
 def replace_file(path, text: str):

@@ -51,8 +51,7 @@ class PromptContext:
         if not context:
             why = "no chunk has a name in common with the prompt"
             if hits:
-                too_few = "rag_tokens leaves no room for a line of it" if self.tokens <= room else None
-                why = too_few or "the prompt leaves no room for it"
+                why = f"{'rag_tokens' if self.tokens <= room else 'the prompt'} leaves no room for it"
             print(f"nothing retrieved: {why}", file=sys.stderr)
             return prompt
         used = len(self.tokenizer.encode(context))

@@ -100,7 +100,7 @@ def test_chunks_without_a_common_name_are_left_out(repo, capsys):
 def test_too_few_tokens_for_a_line(repo, capsys):
     context = PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 256, tokens=2)
     assert context.with_code(PROMPT) == PROMPT
-    assert "nothing retrieved: rag_tokens leaves no room for a line of it" in capsys.readouterr().err
+    assert "nothing retrieved: rag_tokens leaves no room for it" in capsys.readouterr().err
 
 
 def test_a_file_whose_name_is_not_utf_8(repo):
