@@ -4,6 +4,7 @@ import json
 import re
 from importlib.resources import files
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
 from playwright.sync_api import expect
@@ -421,6 +422,134 @@ def test_a_link_is_fitted_to_the_model(page):
         assert page.evaluate(code, [settings, model]) == wanted
 
 
+def compare_depths(page, left=1, right=3):
+    page.locator("#compare").click()
+    page.get_by_label("left").fill(str(left))
+    page.get_by_label("right").fill(str(right))
+    page.keyboard.press("Enter")
+    written(page)
+
+
+def test_the_panel_acts_on_the_text_that_was_looked_at(page):
+    """Texts beside each other share the tokens of their prompt."""
+    page.set_viewport_size({"width": 800, "height": 900})  # pointing at a token does not open the panel
+    write(page, "def main(")
+    compare_depths(page)
+    before = text_of(page, 0)
+    for name in ("Text A", "Text B"):
+        page.get_by_role("listbox", name=name).get_by_role("option").first.click()
+    page.get_by_role("button", name="Cut after it").click()
+    assert (
+        text_of(page, 0) == before and before.startswith(text_of(page, 1)) and len(text_of(page, 1)) < len("def main(")
+    )
+
+
+def test_the_panel_is_empty_while_its_text_is_edited(page):
+    write(page, "def main(")
+    page.locator(".token.written").nth(2).click()
+    expect(page.locator(".rival").first).to_be_visible()
+    page.locator("#edit").click()
+    expect(page.locator(".rival")).to_have_count(0)
+    page.keyboard.press("Escape")
+    expect(page.locator(".rival").first).to_be_visible()
+
+
+def test_what_was_typed_is_never_lost(page):
+    write(page, "def main(")
+    page.locator("#edit").click()
+    field = page.get_by_role("textbox", name="The text")
+    field.fill("a long new text")
+    refused = {"status": 400, "json": {"error": {"message": "too long"}}}
+    page.route("**/v1/tokenize", lambda route: route.fulfill(**refused))
+    page.locator("#compare").click()
+    page.get_by_role("button", name="Write both").click()
+    expect(page.get_by_role("alert")).to_have_text("too long")
+    expect(field).to_have_value("a long new text")
+    page.locator("#link").click()
+    expect(field).to_have_value("a long new text")
+    page.unroute("**/v1/tokenize")
+    page.evaluate("location.hash = 'text=another'")  # the edit becomes a change that can be undone
+    expect(page.locator("[role=listbox]")).to_have_text("another", use_inner_text=False)
+    page.locator("#undo").click()
+    expect(page.locator("[role=listbox]")).to_have_text("a long new text", use_inner_text=False)
+    assert len(page.errors) == 2
+    page.errors.clear()
+
+
+def test_a_setting_stays_when_a_token_of_the_same_text_is_selected(page):
+    write(page, "def main(")
+    compare_depths(page)
+    page.get_by_label("Close Text B").click()
+    slider = page.get_by_role("slider", name="Depth")
+    slider.fill("2")
+    page.locator(".token.written").nth(1).click()
+    expect(slider).to_have_value("2")
+    page.locator("#again").click()
+    written(page)
+    assert page.sent["completions"][-1]["recursion"]["depth"] == 2
+
+
+def test_a_key_that_was_mistyped(page):
+    answers = [401, 503]
+    refuse = {"json": {"error": {"message": "no"}}}
+    page.route(
+        "**/v1/model_card",
+        lambda route: route.fulfill(status=answers.pop(0), **refuse) if answers else route.fallback(),
+    )
+    page.goto("/")
+    field = page.locator("#key input")
+    for key, said in (("\u201csecret\u201d", "ASCII"), ("secret", "no")):
+        field.fill(key)
+        field.press("Enter")
+        expect(page.get_by_role("alert")).to_contain_text(said)
+    field.press("Enter")  # the server answers again
+    expect(page.locator("#key")).to_be_hidden()
+    assert len(page.errors) == 2
+    page.errors.clear()
+
+
+def test_alerts_end_with_what_they_are_about(page):
+    page.goto(f"/{GREEDY}")
+    busy = {"status": 429, "headers": {"Retry-After": "30"}, "json": {"error": {"message": "full"}}}
+    page.route("**/v1/completions", lambda route: route.fulfill(**busy))
+    page.get_by_role("textbox", name="The text").fill("def main(")
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_role("alert")).to_contain_text("busy")
+    page.locator("#stop").click()
+    expect(page.get_by_role("alert")).to_be_hidden()
+    page.unroute("**/v1/completions")
+    wrong = {"status": 400, "json": {"error": {"message": "depth 3 has no room"}}}
+    page.route(
+        "**/v1/completions",
+        lambda route: (
+            route.fulfill(**wrong) if route.request.post_data_json["recursion"]["depth"] == 3 else route.fallback()
+        ),
+    )
+    compare_depths(page)  # the other text is written meanwhile
+    expect(page.get_by_role("alert")).to_have_text("depth 3 has no room")
+    page.errors.clear()
+
+
+def test_numbers_count_at_once(page):
+    write(page, "def main(", "#length=4&temperature=1")
+    page.locator("#set-seed").fill("7")
+    page.keyboard.press("Control+Enter")
+    written(page)
+    assert page.sent["completions"][-1]["seed"] == 7
+    page.locator("#set-length").fill("")
+    page.keyboard.press("Tab")
+    expect(page.locator("#set-length")).to_have_value("64")
+
+
+def test_a_link_does_not_begin_inside_a_character(page):
+    page.goto("/")
+    face = [0xF0, 0x9F, 0x99, 0x82]
+    tokens = [{"bytes": [97]}, {"bytes": face[:2]}, {"bytes": face[2:]}]
+    code = "async (branch) => (await import('/static/state.js')).toFragment(branch, {})"
+    fields = parse_qs(page.evaluate(code, {"tokens": tokens, "start": 2}))
+    assert fields == {"text": ["a\U0001f642"], "start": ["1"]}
+
+
 # ---- boards ---------------------------------------------------------------------------------------------------------
 
 
@@ -455,6 +584,19 @@ def test_board(page):
     expect(slider).to_have_attribute("max", "32")
     page.reload()
     expect(page.locator(".cell.clue")).to_have_count(sum(c != "." for c in question))
+
+
+def test_a_board_may_be_wrong_without_a_wrong_cell(page):
+    """The right answer is not known, and the rules do not say which cell is wrong."""
+    steps = [
+        {"board": "1" + "." * 80, "certainty": [0.5] * 81, "halt": 0.1, "changed": [0], "wrong": None, "right": False}
+    ]
+    answer = {"steps": steps, "solved": False, "message": "wrong after 1 step"}
+    page.route("**/v1/puzzle", lambda route: route.fulfill(json=answer))
+    page.goto("/#board=")
+    page.get_by_role("button", name="Example").click()
+    page.get_by_role("button", name="Solve").click()
+    expect(page.locator(".verdict")).to_contain_text("The first answer; wrong; the model is")
 
 
 # ---- every screen, every reader -------------------------------------------------------------------------------------

@@ -38,6 +38,11 @@ export function warn(text) {
   byId("alert").hidden = !text;
 }
 
+// Takes a warning back, unless another one is shown by now.
+export function unwarn(text) {
+  if (text && byId("alert").textContent === text) warn("");
+}
+
 // Returns [value, unit] of a number in the largest of [[size, unit], ...] that it reaches; the unit is "" below them.
 function scaled(number, units) {
   const [size, unit] = units.find(([size]) => number >= size) ?? [1, ""];

@@ -11,15 +11,13 @@ export function askForKey(start) {
   warn(hasKey() ? "The API key is wrong." : "This server asks for its API key.");
   const form = byId("key");
   form.hidden = false;
-  form.addEventListener(
-    "submit",
-    (event) => {
-      event.preventDefault();
-      setKey(form.elements.key.value);
-      start();
-    },
-    { once: true },
-  );
+  form.onsubmit = (event) => {
+    event.preventDefault();
+    const key = form.elements.key.value.trim();
+    if (!/^[!-~]+$/.test(key)) return warn("An API key has ASCII letters, digits and signs only, without spaces.");
+    setKey(key);
+    start();
+  };
   form.elements.key.focus();
 }
 

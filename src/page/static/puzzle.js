@@ -291,7 +291,9 @@ export class PuzzlePage {
     const empty = isSudoku(this.puzzle) ? ", with 0 or a space for an empty cell" : "";
     if (!step) return `Type a board${empty}; or paste one, or take an example. Then solve it.`;
     const parts = [this.at > 1 ? `${count(step.changed.size, "cell")} changed` : "The first answer"];
-    if (step.right !== null) parts.push(step.right ? "right" : `${count(wrong.size, "cell")} wrong`);
+    // if the right answer is not known, a board may be wrong by the rules without a wrong cell
+    const some = wrong.size ? `${count(wrong.size, "cell")} wrong` : "wrong";
+    if (step.right !== null) parts.push(step.right ? "right" : some);
     if (step.halt !== null) parts.push(`the model is ${percent(step.halt)} sure that it is right`);
     if (this.at === this.steps.length) parts.push(`in all: ${this.answer.message}`);
     return `${parts.join("; ")}.`;

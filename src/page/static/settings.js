@@ -65,9 +65,17 @@ export function buildSettings(form, settings, card, changed) {
 
   function number(name, title, min, max) {
     const input = h("input", { type: "number", id: `set-${name}`, min, max, step: 1 });
+    const bounded = (value) => Math.max(min, Math.min(max, value));
     input.addEventListener("change", () => {
       const value = Math.round(Number(input.value));
-      update(name, input.value !== "" && Number.isFinite(value) ? Math.max(min, Math.min(max, value)) : DEFAULTS[name]);
+      update(name, bounded(input.value !== "" && Number.isFinite(value) ? value : DEFAULTS[name]));
+    });
+    // at once, because Ctrl+Enter writes while the field has the focus; the field itself stays as it is typed
+    input.addEventListener("input", () => {
+      const value = Number(input.value);
+      if (input.value === "" || !Number.isInteger(value) || bounded(value) !== value) return;
+      settings[name] = value;
+      changed(name);
     });
     const root = h("div", { class: "control short" }, h("label", { for: `set-${name}` }, title), input);
     return { root, show: () => (input.value = settings[name]) };

@@ -5,7 +5,7 @@
 // with another branch, or is null. Pages, branches and tokens are never changed in place, so the history keeps them
 // without copies.
 
-import { textOf } from "./tokens.js";
+import { shownTexts, textOf } from "./tokens.js";
 
 export const DEFAULTS = {
   depth: null, // recursion steps; null: as many as in training
@@ -109,7 +109,8 @@ export function toFragment(branch, settings) {
   const fields = new URLSearchParams();
   const text = textOf(branch.tokens);
   if (text) fields.set("text", text);
-  const start = textOf(branch.tokens.slice(0, branch.start)).length;
+  // without a character that the passage completes: a text cannot be cut inside it
+  const start = shownTexts(branch.tokens.slice(0, branch.start)).join("").length;
   if (text && start) fields.set("start", start);
   for (const [name, value] of Object.entries(settings)) {
     if (value !== DEFAULTS[name] && value !== null) fields.set(name, value);

@@ -1,7 +1,7 @@
 // Lets the model write: one stream per branch, each of which can be stopped.
 
 import { complete, post } from "./api.js";
-import { count, say, warn } from "./dom.js";
+import { count, say, unwarn, warn } from "./dom.js";
 import { traces } from "./settings.js";
 import { changed } from "./state.js";
 import { keptBefore, textOf } from "./tokens.js";
@@ -53,12 +53,13 @@ export class Writer {
     this.streams.set(key, controller);
     warn("");
     const begun = performance.now();
-    let [first, n] = [null, 0];
+    let [first, n, busy] = [null, 0, ""];
+    const sayBusy = (seconds) => warn((busy = busyFor(seconds)));
     try {
-      for await (const { tokens } of complete(this.request(key, settings), controller.signal, this.sayBusy)) {
+      for await (const { tokens } of complete(this.request(key, settings), controller.signal, sayBusy)) {
         const branch = this.history.find(key);
         if (!branch || controller.signal.aborted) break; // closed, or stopped with events still to come
-        if (first === null) warn(""); // that the server was busy
+        if (first === null) unwarn(busy);
         first ??= performance.now();
         n += tokens.length;
         this.history.amend(changed(this.history.page, key, { tokens: [...branch.tokens, ...tokens.map(asWritten)] }));
@@ -68,6 +69,7 @@ export class Writer {
     } catch (error) {
       if (error.name !== "AbortError") warn(error.message);
     } finally {
+      unwarn(busy);
       if (this.streams.get(key) === controller) this.streams.delete(key); // a new stream may have taken its place
       say(`${controller.signal.aborted ? "Stopped" : "Done"}: ${count(n, "token")} written.`);
       this.onChange();
@@ -99,10 +101,10 @@ export class Writer {
     const rate = later > 0.02 ? (n - 1) / later : n / all;
     this.speed = { rate: n > 1 ? rate : null, first: (first - begun) / 1000 };
   }
+}
 
-  sayBusy(seconds) {
-    warn(`The server is busy: trying again in ${count(seconds, "second")}. Stop gives up.`);
-  }
+function busyFor(seconds) {
+  return `The server is busy: trying again in ${count(seconds, "second")}. Stop gives up.`;
 }
 
 // Returns the tokens that the model gets: a text that is longer than the context is cut at its start, as generate.py

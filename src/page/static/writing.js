@@ -24,6 +24,7 @@ export class WritingPage {
     this.history = new History();
     this.selected = null; // {key, index} of the token that was clicked or focused
     this.hovered = null;
+    this.inspected = {}; // {token, key, index} of the token in the panel
     this.used = null; // the settings of the last passage, as writingOf() gives them
     this.apart = {}; // while a compared text is active: what the settings by which it was compared are otherwise
     this.writer = new Writer(this.history, card, () => this.refresh());
@@ -85,8 +86,7 @@ export class WritingPage {
 
   async move(direction) {
     this.writer.stop();
-    await this.view.finish(false); // an edit that is not finished is the last change
-    if (this.view.editing) return;
+    if (!(await this.endEdit())) return; // an edit that is not finished is the last change
     this.history[direction]();
     this.follow(this.history.branch.key);
     this.selected = this.hovered = null;
@@ -99,7 +99,10 @@ export class WritingPage {
     if (this.selected?.key === key && this.selected.index === index) return;
     this.selected = { key, index };
     this.view.reveal(key, index);
-    this.follow(key);
+    if (this.history.branch.key !== key) {
+      this.follow(key);
+      this.remember();
+    }
     this.refresh();
   }
 
@@ -151,8 +154,14 @@ export class WritingPage {
   edit(key, index) {
     this.writer.stop();
     if (this.history.branch.key !== key) this.activate(key);
-    this.view.edit(key, index);
+    this.view.edit(key, index, textOf(this.history.find(key).tokens)); // the newest tokens may not be drawn yet
     this.refresh();
+  }
+
+  // Takes over a text that is being edited. Returns whether that went well; if not, the reader still edits.
+  async endEdit() {
+    await this.view.finish(false);
+    return !this.view.editing;
   }
 
   // Takes over an edited text.
@@ -236,12 +245,13 @@ export class WritingPage {
   // Writes the last passage once per value of a setting, each in a branch of its own. Other branches are closed; undo
   // opens them again.
   async compare(name, values) {
-    if (this.view.editing) await this.view.finish(false);
+    if (!(await this.endEdit())) return;
     const { tokens, start, own } = this.history.branch;
     const prompt = this.history.hasPassage && start < tokens.length ? tokens.slice(0, start) : tokens;
     const runs = values.map((value) => ({ ...this.settings, [name]: value }));
     const branches = runs.map((settings, side) => {
-      return newBranch(prompt, prompt.length, noteOf(settings, this.card), { ...own, [name]: values[side] });
+      const now = { ...(own && among(this.settings, own)), [name]: values[side] };
+      return newBranch(prompt, prompt.length, noteOf(settings, this.card), now);
     });
     this.selected = null;
     this.commit({ branches, active: 0 });
@@ -313,10 +323,12 @@ export class WritingPage {
   }
 
   showInspector() {
-    const at = this.hovered ?? this.selected;
+    // a token of a text that is being edited cannot be acted on
+    const at = [this.hovered, this.selected].find((each) => each && each.key !== this.view.editing?.key);
     const token = at && this.history.find(at.key)?.tokens[at.index];
-    if (this.inspected === token && this.inspectedAt === at?.index && token) return;
-    [this.inspected, this.inspectedAt] = [token, at?.index];
+    const { inspected } = this; // texts beside each other share tokens
+    if (token && inspected.token === token && inspected.key === at.key && inspected.index === at.index) return;
+    this.inspected = { token, ...at };
     byId("inspector").classList.toggle("some", Boolean(token));
     inspect(byId("inspector"), token, at?.index, {
       take: (rival) => this.take(at.key, at.index, rival),
@@ -343,6 +355,7 @@ export class WritingPage {
   }
 
   async open(fragment) {
+    if (!(await this.endEdit())) return;
     const { text, start, settings } = fromFragment(fragment);
     Object.assign(this.settings, this.defaults, fitting(settings, this.card));
     this.apart = {};
@@ -369,7 +382,7 @@ export class WritingPage {
   }
 
   async copyLink() {
-    await this.view.finish(false);
+    if (!(await this.endEdit())) return;
     this.remember();
     copyLink(byId("link"), this.fragment);
   }
