@@ -90,15 +90,15 @@ import torch
 from tqdm import tqdm
 
 from src.checkpoint import load_model, read_info, resolve
-from src.runtime import choose_device, choose_precision
+from src.runtime import DTYPES, choose_device, choose_precision
 from src.sampling import generate_ids
 from src.tasks import classification as task
 from src.tasks.finetune import finetune, load_classifier
 
 
-def write_sentences(config, device):
+def write_sentences(config, device, precision):
     """Continue the prompt at temperatures 0 and 1.  Prints both texts, and writes them to the files that are given."""
-    model, tokenizer = load_model(config.checkpoint, device)
+    model, tokenizer = load_model(config.checkpoint, device, DTYPES[precision])
     ids = torch.tensor([tokenizer.encode(config.prompt, bos=True)], device=device)
     outs = (config.generated_sentence_low_temp_out, config.generated_sentence_high_temp_out)
     for temperature, path in enumerate(outs):
@@ -136,12 +136,13 @@ def names_of(config, classifier) -> tuple[list[str], bool]:
     return names, True
 
 
-def zero_shot(config, device):
+def zero_shot(config, device, precision):
     """Returns (examples by part, label names, score) for a zero-shot classifier.
 
     score(examples) returns scores (S, N, C): recursion steps, examples, labels."""
     names = task.read_label_names(config.label_names)
-    classifier = task.LlamaZeroShotClassifier(*load_model(config.checkpoint, device), names, config.suffix)
+    model = load_model(config.checkpoint, device, DTYPES[precision])
+    classifier = task.LlamaZeroShotClassifier(*model, names, config.suffix)
 
     def score(examples):
         with tqdm(unit="token", unit_scale=True) as bar:
@@ -212,10 +213,16 @@ def main(argv=None):
     config, tuning = parse_args(argv)
     device = choose_device(config.device)
     precision, _ = choose_precision(config.precision, device)
+    if precision == "fp16":  # what auto chooses on older GPUs
+        print("fp32: fine-tuning has no loss scaling, which fp16 needs", file=sys.stderr)
+        precision = "fp32"
     if config.option == "generate":
-        return write_sentences(config, device)
+        return write_sentences(config, device, precision)
     folder = Path(tuning.save_dir) if config.option == "finetune" else None
-    made = zero_shot(config, device) if config.option == "prompt" else tuned(config, tuning, device, precision)
+    if config.option == "prompt":
+        made = zero_shot(config, device, precision)
+    else:
+        made = tuned(config, tuning, device, precision)
     if made is None:
         return
     examples, names, score = made

@@ -39,6 +39,7 @@ The last line of the output is JSON. Writes depth.png and runs.jsonl (one line p
 """
 
 import json
+import math
 import multiprocessing
 import statistics
 import sys
@@ -60,6 +61,7 @@ from src.config import parse_flags, run  # noqa: E402
 from src.errors import UserError, few  # noqa: E402
 from src.metrics import flops_per_token  # noqa: E402
 from src.model import TRMConfig, TRMModel  # noqa: E402
+from src.model_config import DEEPEST  # noqa: E402
 from src.optim import learning_rate_factor, make_optimizers  # noqa: E402
 from src.tasks.algorithms import Carries, Chains, Family, Regions, Words  # noqa: E402
 
@@ -164,6 +166,12 @@ class Recipe:
         for name in ("max_steps", "batch_size", "trained", "test_rows", "least_visits", "max_visits"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: set it to 1 or more")
+        rates = {name: getattr(self, name) for name in ("lr", "lr_plain_1", "lr_plain_deep")}
+        for name, rate in rates.items():
+            if not 0 < rate < math.inf:
+                raise UserError(f"{name} is {rate}: set it above 0")
+        if not (self.max_visits <= DEEPEST and 1 <= self.patience <= DEEPEST):
+            raise UserError(f"max_visits is {self.max_visits}, patience {self.patience}: set both from 1 to {DEEPEST}")
         if self.most_visits < self.least_visits:
             raise UserError(f"most_visits is {self.most_visits}: set it to least_visits {self.least_visits} or more")
         if not self.tested:
@@ -365,6 +373,11 @@ def all_jobs(settings: DepthConfig, changes: dict) -> list[Job]:
     for family in settings.family:
         recipe = replace(RECIPES[family], **(QUICK if settings.quick else {}) | changes).check(family)
         rates = {"loop": recipe.lr, "plain_1": recipe.lr_plain_1, "plain_deep": recipe.lr_plain_deep}
+        try:
+            for model in settings.models:
+                model_config(family, recipe, model)
+        except ValueError as error:
+            raise UserError(f"{family}: {error}") from None
         test_seed = SWEEP_SEED if settings.sweep else TEST_SEED
         for model in settings.models:
             for lr in settings.sweep or [rates[model]]:

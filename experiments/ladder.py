@@ -502,15 +502,16 @@ def tables_of(ladder: Ladder, records: list[dict]) -> dict[str, dict[str, list[d
     return {title: groups for title, groups in tables.items() if groups}
 
 
-def of_newest_settings(records: list[dict]) -> list[dict]:
+def of_newest_settings(records: list[dict], steps: dict[str, list[int]]) -> list[dict]:
     """Returns the reported runs that have the settings of the newest run of their rung, so that no table mixes them.
 
-    Sweeps with other values or other seeds may have chosen other settings before."""
+    steps: {rung: lengths of its runs}; others do not count. Sweeps with other values or other seeds may have chosen
+    other settings before."""
 
     def chosen(record):
         return {name: value for name, value in record["changes"].items() if name != "max_steps"}
 
-    reported = [record for record in records if not record["is_sweep"]]
+    reported = [r for r in records if not r["is_sweep"] and r["changes"]["max_steps"] in steps.get(r["arm"], ())]
     newest = {record["arm"]: chosen(record) for record in reported}
     kept = [record for record in reported if chosen(record) == newest[record["arm"]]]
     if len(kept) < len(reported):
@@ -522,17 +523,20 @@ def main(argv=None):
     (config,) = parse_flags(__doc__, LadderConfig, argv=argv)
     ladder = open_ladder(config)
     if config.table:
-        records = of_newest_settings(list(arms.known_runs(config.output).values()))
+        known = list(arms.known_runs(config.output).values())
+        steps = {name: lengths(config, name, rung) for name, rung in ladder.rungs.items()}
+        records = of_newest_settings(known, steps)
     else:
 
         def do(job):
             return run_job(ladder, job)
 
-        records = do_all(ladder, jobs_of(ladder, choose(ladder, do)), do)
+        known = records = do_all(ladder, jobs_of(ladder, choose(ladder, do)), do)
     tables = tables_of(ladder, records)
     if not tables:
-        known = few(dict.fromkeys(f"{r['arm']} with {r['changes']['max_steps']:,} steps" for r in records))
-        found = f"its runs are {known}: give their --rungs and --steps" if known else "start it without --table"
+        runs = [f"{r['arm']} with {r['changes']['max_steps']:,} steps" for r in known if not r["is_sweep"]]
+        advice = f"its runs are {few(dict.fromkeys(runs))}: give their --rungs and --steps"
+        found = advice if runs else "start it without --table"
         raise UserError(f"{config.output} has no reported run of these rungs and lengths; {found}")
     print(ladder_report.report(tables, config.control))
     print(f"drawn: {ladder_report.draw(tables, Path(config.output) / 'ladder.png')}", file=sys.stderr)

@@ -291,6 +291,11 @@ class Interrupt:
     def requested(self) -> bool:
         return self.signal_name is not None
 
+    @property
+    def cause(self) -> str:
+        """The name of the signal; without one, another process of the run got it."""
+        return self.signal_name or "a signal to another process"
+
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT, signal.SIGTERM]

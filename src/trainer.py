@@ -141,38 +141,38 @@ class Trainer:
                 self.log.close()
             if self.lock:
                 self.lock.release()
-        if interrupt.requested:
-            self.say(f"stopped by {interrupt.signal_name} after step {self.step}: {run_folder.CONTINUE}")
+        if self.stopped or interrupt.requested:
+            self.say(f"stopped by {interrupt.cause} after step {self.step}: {run_folder.CONTINUE}")
             return {}
         return figures
 
     def _run(self, interrupt, bar) -> dict:
         """Run the loop: a batch, and then what is due after this step (log, evaluation, checkpoint)."""
         config, figures = self.config, {}
-        over, stopped = self._is_over(interrupt)
-        if self.eval_due and not stopped:
+        over = self._is_over(interrupt)
+        if self.eval_due and not self.stopped:
             figures, improved = self._judge()
             if improved:
                 self.save(improved)
-            over, stopped = self._is_over(interrupt)
+            over = self._is_over(interrupt)
         while not over:
             self.enter_stage()
             with self.monitor.batch(), self.clock.compiling(self.stage, self.step, bar, self.say):
                 self.train_step(next(self.loader))
             bar.update()
-            over, stopped = self._is_over(interrupt)
+            over = self._is_over(interrupt)
             if self.step % config.log_every == 0 or over:
                 self._log_training(bar)
             improved, self.eval_due = False, self.step % config.eval_every == 0 or self.progress() >= 1
-            if self.eval_due and not stopped:
+            if self.eval_due and not self.stopped:
                 figures, improved = self._judge()
                 if not over:  # during the evaluation, a signal may have come or the time limit have passed
-                    over, stopped = self._is_over(interrupt)
+                    over = self._is_over(interrupt)
             if self.step % config.save_every == 0 or over or improved:
                 self.save(improved)
         is_part = 0 < config.eval_batches * config.batch_size < len(self.valid_set)
         lacks = not figures and self.log is not None and self.log.lacks(self.step, "final_valid_loss")  # killed there
-        if is_part and not stopped and (figures or self.agreement.sum(lacks)[0]):
+        if is_part and not self.stopped and (figures or self.agreement.sum(lacks)[0]):
             self.say(f"the last evaluation, on all validation data: {self.valid_set}")
             figures = self.measure(None)
             if self.log is not None:
@@ -188,13 +188,13 @@ class Trainer:
             self.best, self.best_loss = found
         return figures, improved
 
-    def _is_over(self, interrupt) -> tuple[bool, bool]:
-        """Returns (whether the run ends here, whether a signal ended it).  Every process gets the same answer."""
+    def _is_over(self, interrupt) -> bool:
+        """Returns whether the run ends here, and notes whether a signal ends it.  All processes get the same answer."""
         passed = 0.0
         if self.is_main and self.config.max_minutes is not None:  # only the main process's clock counts
             passed = (time.monotonic() - self.started) / 60 / self.config.max_minutes
-        self.time_fraction, stopped = self.agreement.sum(passed, interrupt.requested)
-        return bool(stopped) or self.progress() >= 1, bool(stopped)
+        self.time_fraction, self.stopped = self.agreement.sum(passed, interrupt.requested)
+        return bool(self.stopped) or self.progress() >= 1
 
     def progress(self) -> float:
         """Returns the fraction of the run that is done, by steps or by time, whichever is larger."""

@@ -297,6 +297,11 @@ class TestRunFolder:
         prune(run, keep)
         assert sorted(p.name for p in run.glob("step_*")) == [f"step_{s:08d}" for s in left]
 
+    def test_prune_keeps_the_newest_when_later_ones_are_broken(self, run):
+        point(run / "last", "step_00000002")
+        prune(run, 1, "step_00000002")  # the run went back before step 3
+        assert sorted(p.name for p in run.glob("step_*")) == ["step_00000002", "step_00000003"]
+
     def test_prune_removes_what_a_crash_left(self, run):
         point(run / "last", "step_00000003")
         (run / ".step_00000002.writing").mkdir()

@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import depth, depth_rules  # noqa: E402
+from src.config import run  # noqa: E402
 from src.errors import UserError  # noqa: E402
 from src.losses import IGNORE  # noqa: E402
 
@@ -123,3 +124,18 @@ def test_rows_stop_when_no_token_changes():
     assert impatient[1].tolist() == [[2, 2]] * 2 and impatient[0].tolist() == [[False, True], [False, True]]
     patient = depth_rules.stop_rows(logits, targets, patience=2)["kl 0.001"]
     assert patient[1].tolist() == [[4, 4]] * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--d_model", "50"], "carries: d_model 50"),
+        (["--patience", "0"], "max_visits is 40, patience 0: set both from 1 to 1000"),
+        (["--max_visits", "2000"], "max_visits is 2000"),
+        (["--lr", "-1"], "lr is -1.0: set it above 0"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_any_training(tmp_path, capsys, words, said):
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: depth.main(["--family", "carries", "--output", str(tmp_path), *words]))
+    assert caught.value.code == 2 and said in capsys.readouterr().err

@@ -26,11 +26,19 @@ from src.runtime import Interrupt, autocast, mix_seed
 from src.tasks.classification import Example, LlamaEmbeddingClassifier, encode, predict
 from src.tasks.config import FinetuneConfig
 from src.training import run_folder
+from src.training.curriculum import least_depth
 from src.training.monitor import TRMTrainingLogger
 from src.training.parallel import load_optimizer
+from src.training.train_config import TrainConfig
 
 ADAPTED = ["qkv", "out", "gate_up", "down"]  # the linear layers that get LoRA adapters
 COUNTERS = ("step", "best", "best_loss")
+INPUTS = {  # of the settings in config.yaml, those that are no flags
+    "labels": "the list of labels",
+    "train_texts": "the training texts",
+    "dev_texts": "the dev texts",
+    "weights": "the weights of the checkpoint",
+}
 SORTED = 16  # rows of so many batches are sorted by length together, which keeps padding low
 
 
@@ -188,6 +196,7 @@ class Finetuner:
         state = {name: getattr(self, name) for name in COUNTERS}
         state |= {"optimizer": self.optimizer.state_dict(), "trained": dict(self.trained), "is_best": is_best}
         info = {"labels": self.classifier.names, "labels_are_numbered": self.numbered, "step": self.step}
+        info["least_depth"] = least_depth(TrainConfig(), self.classifier.model.config, True)
         info |= {"dev_accuracy": self.best, "dev_loss": self.best_loss} if self.best >= 0 else {}
         parts = (self.classifier.model, self.tokenizer, None, state, info, language_weights(self.classifier))
         name = f"step_{self.step:08d}"
@@ -228,9 +237,9 @@ def finetune(
     settings |= {"train_texts": _digest(train), "dev_texts": _digest(dev)}
     settings["weights"] = _digest(fingerprint_files(sorted(checkpoint.resolve(source).glob("*.safetensors"))))
     run_folder.check_writable(folder)
-    run_folder.check_resume(folder, settings, config.resume)
+    run_folder.check_resume(folder, settings, config.resume, inputs=INPUTS)
     is_new = not (folder / "config.yaml").exists()
-    lock = run_folder.start(folder, settings) if is_new else run_folder.RunLock(folder)
+    lock = None if is_new else run_folder.RunLock(folder)
     try:
         model, tokenizer = checkpoint.load_model(source, device, trains=True)
         torch.manual_seed(config.seed)
@@ -243,6 +252,7 @@ def finetune(
                 limit = f"longer than the context of {model.config.max_seq_len} tokens"
                 print(f"{cut} of {len(samples)} texts are {limit}: only their end is used", file=sys.stderr)
         run = Finetuner(config, classifier, tokenizer, *sets, precision, numbered)
+        lock = lock or run_folder.start(folder, settings)  # not before: a start that fails leaves no run behind
         newest = None if is_new else run_folder.newest_whole(folder)
         if newest:
             run_folder.link_again(folder, *newest)
@@ -250,7 +260,8 @@ def finetune(
             print(f"resumed {newest[0]} after step {run.step}", file=sys.stderr)
         return load_classifier(folder, device) if run.train() else None
     finally:
-        lock.release()
+        if lock:
+            lock.release()
 
 
 def _digest(examples):

@@ -72,9 +72,10 @@ def settings_of(folder: Path) -> dict:
     return settings
 
 
-def check_resume(folder: Path, settings: dict, resume: bool, defaults: dict | None = None):
+def check_resume(folder: Path, settings: dict, resume: bool, defaults: dict | None = None, inputs=None):
     """Check that a run may start in this folder, or continue there if `resume` is true.
 
+    inputs: {setting: words} for those that are fingerprints of what a run reads, and no flags.
     Prints the settings that have changed since the run started. Raises UserError if a setting has changed that must
     stay the same, if the folder holds no run to resume, or if it holds a run and `resume` is false."""
     if not (folder / "config.yaml").exists():
@@ -89,8 +90,12 @@ def check_resume(folder: Path, settings: dict, resume: bool, defaults: dict | No
         free |= {"train_paths", "valid_paths"}
     for name, new in settings.items():
         old = before.get(name)
+        if old != new and name in before and name in (inputs or {}):
+            problem = f"{inputs[name]} changed after the run in {folder} started"
+            raise UserError(f"{problem}: restore the old one, or choose another save_dir")
         if old != new and name in before and name not in free:
-            advice = f"resume with the same settings (--config {folder}/config.yaml) or choose another save_dir"
+            with_file = "" if inputs else f" (--config {folder}/config.yaml)"
+            advice = f"resume with the same settings{with_file} or choose another save_dir"
             raise UserError(f"--{name} is {new}, but the run in {folder} has {old}: {advice}")
         if old != new and name not in _CHANGE_IS_OBVIOUS:
             print(f"--{name} is {new}, and was {old} before", file=sys.stderr)
@@ -234,7 +239,7 @@ def save(folder: Path, name: str, best: bool, keep: int, *checkpoint):
     try:
         for link in ("best", "last") if best else ("last",):
             point(folder / link, name)
-        prune(folder, keep)
+        prune(folder, keep, name)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; its checkpoints are intact") from None
 
@@ -269,13 +274,14 @@ def point(link, target_name: str):
         os.replace(beside, link)
 
 
-def prune(run_folder, keep: int):
+def prune(run_folder, keep: int, newest: str | None = None):
     """Delete all checkpoints except the newest `keep` and the best one.
 
-    Files in their folders that are not a checkpoint's stay."""
+    newest: name of the newest one. Later ones are broken, and the run went back before them: they do not count, and
+    stay until the run has passed them. Files in their folders that are not a checkpoint's stay."""
     run_folder = Path(run_folder)
     _recover(run_folder)
     best = follow(run_folder / "best").resolve()
-    for folder in checkpoints(run_folder)[:-keep]:
+    for folder in [path for path in checkpoints(run_folder) if newest is None or path.name <= newest][:-keep]:
         if folder.resolve() != best:
             folders.remove(folder, FILES.__contains__)

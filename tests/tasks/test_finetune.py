@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -209,18 +210,33 @@ def test_empty_and_long_texts(source, tmp_path, capsys):
     assert "1 of 2 texts are longer than the context of 16 tokens: only their end is used" in capsys.readouterr().err
 
 
+def test_a_start_that_fails_leaves_no_run(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)  # as if it were not installed
+        with pytest.raises(UserError, match="pip install peft"):
+            tune(source, tmp_path / "run", epochs=1, tune="lora")
+    tune(source, tmp_path / "run", epochs=1, tune="full")
+
+
+def test_a_tuned_loop_says_which_step_answers(tiny, tmp_path):
+    model = tiny(recursion="loop", deep_steps=3, vocab_size=BYTE.vocab_size)
+    checkpoint.save_checkpoint(tmp_path / "loop", model, BYTE)
+    finetune(FinetuneConfig(save_dir=str(tmp_path / "run"), epochs=1), tmp_path / "loop", TRAIN, [], NAMES, "cpu")
+    assert checkpoint.least_depth(tmp_path / "run") == 3
+
+
 def test_folders_that_are_refused(source, tmp_path):
     tune(source, tmp_path / "run", epochs=1)
     with pytest.raises(UserError, match="holds a run: continue it with --resume true"):
         tune(source, tmp_path / "run", epochs=1)
     with pytest.raises(UserError, match="--lr is 0.5, but the run in .* has 0.01"):
         tune(source, tmp_path / "run", epochs=1, lr=0.5, head_lr=0.1, resume=True)
-    with pytest.raises(UserError, match="--train_texts is"):
+    with pytest.raises(UserError, match="the training texts changed after the run in .* started"):
         tune(source, tmp_path / "run", epochs=1, train=TRAIN[1:], resume=True)
     weights = next((source / "trm").glob("*.safetensors"))
     old = weights.read_bytes()
     save_file({name: tensor + 1 for name, tensor in checkpoint.read_weights(weights).items()}, weights)
-    with pytest.raises(UserError, match="--weights is"):  # the base model is another one
+    with pytest.raises(UserError, match="the weights of the checkpoint changed"):  # the base model is another one
         tune(source, tmp_path / "run", epochs=1, resume=True)
     weights.write_bytes(old)
     lock = RunLock(tmp_path / "run")

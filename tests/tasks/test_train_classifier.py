@@ -7,7 +7,7 @@ import torch
 from texts import BYTE
 
 import train_classifier
-from src.checkpoint import save_checkpoint
+from src.checkpoint import load_model, save_checkpoint
 from src.config import run
 from src.errors import UserError
 from src.sampling import generate_ids
@@ -48,6 +48,21 @@ def test_generate(home, model, capsys):
         row = row[: row.index(BYTE.eos_id)] if BYTE.eos_id in row else row
         text = (home / ("low.txt", "high.txt")[temperature]).read_text()
         assert text == BYTE.decode(row) + "\n" and f"temperature {temperature}: {text}" in out
+
+
+@pytest.mark.parametrize(
+    "words", [["generate", "--prompt", "ab"], ["prompt", "--dev", "train.txt", "--label_names", "names.json"]]
+)
+def test_precision_counts_for_every_option(home, monkeypatch, words):
+    dtypes = []
+
+    def load(*args):
+        dtypes.append(args[2])
+        return load_model(*args)
+
+    monkeypatch.setattr(train_classifier, "load_model", load)
+    start("--option", *words, "--precision", "bf16")
+    assert dtypes == [torch.bfloat16]
 
 
 def test_prompt(home, model, capsys):

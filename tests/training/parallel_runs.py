@@ -30,9 +30,10 @@ def main(spec):
             number = getattr(signal, stop["signal"])
             during(trainer, stop["step"], lambda number=number: os.kill(os.getpid(), number))
         parameters = list(trainer.raw.parameters())
-        trainer.train()
+        figures = trainer.train()
         found.append(
             {
+                "figures": bool(figures),
                 "sharded": all(isinstance(p, DTensor) for p in parameters),
                 "held": sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters),
                 "whole": sum(p.numel() for p in parameters),

@@ -125,6 +125,7 @@ def test_checkpoints_move_between_one_and_two(two, make, name):
     """A signal to one of two processes stops both; one process resumes their run, and two resume that of one."""
     folder, found, _ = two
     assert [f[name]["step"] for f in found] == ([7, 7] if name.endswith("one") else [10, 10])
+    assert [f[name]["figures"] for f in found] == [not name.endswith("one")] * 2  # none of a run that was stopped
     straight = make("straight", **STEPS, max_steps=10)
     straight.train()
     if name.endswith("one"):
