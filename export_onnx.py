@@ -1,6 +1,6 @@
 """Export a checkpoint to an ONNX folder: graph, settings and tokenizer. Running it needs no PyTorch and no checkpoint.
 
-    python export_onnx.py --output onnx/stdlib                    # the released checkpoint
+    python export_onnx.py --output onnx/python                    # the released checkpoint
     python export_onnx.py runs/trm --output onnx/trm --quantize int8
     python export_onnx.py runs/trm --output onnx/deep --max_recursion_depth 4
     python export_onnx.py runs/trm --output onnx/gpu --device cuda

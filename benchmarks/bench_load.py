@@ -80,7 +80,7 @@ def main(argv=None) -> int:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(f"{folder}/model", TRMModel(TRMConfig(recursion="none", norm="pre", **sizes)), tokenizer)
-        for name, path in {"released": ROOT / "checkpoints" / "stdlib", "6x384": f"{folder}/model"}.items():
+        for name, path in {"released": ROOT / "checkpoints" / "python", "6x384": f"{folder}/model"}.items():
             pairs = [(speed(path, args), busy_speed(path, args)) for _ in range(args.repeats)]
             alone, busy = (max(speeds) for speeds in zip(*pairs))
             rows.append({"model": name, "alone_tokens_per_s": alone, "busy_tokens_per_s": busy, "ratio": alone / busy})

@@ -2,7 +2,7 @@
 
     python train_trm_lm.py --config configs/addition.yaml  # after `python experiments/maths.py --data_only`
     python experiments/draw_page.py                       # writes docs/page.png and docs/page.gif
-    python experiments/draw_page.py checkpoints/stdlib --prompt "def main(" --tint certainty --depths []
+    python experiments/draw_page.py checkpoints/python --prompt "def main(" --tint certainty --depths []
 
 Needs Playwright (requirements-dev.txt) and Chromium (apt-get install chromium). The picture shows what a model that
 adds writes at two depths, and what it thought about one token; the animation shows a Sudoku that is solved step by

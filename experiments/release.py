@@ -1,6 +1,6 @@
 """Make a small copy of a run's best checkpoint, with only its averaged weights in fp16, config.json and the tokenizer.
 
-    python experiments/release.py runs/stdlib checkpoints/stdlib
+    python experiments/release.py runs/python checkpoints/python
     python experiments/release.py runs/wiki checkpoints/wiki --valid_paths wiki/validation_0.jsonl.gz
     python experiments/release.py runs/sudoku9 checkpoints/sudoku
 

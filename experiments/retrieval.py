@@ -6,7 +6,7 @@
     python experiments/retrieval.py --checkpoint runs/code --output runs/retrieval_code.json
 
 The repositories are installed packages, or folders. They must not be in the model's training text; the defaults are not
-in that of checkpoints/stdlib. Each seed draws files and, in each, one place at the end of a line: the next
+in that of checkpoints/python. Each seed draws files and, in each, one place at the end of a line: the next
 `target_tokens` tokens are the target. Half as many targets more are drawn near the start of files. The docstring of
 src/rag/gain.py explains the contexts of a target, such as `retrieved + own`.
 
@@ -78,7 +78,7 @@ class RetrievalConfig:
         device: device to run on: auto (CUDA, else MPS, else CPU), cpu, cuda, cuda:1, ..., or mps
     """
 
-    checkpoint: str = "checkpoints/stdlib"
+    checkpoint: str = "checkpoints/python"
     packages: list[str] = field(default_factory=lambda: ["fsspec", "jinja2", "mpmath", "werkzeug"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     n_targets: int = 48

@@ -38,7 +38,7 @@ FILES |= {*TOKENIZER_FILES, PUZZLE_FILE, NAMES_FILE}
 DIGESTS = "state/digests.json"  # digests of the files as written; checked before a run resumes
 LARGEST = 1e6  # limit for a weight, far above any trained one; products of larger weights overflow in fp32
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "stdlib"
+RELEASED = Path(__file__).resolve().parent.parent / "checkpoints" / "python"
 
 
 def save_checkpoint(folder, model: TRMModel, tokenizer, ema=None, state=None, info=None, weights=None, more=None):

@@ -126,10 +126,10 @@ class TestForms:
         assert parse("--mixture", "[]")["mixture"] == []  # numbers cannot be meant as text
 
     def test_positional(self):
-        seed, folder = ["--seed", "3"], "checkpoints/stdlib"
+        seed, folder = ["--seed", "3"], "checkpoints/python"
         for words in ([folder, *seed], [*seed, folder], ["--checkpoint", folder, *seed]):
             config = generate.parse_args(words)[0]
-            assert (config.checkpoint, config.seed) == ("checkpoints/stdlib", 3)
+            assert (config.checkpoint, config.seed) == ("checkpoints/python", 3)
         assert generate.parse_args([])[0].checkpoint is None
 
     def test_a_value_may_look_like_a_flag(self):

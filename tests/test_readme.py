@@ -216,7 +216,7 @@ def test_parameter_counts():
             config = parse_config(ROOT / "configs" / f"{names[0]}.yaml")[2]
             if config.vocab_size is not None:  # otherwise the tokenizer's file sets it, which is not in the repository
                 assert parameters_of(config) == figures[0], line
-    released = ROOT / "checkpoints" / "stdlib"
+    released = ROOT / "checkpoints" / "python"
     said = re.search(r"released[^.|]*?([\d.]+[KMB]) parameters", TEXT, re.S)
     if said and released.exists():
         from src.checkpoint import load_config

@@ -72,7 +72,7 @@ def test_a_row_too_short_for_its_ends_is_refused():
 
 
 def test_the_released_tokenizer_gives_the_ids_of_generation():
-    tokenizer = read_tokenizer("checkpoints/stdlib")
+    tokenizer = read_tokenizer("checkpoints/python")
     text = prepare_code_input("def f():\n    return 1\n", "def g(")
     ids, mask = tokenize_and_pad(tokenizer, text, 64, pad="left")
     assert ids[mask == 1].tolist() == tokenizer.encode(text, bos=True)

@@ -20,7 +20,7 @@ GREEDY = "#length=12&temperature=0"
 def address(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")  # a run folder with the released model
     (run / "config.yaml").write_text('sample_prompt: "def main("\n')
-    (run / "best").symlink_to(Path("checkpoints/stdlib").resolve())
+    (run / "best").symlink_to(Path("checkpoints/python").resolve())
     with serving(str(run), "--puzzle", "checkpoints/sudoku") as address:
         yield address
 

@@ -31,7 +31,7 @@ def program():
     try:
         lines = iter(child.stderr.readline, "")
         line = next(line for line in lines if "Ctrl-C ends it" in line)
-        yield child, int(re.fullmatch(r"stdlib: http://127\.0\.0\.1:(\d+) \(Ctrl-C ends it\)\n", line)[1])
+        yield child, int(re.fullmatch(r"python: http://127\.0\.0\.1:(\d+) \(Ctrl-C ends it\)\n", line)[1])
     finally:
         child.kill()
 
@@ -67,7 +67,7 @@ def test_rude_clients_disturb_nobody(program):
     assert exchange(port, b"\x16\x03\x01\x00 no HTTP\r\n\r\n").startswith(b"HTTP/1.1 400 ")
     get = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
     answers = exchange(port, 3 * (get + b"\r\n") + get + b"Connection: close\r\n\r\n")
-    assert answers.count(b"HTTP/1.1 200 ") == answers.count(b'"id":"stdlib"') == 4
+    assert answers.count(b"HTTP/1.1 200 ") == answers.count(b'"id":"python"') == 4
     body = json.dumps({"prompt": "a", "max_tokens": 4000, "stream": True, "ignore_eos": True}).encode()
     with socket.create_connection(("127.0.0.1", port)) as lazy:
         lazy.sendall(head + b"%d\r\n\r\n" % len(body) + body)

@@ -104,7 +104,7 @@ def test_restored_embedder_is_the_fitted_one():
 
 
 def test_checkpoint_states():
-    embedder = make_embedder("checkpoint", checkpoint="checkpoints/stdlib")
+    embedder = make_embedder("checkpoint", checkpoint="checkpoints/python")
     embedder.fit(TEXTS)
     vectors = embedder.embed([*TEXTS, TEXTS[0]])
     assert vectors.shape == (4, 256) and np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-5)
@@ -113,7 +113,7 @@ def test_checkpoint_states():
     alone = embedder.embed(TEXTS[1:2])
     assert alone[0] @ vectors[1] == pytest.approx(1, abs=1e-5), "padding changes a vector"
     assert embedder.identity["model"] and embedder.identity["tokenizer"]
-    other = make_embedder("checkpoint", checkpoint="checkpoints/stdlib")
+    other = make_embedder("checkpoint", checkpoint="checkpoints/python")
     other.restore(embedder.arrays)
     assert np.array_equal(other.embed(TEXTS), embedder.embed(TEXTS))
     with pytest.raises(ValueError, match="components"):

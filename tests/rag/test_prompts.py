@@ -46,7 +46,7 @@ def test_samples_and_prompts_share_one_index(repo, capsys):
 
 
 def test_the_context_is_before_the_prompt_and_within_its_budget(repo):
-    tokenizer = read_tokenizer("checkpoints/stdlib")
+    tokenizer = read_tokenizer("checkpoints/python")
     full = PromptContext([repo], tokenizer, 256, top_k=2).with_code(PROMPT)
     assert full.endswith(f"\n# ---- current file ----\n{PROMPT}") and "json.load(open(path))" in full
     small = PromptContext([repo], tokenizer, 256, tokens=24).with_code(PROMPT)
@@ -55,7 +55,7 @@ def test_the_context_is_before_the_prompt_and_within_its_budget(repo):
 
 
 def test_a_suffix_has_room_beside_the_context(repo):
-    tokenizer = read_tokenizer("checkpoints/stdlib")
+    tokenizer = read_tokenizer("checkpoints/python")
     suffix = "\n    return first, second\n" * 12
     context = PromptContext([repo], tokenizer, 128, tokens=128, suffix=suffix).with_code(PROMPT)
     alone = PromptContext([repo], tokenizer, 128, tokens=128).with_code(PROMPT)
@@ -67,10 +67,10 @@ def test_a_suffix_has_room_beside_the_context(repo):
 def test_a_prompt_does_not_retrieve_its_own_file(repo, capsys):
     body = "".join(f"def part_{n}(path):\n    return settings_of(path, number={n})\n\n\n" for n in range(6))
     (repo / "own.py").write_text(body)
-    context = PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 2048)
+    context = PromptContext([repo], read_tokenizer("checkpoints/python"), 2048)
     assert "settings_of" not in context.with_code(body[:150]).removesuffix(body[:150])
     assert "not retrieved from own.py: near copies" in capsys.readouterr().err
-    context = PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 2048, suffix=body[80:])
+    context = PromptContext([repo], read_tokenizer("checkpoints/python"), 2048, suffix=body[80:])
     assert "settings_of" not in context.with_code(body[:40]).removesuffix(body[:40])
     assert "not retrieved from own.py" in capsys.readouterr().err  # the prompt alone is too short to show it
 
@@ -81,7 +81,7 @@ def test_a_prompt_does_not_retrieve_its_own_file(repo, capsys):
     ids=["empty", "nameless", "long"],
 )
 def test_nothing_retrieved_is_said(prompt, said, repo, capsys):
-    context = PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 256)
+    context = PromptContext([repo], read_tokenizer("checkpoints/python"), 256)
     assert context.with_code(prompt) == prompt
     assert "nothing retrieved: " in (err := capsys.readouterr().err) and said in err
 
@@ -89,7 +89,7 @@ def test_nothing_retrieved_is_said(prompt, said, repo, capsys):
 def test_chunks_without_a_common_name_are_left_out(repo, capsys):
     """Names share hashes, so a chunk has a score by chance; the rarer one that shares the name is retrieved."""
     (repo / "many.py").write_text("".join(f"name{n}_{n * n} = part{n}\n" for n in range(600)))
-    context = PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 256)
+    context = PromptContext([repo], read_tokenizer("checkpoints/python"), 256)
     strange = [f"zqxj{letter}kw" for letter in "abcdefghijklmnopqrstuvwxyz"]
     hits = context.retriever.retrieve(strange, 1)
     name = next(name for name, (hit,) in zip(strange, hits) if hit.score > 0)
@@ -98,7 +98,7 @@ def test_chunks_without_a_common_name_are_left_out(repo, capsys):
 
 
 def test_too_few_tokens_for_a_line(repo, capsys):
-    context = PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 256, tokens=2)
+    context = PromptContext([repo], read_tokenizer("checkpoints/python"), 256, tokens=2)
     assert context.with_code(PROMPT) == PROMPT
     assert "nothing retrieved: rag_tokens leaves no room for it" in capsys.readouterr().err
 
@@ -106,14 +106,14 @@ def test_too_few_tokens_for_a_line(repo, capsys):
 def test_a_file_whose_name_is_not_utf_8(repo):
     with open(os.fsencode(repo) + b"/caf\xe9", "w") as file:
         file.write("def sing_in_the_cafe(song):\n    return song.loud()\n")
-    context = PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 256)
+    context = PromptContext([repo], read_tokenizer("checkpoints/python"), 256)
     assert "song.loud()" in context.with_code("sing_in_the_cafe(")
 
 
 def test_a_cache_that_cannot_be_written(repo, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(repo / "read.py"))
     with pytest.raises(UserError, match="set the variable HF_DATASETS_CACHE to another folder"):
-        PromptContext([repo], read_tokenizer("checkpoints/stdlib"), 256)
+        PromptContext([repo], read_tokenizer("checkpoints/python"), 256)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_mistake_is_one_line_and_code_2(words, said, repo, capsys, monkeypatch
 
 
 def test_an_index_of_another_embedder_is_refused(repo, tmp_path):
-    tokenizer = read_tokenizer("checkpoints/stdlib")
+    tokenizer = read_tokenizer("checkpoints/python")
     PromptContext([repo], tokenizer, 256)
     (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     facts = (folder / "store.json").read_text()
