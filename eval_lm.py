@@ -174,7 +174,8 @@ def measure_text(model, tokenizer, config, rule) -> dict:
         per_word = f", perplexity {last.word_perplexity:,.6g} per word or line end" if n.chars < 20 * n.words else ""
         print(f"in the end {last.nats_per_char:.4f} nats/character{per_word}")
     print(f"mean recursion depth {score.depth:.2f} of {max_depth(model.config)} trained, ", end="")
-    print(f"{score.visits:.2f} visits per token, {score.saved:.1%} of the visits saved")
+    changed = f"{score.saved:.1%} of the visits saved" if score.saved >= 0 else f"{-score.saved:.1%} more visits"
+    print(f"{score.visits:.2f} visits per token, {changed}")
     steps = [step._asdict() for step in score.steps]
     depth = {"depth": score.depth, "visits": score.visits, "visits_saved": score.saved}
     return {**asdict(score.size), **score.figures._asdict(), **depth, "steps": steps}

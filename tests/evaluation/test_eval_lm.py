@@ -47,6 +47,12 @@ def rows_of(table):
     return [line.split() for line in table.splitlines()[1:]]
 
 
+def test_more_steps_than_in_training(home, capsys):
+    start(home, "--max_recursion_depth", 6, "--max_tokens", 20)
+    out = capsys.readouterr().out
+    assert out.endswith("mean recursion depth 6.00 of 3 trained, 24.00 visits per token, 100.0% more visits\n")
+
+
 def test_tables_and_json(home, model, capsys):
     start(home, "--json", home / "found.json", "--batch_size", 2, "--stride", 5)
     out = capsys.readouterr().out
