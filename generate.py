@@ -182,9 +182,9 @@ def write_texts(model, tokenizer, prompts, config: GenerateConfig, rule: ExitRul
 
 def check_lengths(model, tokenizer, prompts, suffix):
     """Raises UserError if one of several prompts does not fit into the context, before any of them is continued."""
-    for number, prompt in enumerate(prompts, 1):
+    for number, prompt in enumerate(prompts if len(prompts) > 1 else (), 1):
         whole = tokenizer.infill(prompt, suffix) if suffix and tokenizer.fim else tokenizer.encode(prompt, bos=True)
-        if len(prompts) > 1 and len(whole) > (most := model.config.max_seq_len):
+        if len(whole) > (most := model.config.max_seq_len):
             raise UserError(f"prompt {number} has {len(whole)} tokens, the context holds {most}: shorten it")
 
 

@@ -63,7 +63,7 @@ class TestEveryFrontEnd:
     def test_classifier(self, ends_early, folder, tmp_path, capsys):
         outs = {f"generated_sentence_{t}_temp_out": tmp_path / t for t in ("low", "high")}
         config = SimpleNamespace(checkpoint=str(folder), prompt="ab", max_new_tokens=N, **outs)
-        train_classifier.write_sentences(config, torch.device("cpu"))
+        train_classifier.write_sentences(config, torch.device("cpu"), "fp32")
         assert (tmp_path / "low").read_text(encoding="utf-8") == ends_early[2] + "\n"
 
     def test_a_sample_while_training(self, tiny):

@@ -162,7 +162,8 @@ def test_best_epoch_is_kept(source, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "last").resolve().name == "step_00000009"
     info = json.loads((tmp_path / "run" / "best" / "config.json").read_text())["info"]
     assert info.pop("labels_are_numbered") is True
-    assert info == {"labels": NAMES, "step": 6, "dev_accuracy": 0.75, "dev_loss": pytest.approx(0.563, abs=1e-3)}
+    dev = {"dev_accuracy": 0.75, "dev_loss": pytest.approx(0.563, abs=1e-3)}
+    assert info == {"labels": NAMES, "step": 6, "least_depth": 1, **dev}
     tune(source, tmp_path / "blind", epochs=2, dev=[])
     assert (tmp_path / "blind" / "best").resolve().name == "step_00000006"
 
