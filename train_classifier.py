@@ -214,7 +214,7 @@ def main(argv=None):
     device = choose_device(config.device)
     precision, _ = choose_precision(config.precision, device)
     if precision == "fp16":  # what auto chooses on older GPUs
-        print("fp32: fine-tuning has no loss scaling, which fp16 needs", file=sys.stderr)
+        print("fp32: this script has no loss scaling, which training in fp16 needs", file=sys.stderr)
         precision = "fp32"
     if config.option == "generate":
         return write_sentences(config, device, precision)

@@ -110,6 +110,12 @@ def resolve(folder=None) -> Path:
     raise UserError(f"{folder} {reason}: correct the path")
 
 
+def weights_file(folder: Path) -> Path:
+    """Returns the file of a checkpoint's weights: the averaged ones, if there are any."""
+    averaged = folder / "ema.safetensors"
+    return averaged if averaged.exists() else folder / "model.safetensors"
+
+
 def load_config(folder) -> TRMConfig:
     """Reads the TRMConfig of a checkpoint folder. Raises UserError if config.json is missing or broken."""
     path = resolve(folder) / "config.json"
@@ -242,8 +248,7 @@ def load_model(folder=None, device="cpu", dtype=torch.float32, ema=True, trains=
 def load_network(folder, device="cpu", dtype=torch.float32, ema=True, config=None) -> TRMModel:
     """Loads a model in eval mode, without a tokenizer; see `load_model` for the arguments."""
     folder = resolve(folder)
-    own, path = load_config(folder), folder / "ema.safetensors"
-    path = path if ema and path.exists() else folder / "model.safetensors"
+    own, path = load_config(folder), weights_file(folder) if ema else folder / "model.safetensors"
     weights = read_weights(path)
     check_size(own, weights, path)
     if config is not None and not _fits(config, weights, path):

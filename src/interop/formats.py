@@ -38,6 +38,7 @@ from src.checkpoint import (
     read_weights,
     resolve,
     save_checkpoint,
+    weights_file,
 )
 from src.data.licences import LICENCES
 from src.data.tokenizer_json import PUZZLE_FILE
@@ -79,9 +80,8 @@ class Format(NamedTuple):
 def _read_checkpoint(path) -> tuple[TRMConfig, dict[str, Tensor], dict]:
     """Returns (config, weights, info) of a checkpoint or run folder, with the averaged weights if there are any."""
     folder = resolve(path)
-    config, averaged = load_config(folder), folder / "ema.safetensors"
-    path = averaged if averaged.exists() else folder / "model.safetensors"
-    print(f"{folder}: {'EMA' if path is averaged else 'plain'} weights", file=sys.stderr)
+    config, path = load_config(folder), weights_file(folder)
+    print(f"{folder}: {'EMA' if path.name.startswith('ema') else 'plain'} weights", file=sys.stderr)
     weights = read_weights(path)
     check_fit(config, weights, path)
     return config, weights, read_info(folder)

@@ -189,11 +189,10 @@ def make_embedder(method: str, dim: int = 1024, checkpoint=None):
         return TextEmbedder(dim)
     if method == "sentence":
         return SentenceEmbedder()
-    from src.checkpoint import load_model, resolve
+    from src.checkpoint import load_model, resolve, weights_file
     from src.files.text import read_bytes
 
     model, tokenizer = load_model(checkpoint)
-    averaged = resolve(checkpoint) / "ema.safetensors"  # as in load_model
-    weights = read_bytes(averaged if averaged.exists() else averaged.with_name("model.safetensors"), most=2**40)
+    weights = read_bytes(weights_file(resolve(checkpoint)), most=2**40)
     settings = json.dumps(model.config.to_dict(), sort_keys=True).encode()  # a change of depth changes the states
     return StateEmbedder(model, tokenizer, f"{content_hash(weights + settings):016x}")
