@@ -3,7 +3,7 @@
     python train_trm_lm.py                                    # on Python's standard library: needs no data and no flags
     python train_trm_lm.py --config configs/demo.yaml --max_minutes 10           # a recipe, with one setting changed
     python train_trm_lm.py --train_paths wiki/train_*.jsonl.gz --valid_paths wiki/validation_0.jsonl.gz
-    python train_trm_lm.py --recursion none --n_layers 6 --norm pre --save_dir runs/llama      # a plain Llama
+    python train_trm_lm.py --recursion none --n_layers 6 --save_dir runs/llama                 # a plain transformer
     python train_trm_lm.py --config runs/trm/config.yaml --resume                # continue a run that was stopped
     python train_trm_lm.py --records true --train_paths gsm8k/train.jsonl        # questions with answers
     python train_trm_lm.py --records true --train_paths gsm8k/train.jsonl --overfit 10     # can it learn ten by heart?
@@ -15,16 +15,22 @@ and --resume continues from it. Messages go to stderr.
 """
 
 import sys
+from pathlib import Path
 
-from src.config import before_torch, run
+from src.config import before_torch, flag_value, run
 from src.errors import UserError
 from src.training.train_config import Settings, read_settings
 
 __all__ = ["create_model", "create_trainer", "evaluate", "main", "parse_args", "save_checkpoint"]
 
+RECIPE = Path(__file__).resolve().parent / "configs" / "default.yaml"
+
 
 @before_torch
 def parse_args(argv=None) -> Settings:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if flag_value(argv, "config") is None and flag_value(argv, "init_from") is None:
+        argv = ["--config", str(RECIPE), *argv]
     settings = read_settings(argv, __doc__)
     if settings.model.token_loss != "softmax":
         raise UserError("token_loss stablemax is for puzzles: text is evaluated with softmax, leave --token_loss out")

@@ -85,12 +85,7 @@ from src.training.curriculum import mean_flops  # noqa: E402
 from src.training.curves import read_series  # noqa: E402
 from src.training.train_config import Settings, TrainConfig, read_settings  # noqa: E402
 
-BASE = {
-    **{"d_model": 256, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "batch_size": 32},
-    **{"latent_steps": 2, "deep_steps": 1, "supervision_steps": 2, "halting": False},
-    "shift_windows": True,
-    **{"lr": 1e-3, "min_lr_ratio": 0.1, "warmup_steps": 100, "beta2": 0.99, "weight_decay": 0.1, "ema_decay": 0.995},
-}
+RECIPE = str(arms.ROOT / "configs" / "ladder.yaml")
 VALID, SLICE = 0.1, 0.05  # shares of the text that are for validation, and of the training text that are held out
 MOST_SLICE = 300_000  # characters
 MOST_CHARS = 20_000_000  # longer documents are cut, because readers of .jsonl refuse much longer ones
@@ -114,8 +109,8 @@ class LadderConfig(arms.RunsConfig):
         text_field: name of the JSON field or parquet column that holds the text
         tokenizer: byte (one token per byte), sentencepiece (trained on the training text), or the path of a tokenizer
         recipe: config file of train_trm_lm.py, of recursion trm, with the settings that all rungs have in common;
-            default: width 256, 2 layers, 3 visits, 2 supervision steps, batches of 32 x 128 tokens, AdamW; windows are
-            cut at other places in each epoch
+            default configs/ladder.yaml: width 256, 2 layers, 3 visits, 2 supervision steps, batches of 32 x 128 tokens,
+            AdamW; windows are cut at other places in each epoch
         rungs: models to train, see above
         control: rung from which differences are taken; one for all tables, or two: for equal tokens, for equal FLOPs.
             Default: plain, and for equal FLOPs plain-deep
@@ -132,7 +127,7 @@ class LadderConfig(arms.RunsConfig):
     valid_paths: list[str] = field(default_factory=list)
     text_field: str = "text"
     tokenizer: str = "byte"
-    recipe: str | None = None
+    recipe: str = RECIPE
     rungs: list[str] = field(default_factory=lambda: [name for name in RUNGS if name != "plain-wide"])
     control: list[str] = field(default_factory=list)
     steps: int = 1500
@@ -252,7 +247,7 @@ def prepare(config: LadderConfig) -> Data:
     files = [Path(config.output) / name for name in parts]
     if config.tokenizer != "sentencepiece":
         return Data(*files, config.tokenizer, read_tokenizer(config.tokenizer).vocab_size)
-    size = read_settings([*recipe_words(config), *config.overrides]).model.vocab_size or ON_THE_SPOT_VOCAB
+    size = read_settings(["--config", config.recipe, *config.overrides]).model.vocab_size or ON_THE_SPOT_VOCAB
     key = content_key(files[:2], size)
     tokenizer = on_the_spot(sampled(files[:2], "text", "whole"), key, size, config.output)
     return Data(*files, str(Path(config.output) / f"spm-{key}.model"), tokenizer.vocab_size)
@@ -282,14 +277,9 @@ class Rung(NamedTuple):
     equal_steps: int
 
 
-def recipe_words(config: LadderConfig) -> list[str]:
-    """Returns the flags of the recipe, without the overrides."""
-    return ["--config", config.recipe] if config.recipe else arms.flag_words(BASE)
-
-
 def recipe_of(config: LadderConfig, data: Data) -> Settings:
     """Returns the settings of the recipe, with the overrides and the size of the vocabulary."""
-    settings = read_settings([*recipe_words(config), *config.overrides, f"--tokenizer={data.tokenizer}"])
+    settings = read_settings(["--config", config.recipe, *config.overrides, f"--tokenizer={data.tokenizer}"])
     if settings.model.recursion != "trm" or settings.data.records or settings.train.curriculum.stages:
         raise UserError("the recipe must have recursion trm and no records and no curriculum: choose another recipe")
     if settings.train.max_minutes is not None:
@@ -303,7 +293,7 @@ def recipe_of(config: LadderConfig, data: Data) -> Settings:
 
 def rungs_of(config: LadderConfig, settings: Settings, data: Data) -> dict[str, Rung]:
     """Returns {name: rung} for the rungs of the config.  settings: those of the recipe."""
-    words = [*recipe_words(config), *config.overrides, f"--tokenizer={data.tokenizer}"]
+    words = ["--config", config.recipe, *config.overrides, f"--tokenizer={data.tokenizer}"]
     tokens = config.steps * settings.train.batch_size * settings.model.max_seq_len  # of a run at equal tokens
 
     def rung_of(name, budget=0.0):
@@ -372,7 +362,7 @@ def run_job(ladder: Ladder, job: arms.Job) -> dict:
     config, rung, steps = ladder.config, ladder.rungs[job.arm], dict(job.changes)["max_steps"]
     flags, is_small = rung.flags | run_flags(ladder, job), config.corpus_bytes is not None
     try:
-        folder = arms.train("train_trm_lm.py", config, job, flags, recipe_words(config))
+        folder = arms.train("train_trm_lm.py", config, job, flags, ["--config", config.recipe])
     except UserError as error:
         if not (job.is_sweep and "not finite" in str(error)):
             raise

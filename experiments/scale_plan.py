@@ -1,6 +1,6 @@
 """Estimate what a large training run needs, without running it: memory per process, days, checkpoint sizes, text.
 
-    python experiments/scale_plan.py --config configs/default.yaml --vocab_size 32000 --devices 8
+    python experiments/scale_plan.py --config configs/paper.yaml --vocab_size 32000 --devices 8
     python experiments/scale_plan.py --recursion none --norm pre --n_layers 24 --d_model 2048 --n_heads 32 \\
         --vocab_size 32000 --max_seq_len 2048 --batch_size 512 --grad_accum 4 --devices 64 --tokens 1e12
     python experiments/scale_plan.py --config configs/small.yaml --devices 2 --tokens 1e9 1e12     # two columns

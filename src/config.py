@@ -218,6 +218,8 @@ def parse_flags(description, *classes, argv=None, positional=None, defaults=None
     set_parsing_settings(import_path_allowlist=sections)
     files, words = _normalise(argv, fields, positional)
     from_files = _parse_files(parser, files, fields)
+    if from_files is not None and "--help" in words:  # shows the values of the files as defaults
+        parser.set_defaults(from_files.as_dict())
     parsed = _expand(parser.parse_args(words, from_files), fields)
     if defaults is not None and (others := defaults(parsed)):
         parser.set_defaults(others)
@@ -381,9 +383,7 @@ def _normalise(argv, fields, positional):
     if free and not _is_list(fields[positional]):
         out.append(f"--{positional}={free.pop(0)}")
         if free:
-            advice = "quote values that contain spaces"
-            if "prompt" in fields:
-                advice += "; did you mean --prompt?"
+            advice = "quote values that contain spaces" + "; did you mean --prompt?" * ("prompt" in fields)
             raise UserError(f"unexpected word {free[0]!r}: {positional} is a single path; {advice}")
     elif free:
         if positional in lists:

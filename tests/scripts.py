@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--d_model 16 --n_heads 2 --n_layers 1 --max_seq_len 32 --batch_size 4 --warmup_steps 2 --compile false".split()
-SMALL += "--tokenizer byte --precision fp32 --device cpu --sample_tokens 4 --eval_batches 2".split()
+SMALL = ["--config", str(ROOT / "configs" / "paper.yaml")]  # a TRM, and a tiny one
+SMALL += "--d_model 16 --n_heads 2 --n_layers 1 --max_seq_len 32 --batch_size 4 --warmup_steps 2".split()
+SMALL += "--tokenizer byte --precision fp32 --device cpu --sample_tokens 4 --eval_batches 2 --compile false".split()
 
 
 def start(*words, **options):

@@ -49,8 +49,8 @@ def refused(capsys, *argv, parse_args=train_trm_lm.parse_args):
     return out.err
 
 
-def test_defaults_are_those_of_the_dataclasses():
-    assert train_trm_lm.parse_args([]) == tuple(cls() for cls in CLASSES)
+def test_a_file_changes_the_defaults_of_the_dataclasses(config_file):
+    assert train_trm_lm.parse_args(["--config", config_file("")]) == tuple(cls() for cls in CLASSES)
 
 
 def test_a_field_lives_in_one_dataclass():
@@ -221,7 +221,7 @@ def test_the_home_folder_is_no_folder_called_tilde(config_file, monkeypatch, tmp
 
 @pytest.mark.parametrize("content", ["# only a header\n{}\n", "", "# only a header\n", "max_minutes:\nmonitoring:\n"])
 def test_a_file_without_settings_changes_nothing(config_file, content):
-    assert parse("--config", config_file(content)) == parse()
+    assert parse("--config", config_file(content)) == parse("--config", config_file("{}"))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_number_is_not_octal_or_time(config_file):
         (["--dropout", "1"], "dropout is 1"),
         (["--supervision_steps", "0"], "supervision_steps is 0"),
         (["--supervision_weights", "heavy"], "supervision_weights"),
-        (["--injection", "none"], "injection"),
+        (["--recursion", "trm", "--injection", "none"], "injection"),
         (["--deep_steps", "2", "--grad_deep_steps", "3"], "grad_deep_steps"),
         (["--act_threshold", "0"], "act_threshold"),
         (["--vocab_size", "0"], "vocab_size is 0"),

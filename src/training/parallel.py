@@ -43,6 +43,8 @@ def start_accelerator(config, runtime, model) -> tuple[Accelerator, Choice]:
         visible = f"CUDA_VISIBLE_DEVICES={device.index}"
         raise UserError(f"--device {device}: choose the GPU with {visible} and --device cuda")
     precision = choose_precision(runtime.precision, device)
+    if precision.value == "fp16" and runtime.precision == "auto" and config.optimizer != "adamw":
+        precision = Choice("fp32", f"optimizer {config.optimizer} has no loss scaling for fp16")
     is_fp16 = precision.value == "fp16"
     if is_fp16 and config.optimizer != "adamw":
         problem = f"--optimizer {config.optimizer} has no loss scaling for fp16"

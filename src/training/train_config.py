@@ -24,7 +24,7 @@ class RuntimeConfig:
         device: auto (CUDA if present, else MPS, else CPU), cpu, cuda, cuda:N or mps; training refuses cuda:N, so set
             CUDA_VISIBLE_DEVICES to choose its GPU
         precision: precision of matrix products; weights stay fp32. auto = bf16 if the hardware supports it, fp16 on
-            older GPUs, else fp32
+            older GPUs (not in training with muon), else fp32
     """
 
     device: str = "auto"
@@ -230,7 +230,7 @@ class TrainConfig:
         least_depth: smallest number that sample_depth draws
         recursion_from: fraction of the run, from 0 to 1, after which the full recursion starts; before that, training,
             evaluations and checkpoints have one cycle (deep_steps 1) and one supervision step, which is cheaper
-        lr: peak learning rate; lower it if the loss diverges
+        lr: peak learning rate; lower it if the loss diverges; default 0.001 for adamw, 0.012 for muon and muoneq
         min_lr_ratio: final learning rate of the cosine and linear schedules, as a fraction of lr
         warmup_steps: steps in which the learning rate rises linearly from 0 to lr; raise it if the loss diverges early
         weight_decay: decoupled weight decay of matrices; biases, gains and embeddings have none
@@ -276,7 +276,7 @@ class TrainConfig:
     sample_depth: bool = False
     least_depth: int = 1
     recursion_from: float = 0.0
-    lr: float = 1e-3
+    lr: float | None = None
     min_lr_ratio: float = 0.05
     warmup_steps: int = 100
     weight_decay: float = 0.1
@@ -302,6 +302,7 @@ class TrainConfig:
     init_from: str | None = None
 
     def __post_init__(self):
+        self.lr = {"adamw": 0.001}.get(self.optimizer, 0.012) if self.lr is None else self.lr
         positive = "batch_size grad_accum max_steps eval_every save_every log_every keep_checkpoints max_skipped"
         for name in positive.split():
             if getattr(self, name) < 1:
@@ -326,10 +327,9 @@ class TrainConfig:
             raise ValueError(f"optimizer {self.optimizer} needs whole matrices, but shard splits them: choose adamw")
         if not is_text(self.sample_prompt):
             raise ValueError("sample_prompt is not valid UTF-8 text: correct it")
-        if self.overfit is not None and self.overfit < 1:
-            raise ValueError(f"overfit is {self.overfit}: set it to the number of records to learn, or leave it out")
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ValueError(f"max_minutes is {self.max_minutes}: set it over 0, or leave it out")
+        for name in ("overfit", "max_minutes"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} is {value}: set it over 0, or leave it out")
 
 
 class Settings(NamedTuple):
