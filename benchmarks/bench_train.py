@@ -3,6 +3,7 @@
     python benchmarks/bench_train.py                           # plain, looped and TRM; takes minutes
     python benchmarks/bench_train.py --families trm --steps 20
     python benchmarks/bench_train.py --families trm --profile  # the time of one step by kind of operation
+    python benchmarks/bench_train.py --recipe configs/demo.yaml --steps 30    # a recipe beside a plain transformer
     python benchmarks/bench_train.py --quick                   # tiny sizes, to check that it runs
 
 Prints tokens/s, the model's GFLOP/s, the GFLOP/s of 2048 x 2048 x 2048 matrix products in the same process and
@@ -20,11 +21,16 @@ layer visit. This counts all T x T scores, although a causal model needs only ha
     shapes            the speed of the model's own matrix products, which limits the speed of the model. They are the
                       products of a block's linear layers at batch x length rows: for the forward pass, the gradient
                       of the input, and the gradient of the weights. Each kind counts as often as the family needs it
+
+With --recipe, the model of a config at its full depth alternates with a plain transformer of equal FLOPs per token,
+which has the same settings and more layers. `paired` is the tokens/s of the recipe divided by those of the plain model
+in the same round: the median over the rounds, and the first and the last decile.
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from common import interleaved, machine, median, print_json, print_table, seconds
 
@@ -34,7 +40,7 @@ from src.metrics import count_parameters, flops_per_token
 from src.model import TRMConfig, TRMModel
 from src.runtime import DTYPES, keep_freed_memory  # noqa: E402
 from src.trainer import Trainer
-from src.training.train_config import RuntimeConfig, TrainConfig  # noqa: E402
+from src.training.train_config import RuntimeConfig, TrainConfig, read_settings  # noqa: E402
 
 FAMILIES = {
     "none": {"recursion": "none", "n_layers": 6, "norm": "pre"},
@@ -60,6 +66,8 @@ class TrainBench:
         dropout: probability of dropout; it adds no FLOPs, so its cost shows in the ratios
         matmul_size: n of the n x n x n matrix products
         compile: use torch.compile; if not given, decided as in training
+        recipe: instead of families, measure the model of this config file of train_trm_lm.py beside a plain
+            transformer; batch, length and width are those of the config
         profile: instead of measuring speed, profile one step on the CPU and group its time by kind of operation
         quick: use tiny sizes and few steps, to check that the benchmark runs
     """
@@ -75,6 +83,7 @@ class TrainBench:
     dropout: float = 0.0
     matmul_size: int = 2048
     compile: bool | None = None
+    recipe: str | None = None
     profile: bool = False
     quick: bool = False
 
@@ -98,17 +107,25 @@ def model_config(args: TrainBench, family: str) -> TRMConfig:
     return build(TRMConfig, {**sizes, "max_seq_len": args.seq_len, **FAMILIES[family]})
 
 
-def training_step(args: TrainBench, config: TRMConfig, runtime: RuntimeConfig):
+def training_step(train: TrainConfig, config: TRMConfig, runtime: RuntimeConfig, warmup: int):
     """Returns (trainer, a function that does one training step), after the warm-up steps."""
-    torch._dynamo.reset()  # drop the compiled graphs of the previous family
     torch.manual_seed(0)
-    settings = TrainConfig(batch_size=args.batch_size, compile=args.compile, max_steps=10**6)
-    trainer = Trainer(settings, TRMModel(config), None, None, None, runtime)
-    ids = torch.randint(0, args.vocab_size, (args.batch_size, args.seq_len + 1))
+    trainer = Trainer(train, TRMModel(config), None, None, None, runtime)
+    ids = torch.randint(0, config.vocab_size, (train.batch_size, config.max_seq_len + 1))
     batch = {"input_ids": ids[:, :-1].contiguous(), "target_ids": ids[:, 1:].contiguous()}
-    for _ in range(args.warmup):
+    for _ in range(warmup):
         trainer.train_step(batch)
     return trainer, lambda: trainer.train_step(batch)
+
+
+def family_step(args: TrainBench, family: str, runtime: RuntimeConfig):
+    """Returns what `training_step` does, and the settings of the model.  Drops compiled graphs of other families."""
+    torch._dynamo.reset()
+    train, config = (
+        TrainConfig(batch_size=args.batch_size, compile=args.compile, max_steps=10**6),
+        model_config(args, family),
+    )
+    return *training_step(train, config, runtime, args.warmup), config
 
 
 class Burst:
@@ -173,9 +190,8 @@ def forwards_per_backward(config: TRMConfig) -> float:
 
 def measure(args: TrainBench, family: str, runtime: RuntimeConfig) -> dict:
     """Returns the figures of one family."""
-    config = model_config(args, family)
     start = time.perf_counter()
-    trainer, step = training_step(args, config, runtime)
+    trainer, step, config = family_step(args, family, runtime)
     warmup, device, dtype = time.perf_counter() - start, trainer.device, DTYPES[trainer.precision]
     burst = Burst(args.matmul_size, dtype, device)
     products = BlockProducts(config, args.batch_size * args.seq_len, dtype, device)
@@ -210,6 +226,33 @@ def measure(args: TrainBench, family: str, runtime: RuntimeConfig) -> dict:
     }
 
 
+def compare(args: TrainBench, runtime: RuntimeConfig) -> dict:
+    """Returns the speed of a recipe's model and of a plain transformer of equal FLOPs, whose steps alternate."""
+    train, _, model, _ = read_settings(["--config", args.recipe])
+    train = replace(train, compile=args.compile, max_steps=10**6, max_minutes=None, recursion_from=0.0)
+    model = replace(model, vocab_size=model.vocab_size or args.vocab_size)
+    models = {"recipe": model, "plain": plain_of_equal_flops(model)}
+    made = {name: training_step(train, config, runtime, args.warmup) for name, config in models.items()}
+    trainer = made["recipe"][0]
+    times = interleaved({name: step for name, (_, step) in made.items()}, args.steps, trainer.device)
+    tokens = train.batch_size * model.max_seq_len
+    paired = np.array(times["plain"]) / np.array(times["recipe"])
+    return {
+        "recipe": args.recipe,
+        "precision": trainer.precision,
+        "tokens_per_s": {name: tokens / median(each) for name, each in times.items()},
+        "mflops_per_token": {name: flops_per_token(config).train / 1e6 for name, config in models.items()},
+        "paired": {name: float(np.quantile(paired, q)) for name, q in [("median", 0.5), ("low", 0.1), ("high", 0.9)]},
+    }
+
+
+def plain_of_equal_flops(model: TRMConfig) -> TRMConfig:
+    """Returns a plain transformer whose training costs as many FLOPs per token, as nearly as its layers allow."""
+    layers = range(1, model.n_layers * model.visits_per_step * model.train_steps + 1)
+    plains = [replace(model, recursion="none", halting=False, n_layers=n) for n in layers]
+    return min(plains, key=lambda plain: abs(flops_per_token(plain).train - flops_per_token(model).train))
+
+
 KINDS = (  # (kind, parts of the names of its operations); the first match counts
     ("compiled elementwise kernels", ("cpp_fused",)),  # first, because its name lists all operations that it fuses
     ("attention backward products", ("flash_attention_for_cpu_backward", "aten::bmm", "aten::baddbmm")),
@@ -231,7 +274,7 @@ def profile(args: TrainBench, family: str, runtime: RuntimeConfig) -> dict:
     from torch.profiler import ProfilerActivity
 
     torch._inductor.config.cpp.enable_kernel_profile = True  # otherwise compiled kernels have no names
-    trainer, step = training_step(args, model_config(args, family), runtime)
+    trainer, step, _ = family_step(args, family, runtime)
     if trainer.device.type != "cpu":
         raise UserError("--profile measures CPU time: add --device cpu")
     with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as record:
@@ -256,6 +299,14 @@ def main(argv=None) -> None:
         for family, kinds in profiles.items():
             show_profile(family, kinds)
         print_json("train_profile", {"machine": machine(), "ms": profiles})
+        return
+    if args.recipe:
+        found = compare(args, runtime)
+        for name, speed in found["tokens_per_s"].items():
+            print(f"{name}: {speed:,.0f} tokens/s, {found['mflops_per_token'][name]:.1f} MFLOPs per token")
+        paired = found["paired"]
+        print(f"paired: {paired['median']:.3f} ({paired['low']:.3f} to {paired['high']:.3f})")
+        print_json("train_recipe", {"machine": machine(), **found})
         return
     rows = [measure(args, family, runtime) for family in args.families]
     columns = "tokens_per_s model_gflops matmul_gflops ratio ratio_attention shapes_gflops ratio_shapes".split()

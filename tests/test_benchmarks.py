@@ -63,6 +63,19 @@ def test_bench_train_has_the_sizes_that_are_asked_for():
     assert [bench_train.forwards_per_backward(c) for c in (plain, loop, trm)] == [1, 1, 2]
 
 
+def test_bench_train_compares_a_recipe_with_plain(capsys, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    sizes = "vocab_size: 50\nd_model: 32\nn_heads: 2\nmax_seq_len: 8\nbatch_size: 2\n"
+    recipe.write_text(sizes + "recursion: loop\ndeep_steps: 3\nrecursion_from: 0.6\noptimizer: muoneq\n")
+    bench_train.main(["--recipe", str(recipe), "--steps", "3", "--compile", "false", "--device", "cpu"])
+    facts = last_json(capsys)
+    assert facts["mflops_per_token"]["recipe"] == facts["mflops_per_token"]["plain"] > 0
+    speeds, paired = facts["tokens_per_s"], facts["paired"]
+    assert min(speeds.values()) > 0 and 0 < paired["low"] <= paired["median"] <= paired["high"]
+    trm = TRMConfig(vocab_size=50, d_model=32, n_heads=2)  # 12 visits of 2 layers; half have no gradient, for a third
+    assert bench_train.plain_of_equal_flops(trm).n_layers == 16
+
+
 def test_profile_groups_operations(capsys):
     bench_train.main(["--quick", "--compile", "false", "--device", "cpu", "--profile", "--families", "trm"])
     kinds = last_json(capsys)["ms"]["trm"]
