@@ -229,7 +229,8 @@ def measure(args: TrainBench, family: str, runtime: RuntimeConfig) -> dict:
 def compare(args: TrainBench, runtime: RuntimeConfig) -> dict:
     """Returns the speed of a recipe's model and of a plain transformer of equal FLOPs, whose steps alternate."""
     train, _, model, _ = read_settings(["--config", args.recipe])
-    train = replace(train, compile=args.compile, max_steps=10**6, max_minutes=None, recursion_from=0.0)
+    train = replace(train, compile=args.compile, max_steps=10**6, max_minutes=None)
+    train = replace(train, recursion_from=0.0, sample_depth=False, least_depth=1)  # the full depth at each step
     model = replace(model, vocab_size=model.vocab_size or args.vocab_size)
     models = {"recipe": model, "plain": plain_of_equal_flops(model)}
     made = {name: training_step(train, config, runtime, args.warmup) for name, config in models.items()}

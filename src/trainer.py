@@ -317,8 +317,8 @@ class Trainer:
             "tokens_per_s": self.clock.tokens_per_s(self.curriculum, self.step),
             "elapsed_s": self.elapsed,
         }
-        steps_left = self.curriculum.total_steps / max(1, self.step) - 1
-        left = self.clock.minutes_left(self.elapsed, steps_left, self.config.max_minutes)
+        work_left = curriculum.work_left(self.config, self.raw.config, max(1, self.step) / self.curriculum.total_steps)
+        left = self.clock.minutes_left(self.elapsed, work_left, self.config.max_minutes)
         bits, speed = bits_text(line.get("bits_per_byte", math.nan)), f"{line['tokens_per_s']:.0f} tokens/s"
         bar.set_postfix_str(f"loss {line['loss']:.3f}{bits}, {speed}, {left:.1f} min left", refresh=False)
         if self.log is not None:

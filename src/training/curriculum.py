@@ -180,16 +180,18 @@ def _drawn_depths(whole: TRMConfig, least: int = 1) -> list[tuple[int, int]]:
     return [(steps, supervision) for steps in range(least, deep + 1)]
 
 
+def _depths(config: TrainConfig, whole: TRMConfig) -> list[tuple[int, int]]:
+    """Returns the pairs of deep_steps and supervision_steps of the steps after recursion_from."""
+    if config.sample_depth:
+        return _drawn_depths(whole, config.least_depth)
+    return [(whole.deep_steps, whole.supervision_steps)]
+
+
 def least_depth(config: TrainConfig, whole: TRMConfig, begun: bool) -> int:
     """Returns the first recursion step after which training has a loss, at the depths of `depth_of_step`."""
     if whole.recursion == "none" or config.recursion_from and not begun:
         return 1
-    drawn = (
-        _drawn_depths(whole, config.least_depth)
-        if config.sample_depth
-        else [(whole.deep_steps, whole.supervision_steps)]
-    )
-    models = [_at_depth(whole, *depth) for depth in drawn]
+    models = [_at_depth(whole, *depth) for depth in _depths(config, whole)]
     weights = [loss_weights(model, model.recursion_steps) for model in models]
     return 1 + min(next(step for step, weight in enumerate(each) if weight > 0) for each in weights)
 
@@ -220,10 +222,21 @@ def mean_flops(config: TrainConfig, whole: TRMConfig, share: float = 1.0) -> flo
     return sum(n * flops_per_token(_at_depth(whole, *depth)).train for depth, n in depths.items()) / steps
 
 
-def _at_depth(whole: TRMConfig, deep: int, supervision: int) -> TRMConfig:
-    """Returns a config with fewer steps.
+def work_left(config: TrainConfig, whole: TRMConfig, share: float) -> float:
+    """Returns the training FLOPs that are left of a run, divided by those of its first part.
 
-    Raises ValueError if only some of its supervision_weights remain and all of them are 0."""
+    share: the part of the steps that is done, over 0. Steps after recursion_from cost more than those before it."""
+
+    def cost(depths):
+        return sum(flops_per_token(_at_depth(whole, *depth)).train for depth in depths) / len(depths)
+
+    dearer = cost(_depths(config, whole)) / cost([(1, 1)]) if config.recursion_from else 1.0
+    done, total = (s + (dearer - 1) * max(0.0, s - config.recursion_from) for s in (share, 1.0))
+    return total / done - 1
+
+
+def _at_depth(whole: TRMConfig, deep: int, supervision: int) -> TRMConfig:
+    """Returns a config with fewer steps.  Raises ValueError if the supervision_weights that remain are all 0."""
     cut = min(whole.grad_deep_steps, deep)
     return replace(whole, deep_steps=deep, supervision_steps=supervision, grad_deep_steps=cut)
 

@@ -95,7 +95,7 @@ class Clock:
         tokens = curriculum.tokens(step) - curriculum.tokens(self.step)
         return tokens / self.seconds() if tokens else math.nan
 
-    def minutes_left(self, elapsed: float, steps_left: float, max_minutes: float | None) -> float:
-        """Returns the estimated minutes left.  elapsed: seconds so far; steps_left: remaining steps / steps done."""
-        left = (elapsed - self.compile_s) / 60 * steps_left
+    def minutes_left(self, elapsed: float, work_left: float, max_minutes: float | None) -> float:
+        """Returns the estimated minutes left.  elapsed: seconds so far; work_left: remaining work / work done."""
+        left = (elapsed - self.compile_s) / 60 * work_left
         return left if max_minutes is None else max(0.0, min(left, max_minutes - elapsed / 60))

@@ -22,6 +22,7 @@ from src.training.curriculum import (
     mean_flops,
     place,
     set_depth,
+    work_left,
 )
 from src.training.train_config import CurriculumConfig, CurriculumStage, TrainConfig
 
@@ -404,6 +405,16 @@ class TestTrainingState:
         assert torch.allclose(wide(ids).logits, wanted, rtol=0, atol=1e-9)
         ema.swap(wide)
         ema.update(wide)
+
+
+def test_the_work_that_is_left_costs_more_after_recursion_from():
+    loop = TRMConfig(vocab_size=50, d_model=32, n_heads=2, recursion="loop", deep_steps=3)
+    early, late = (flops_per_token(dataclasses.replace(loop, deep_steps=n, grad_deep_steps=n)).train for n in (1, 3))
+    config = TrainConfig(recursion_from=0.6)
+    assert work_left(config, loop, 0.3) == pytest.approx((0.3 * early + 0.4 * late) / (0.3 * early))
+    assert work_left(config, loop, 0.8) == pytest.approx(0.2 * late / (0.6 * early + 0.2 * late))
+    assert work_left(config, loop, 1.0) == 0
+    assert work_left(TrainConfig(), loop, 0.25) == 3
 
 
 def test_mean_flops_of_drawn_depths():
