@@ -5,8 +5,9 @@
     python count_params.py --recursion none --n_layers 12 --d_model 768 --n_heads 12 --vocab_size 50257
     python count_params.py runs/demo --json                   # print one JSON object
 
-Reads only the checkpoint's config.json or the recipe. It prints to stdout and writes no files. src/metrics.py explains
-how FLOPs are counted.
+Without a checkpoint and --config, the model has the defaults of the flags below: it is a TRM, and not the model of
+configs/default.yaml. Reads only the checkpoint's config.json or the recipe. It prints to stdout and writes no files.
+src/metrics.py explains how FLOPs are counted.
 """
 
 import json

@@ -8,12 +8,17 @@
     python train_trm_lm.py --records true --train_paths gsm8k/train.jsonl        # questions with answers
     python train_trm_lm.py --records true --train_paths gsm8k/train.jsonl --overfit 10     # can it learn ten by heart?
 
+Without --config and --init_from, the settings are those of configs/default.yaml, which are also the defaults below. A
+setting that a --config file leaves out is not from there: --config FILE --help shows its value. Name both files,
+--config configs/default.yaml --config FILE, to change some settings only.
+
 Writes a run folder, `save_dir`: the settings in config.yaml, the log in metrics.jsonl, TensorBoard events,
 learning_curve.png, sample texts in samples.txt, and checkpoints in step_NNNNNNNN/. The links `last` and `best` point to
 the newest checkpoint and to the one with the lowest validation loss. Ctrl-C saves a checkpoint before it ends the run,
 and --resume continues from it. Messages go to stderr.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -29,8 +34,8 @@ RECIPE = Path(__file__).resolve().parent / "configs" / "default.yaml"
 @before_torch
 def parse_args(argv=None) -> Settings:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if flag_value(argv, "config") is None and flag_value(argv, "init_from") is None:
-        argv = ["--config", str(RECIPE), *argv]
+    if flag_value(argv, "config") is None and flag_value(argv, "init_from") in (None, "", "null"):
+        argv = ["--config", os.path.relpath(RECIPE), *argv]
     settings = read_settings(argv, __doc__)
     if settings.model.token_loss != "softmax":
         raise UserError("token_loss stablemax is for puzzles: text is evaluated with softmax, leave --token_loss out")
@@ -52,6 +57,11 @@ def main(argv=None):
     trainer = create_trainer(settings, build_rag)
     figures = trainer.train()
     trainer.accelerator.end_training()
+    if trainer.is_main and settings.train.recursion_from and not trainer.recursion_begun:
+        print(
+            f"the model is still plain: recursion begins after {settings.train.recursion_from:.0%} of the run",
+            file=sys.stderr,
+        )
     if figures and trainer.is_main:
         print(
             f"done: step {trainer.step}, validation {figures['valid_loss']:.4f} nats/token"

@@ -91,6 +91,8 @@ class TrainBench:
         for family in self.families:
             if family not in FAMILIES:
                 raise ValueError(f"families {family}: choose from {', '.join(FAMILIES)}")
+        if self.recipe and (self.profile or self.families != list(FAMILIES)):
+            raise ValueError("recipe is measured instead of families, and without profile: leave these out")
         if min(self.steps, self.warmup, self.batch_size) < 1:
             raise ValueError("steps, warmup and batch_size must be 1 or more")
         if self.quick:
@@ -231,6 +233,8 @@ def compare(args: TrainBench, runtime: RuntimeConfig) -> dict:
     train, _, model, _ = read_settings(["--config", args.recipe])
     train = replace(train, compile=args.compile, max_steps=10**6, max_minutes=None)
     train = replace(train, recursion_from=0.0, sample_depth=False, least_depth=1)  # the full depth at each step
+    if model.recursion == "none":
+        raise UserError(f"{args.recipe} has no recursion to compare with plain layers: choose another recipe")
     model = replace(model, vocab_size=model.vocab_size or args.vocab_size)
     models = {"recipe": model, "plain": plain_of_equal_flops(model)}
     made = {name: training_step(train, config, runtime, args.warmup) for name, config in models.items()}

@@ -220,14 +220,14 @@ def parse_flags(description, *classes, argv=None, positional=None, defaults=None
     from_files = _parse_files(parser, files, fields)
     if from_files is not None and "--help" in words:  # shows the values of the files as defaults
         parser.set_defaults(from_files.as_dict())
-    parsed = _expand(parser.parse_args(words, from_files), fields)
-    if defaults is not None and (others := defaults(parsed)):
+    if defaults is not None:
+        others = defaults(_expand(parser.parse_args([w for w in words if w != "--help"], from_files), fields))
         parser.set_defaults(others)
-        parsed = _expand(parser.parse_args(words, from_files), fields)
+    parsed = _expand(parser.parse_args(words, from_files), fields)
     try:
         return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in classes)
     except UserError as error:
-        raise UserError(f"{error} (settings from --config {', '.join(files)} and flags)" if files else error) from None
+        raise UserError(f"{error} (settings from flags and {', '.join(files)})" if files else error) from None
 
 
 def _expand(parsed, fields):

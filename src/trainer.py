@@ -206,7 +206,8 @@ class Trainer:
         self._set_learning_rate()
         seed_device(self.device, mix_seed(self.config.seed, self.step, self.rank))  # so a resume repeats dropout
         self.model.train()
-        self.recursion_begun = self.recursion_begun or self.progress() >= self.config.recursion_from
+        if not self.recursion_begun and self.progress() >= self.config.recursion_from:
+            run_state.begin_recursion(self)
         with self._at(curriculum.depth_of_step(self.config, self.raw.config, self.step, self.recursion_begun)):
             self.supervise(self.split(batch))
         self.step += 1
@@ -380,13 +381,12 @@ class Trainer:
     def save(self, best: bool = False):
         """Write this step's checkpoint and point `last` (and `best`) to it.  All processes must call this."""
         weights, average, state = run_state.collect(self, best)
-        info = run_state.info_of(self)
         problem = None
         if self.is_main:
             try:
                 if not all(map(checkpoint.is_sound, weights.values())):
                     raise run_folder.diverged(self.folder, f"step {self.step}: weights are not finite, and not saved")
-                parts = (self.raw, self.tokenizer, average, state, info, weights)
+                parts = (self.raw, self.tokenizer, average, state, run_state.info_of(self), weights)
                 with self._at():  # before recursion_from, the checkpoint has the depth that it was trained at
                     run_folder.save(self.folder, f"step_{self.step:08d}", best, self.config.keep_checkpoints, *parts)
             except UserError as error:

@@ -41,6 +41,16 @@ def info_of(trainer) -> dict:
     return {"step": trainer.step, trainer.best_name: best, "least_depth": least}
 
 
+def begin_recursion(trainer):
+    """Note that the full recursion begins with this step.
+
+    If it was put off, the best checkpoint is chosen anew: one of the time before would hide the recursion."""
+    trainer.recursion_begun = True
+    if trainer.config.recursion_from:
+        trainer.best = trainer.best_loss = math.inf
+        trainer.say(f"step {trainer.step}: the full recursion begins; the best checkpoint is chosen anew")
+
+
 def restore(trainer, folder: Path, state: dict):
     """Load a checkpoint's weights and state into a new Trainer, whose model must have the checkpoint's config.
 

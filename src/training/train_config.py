@@ -228,8 +228,8 @@ class TrainConfig:
         sample_depth: draw deep_steps at random for each batch, from least_depth to the model's value, so that a loop
             learns to answer at each of these depths; of a TRM for text with full_bptt, draw supervision_steps instead
         least_depth: smallest number that sample_depth draws
-        recursion_from: fraction of the run, from 0 to 1, after which the full recursion starts; before that, training,
-            evaluations and checkpoints have one cycle (deep_steps 1) and one supervision step, which is cheaper
+        recursion_from: fraction of the run, from 0 to under 1, after which the full recursion starts; before that,
+            training, evaluations and checkpoints have one cycle (deep_steps 1) and one supervision step: it is cheaper
         lr: peak learning rate; lower it if the loss diverges; default 0.001 for adamw, 0.012 for muon and muoneq
         min_lr_ratio: final learning rate of the cosine and linear schedules, as a fraction of lr
         warmup_steps: steps in which the learning rate rises linearly from 0 to lr; raise it if the loss diverges early
@@ -320,7 +320,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) < 2**63:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 0 or more")
         if not 0 <= self.recursion_from < 1:
-            raise ValueError(f"recursion_from is {self.recursion_from}: set it between 0 and 1")
+            raise ValueError(f"recursion_from is {self.recursion_from}: set it from 0 to under 1")
         if self.least_depth != 1 and not (self.sample_depth and self.least_depth > 1):
             raise ValueError(f"least_depth is {self.least_depth}: set it to 1, or to more with sample_depth")
         if self.shard and self.optimizer != "adamw":
@@ -388,7 +388,7 @@ def _run_folder_of_config(argv) -> Path | None:
 
 def model_of_source(parsed, model=TRMConfig) -> dict:
     """Returns the model's defaults with init_from: those of the run if it has started, else the checkpoint's."""
-    if parsed.init_from is None:
+    if not parsed.init_from:
         return {}
     from src import checkpoint  # imported late, because they import torch
     from src.training import run_folder

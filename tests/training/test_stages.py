@@ -248,6 +248,15 @@ class TestDepthByStep:
             logged = next(r["valid_loss"] for r in told if r["step"] == step and "valid_loss" in r)
             assert found["valid_loss"] == pytest.approx(logged, rel=1e-5)
 
+    def test_when_it_starts_the_best_checkpoint_is_chosen_anew(self, make, monkeypatch, capsys):
+        """A plain model may be the better one, but whoever opens the run later expects the recursion."""
+        trainer = make(recursion_from=0.5, deep_steps=2, max_steps=8, eval_every=2, save_every=2)
+        monkeypatch.setattr(trainer, "score", lambda figures: trainer.step)  # the earlier, the better
+        trainer.train()
+        assert (trainer.folder / "best").resolve().name == "step_00000006"
+        assert load_config(trainer.folder / "best").deep_steps == 2
+        assert "step 4: the full recursion begins; the best checkpoint is chosen anew" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("settings", "least"),
         [
