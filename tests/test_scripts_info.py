@@ -74,7 +74,7 @@ def test_the_flops_of_a_recipe_whose_depth_changes(capsys):
     assert facts["mean_train_flops_per_token"] == pytest.approx(plain + 0.8 * (whole - plain) / 3, rel=0.02)
     count_params.main(["--config", recipe])
     assert "  train, mean  " in capsys.readouterr().out
-    count_params.main(["--config", str(ROOT / "configs" / "small.yaml")])
+    count_params.main(["--config", str(ROOT / "configs" / "paper.yaml")])
     assert "  train, mean  " not in capsys.readouterr().out
 
 
