@@ -5,7 +5,7 @@
     python count_params.py --recursion none --n_layers 12 --d_model 768 --n_heads 12 --vocab_size 50257
     python count_params.py runs/demo --json                   # print one JSON object
 
-Without a checkpoint and --config, the model has the defaults of the flags below: it is a TRM, and not the model of
+Without a checkpoint and --config, it counts the TRM that the defaults of the flags describe, not the model of
 configs/default.yaml. Reads only the checkpoint's config.json or the recipe. It prints to stdout and writes no files.
 src/metrics.py explains how FLOPs are counted.
 """
@@ -121,7 +121,7 @@ import torch
 
 from src.metrics import cache_bytes_per_token, count_parameters, effective_depth, flops_per_token, format_params
 from src.model import TRMModel
-from src.training.curriculum import mean_flops
+from src.training.depths import mean_flops
 
 
 def count(config: TRMConfig, train: TrainConfig | None = None) -> dict:

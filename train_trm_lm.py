@@ -9,13 +9,13 @@
     python train_trm_lm.py --records true --train_paths gsm8k/train.jsonl --overfit 10     # can it learn ten by heart?
 
 Without --config and --init_from, the settings are those of configs/default.yaml, which are also the defaults below. A
-setting that a --config file leaves out is not from there: --config FILE --help shows its value. Name both files,
---config configs/default.yaml --config FILE, to change some settings only.
+setting that a --config file leaves out has the default of the code; --config FILE --help shows it. To change only some
+settings of the default recipe: --config configs/default.yaml --config FILE.
 
 Writes a run folder, `save_dir`: the settings in config.yaml, the log in metrics.jsonl, TensorBoard events,
 learning_curve.png, sample texts in samples.txt, and checkpoints in step_NNNNNNNN/. The links `last` and `best` point to
-the newest checkpoint and to the one with the lowest validation loss. Ctrl-C saves a checkpoint before it ends the run,
-and --resume continues from it. Messages go to stderr.
+the newest checkpoint and to the one with the lowest validation loss (with recursion_from: since the full recursion
+began). Ctrl-C saves a checkpoint before it ends the run, and --resume continues from it. Messages go to stderr.
 """
 
 import os
@@ -47,6 +47,7 @@ from src.evaluation.evaluation import evaluate
 from src.losses import bits_text
 from src.rag.pipeline import build_rag
 from src.training.create import create_model, create_trainer
+from src.training.depths import puts_off
 from src.training.overfit import overfit
 
 
@@ -57,11 +58,9 @@ def main(argv=None):
     trainer = create_trainer(settings, build_rag)
     figures = trainer.train()
     trainer.accelerator.end_training()
-    if trainer.is_main and settings.train.recursion_from and not trainer.recursion_begun:
-        print(
-            f"the model is still plain: recursion begins after {settings.train.recursion_from:.0%} of the run",
-            file=sys.stderr,
-        )
+    if trainer.is_main and puts_off(settings.train, trainer.raw.config) and not trainer.recursion_begun:
+        share = f"{settings.train.recursion_from:.0%} of the run"
+        print(f"the full recursion has not begun: it begins after {share}", file=sys.stderr)
     if figures and trainer.is_main:
         print(
             f"done: step {trainer.step}, validation {figures['valid_loss']:.4f} nats/token"

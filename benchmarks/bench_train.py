@@ -24,7 +24,7 @@ layer visit. This counts all T x T scores, although a causal model needs only ha
 
 With --recipe, the model of a config at its full depth alternates with a plain transformer of equal FLOPs per token,
 which has the same settings and more layers. `paired` is the tokens/s of the recipe divided by those of the plain model
-in the same round: the median over the rounds, and the first and the last decile.
+in the same round: the median over the rounds, and the first and the ninth decile.
 """
 
 import time
@@ -35,6 +35,7 @@ import torch
 from common import interleaved, machine, median, print_json, print_table, seconds
 
 from src.config import build, parse_flags, run
+from src.data.token_store import ON_THE_SPOT_VOCAB
 from src.errors import UserError
 from src.metrics import count_parameters, flops_per_token
 from src.model import TRMConfig, TRMModel
@@ -67,7 +68,8 @@ class TrainBench:
         matmul_size: n of the n x n x n matrix products
         compile: use torch.compile; if not given, decided as in training
         recipe: instead of families, measure the model of this config file of train_trm_lm.py beside a plain
-            transformer; batch, length and width are those of the config
+            transformer; --batch_size, --seq_len, --d_model, --n_heads, --vocab_size, --dropout and --quick then have no
+            effect. Without a vocab_size, it has 4,096 tokens
         profile: instead of measuring speed, profile one step on the CPU and group its time by kind of operation
         quick: use tiny sizes and few steps, to check that the benchmark runs
     """
@@ -92,7 +94,7 @@ class TrainBench:
             if family not in FAMILIES:
                 raise ValueError(f"families {family}: choose from {', '.join(FAMILIES)}")
         if self.recipe and (self.profile or self.families != list(FAMILIES)):
-            raise ValueError("recipe is measured instead of families, and without profile: leave these out")
+            raise ValueError("recipe does not go with families and profile: leave them out")
         if min(self.steps, self.warmup, self.batch_size) < 1:
             raise ValueError("steps, warmup and batch_size must be 1 or more")
         if self.quick:
@@ -123,10 +125,8 @@ def training_step(train: TrainConfig, config: TRMConfig, runtime: RuntimeConfig,
 def family_step(args: TrainBench, family: str, runtime: RuntimeConfig):
     """Returns what `training_step` does, and the settings of the model.  Drops compiled graphs of other families."""
     torch._dynamo.reset()
-    train, config = (
-        TrainConfig(batch_size=args.batch_size, compile=args.compile, max_steps=10**6),
-        model_config(args, family),
-    )
+    train = TrainConfig(batch_size=args.batch_size, compile=args.compile, max_steps=10**6)
+    config = model_config(args, family)
     return *training_step(train, config, runtime, args.warmup), config
 
 
@@ -235,7 +235,7 @@ def compare(args: TrainBench, runtime: RuntimeConfig) -> dict:
     train = replace(train, recursion_from=0.0, sample_depth=False, least_depth=1)  # the full depth at each step
     if model.recursion == "none":
         raise UserError(f"{args.recipe} has no recursion to compare with plain layers: choose another recipe")
-    model = replace(model, vocab_size=model.vocab_size or args.vocab_size)
+    model = replace(model, vocab_size=model.vocab_size or ON_THE_SPOT_VOCAB)
     models = {"recipe": model, "plain": plain_of_equal_flops(model)}
     made = {name: training_step(train, config, runtime, args.warmup) for name, config in models.items()}
     trainer = made["recipe"][0]

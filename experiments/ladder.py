@@ -37,9 +37,9 @@ for as many steps as the table says:
     equal FLOPs    every rung has the training FLOPs of `steps` steps of two-stream; visits without gradient count
 
 With corpus_bytes, the text is small and is read many times. Then no run trains on the slice, and each run is reported
-at its best evaluation on the slice (averaged weights). Plain rungs have a run for each share in `budgets` of the FLOPs
-and are reported at the best of these, which favours them; other rungs run once, at the full FLOPs. There is one table,
-of equal FLOPs.
+at its best evaluation on the slice (averaged weights; of late, since its middle is looped). Plain rungs have a run for
+each share in `budgets` of the FLOPs and are reported at the best of these, which favours them; other rungs run once, at
+the full FLOPs. There is one table, of equal FLOPs.
 
 Every reported run is scored on the whole validation text, in windows that do not overlap, with the last weights and
 with the averaged weights. `difference` is the reported figure minus that of `control` with the same seed: the mean over
@@ -81,8 +81,8 @@ from src.errors import UserError, few  # noqa: E402
 from src.files.text import read_object  # noqa: E402
 from src.model_config import TRMConfig  # noqa: E402
 from src.tokenizer import read_tokenizer  # noqa: E402
-from src.training.curriculum import mean_flops  # noqa: E402
 from src.training.curves import read_series  # noqa: E402
+from src.training.depths import mean_flops  # noqa: E402
 from src.training.train_config import Settings, TrainConfig, read_settings  # noqa: E402
 
 RECIPE = str(arms.ROOT / "configs" / "ladder.yaml")
@@ -376,13 +376,14 @@ def run_job(ladder: Ladder, job: arms.Job) -> dict:
     curve = read_series(folder, "valid_bits_per_byte")["valid_bits_per_byte"]
     if not len(curve):
         raise UserError(LOSES)
+    begun = curve[curve[:, 0] > rung.train.recursion_from * steps]  # a run chooses its best checkpoint among these
     if job.is_sweep:
-        found = {"bits_per_byte": curve[:, 1].min()}
+        found = {"bits_per_byte": begun[:, 1].min()}
     else:
         found = {name: score(ladder, rung, folder, name) for name in ("last", "averaged")}
         found["bits_per_byte"] = found["averaged"]["bits_per_byte"]
     if is_small and not job.is_sweep:
-        found |= {"slice": curve[:, 1].min(), "best_step": int(curve[curve[:, 1].argmin(), 0])}
+        found |= {"slice": begun[:, 1].min(), "best_step": int(begun[begun[:, 1].argmin(), 0])}
         shares = [float(step) / steps for step in curve[:, 0]]  # a step may cost more later in the run
         spent = [share * tokens * mean_flops(rung.train, rung.model, share) for share in shares]
         found["curve"] = list(zip(spent, curve[:, 1].tolist()))

@@ -5,9 +5,9 @@
         --vocab_size 32000 --max_seq_len 2048 --batch_size 512 --grad_accum 4 --devices 64 --tokens 1e12
     python experiments/scale_plan.py --config configs/small.yaml --devices 2 --tokens 1e9 1e12     # two columns
 
-It takes the flags of train_trm_lm.py, and those of "What is planned" below. Without --config, it plans a TRM that is
-trained with AdamW. Prints tables, then one JSON line. GB are 10^9 bytes, GiB are 1024^3 bytes. The figures come from
-these rules:
+It takes the flags of train_trm_lm.py, and those of "What is planned" below. Without --config, the model has the
+defaults of the flags, and not those of configs/default.yaml. Prints tables, then one JSON line. GB are 10^9 bytes, GiB
+are 1024^3 bytes. The figures come from these rules:
 
 Parameters and FLOPs are counted as in src/metrics.py. Memory is counted for one of W processes. Weights, gradients
 and AdamW's moments are in fp32. In bytes per parameter, they take:
@@ -51,7 +51,7 @@ from src.errors import UserError
 from src.metrics import count_parameters, format_params  # noqa: E402
 from src.model import TRMConfig, TRMModel  # noqa: E402
 from src.runtime import GIB, autocast  # noqa: E402
-from src.training.curriculum import mean_flops  # noqa: E402
+from src.training.depths import mean_flops  # noqa: E402
 from src.training.train_config import Settings  # noqa: E402
 
 CPU = torch.device("cpu")

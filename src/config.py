@@ -218,11 +218,11 @@ def parse_flags(description, *classes, argv=None, positional=None, defaults=None
     set_parsing_settings(import_path_allowlist=sections)
     files, words = _normalise(argv, fields, positional)
     from_files = _parse_files(parser, files, fields)
-    if from_files is not None and "--help" in words:  # shows the values of the files as defaults
-        parser.set_defaults(from_files.as_dict())
+    rest = [word for word in words if word not in ("-h", "--help")]
     if defaults is not None:
-        others = defaults(_expand(parser.parse_args([w for w in words if w != "--help"], from_files), fields))
-        parser.set_defaults(others)
+        parser.set_defaults(defaults(_expand(parser.parse_args(rest, from_files), fields)))
+    if from_files is not None and rest != words:  # --help would show the defaults of the classes
+        parser.set_defaults(from_files.as_dict())
     parsed = _expand(parser.parse_args(words, from_files), fields)
     try:
         return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in classes)

@@ -20,7 +20,7 @@ from src.model import TRMConfig, TRMModel
 from src.model_config import loss_weights
 from src.optim import EMA, learning_rate_factor, make_optimizers, set_learning_rates
 from src.runtime import Interrupt, autocast, choose_compile, compile_parts, mix_seed, seed_device
-from src.training import curriculum, parallel, run_folder, run_state
+from src.training import curriculum, depths, parallel, run_folder, run_state
 from src.training.monitor import ResourceMonitor, TRMTrainingLogger
 from src.training.progress import Clock, Window, progress_bar
 from src.training.train_config import TrainConfig
@@ -208,7 +208,7 @@ class Trainer:
         self.model.train()
         if not self.recursion_begun and self.progress() >= self.config.recursion_from:
             run_state.begin_recursion(self)
-        with self._at(curriculum.depth_of_step(self.config, self.raw.config, self.step, self.recursion_begun)):
+        with self._at(depths.depth_of_step(self.config, self.raw.config, self.step, self.recursion_begun)):
             self.supervise(self.split(batch))
         self.step += 1
 
@@ -260,7 +260,7 @@ class Trainer:
     def _at(self, depth: TRMConfig | None = None):
         """Within this context, the model has the depth of this config; by default, the largest depth trained so far."""
         whole = self.raw.config
-        self.raw.config = depth or curriculum.depth_so_far(self.config, whole, self.recursion_begun)
+        self.raw.config = depth or depths.depth_so_far(self.config, whole, self.recursion_begun)
         try:
             yield
         finally:
@@ -318,7 +318,7 @@ class Trainer:
             "tokens_per_s": self.clock.tokens_per_s(self.curriculum, self.step),
             "elapsed_s": self.elapsed,
         }
-        work_left = curriculum.work_left(self.config, self.raw.config, max(1, self.step) / self.curriculum.total_steps)
+        work_left = self.curriculum.work_left(self.config, max(1, self.step), self.one_at_a_time)
         left = self.clock.minutes_left(self.elapsed, work_left, self.config.max_minutes)
         bits, speed = bits_text(line.get("bits_per_byte", math.nan)), f"{line['tokens_per_s']:.0f} tokens/s"
         bar.set_postfix_str(f"loss {line['loss']:.3f}{bits}, {speed}, {left:.1f} min left", refresh=False)

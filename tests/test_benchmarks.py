@@ -250,7 +250,7 @@ def test_rounds_alternate():
     ("module", "words", "said"),
     [
         (bench_train, ["--families", "gpt"], "gpt"),
-        (bench_train, ["--recipe", "configs/demo.yaml", "--profile"], "leave these out"),
+        (bench_train, ["--recipe", "configs/demo.yaml", "--profile"], "leave them out"),
         (bench_generate, ["--shapes", "9x9"], "9x9"),
         (bench_generate, ["--context", "100"], "context"),
         (bench_memory, ["--corpus_mb", "-1"], "corpus_mb"),

@@ -15,7 +15,7 @@ from experiments import arms, ladder, ladder_report  # noqa: E402
 from experiments.ladder_rungs import parameters_of  # noqa: E402
 from src.errors import UserError  # noqa: E402
 from src.metrics import flops_per_token  # noqa: E402
-from src.training.curriculum import mean_flops  # noqa: E402
+from src.training.depths import mean_flops  # noqa: E402
 
 TEXT = "".join(f"Line {n} says: to be, or not to be, is the question of the {n % 7}th day.\n" for n in range(200))
 SMALL = "d_model=32 n_heads=2 max_seq_len=8 batch_size=4".split()

@@ -26,7 +26,7 @@ from src.runtime import Interrupt, autocast, mix_seed
 from src.tasks.classification import Example, LlamaEmbeddingClassifier, encode, predict
 from src.tasks.config import FinetuneConfig
 from src.training import run_folder
-from src.training.curriculum import least_depth
+from src.training.depths import least_depth
 from src.training.monitor import TRMTrainingLogger
 from src.training.parallel import load_optimizer
 from src.training.train_config import TrainConfig

@@ -17,7 +17,7 @@ from src.runtime import choose_device, keep_freed_memory
 from src.tokenizer import read_tokenizer
 from src.trainer import Trainer
 from src.training import parallel, run_folder
-from src.training.curriculum import check_depths
+from src.training.depths import check_depths
 from src.training.train_config import Settings, TrainConfig
 
 

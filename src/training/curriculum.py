@@ -21,9 +21,7 @@ the first D channels of every stream keep their values and the new channels are 
 """
 
 import math
-import random
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -36,9 +34,8 @@ from src.errors import UserError
 from src.layers import injection_of
 from src.metrics import flops_per_token
 from src.model import TRMConfig, TRMModel
-from src.model_config import loss_weights
 from src.optim import EMA
-from src.runtime import mix_seed
+from src.training.depths import at_depth, check_depths, depths_of, drawn_depths, draws_supervision
 from src.training.train_config import CurriculumStage, TrainConfig
 
 DEPTH = ("latent_steps", "deep_steps", "supervision_steps")
@@ -109,9 +106,9 @@ class CurriculumScheduler:
                 parts = f"grad_accum {config.grad_accum} x {world} processes"
                 raise UserError(f"batch_size {stage.batch_size} does not divide into {parts}: make it a multiple")
         model = self.stages[0].model
-        is_single = all(len(_drawn_depths(stage.model)) == 1 for stage in self.stages)
+        is_single = all(len(drawn_depths(stage.model)) == 1 for stage in self.stages)
         if config.sample_depth and model.recursion != "none" and is_single:
-            name = "supervision_steps" if _draws_supervision(model) else "deep_steps"
+            name = "supervision_steps" if draws_supervision(model) else "deep_steps"
             raise UserError(f"sample_depth has nothing to draw from: set {name} to 2 or more, or leave it out")
 
     def at(self, step: int) -> Stage:
@@ -136,6 +133,27 @@ class CurriculumScheduler:
         costs = ((s.model.train_steps if one_at_a_time else 1, flops_per_token(s.model).train, s) for s in self.stages)
         return sum(s.steps * s.batch_size * s.seq_len * flops / parts for parts, flops, s in costs)
 
+    def work_left(self, config: TrainConfig, step: int, one_at_a_time: bool = False) -> float:
+        """Returns the training FLOPs after the first `step` steps (1 or more), divided by those of these steps.
+
+        Steps before recursion_from cost less. one_at_a_time: as in `flops`."""
+
+        def cost(stage, depths):
+            models = [at_depth(stage.model, *depth) for depth in depths]
+            flops = [flops_per_token(model).train / (model.train_steps if one_at_a_time else 1) for model in models]
+            return stage.batch_size * stage.seq_len * sum(flops) / len(flops)
+
+        def work(steps):
+            begins, found = config.recursion_from * self.total_steps, 0.0
+            for stage in self.stages:
+                done = min(max(steps - stage.start, 0), stage.steps)
+                early = min(max(begins - stage.start, 0), done)
+                parts = (early, [(1, 1)]), (done - early, depths_of(config, stage.model))
+                found += sum(n * cost(stage, depths) for n, depths in parts if n)
+            return found
+
+        return work(self.total_steps) / work(step) - 1
+
     def state_dict(self) -> dict:
         return {"starts": self.starts}
 
@@ -146,99 +164,6 @@ class CurriculumScheduler:
         if state["starts"] != self.starts:
             starts = f"the curriculum's stages started at steps {state['starts']}, but now at {self.starts}"
             raise UserError(f"{starts}: resume with the same stages and training text")
-
-
-def depth_so_far(config: TrainConfig, whole: TRMConfig, begun: bool) -> TRMConfig:
-    """Returns the model's config at the largest depth of training: see recursion_from in TrainConfig.
-
-    begun: whether the full recursion has begun."""
-    return _at_depth(whole, 1, 1) if config.recursion_from and not begun else whole
-
-
-def depth_of_step(config: TrainConfig, whole: TRMConfig, step: int, begun: bool) -> TRMConfig:
-    """Returns the model's config at the depth of this step: see sample_depth and recursion_from in TrainConfig."""
-    if not config.sample_depth or config.recursion_from and not begun:
-        return depth_so_far(config, whole, begun)
-    # a generator, because the lowest bits of mix_seed repeat after a few steps
-    rng = random.Random(mix_seed(config.seed, step, 1))
-    depths = _drawn_depths(whole, config.least_depth)
-    return _at_depth(whole, *depths[rng.randrange(len(depths))])
-
-
-def _draws_supervision(model: TRMConfig) -> bool:
-    """Whether sample_depth draws the supervision steps, because all of them are in one graph."""
-    return model.recursion == "trm" and model.full_bptt
-
-
-def _drawn_depths(whole: TRMConfig, least: int = 1) -> list[tuple[int, int]]:
-    """Returns the pairs of deep_steps and supervision_steps among which sample_depth draws."""
-    deep, supervision = whole.deep_steps, whole.supervision_steps
-    if whole.recursion == "none":
-        return [(deep, supervision)]  # it has no depth
-    if _draws_supervision(whole):
-        return [(deep, steps) for steps in range(least, supervision + 1)]
-    return [(steps, supervision) for steps in range(least, deep + 1)]
-
-
-def _depths(config: TrainConfig, whole: TRMConfig) -> list[tuple[int, int]]:
-    """Returns the pairs of deep_steps and supervision_steps of the steps after recursion_from."""
-    if config.sample_depth:
-        return _drawn_depths(whole, config.least_depth)
-    return [(whole.deep_steps, whole.supervision_steps)]
-
-
-def least_depth(config: TrainConfig, whole: TRMConfig, begun: bool) -> int:
-    """Returns the first recursion step after which training has a loss, at the depths of `depth_of_step`."""
-    if whole.recursion == "none" or config.recursion_from and not begun:
-        return 1
-    models = [_at_depth(whole, *depth) for depth in _depths(config, whole)]
-    weights = [loss_weights(model, model.recursion_steps) for model in models]
-    return 1 + min(next(step for step, weight in enumerate(each) if weight > 0) for each in weights)
-
-
-def check_depths(config: TrainConfig, whole: TRMConfig):
-    """Raises UserError if a step of the run may have a depth that does not go with the model's other settings."""
-    drawn = _drawn_depths(whole, config.least_depth) if config.sample_depth else []
-    if config.sample_depth and not drawn:
-        most = _drawn_depths(whole)
-        raise UserError(f"least_depth is {config.least_depth}: set it to {len(most)} or less, the most steps here")
-    depths = [(1, 1)] * bool(config.recursion_from) + drawn
-    try:
-        for depth in depths:
-            _at_depth(whole, *depth)
-    except ValueError as error:
-        raise UserError(f"sample_depth and recursion_from train at smaller depths too: {error}") from None
-
-
-def mean_flops(config: TrainConfig, whole: TRMConfig, share: float = 1.0) -> float:
-    """Returns the training FLOPs per token, as the mean over a run whose depth may depend on the step.
-
-    share: the part of the run to look at, from its start. Raises UserError for depths that the model cannot have."""
-    check_depths(config, whole)
-    steps, depths = 1000, Counter()
-    for step in range(steps):
-        now = depth_of_step(config, whole, step, share * step / steps >= config.recursion_from)
-        depths[now.deep_steps, now.supervision_steps] += 1
-    return sum(n * flops_per_token(_at_depth(whole, *depth)).train for depth, n in depths.items()) / steps
-
-
-def work_left(config: TrainConfig, whole: TRMConfig, share: float) -> float:
-    """Returns the training FLOPs that are left of a run, divided by those of its first part.
-
-    share: the part of the steps that is done, over 0. Steps after recursion_from cost more than those before it."""
-
-    def cost(depths):
-        return sum(flops_per_token(_at_depth(whole, *depth)).train for depth in depths) / len(depths)
-
-    dearer = cost(_depths(config, whole)) / cost([(1, 1)]) if config.recursion_from else 1.0
-    done, total = (s + (dearer - 1) * max(0.0, s - config.recursion_from) for s in (share, 1.0))
-    return total / done - 1
-
-
-def _at_depth(whole: TRMConfig, deep: int, supervision: int) -> TRMConfig:
-    """Returns a config with fewer steps.  Raises ValueError if the supervision_weights that remain are all 0."""
-    cut = min(whole.grad_deep_steps, deep)
-    return replace(whole, deep_steps=deep, supervision_steps=supervision, grad_deep_steps=cut)
 
 
 def _next_stage(before: Stage, change: CurriculumStage, windows, has_default: bool) -> Stage:

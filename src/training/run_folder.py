@@ -253,6 +253,12 @@ def link_again(folder: Path, checkpoint: Path, state: dict):
             point(folder / link, checkpoint.name)
 
 
+def forget_best(folder: Path):
+    """Remove the link `best`, so that the run stands for its newest checkpoint until one is the best again."""
+    if (link := folder / "best").is_symlink() or link.is_file():  # a copy of the run may have a folder instead
+        link.unlink()
+
+
 def point(link, target_name: str):
     """Point run_folder/last or run_folder/best to a checkpoint in the same run folder, in one atomic step."""
     link = Path(link)

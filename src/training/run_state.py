@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src import checkpoint
 from src.errors import UserError
-from src.training import curriculum, parallel
+from src.training import depths, parallel, run_folder
 
 COUNTERS = "step elapsed best best_loss eval_due recursion_begun skipped skipped_in_a_row skipped_at".split()
 # of a state that was written before these were saved
@@ -36,7 +36,7 @@ def collect(trainer, is_best: bool) -> tuple[dict, dict | None, dict]:
 
 def info_of(trainer) -> dict:
     """Returns the facts that a checkpoint's config.json gets beside the model's config."""
-    least = curriculum.least_depth(trainer.config, trainer.raw.config, trainer.recursion_begun)
+    least = depths.least_depth(trainer.config, trainer.raw.config, trainer.recursion_begun)
     best = trainer.best if math.isfinite(trainer.best) else None
     return {"step": trainer.step, trainer.best_name: best, "least_depth": least}
 
@@ -44,10 +44,13 @@ def info_of(trainer) -> dict:
 def begin_recursion(trainer):
     """Note that the full recursion begins with this step.
 
-    If it was put off, the best checkpoint is chosen anew: one of the time before would hide the recursion."""
+    With recursion_from, the best checkpoint is chosen anew: an earlier one has a smaller depth, and whoever opens the
+    run would get a model without the recursion."""
     trainer.recursion_begun = True
-    if trainer.config.recursion_from:
+    if depths.puts_off(trainer.config, trainer.raw.config):
         trainer.best = trainer.best_loss = math.inf
+        if trainer.is_main:
+            run_folder.forget_best(trainer.folder)
         trainer.say(f"step {trainer.step}: the full recursion begins; the best checkpoint is chosen anew")
 
 

@@ -24,7 +24,7 @@ class RuntimeConfig:
         device: auto (CUDA if present, else MPS, else CPU), cpu, cuda, cuda:N or mps; training refuses cuda:N, so set
             CUDA_VISIBLE_DEVICES to choose its GPU
         precision: precision of matrix products; weights stay fp32. auto = bf16 if the hardware supports it, fp16 on
-            older GPUs (not in training with muon), else fp32
+            older GPUs, else fp32; training with muon or muoneq takes fp32 in place of fp16
     """
 
     device: str = "auto"
@@ -229,8 +229,8 @@ class TrainConfig:
             learns to answer at each of these depths; of a TRM for text with full_bptt, draw supervision_steps instead
         least_depth: smallest number that sample_depth draws
         recursion_from: fraction of the run, from 0 to under 1, after which the full recursion starts; before that,
-            training, evaluations and checkpoints have one cycle (deep_steps 1) and one supervision step: it is cheaper
-        lr: peak learning rate; lower it if the loss diverges; default 0.001 for adamw, 0.012 for muon and muoneq
+            training, evaluations and checkpoints have one cycle (deep_steps 1) and one supervision step: less work
+        lr: peak learning rate; lower it if the loss diverges; default for text 0.001 with adamw, 0.012 with muon
         min_lr_ratio: final learning rate of the cosine and linear schedules, as a fraction of lr
         warmup_steps: steps in which the learning rate rises linearly from 0 to lr; raise it if the loss diverges early
         weight_decay: decoupled weight decay of matrices; biases, gains and embeddings have none
@@ -327,9 +327,9 @@ class TrainConfig:
             raise ValueError(f"optimizer {self.optimizer} needs whole matrices, but shard splits them: choose adamw")
         if not is_text(self.sample_prompt):
             raise ValueError("sample_prompt is not valid UTF-8 text: correct it")
-        for name in ("overfit", "max_minutes"):
+        for name, least in (("overfit", "1 or more"), ("max_minutes", "over 0")):
             if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} is {value}: set it over 0, or leave it out")
+                raise ValueError(f"{name} is {value}: set it to {least}, or leave it out")
 
 
 class Settings(NamedTuple):

@@ -19,11 +19,10 @@ from src.training.curriculum import (
     grow_optimizers,
     grow_width,
     grown_config,
-    mean_flops,
     place,
     set_depth,
-    work_left,
 )
+from src.training.depths import mean_flops
 from src.training.train_config import CurriculumConfig, CurriculumStage, TrainConfig
 
 WIDE = 32  # grown from 16; a multiple of the head group in all cases
@@ -410,11 +409,18 @@ class TestTrainingState:
 def test_the_work_that_is_left_costs_more_after_recursion_from():
     loop = TRMConfig(vocab_size=50, d_model=32, n_heads=2, recursion="loop", deep_steps=3)
     early, late = (flops_per_token(dataclasses.replace(loop, deep_steps=n, grad_deep_steps=n)).train for n in (1, 3))
-    config = TrainConfig(recursion_from=0.6)
-    assert work_left(config, loop, 0.3) == pytest.approx((0.3 * early + 0.4 * late) / (0.3 * early))
-    assert work_left(config, loop, 0.8) == pytest.approx(0.2 * late / (0.6 * early + 0.2 * late))
-    assert work_left(config, loop, 1.0) == 0
-    assert work_left(TrainConfig(), loop, 0.25) == 3
+    config, run = TrainConfig(recursion_from=0.6), plan(model=loop)
+    assert run.work_left(config, 30) == pytest.approx((0.3 * early + 0.4 * late) / (0.3 * early))
+    assert run.work_left(config, 80) == pytest.approx(0.2 * late / (0.6 * early + 0.2 * late))
+    assert run.work_left(config, 100) == 0
+    assert run.work_left(TrainConfig(), 25) == 3
+
+
+def test_the_work_that_is_left_counts_the_stages():
+    run = plan({"steps": 40, "batch_size": 2}, {"steps": 60, "batch_size": 8})
+    assert run.work_left(TrainConfig(), 40) == pytest.approx(60 * 8 / (40 * 2))
+    one, all_steps = (run.work_left(TrainConfig(recursion_from=0.5), 25, alone) for alone in (True, False))
+    assert one < all_steps  # a step of puzzles is one supervision step, so it costs less once there are several
 
 
 def test_mean_flops_of_drawn_depths():

@@ -134,5 +134,5 @@ def test_the_command(tmp_path, capsys):
     words_of = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     assert train_trm_lm.main(words_of) == 1
     assert "of 4 answers are not learned yet" in (said := capsys.readouterr().err) or "the loss does not fall" in said
-    with pytest.raises(UserError, match="overfit is 0: set it over 0"):
+    with pytest.raises(UserError, match="overfit is 0: set it to 1 or more, or leave it out"):
         train_trm_lm.main([*words_of, "--overfit", "0"])

@@ -41,7 +41,7 @@ def test_a_file_or_a_checkpoint_replaces_the_recipe(tmp_path):
 
 def test_help_shows_the_settings_of_the_checkpoint_to_start_from(capsys):
     with pytest.raises(SystemExit):
-        train("--init_from", str(train_trm_lm.RECIPE.parent.parent / "checkpoints" / "python"), "--help")
+        train("--init_from", str(train_trm_lm.RECIPE.parent.parent / "checkpoints" / "python"), "-h")
     shown = " ".join(capsys.readouterr().out.split())
     assert re.search(r" --recursion \{none,loop,trm\} .*?default: loop\) --", shown)
 
@@ -60,7 +60,15 @@ def test_a_run_that_ends_before_its_recursion_says_so(tmp_path, capsys):
     words = f"--train_paths {tmp_path}/a.txt --save_dir {tmp_path}/run --tokenizer byte --d_model 16 --n_heads 2"
     words += " --max_seq_len 16 --batch_size 2 --max_steps 1 --sample_tokens 0 --compile false --device cpu"
     assert train_trm_lm.main(words.split()) == 0
-    assert "the model is still plain: recursion begins after 60% of the run" in capsys.readouterr().err
+    assert "the full recursion has not begun: it begins after 60% of the run" in capsys.readouterr().err
+
+
+def test_a_plain_run_has_no_recursion_to_wait_for(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a text of some words\n" * 200)
+    words = f"--train_paths {tmp_path}/a.txt --save_dir {tmp_path}/run --tokenizer byte --d_model 16 --n_heads 2"
+    words += " --max_seq_len 16 --batch_size 2 --max_steps 3 --sample_tokens 0 --compile false --device cpu"
+    assert train_trm_lm.main([*words.split(), "--recursion", "none"]) == 0
+    assert "recursion" not in capsys.readouterr().err
 
 
 def test_sharding_names_the_optimizer_that_can_and_it_gets_its_own_rate():

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from trainers import assert_same_checkpoints, during, read_metrics
 
 import train_trm_lm
-from src.checkpoint import least_depth, load_config, load_model
+from src.checkpoint import least_depth, load_config, load_model, resolve
 from src.errors import UserError
 from src.evaluation.evaluation import evaluate_rows
 from src.metrics import flops_per_token
 from src.model_config import TRMConfig
-from src.training.curriculum import depth_of_step
+from src.training.depths import depth_of_step
 from src.training.train_config import CurriculumConfig, CurriculumStage, TrainConfig
 
 pytest_plugins = "trainers"  # the fixtures make and corpus
@@ -256,6 +256,19 @@ class TestDepthByStep:
         assert (trainer.folder / "best").resolve().name == "step_00000006"
         assert load_config(trainer.folder / "best").deep_steps == 2
         assert "step 4: the full recursion begins; the best checkpoint is chosen anew" in capsys.readouterr().err
+
+    def test_a_run_that_ends_before_its_recursion_is_judged_has_no_older_best(self, make):
+        trainer = make(recursion_from=0.5, deep_steps=2, max_steps=8, eval_every=4, save_every=2, keep_checkpoints=9)
+        during(trainer, 5, lambda: signal.raise_signal(signal.SIGINT))
+        trainer.train()
+        assert not (trainer.folder / "best").exists() and load_config(trainer.folder / "last").deep_steps == 2
+        assert resolve(trainer.folder).resolve().name == "step_00000005"
+
+    def test_of_plain_models_nothing_is_chosen_anew(self, make, monkeypatch):
+        trainer = make(recursion="none", recursion_from=0.5, max_steps=8, eval_every=2, save_every=2)
+        monkeypatch.setattr(trainer, "score", lambda figures: trainer.step)
+        trainer.train()
+        assert (trainer.folder / "best").resolve().name == "step_00000002"
 
     @pytest.mark.parametrize(
         ("settings", "least"),
