@@ -31,7 +31,7 @@ endef
 demo: $(CORE)  ## train a small model on Python's standard library and generate text with it (about 5 minutes)
 	rm -rf runs/demo
 	$(VENV) train_trm_lm.py --config configs/demo.yaml --save_dir runs/demo
-	$(VENV) generate.py runs/demo --prompt "def main(" "class Reader:" --max_new_tokens 150 --seed 1
+	$(VENV) generate.py runs/demo --prompt "def main(" "class Reader:" --max_new_tokens 150 --temperature 0.6 --seed 1
 
 puzzles: $(CORE)  ## train a solver of 4 x 4 Sudoku that improves from step to step, draw how it solves one (about 5 minutes)
 	rm -rf runs/sudoku4
