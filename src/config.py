@@ -219,11 +219,11 @@ def parse_flags(description, *classes, argv=None, positional=None, defaults=None
     files, words = _normalise(argv, fields, positional)
     from_files = _parse_files(parser, files, fields)
     rest = [word for word in words if word not in ("-h", "--help")]
-    if defaults is not None:
-        parser.set_defaults(defaults(_expand(parser.parse_args(rest, from_files), fields)))
-    if from_files is not None and rest != words:  # --help would show the defaults of the classes
-        parser.set_defaults(from_files.as_dict())
-    parsed = _expand(parser.parse_args(words, from_files), fields)
+    parsed = _expand(parser.parse_args(rest, from_files), fields)
+    others = defaults(parsed) if defaults is not None else {}
+    if others or rest != words:  # --help would show the defaults of the classes
+        parser.set_defaults(others | (from_files.as_dict() if from_files is not None else {}))
+        parsed = _expand(parser.parse_args(words, from_files), fields)
     try:
         return tuple(build(cls, {f.name: parsed[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in classes)
     except UserError as error:
